@@ -1,9 +1,9 @@
 """Makes ``import torchvision`` work where its compiled half does not load.
 
-open_clip and timm import torchvision for its Python half (image transforms). A torchvision wheel that was compiled
-against another torch build (a CUDA wheel next to a CPU torch, say) still installs, skips its compiled half without a
-word, and then fails on import, because it describes the operators ``torchvision::nms`` and ``torchvision::qnms`` that
-this half would have defined.
+open_clip and timm import torchvision for its Python half (image transforms). A torchvision wheel that was
+compiled against another torch build (a CUDA wheel next to a CPU torch, say) still installs, skips its
+compiled half without a word, and then fails on import, because it describes the operators
+``torchvision::nms`` and ``torchvision::qnms`` that this half would have defined.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _libraries: list[Any] = []
 def ensure_importable() -> None:
     """Imports torchvision, with empty ``nms`` and ``qnms`` operators where its compiled half is missing.
 
-    The plain import is tried first: defining an operator that the compiled half defines too would be an error.
-    Safe to call any number of times.
+    The plain import is tried first: defining an operator that the compiled half defines too would be an
+    error. Safe to call any number of times.
 
     Raises:
         ImportError: when torchvision is not installed.
