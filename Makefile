@@ -1,0 +1,59 @@
+# Everything needs only a Python (3.10 or newer) with venv: each target sets up what it uses, and a repeated set-up is a no-op.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test slow lint bench demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+venv: $(VENV)/installed ## virtual environment in .venv with the package (editable) and its tools; PYTHON=... chooses the Python
+
+# torch first and by itself: the constraint decides which one, before anything that depends on it is looked at.
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ovseg-fast needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: lint ## linter, type checker, then all tests but the slow ones
+	$(BIN)/pytest
+
+slow: venv ## the slow tests
+	$(BIN)/pytest -m slow
+
+lint: venv ## ruff (rules and format) and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: venv ## benchmarks: each checks that the results agree, then times them
+	$(BIN)/pytest benchmarks --benchmark-only
+
+demo: venv $(DEMO)/cat.png $(DEMO)/made_up_weights.pth ## segment a photograph from the command line
+	$(BIN)/ovseg-fast segment $(DEMO)/cat.png --classes "cat, grass, wall, sofa" --model catseg-vitb \
+		--weights $(DEMO)/made_up_weights.pth --out $(DEMO)/out
+	@echo
+	@echo "The weights of this demo are made up: random numbers in the layout of the published checkpoint. The picture"
+	@echo "shows that everything runs, from the file to the overlay; it is not a good segmentation."
+	@echo "Written to $(DEMO)/out:"
+	@ls $(DEMO)/out
+
+# scikit-image's own photograph of a cat, which comes with its wheel.
+$(DEMO)/cat.png: | venv
+	@mkdir -p $(@D)
+	$(BIN)/python -c 'import sys; from PIL import Image; from skimage.data import chelsea; Image.fromarray(chelsea()).save(sys.argv[1])' $@
+
+$(DEMO)/made_up_weights.pth: tests/parity/make_weights.py | venv
+	@mkdir -p $(@D)
+	$(BIN)/python tests/parity/make_weights.py catseg-vitb $@
+
+clean: ## remove everything that make made, the virtual environment too
+	rm -rf $(VENV) build dist ovseg_fast.egg-info ovseg_fast/libovseg.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find ovseg_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
