@@ -1,4 +1,4 @@
-"""The one table of tolerances, each with its grounds. Tests take limits from here and never widen one on the spot.
+"""The one table of tolerances, each with its grounds. Tests take limits from here and never widen one.
 
 Every limit except `ARGMAX_AGREEMENT` is a relative error ||a - b|| / ||b||, see `relative_error`.
 """
@@ -10,33 +10,33 @@ from typing import Any
 import numpy as np
 import torch
 
-# --- float32 results against the golden numbers of tests/parity ---------------------------------------------------
-# The published code itself moves by up to 1.5e-6 when thread count and matrix library change. The smallest wrong
-# detail among those measured (tanh instead of exact GELU) moves logits by 1.5e-4. Outputs may be off by 2e-5: the
-# rewrites sum in another order, and every wrong detail is still caught.
+# --- float32 results against the golden numbers of tests/parity ---
+# The published code itself moves by up to 1.5e-6 when thread count and matrix library change. The smallest
+# wrong detail among those measured (tanh instead of exact GELU) moves logits by 1.5e-4. Outputs may be off by
+# 2e-5: the rewrites sum in another order, and every wrong detail is still caught.
 GOLDEN_OUTPUT = 2e-5
 GOLDEN_LOSS = 1e-5  # the published code moves by less than 1e-6
 GOLDEN_OPERATOR_GRADIENT = 2e-4  # norm weights of the class block move by up to 7e-5, the rest by about 1e-7
-GOLDEN_CATSEG_GRADIENT = 1e-3  # a whole training step; tensors move by up to 1e-4, projections of them by 2.4e-4
+GOLDEN_CATSEG_GRADIENT = 1e-3  # of a training step: tensors move by up to 1e-4, their projections by 2.4e-4
 GOLDEN_CASCADE_CLIP_GRADIENT = 1e-4  # moves by up to 1.2e-6
 ARGMAX_AGREEMENT = 0.999  # share of pixels; near ties may fall either way
 
-# Gradients that are zero in exact arithmetic (softmax does not see a key bias) hold rounding noise only, so a relative
-# error says nothing. Their norm is compared with that of the same projection's weight gradient instead: the
-# published code's own noise reaches 2.3e-7 of it.
+# Gradients that are zero in exact arithmetic (softmax does not see a key bias) hold rounding noise only, so a
+# relative error says nothing. Their norm is compared with that of the same projection's weight gradient
+# instead: the published code's own noise reaches 2.3e-7 of it.
 ZERO_GRADIENT = 1e-5
 
-# --- exact rewrites against the literal forms of tests/literal ----------------------------------------------------
-# The two are one function, summed in another order. Rounding grows with the number of terms (a few thousand per
-# output, over a chain of layers) and stays below; the smallest wrong detail measured shows at 1e-4.
+# --- exact rewrites against the literal forms of tests/literal ---
+# The two are one function, summed in another order. Rounding grows with the number of terms (a few thousand
+# per output, over a chain of layers) and stays below; the smallest wrong detail measured shows at 1e-4.
 REWRITE = {torch.float64: 1e-10, torch.float32: 1e-5}
 REWRITE_FLOAT64 = REWRITE[torch.float64]
 REWRITE_FLOAT32 = REWRITE[torch.float32]
 REWRITE_GRADIENT_FACTOR = 3  # a gradient runs through every product twice
 
-# --- kernels against the float64 PyTorch form ---------------------------------------------------------------------
-# float32 without TF32 keeps about 7 digits, float16 3.3 and bfloat16 2.4; inputs and outputs are rounded to the
-# dtype, sums are kept in float32.
+# --- kernels against the float64 PyTorch form ---
+# float32 without TF32 keeps about 7 digits, float16 3.3 and bfloat16 2.4; inputs and outputs are rounded to
+# the dtype, sums are kept in float32.
 KERNEL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 KERNEL_GRADIENT_FACTOR = 3
 
@@ -50,8 +50,8 @@ def _float64(value: Any) -> np.ndarray:
 def relative_error(a: Any, b: Any) -> float:
     """||a - b|| / ||b|| in float64, where b is the truth; tensors, arrays and numbers alike.
 
-    Equal zeros give 0.0, anything else against a zero truth inf, and a NaN or an infinity on either side a nan or
-    inf: every comparison ``relative_error(a, b) <= limit`` then fails, as it should.
+    Equal zeros give 0.0, anything else against a zero truth inf, and a NaN or infinity on either side gives
+    nan or inf: every comparison ``relative_error(a, b) <= limit`` then fails, as it should.
 
     Raises:
         ValueError: when the shapes differ, since broadcasting would hide a missing axis.

@@ -1,0 +1,67 @@
+"""Random numbers of the tests: a fresh seed each run, printed, and replayable with ``OVSEG_SEED=<seed>``."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+SEED = int(os.environ.get("OVSEG_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def derive_seed(name: str) -> int:
+    """A seed of its own for each name, so that a test draws the same numbers alone and among all others."""
+    return zlib.crc32(f"{SEED}:{name}".encode())
+
+
+class TorchRandom:
+    """Lets hypothesis reset torch before each example, so that it can repeat and shrink one with tensors.
+
+    It always asks for the same seed; mixing in the run's own keeps the data fresh from run to run.
+    """
+
+    seed = staticmethod(lambda value: torch.manual_seed(derive_seed(f"hypothesis {value}")))
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis itself holds only a weak reference
+hypothesis.register_random(TORCH_RANDOM)
+
+# Time per example says nothing on a shared machine; the blob replays a failing example by itself.
+hypothesis.settings.register_profile("ovseg", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ovseg")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads the option
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+def pytest_report_header() -> str:
+    return f"OVSEG_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"replay these random numbers with OVSEG_SEED={SEED}")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    seed = derive_seed(request.node.nodeid)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator of the test's own, untouched by what the code under test draws."""
+    return torch.Generator().manual_seed(derive_seed(f"rng {request.node.nodeid}"))

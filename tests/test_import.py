@@ -1,0 +1,129 @@
+"""Importing is cheap and needs nothing optional. Each check runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+OPTIONAL = ("triton", "xformers")
+LAZY = (*OPTIONAL, "open_clip", "timm", "torchvision", "torch.utils.cpp_extension")
+
+
+def run(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_takes_less_than_three_seconds() -> None:
+    seconds = []
+    for _ in range(3):  # the first one may have to read torch from a cold disk
+        start = time.perf_counter()
+        run("import ovseg_fast")
+        seconds.append(time.perf_counter() - start)
+        if seconds[-1] < 3:
+            return
+    pytest.fail(f"python -c 'import ovseg_fast' took {seconds} s")
+
+
+def test_import_loads_nothing_heavy_or_optional() -> None:
+    loaded = run(f"import sys, ovseg_fast; print([name for name in {LAZY} if name in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_import_does_not_initialise_cuda() -> None:
+    run("""
+        import ovseg_fast, ovseg_fast.kernels, ovseg_fast.ops
+        import torch
+        assert not torch.cuda.is_initialized()
+    """)
+
+
+def test_import_and_operators_work_without_triton_xformers_and_nvcc() -> None:
+    run(
+        f"""
+        import sys
+        for name in {OPTIONAL}:
+            sys.modules[name] = None  # import of it raises ImportError
+        import ovseg_fast
+        import torch
+        image, text = torch.randn(1, 4, 5, 8), torch.randn(3, 2, 8)
+        assert torch.isfinite(ovseg_fast.ops.cost_volume(image, text)).all()
+        """,
+        PATH="",
+        CUDA_HOME="",
+    )
+
+
+def test_torchvision_imports_and_open_clip_with_it() -> None:
+    run("""
+        from ovseg_fast import _torchvision
+        _torchvision.ensure_importable()
+        _torchvision.ensure_importable()
+        import torchvision.transforms
+        import open_clip
+    """)
+
+
+def stub_torchvision(folder, compiled_half_loads: bool) -> str:
+    """A package that behaves on import as torchvision does, with or without its compiled half."""
+    package = folder / "torchvision"
+    package.mkdir()
+    define = """
+        import torch
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """
+    (package / "extension.py").write_text(textwrap.dedent(define) if compiled_half_loads else "")
+    describe = """
+        from . import extension
+        import torch
+        for name in ("nms", "qnms"):
+            torch.library.register_fake("torchvision::" + name)(lambda *arguments: None)
+    """
+    (package / "__init__.py").write_text(textwrap.dedent(describe))
+    return str(folder)
+
+
+@pytest.mark.parametrize("compiled_half_loads", [True, False])
+def test_torchvision_schemas_are_defined_only_when_missing(tmp_path, compiled_half_loads: bool) -> None:
+    defined = run(
+        """
+        from ovseg_fast import _torchvision
+        _torchvision.ensure_importable()
+        _torchvision.ensure_importable()
+        import torch, torchvision
+        assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms
+        print(len(_torchvision._libraries))
+        """,
+        PYTHONPATH=stub_torchvision(tmp_path, compiled_half_loads),
+    )
+    assert int(defined) == (0 if compiled_half_loads else 1)
+
+
+def test_torchvision_failing_otherwise_is_not_hidden(tmp_path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('another failure')")
+    run(
+        """
+        from ovseg_fast import _torchvision
+        try:
+            _torchvision.ensure_importable()
+        except RuntimeError as error:
+            assert str(error) == "another failure"
+        else:
+            raise SystemExit("no error")
+        """,
+        PYTHONPATH=str(tmp_path),
+    )

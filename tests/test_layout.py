@@ -1,0 +1,145 @@
+"""The promises of the folder layout: one operator, one name, the same places; arrows that run one way."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "ovseg_fast"
+OPERATORS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
+
+# From the user down to the kernels; a module may import from its own level and from those further down.
+LEVELS = (
+    ("cli",),
+    ("segmenter", "training", "evaluation", "accelerate"),
+    ("checkpoints",),
+    ("models",),
+    ("layers",),
+    ("segmentation", "visualize", "images", "vocabulary", "data"),
+    ("ops",),
+    ("backends",),
+    ("kernels", "native"),
+    ("_torchvision",),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def listed_files() -> list[Path]:
+    """What git tracks; without a repository (an unpacked archive) what lies here."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode == 0 and listing.stdout:
+        return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+    made = {".git", ".venv", "build", "__pycache__"}
+    return [path for path in ROOT.rglob("*") if path.is_file() and not made & {*path.relative_to(ROOT).parts}]
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def dotted_name(path: Path) -> str:
+    """The name that a file is imported by."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts.insert(0, "ovseg_fast")
+    return ".".join(parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything that a file imports, inside functions too; "from a import b" gives "a.b"."""
+    package = dotted_name(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def part(module: str) -> str:
+    """The part of the package that a full name belongs to: "ovseg_fast.ops.cost_volume" is of "ops"."""
+    names = module.split(".")
+    return names[1] if names[0] == "ovseg_fast" and len(names) > 1 else ""
+
+
+def test_there_are_operators() -> None:
+    assert {"cost_volume", "spatial_aggregation", "class_aggregation"} <= set(OPERATORS)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("place", ["tests/ops/test_{}.py", "tests/literal/{}.py", "benchmarks/bench_{}.py"])
+def test_operator_has_all_its_places(operator: str, place: str) -> None:
+    assert (ROOT / place.format(operator)).is_file(), f"operator {operator} lacks {place.format(operator)}"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_file_defines_its_operator(operator: str) -> None:
+    tree = ast.parse((PACKAGE / "ops" / f"{operator}.py").read_text())
+    assert operator in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("pattern", ["kernels/[!_]*.py", "csrc/*.cu", "tests/ops/test_*.py"])
+def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None:
+    names = {path.stem.removeprefix("test_") for path in ROOT.glob(pattern)}
+    assert names <= set(OPERATORS), f"no operator for {sorted(names - set(OPERATORS))}"
+
+
+def test_readme_names_every_operator() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [operator for operator in OPERATORS if operator not in readme] == []
+
+
+def test_every_part_of_the_package_has_a_level() -> None:
+    parts = {path.name.removesuffix(".py") for path in PACKAGE.glob("[!_.]*") if path.suffix in ("", ".py")}
+    assert parts <= set(LEVEL), f"give {sorted(parts - set(LEVEL))} a level in LEVELS"
+
+
+@pytest.mark.parametrize("path", python_files("ovseg_fast", "kernels"), ids=dotted_name)
+def test_imports_run_one_way(path: Path) -> None:
+    own = part(dotted_name(path))
+    if own == "__init__":  # the front door hands out parts of every level, lazily
+        return
+    wrong = [name for name in imports(path) if part(name) in LEVEL and LEVEL[part(name)] < LEVEL[own]]
+    assert wrong == [], f"{own} must not import from the levels above it"
+
+
+@pytest.mark.parametrize("path", python_files("kernels"), ids=dotted_name)
+def test_kernels_import_nothing_of_the_package_but_kernels(path: Path) -> None:
+    assert [name for name in imports(path) if name.startswith("ovseg_fast") and part(name) != "kernels"] == []
+
+
+def test_kernels_are_imported_by_their_installed_name_only() -> None:
+    users = python_files("ovseg_fast", "kernels", "tests", "benchmarks")
+    wrong = [dotted_name(path) for path in users for name in imports(path) if name.split(".")[0] == "kernels"]
+    assert wrong == [], "`import kernels` gives a second copy of every module; import ovseg_fast.kernels"
+
+
+def test_package_imports_nothing_of_tests_and_benchmarks() -> None:
+    outside = {"tests", "benchmarks", "literal", "samples", "tolerances", "parity", "pytest", "hypothesis"}
+    wrong = [
+        (dotted_name(path), name)
+        for path in python_files("ovseg_fast", "kernels")
+        for name in imports(path)
+        if name.split(".")[0] in outside
+    ]
+    assert wrong == []
+
+
+def test_no_file_names_a_machine_path() -> None:
+    machine_path = re.compile(r"(?<![\w.])/((work|farm|root)[./]|(home|Users|tmp)/\w)")
+    found = []
+    for path in listed_files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+            if machine_path.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert found == []
