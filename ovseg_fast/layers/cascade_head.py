@@ -1,0 +1,136 @@
+"""Cascade head: three independent decoders over Gaussian-aggregated stages of the image encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.gaussian_aggregation import gaussian_weights
+
+
+class UnusedParts(nn.Module):
+    """What released checkpoints hold for each decoder layer although the method never reads it; kept for the way back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("self_attn_in_proj_weight", torch.zeros(3 * channels, channels))
+        self.register_buffer("self_attn_in_proj_bias", torch.zeros(3 * channels))
+        self.register_buffer("self_attn_out_proj_weight", torch.zeros(channels, channels))
+        self.register_buffer("self_attn_out_proj_bias", torch.zeros(channels))
+        self.register_buffer("norm1_weight", torch.ones(channels))
+        self.register_buffer("norm1_bias", torch.zeros(channels))
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm cross-attention layer without self-attention (Cascade-CLIP, section 3.4).
+
+    Args:
+        channels: D of queries and memory; heads: attention heads; hidden: width of the feed-forward part; dropout: probability.
+    """
+
+    def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.linear1 = nn.Linear(channels, hidden)
+        self.linear2 = nn.Linear(hidden, channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.unused = UnusedParts(channels)
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(B, T, D) and (B, S, D) -> (B, T, D)."""
+        parts = (self.q, self.k, self.v, self.proj)
+        attended, _ = ops.mask_attention(
+            queries,
+            memory,
+            *(tensor for part in parts for tensor in (part.weight, part.bias)),
+            heads=self.heads,
+            dropout=self.dropout if self.training else 0.0,
+            return_scores=False,
+        )
+        queries = self.norm2(queries + self._drop(attended))
+        updated = self.linear2(self._drop(F.relu(self.linear1(queries))))
+        return self.norm3(queries + self._drop(updated))
+
+    def scores(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(B, T, D) and (B, S, D) -> head-averaged scores (B, T, S), before the softmax."""
+        return ops.mask_scores(
+            queries, memory, self.q.weight, self.q.bias, self.k.weight, self.k.bias, heads=self.heads
+        )
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class CascadedDecoder(nn.Module):
+    """Decoder of one stage. Only the last layer's scores are read, so its other parts are never run.
+
+    Args: as `DecoderLayer`; layers: number of layers.
+    """
+
+    def __init__(self, channels: int, layers: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(channels, heads, hidden, dropout) for _ in range(layers))
+
+    def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """(B, T, D) and (B, S, D) -> mask logits (B, T, S)."""
+        *stack, last = self.layers
+        for layer in stack:
+            queries = layer(queries, memory)
+        return last.scores(queries, memory)
+
+
+class CascadeHead(nn.Module):
+    """Neighbourhood Gaussian aggregation and cascaded decoders (Cascade-CLIP, sections 3.3 and 3.4).
+
+    Args:
+        channels: E of image and text embeddings; stages: layers gathered in each stage, the last one being the encoder's
+            last block alone; layers, heads, hidden, dropout: of each decoder.
+    """
+
+    def __init__(
+        self, channels: int, stages: Sequence[int], layers: int, heads: int, hidden: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.stage_weights = nn.ParameterList(nn.Parameter(gaussian_weights(count)) for count in stages[:-1])
+        self.query_projections = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in stages)
+        self.decoders = nn.ModuleList(
+            CascadedDecoder(channels, layers, heads, hidden, dropout) for _ in stages
+        )
+
+    def aggregate(self, features: Tensor) -> list[Tensor]:
+        """(L, B, S, E) features of all gathered layers -> the stages' maps, each (B, S, E)."""
+        sizes = [len(weights) for weights in self.stage_weights]
+        *neighbours, last = features.split([*sizes, 1])
+        maps = [
+            ops.gaussian_aggregation(part, weights)
+            for part, weights in zip(neighbours, self.stage_weights, strict=True)
+        ]
+        return [*maps, last[0]]
+
+    def forward(self, stages: Sequence[Tensor], global_embedding: Tensor, text: Tensor) -> Tensor:
+        """Sum of the stages' mask logits.
+
+        Args:
+            stages: a map a stage, (B, S, E), as `aggregate` gives them.
+            global_embedding: (B, E) unit-length image embedding.
+            text: (T, E) unit-length text embeddings.
+
+        Returns:
+            (B, T, S).
+        """
+        text = text.expand(len(global_embedding), -1, -1)
+        relation = torch.cat([global_embedding.unsqueeze(1) * text, text], -1)
+        masks = [
+            decoder(project(relation), memory)
+            for decoder, project, memory in zip(self.decoders, self.query_projections, stages, strict=True)
+        ]
+        return torch.stack(masks).sum(0)

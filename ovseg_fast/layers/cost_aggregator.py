@@ -1,0 +1,101 @@
+"""Cost aggregator: the head of CAT-Seg, from image and text embeddings to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .class_aggregation import ClassAggregation
+from .spatial_aggregation import SpatialAggregation
+from .upsampling_decoder import UpsamplingDecoder
+
+DROPPED_LOGIT = -100.0  # logit of a class that was not among the `pad_length` best of an image
+
+
+class AggregationLayer(nn.Module):
+    """Spatial, then class aggregation."""
+
+    def __init__(self, channels: int, guidance: int, heads: int, window: int, pad_length: int) -> None:
+        super().__init__()
+        self.spatial = SpatialAggregation(channels, guidance, heads, window)
+        self.classes = ClassAggregation(channels, guidance, heads, pad_length)
+
+    def forward(self, x: Tensor, appearance: Tensor, text: Tensor, pooling: int) -> Tensor:
+        """(B, T, H, W, C), (B, H, W, G), (T, G) or (B, T, G) -> (B, T, H, W, C)."""
+        return self.classes(self.spatial(x, appearance), text, pooling)
+
+
+class CostAggregator(nn.Module):
+    """Cost volume, its embedding, N aggregation layers and the upsampling decoder (CAT-Seg, sections 3.2 to 3.4).
+
+    Args:
+        embed_dim: E of image and text embeddings.
+        prompts: P, prompts a class.
+        channels: C of the cost embedding; guidance: G of projected appearance and text guidance.
+        layers, heads, window: N aggregation layers, attention heads, side of a window in tokens.
+        pad_length: the class block's fixed list length. More classes than this: the best of each image go on.
+        decoder_appearance, decoder_guidance, decoder_channels: see `UpsamplingDecoder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        prompts: int,
+        channels: int,
+        guidance: int,
+        layers: int,
+        heads: int,
+        window: int,
+        pad_length: int,
+        decoder_appearance: Sequence[int],
+        decoder_guidance: Sequence[int],
+        decoder_channels: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.pad_length = pad_length
+        self.cost_embedding = nn.Conv2d(prompts, channels, 7, padding=3)
+        self.appearance_projection = nn.Conv2d(embed_dim, guidance, 3, padding=1)
+        self.text_projection = nn.Linear(embed_dim, guidance)
+        self.layers = nn.ModuleList(
+            AggregationLayer(channels, guidance, heads, window, pad_length) for _ in range(layers)
+        )
+        self.decoder = UpsamplingDecoder(channels, decoder_appearance, decoder_guidance, decoder_channels)
+
+    def forward(self, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
+        """Logits of every class.
+
+        Args:
+            image: (B, H, W, E) dense image embeddings, not normalised.
+            text: (T, P, E) text embeddings.
+            appearance: guidance maps of the decoder, (B, 2H, 2W, G₁) and (B, 4H, 4W, G₂).
+            pooling: side of the class block's average pooling (2 in training, 1 in the published evaluation).
+
+        Returns:
+            (B, T, 4H, 4W). With T > `pad_length`, the classes whose highest cosine anywhere in the image is among the
+            `pad_length` highest are worked out, image by image; all others get the logit −100.
+        """
+        classes = text.shape[0]
+        if classes <= self.pad_length:
+            x = ops.cost_embedding(image, text, self.cost_embedding.weight, self.cost_embedding.bias)
+            return self._aggregate(x, image, text, appearance, pooling)
+        volume = ops.cost_volume(image, text)
+        kept = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
+        images = torch.arange(len(kept), device=kept.device).unsqueeze(1)
+        x = ops.embed_volume(volume[images, kept], self.cost_embedding.weight, self.cost_embedding.bias)
+        logits = self._aggregate(x, image, F.normalize(text, dim=-1)[kept], appearance, pooling)
+        full = logits.new_full((len(kept), classes, *logits.shape[-2:]), DROPPED_LOGIT)
+        return full.index_put((images, kept), logits)
+
+    def _aggregate(
+        self, x: Tensor, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int
+    ) -> Tensor:
+        guidance = F.relu(self.appearance_projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        text_guidance = F.relu(self.text_projection(F.normalize(text.mean(-2), dim=-1)))
+        for layer in self.layers:
+            x = layer(x, guidance, text_guidance, pooling)
+        return self.decoder(x, appearance)

@@ -1,0 +1,54 @@
+"""Spatial aggregation: two guided Swin blocks over each class's map."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class SpatialBlock(nn.Module):
+    """Parameters of one `ops.spatial_aggregation` block.
+
+    Args:
+        channels: C of the cost embedding; guidance: G of the appearance guidance; heads: attention heads.
+        window: side of a window; shift: its displacement.
+    """
+
+    def __init__(self, channels: int, guidance: int, heads: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.norm1 = nn.LayerNorm(channels)
+        self.q = nn.Linear(channels + guidance, channels)
+        self.k = nn.Linear(channels + guidance, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """(B, T, H, W, C) and normalised guidance (B, H, W, G) -> (B, T, H, W, C)."""
+        parts = (self.norm1, self.q, self.k, self.v, self.proj, self.norm2, self.fc1, self.fc2)
+        weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        return ops.spatial_aggregation(
+            x, guidance, *weights, heads=self.heads, window=self.window, shift=self.shift
+        )
+
+
+class SpatialAggregation(nn.Module):
+    """A plain and a shifted block that share one norm of the guidance (CAT-Seg, section 3.3)."""
+
+    def __init__(self, channels: int, guidance: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.guidance_norm = nn.LayerNorm(guidance)
+        self.blocks = nn.ModuleList(
+            SpatialBlock(channels, guidance, heads, window, shift) for shift in (0, window // 2)
+        )
+
+    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+        """(B, T, H, W, C) and guidance (B, H, W, G) -> (B, T, H, W, C)."""
+        guidance = self.guidance_norm(guidance)
+        for block in self.blocks:
+            x = block(x, guidance)
+        return x

@@ -1,0 +1,96 @@
+"""Upsampling decoder: from aggregated cost tokens to one logit a class and pixel of a four times finer map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops._tiles import tile_size
+
+
+class DecoderStage(nn.Module):
+    """Parameters of one `ops.upsampling_decoder` stage.
+
+    Args:
+        channels: C of the input; guidance: G of the projected guidance; out: D of the output. The transposed convolution gives
+            C − G channels, so that with the guidance there are C again.
+    """
+
+    def __init__(self, channels: int, guidance: int, out: int) -> None:
+        super().__init__()
+        self.groups = max(out // 16, 1)
+        self.up = nn.ConvTranspose2d(channels, channels - guidance, 2, stride=2)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(self.groups, out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(self.groups, out)
+
+    def guidance_term(self, guidance: Tensor) -> Tensor:
+        """(B, 2H, 2W, G) -> (B, 2H, 2W, D), once an image."""
+        return ops.guidance_term(guidance, self.up.bias, self.conv1.weight)
+
+    def forward(self, x: Tensor, term: Tensor) -> Tensor:
+        """(B, T, H, W, C) -> (B, T, 2H, 2W, D)."""
+        return ops.upsampling_decoder(
+            x,
+            term,
+            self.up.weight,
+            self.conv1.weight,
+            self.norm1.weight,
+            self.norm1.bias,
+            self.conv2.weight,
+            self.norm2.weight,
+            self.norm2.bias,
+            groups=self.groups,
+        )
+
+
+class UpsamplingDecoder(nn.Module):
+    """Two guided stages and a convolution to one logit (CAT-Seg, section 3.4).
+
+    Args:
+        channels: C of the aggregated cost tokens.
+        appearance: channels of the guidance maps as the encoder gives them, one a stage.
+        guidance: channels to which they are projected.
+        out: channels after each stage.
+    """
+
+    def __init__(
+        self, channels: int, appearance: Sequence[int], guidance: Sequence[int], out: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.guidance_projections = nn.ModuleList(
+            nn.Conv2d(i, o, 3, padding=1) for i, o in zip(appearance, guidance, strict=True)
+        )
+        widths = [channels, *out]
+        self.stages = nn.ModuleList(
+            DecoderStage(i, g, o) for i, g, o in zip(widths[:-1], guidance, out, strict=True)
+        )
+        self.head = nn.Conv2d(out[-1], 1, 3, padding=1)
+
+    def forward(self, x: Tensor, appearance: Sequence[Tensor]) -> Tensor:
+        """Decode every class.
+
+        Args:
+            x: (B, T, H, W, C).
+            appearance: guidance maps, (B, 2H, 2W, G₁) and (B, 4H, 4W, G₂).
+
+        Returns:
+            (B, T, 4H, 4W) logits.
+        """
+        terms = []
+        for stage, project, maps in zip(self.stages, self.guidance_projections, appearance, strict=True):
+            projected = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+            terms.append(stage.guidance_term(projected))
+        batch, classes, height, width, _ = x.shape
+        logits = []
+        for tile in x.split(tile_size(classes, batch * height * width, x.device), 1):
+            for stage, term in zip(self.stages, terms, strict=True):
+                tile = stage(tile, term)
+            maps = self.head(tile.flatten(0, 1).permute(0, 3, 1, 2))
+            logits.append(maps.squeeze(1).unflatten(0, (batch, -1)))
+        return torch.cat(logits, 1)

@@ -1,0 +1,288 @@
+"""CLIP as both methods use it: open_clip's vision transformers and text encoders, run block by block.
+
+open_clip builds the modules, names them and brings published weights; this adapter takes them over with q, k and v as separate
+parameters (fine-tuning treats them apart, and a value-only block needs only v) and runs them itself: outputs of chosen blocks,
+dense features, visual prompts, position embeddings for any grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._torchvision import ensure_importable
+
+TEXT_BATCH = 256  # prompts encoded at a time
+
+
+class SplitAttention(nn.Module):
+    """Multi-head self-attention with q, k and v projections as parameters of their own and one joint bias."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        q, k, v = attention.in_proj_weight.detach().chunk(3)
+        self.q_proj_weight = nn.Parameter(q.clone())
+        self.k_proj_weight = nn.Parameter(k.clone())
+        self.v_proj_weight = nn.Parameter(v.clone())
+        self.in_proj_bias = attention.in_proj_bias
+        self.out_proj = attention.out_proj
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for weight, bias in zip(weights, self.in_proj_bias.chunk(3), strict=True)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+
+    def value_only(self, x: Tensor) -> Tensor:
+        """Value and output projection of each token, as if it attended to itself alone."""
+        return self.out_proj(F.linear(x, self.v_proj_weight, self.in_proj_bias.chunk(3)[2]))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, around open_clip's sub-modules."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.ln_1 = block.ln_1
+        self.attn = SplitAttention(cast(nn.MultiheadAttention, block.attn))
+        self.ls_1 = block.ls_1
+        self.ln_2 = block.ln_2
+        self.mlp = block.mlp
+        self.ls_2 = block.ls_2
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.ls_1(self.attn(self.ln_1(x), causal))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def dense(self, x: Tensor) -> Tensor:
+        """CAT-Seg's last block: no attention, and the residual is the class token's, at every position."""
+        x = x[:, :1] + self.ls_1(self.attn.value_only(self.ln_1(x)))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+class Blocks(nn.Module):
+    """The stack of blocks, under open_clip's name `resblocks`."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(block) for block in transformer.resblocks)
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's vision transformer.
+
+    Attributes: `patch` side of a patch in pixels; `grid` (rows, columns) of the stored position embeddings; `width` D;
+    `embed_dim` E; `layers` number of blocks.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = visual.conv1
+        self.class_embedding = visual.class_embedding
+        self.positional_embedding = visual.positional_embedding
+        self.ln_pre = visual.ln_pre
+        self.transformer = Blocks(visual.transformer)
+        self.ln_post = visual.ln_post
+        self.proj = visual.proj
+        self.patch = int(visual.patch_size[0])
+        self.grid = tuple(visual.grid_size)
+
+    @property
+    def width(self) -> int:
+        return self.proj.shape[0]
+
+    @property
+    def embed_dim(self) -> int:
+        return self.proj.shape[1]
+
+    @property
+    def layers(self) -> int:
+        return len(self.transformer.resblocks)
+
+    def set_grid(self, rows: int, columns: int, mode: str) -> None:
+        """Store the position embeddings at another grid, resized once, as a method that trains at another size does."""
+        resized = resize_positions(self.positional_embedding.detach(), self.grid, (rows, columns), mode)
+        self.positional_embedding = nn.Parameter(resized)
+        self.grid = (rows, columns)
+
+    def embed(self, pixels: Tensor, mode: str, class_again: bool = False) -> tuple[Tensor, tuple[int, int]]:
+        """Patches and class token with their positions, before the first block.
+
+        Args:
+            pixels: (B, 3, h, w) normalised image.
+            mode: how position embeddings are resized where the grid differs, `"bicubic"` or `"bilinear"`.
+            class_again: add the class embedding to the class token a second time (Cascade-CLIP).
+
+        Returns:
+            (B, 1 + S, D) tokens, class token first, and the grid (rows, columns) with S = rows · columns.
+        """
+        patches = self.conv1(pixels)
+        grid = (patches.shape[-2], patches.shape[-1])
+        positions = resize_positions(self.positional_embedding, self.grid, grid, mode)
+        first = self.class_embedding + positions[:1]
+        if class_again:
+            first = first + self.class_embedding
+        tokens = patches.flatten(2).transpose(1, 2) + positions[1:]
+        tokens = torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
+        return self.ln_pre(tokens), grid
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., E): last norm and projection."""
+        return self.ln_post(tokens) @ self.proj
+
+    def dense_features(
+        self, pixels: Tensor, blocks: Collection[int], mode: str = "bicubic"
+    ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+        """Dense image-text features by a value-only last block, and the outputs of some blocks (CAT-Seg, section 3.1).
+
+        Args:
+            pixels: (B, 3, h, w) normalised image.
+            blocks: zero-based indices of blocks whose outputs are wanted, ascending.
+
+        Returns:
+            dense (B, 1 + S, E), not normalised to unit length, class token first; block outputs, each (B, 1 + S, D); the grid.
+        """
+        tokens, grid = self.embed(pixels, mode)
+        outputs = []
+        *stack, last = self.transformer.resblocks
+        for index, block in enumerate(stack):
+            tokens = block(tokens)
+            if index in blocks:
+                outputs.append(tokens)
+        return self.project(cast(Block, last).dense(tokens)), outputs, grid
+
+
+class TextEncoder(nn.Module):
+    """CLIP's causal text encoder. Attributes: `context` positions, `embed_dim` E."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = Blocks(text.transformer)
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+
+    @property
+    def context(self) -> int:
+        return self.positional_embedding.shape[0]
+
+    @property
+    def embed_dim(self) -> int:
+        return self.text_projection.shape[1]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed prompts; the end token is the one with the largest id.
+
+        Exact rewrite: the encoder is causal and only the end token is read, so what follows the last end token is cut away.
+
+        Args:
+            tokens: (..., 77) int64 token ids.
+
+        Returns:
+            (..., E), not normalised.
+
+        Raises:
+            TypeError, ValueError: `tokens` is not integer, or longer than the encoder's context.
+        """
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be integer token ids, got {tokens.dtype}.")
+        if tokens.shape[-1] > self.context or tokens.dim() < 1:
+            raise ValueError(f"tokens must have at most {self.context} positions, got shape {tuple(tokens.shape)}.")
+        rows = tokens.flatten(0, -2) if tokens.dim() > 1 else tokens.unsqueeze(0)
+        embedded = torch.cat([self._encode(part) for part in rows.split(TEXT_BATCH)])
+        return embedded.view(*tokens.shape[:-1], -1)
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        end = tokens.argmax(-1)
+        if not torch.compiler.is_compiling():  # the length depends on the data, which would break a graph
+            tokens = tokens[:, : int(end.max()) + 1]
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x, causal=True)
+        return self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
+
+
+class CLIP(nn.Module):
+    """Image and text encoder in one embedding space.
+
+    Args:
+        config: a name of open_clip's (`"ViT-B-16-quickgelu"`), or a dict as open_clip's model configurations have it
+            (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`).
+        pretrained: weights by open_clip's own tag (`"openai"`, downloaded) or a checkpoint file; None for random ones.
+
+    Raises:
+        ValueError: open_clip knows no such name, or the model is no plain CLIP vision transformer with a causal text encoder.
+    """
+
+    def __init__(self, config: str | Mapping[str, Any], pretrained: str | Path | None = None) -> None:
+        super().__init__()
+        model = _open_clip_model(config, pretrained)
+        text = getattr(model, "text", model)
+        _check_supported(model.visual, text)
+        self.visual = ImageEncoder(model.visual)
+        self.text = TextEncoder(text)
+        self.logit_scale = model.logit_scale
+
+
+def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ...], mode: str) -> Tensor:
+    """(1 + old, D) position embeddings to (1 + new, D): the class position stays, the grid is resized (corners not aligned)."""
+    if tuple(old) == tuple(new):
+        return positions
+    grid = positions[1:].unflatten(0, tuple(old)).permute(2, 0, 1).unsqueeze(0)
+    grid = F.interpolate(grid, tuple(new), mode=mode, align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).t()])
+
+
+def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | None) -> Any:
+    ensure_importable()
+    import open_clip
+
+    if isinstance(config, str):
+        known = open_clip.get_model_config(config)
+        if known is None:
+            raise ValueError(f"config must be a model name that open_clip knows or a configuration dict, got {config!r}.")
+        if pretrained is not None:
+            return open_clip.create_model(config, pretrained=str(pretrained))
+        config = known
+    config = dict(config)
+    build: Callable[..., nn.Module] = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    model = build(**config)
+    if pretrained is not None:
+        open_clip.load_checkpoint(model, str(pretrained))
+    return model
+
+
+def _check_supported(visual: nn.Module, text: nn.Module) -> None:
+    """Refuse towers that this adapter would run wrongly."""
+    ensure_importable()
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    problem = None
+    if not isinstance(visual, VisionTransformer):
+        problem = f"its image encoder is a {type(visual).__name__}, not a vision transformer"
+    elif visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
+        problem = "its image encoder does not pool by the class token"
+    elif visual.patch_size[0] != visual.patch_size[1]:
+        problem = "its patches are not square"
+    elif getattr(text, "attn_mask", None) is None or not isinstance(text.text_projection, nn.Parameter):
+        problem = "its text encoder is not causal with a plain projection"
+    elif getattr(text, "text_pool_type", getattr(text, "pool_type", None)) != "argmax":
+        problem = "its text encoder does not read the end token"
+    else:
+        blocks = [*visual.transformer.resblocks, *cast(Any, text.transformer).resblocks]
+        if not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
+            problem = "its transformer blocks are not the plain pre-norm kind"
+    if problem:
+        raise ValueError(f"config must name a plain CLIP vision transformer; this model does not fit: {problem}.")

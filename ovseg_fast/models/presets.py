@@ -1,0 +1,126 @@
+"""The published models by name, and small ones of the same make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .cascade_clip import CascadeCLIP, CascadeCLIPConfig
+from .catseg import CATSeg, CATSegConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model by name.
+
+    Attributes:
+        name: what `ovseg_fast.load` takes. config: what the model is built from.
+        weights_file: its file on the hub, or None where its authors publish none there.
+        note: one line for `ovseg-fast info`.
+    """
+
+    name: str
+    config: CATSegConfig | CascadeCLIPConfig
+    weights_file: str | None
+    note: str
+
+    @property
+    def method(self) -> str:
+        """`"cat-seg"` or `"cascade-clip"`."""
+        return "cat-seg" if isinstance(self.config, CATSegConfig) else "cascade-clip"
+
+
+def _tiny_clip(image_size: int, patch: int, layers: int) -> dict[str, Any]:
+    return {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": image_size,
+            "patch_size": patch,
+            "width": 48,
+            "layers": layers,
+            "head_width": 16,
+        },
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+
+
+_ALL = (
+    Preset("catseg-vitb", CATSegConfig(), "model_base.pth", "CAT-Seg, CLIP ViT-B/16 at 384"),
+    Preset(
+        "catseg-vitl",
+        CATSegConfig(clip="ViT-L-14-336-quickgelu", image_size=336, guidance_blocks=(7, 15)),
+        "model_large.pth",
+        "CAT-Seg, CLIP ViT-L/14 at 336",
+    ),
+    Preset("cascade-clip-vitb", CascadeCLIPConfig(), None, "Cascade-CLIP, CLIP ViT-B/16, COCO-Stuff (50 prompts)"),
+    Preset(
+        "cascade-clip-vitb-context",
+        CascadeCLIPConfig(prompts=35, training_classes="pascal-context"),
+        None,
+        "Cascade-CLIP, CLIP ViT-B/16, PASCAL Context (35 prompts)",
+    ),
+    Preset(
+        "cascade-clip-vitb-voc",
+        CascadeCLIPConfig(prompts=10, training_classes="pascal-voc"),
+        None,
+        "Cascade-CLIP, CLIP ViT-B/16, PASCAL VOC (10 prompts)",
+    ),
+    Preset(
+        "catseg-tiny",
+        CATSegConfig(
+            clip=_tiny_clip(96, 8, 4),
+            image_size=96,
+            guidance_blocks=(0, 2),
+            channels=32,
+            guidance=32,
+            heads=2,
+            window=6,
+            pad_length=16,
+            decoder_appearance=(32, 16),
+            decoder_guidance=(16, 8),
+            decoder_channels=(32, 16),
+            slide_canvas=160,
+            slide_window=96,
+        ),
+        None,
+        "CAT-Seg, small, untrained",
+    ),
+    Preset(
+        "cascade-clip-tiny",
+        CascadeCLIPConfig(
+            clip=_tiny_clip(64, 8, 6), image_size=96, prompts=4, stages=((1, 2), (3, 4)), heads=4, hidden=64, stride=80
+        ),
+        None,
+        "Cascade-CLIP, small, untrained",
+    ),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError that lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}.")
+    return PRESETS[name]
+
+
+def build(name: str, *, clip_pretrained: str | Path | None = None) -> CATSeg | CascadeCLIP:
+    """A model with random weights.
+
+    Args:
+        name: a preset, such as `"catseg-vitb"`.
+        clip_pretrained: start CLIP from open_clip's weights of that tag (`"openai"`, downloaded) or from a file.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    preset = get_preset(name)
+    model: CATSeg | CascadeCLIP
+    if isinstance(preset.config, CATSegConfig):
+        model = CATSeg(preset.config, clip_pretrained)
+    else:
+        model = CascadeCLIP(preset.config, clip_pretrained)
+    model.preset = name
+    return model

@@ -1,0 +1,34 @@
+"""The operators: one file each, holding the formula and its PyTorch form.
+
+Every operator is a plain differentiable function of tensors. The PyTorch form runs everywhere, defines the truth, and
+already uses the exact rewrites that make it cheap (terms that all classes share are computed once, padding classes enter
+as constants, work proceeds through the classes in tiles that stay in the cache). Kernels replace it behind the same name.
+
+Tensors are channels-last tokens: B images, T classes, P prompts a class, H × W patches, S = H·W, C channels.
+"""
+
+from .class_aggregation import class_aggregation
+from .cost_embedding import cost_embedding, embed_volume
+from .cost_volume import cost_volume
+from .gaussian_aggregation import gaussian_aggregation
+from .label_map import label_map, score_map
+from .layer_gather import layer_gather
+from .mask_attention import mask_attention, mask_scores
+from .spatial_aggregation import spatial_aggregation
+from .upsampling_decoder import guidance_term, upsampling_decoder
+
+__all__ = [
+    "class_aggregation",
+    "cost_embedding",
+    "cost_volume",
+    "embed_volume",
+    "gaussian_aggregation",
+    "guidance_term",
+    "label_map",
+    "layer_gather",
+    "mask_attention",
+    "mask_scores",
+    "score_map",
+    "spatial_aggregation",
+    "upsampling_decoder",
+]

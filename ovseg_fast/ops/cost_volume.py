@@ -1,0 +1,43 @@
+"""Cost volume: cosine similarity between every patch and every prompt of every class.
+
+    cost[b, t, y, x, p] = <image[b, y, x], text[b, t, p]> / (‖image[b, y, x]‖ · ‖text[b, t, p]‖)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import check_positive, check_tensors
+
+
+def cost_volume(image: Tensor, text: Tensor) -> Tensor:
+    """Cosine cost volume between dense image embeddings and text embeddings (CAT-Seg, section 3.2, equation 1).
+
+    Args:
+        image: (B, H, W, E) dense image embeddings, any length.
+        text: (T, P, E) text embeddings that all images share, or (B, T, P, E) one set an image; any length.
+
+    Returns:
+        (B, T, H, W, P) cosines in -1..1. A vector of length zero gives 0.
+
+    Raises:
+        TypeError, ValueError: dtype, device, rank, widths or batch sizes do not fit, or there is no class, prompt or patch.
+    """
+    batch, height, width = check_cost_inputs("cost_volume", image, text)
+    patches = F.normalize(image, dim=-1).flatten(1, 2)
+    prompts = F.normalize(text, dim=-1)
+    classes, count = prompts.shape[-3:-1]
+    volume = torch.matmul(prompts.flatten(-3, -2), patches.transpose(1, 2))
+    return volume.view(batch, classes, count, height, width).permute(0, 1, 3, 4, 2)
+
+
+def check_cost_inputs(operator: str, image: Tensor, text: Tensor) -> tuple[int, int, int]:
+    """Check `image` and `text` as `cost_volume` takes them; returns (B, H, W)."""
+    shared = isinstance(text, Tensor) and text.dim() == 3
+    check_tensors(operator, image=(image, "B H W E"), text=(text, "T P E" if shared else "B T P E"))
+    batch, height, width, channels = image.shape
+    classes, prompts = text.shape[-3:-1]
+    check_positive(operator, H=height, W=width, E=channels, T=classes, P=prompts)
+    return batch, height, width

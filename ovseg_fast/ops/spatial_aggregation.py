@@ -1,0 +1,168 @@
+"""Spatial aggregation: one guided shifted-window transformer block over each class's map.
+
+    n = LN₁(x);   q = W_q [n ; g] + b_q,   k = W_k [n ; g] + b_k,   v = W_v n + b_v
+    x ← x + W_o · window-attention(q, k, v) + b_o
+    x ← x + W₂ · GELU(W₁ LN₂(x) + b₁) + b₂
+
+Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its share is computed once an image and added.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import check_heads, check_positive, check_tensors
+from ._tiles import map_tiles, tile_size
+
+REGION_MASK = -100.0  # what the published code adds to scores between regions that only the shift made neighbours
+
+
+def spatial_aggregation(
+    x: Tensor,
+    guidance: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    heads: int = 4,
+    window: int = 12,
+    shift: int = 0,
+) -> Tensor:
+    """One Swin block on every class's map, guided by appearance (CAT-Seg, section 3.3, equation 2).
+
+    Args:
+        x: (B, T, H, W, C) cost embedding.
+        guidance: (B, H, W, G) appearance guidance, normalised already, shared by the T classes.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,).
+        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight, proj_weight: (C, C);
+            their biases (C,).
+        fc1_weight: (M, C); fc1_bias: (M,); fc2_weight: (C, M); fc2_bias: (C,).
+        heads: attention heads; divides C.
+        window: side of a square window in tokens. A map whose smaller side is no larger becomes one window without shift,
+            of that side.
+        shift: how far windows are displaced up and left, cyclically; 0 or half a window as published.
+
+    Returns:
+        (B, T, H, W, C). Where H or W is not a multiple of the window, the windows at the bottom and right border end with
+        the map: what lies beyond takes no part.
+
+    Raises:
+        TypeError, ValueError: a tensor, `heads`, `window` or `shift` does not fit.
+    """
+    check_tensors(
+        "spatial_aggregation",
+        x=(x, "B T H W C"),
+        guidance=(guidance, "B H W G"),
+        norm1_weight=(norm1_weight, "C"),
+        norm1_bias=(norm1_bias, "C"),
+        q_weight=(q_weight, "C C+G"),
+        q_bias=(q_bias, "C"),
+        k_weight=(k_weight, "C C+G"),
+        k_bias=(k_bias, "C"),
+        v_weight=(v_weight, "C C"),
+        v_bias=(v_bias, "C"),
+        proj_weight=(proj_weight, "C C"),
+        proj_bias=(proj_bias, "C"),
+        norm2_weight=(norm2_weight, "C"),
+        norm2_bias=(norm2_bias, "C"),
+        fc1_weight=(fc1_weight, "M C"),
+        fc1_bias=(fc1_bias, "M"),
+        fc2_weight=(fc2_weight, "C M"),
+        fc2_bias=(fc2_bias, "C"),
+    )
+    batch, classes, height, width, channels = x.shape
+    check_positive("spatial_aggregation", T=classes, H=height, W=width)
+    check_heads("spatial_aggregation", heads, channels)
+    if q_weight.shape[1] != channels + guidance.shape[-1]:
+        raise ValueError(
+            f"spatial_aggregation: q_weight must have C + G = {channels + guidance.shape[-1]} columns, "
+            f"got {q_weight.shape[1]}."
+        )
+    if window < 1 or not 0 <= shift < window:
+        raise ValueError(
+            f"spatial_aggregation: window must be positive and shift in 0..window-1, got window = {window}, shift = {shift}."
+        )
+    if min(height, width) <= window:
+        window, shift = min(height, width), 0
+    order, inverse, mask = window_layout(height, width, window, shift, x.device, x.dtype)
+    windows = order.numel() // window**2
+    if mask is not None:
+        mask = mask.repeat_interleave(heads, 0).unsqueeze(0)
+
+    guidance = guidance.flatten(1, 2)
+    q_guidance = F.linear(guidance, q_weight[:, channels:], q_bias).index_select(1, order).unsqueeze(1)
+    k_guidance = F.linear(guidance, k_weight[:, channels:], k_bias).index_select(1, order).unsqueeze(1)
+
+    def split(tokens: Tensor) -> Tensor:
+        """(B, t, window², windows, C) -> (B·t, windows·heads, window², C / heads), without a copy."""
+        return tokens.view(-1, window**2, windows * heads, channels // heads).transpose(1, 2)
+
+    def block(tile: Tensor) -> Tensor:
+        tokens = tile.flatten(2, 3)
+        normed = F.layer_norm(tokens.index_select(2, order), (channels,), norm1_weight, norm1_bias)
+        q = split(F.linear(normed, q_weight[:, :channels]) + q_guidance)
+        k = split(F.linear(normed, k_weight[:, :channels]) + k_guidance)
+        v = split(F.linear(normed, v_weight, v_bias))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = attended.transpose(1, 2).reshape(normed.shape).index_select(2, inverse)
+        tokens = tokens + F.linear(attended, proj_weight, proj_bias)
+        normed = F.layer_norm(tokens, (channels,), norm2_weight, norm2_bias)
+        tokens = tokens + F.linear(F.gelu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+        return tokens.view(tile.shape)
+
+    return map_tiles(block, x, dim=1, size=tile_size(classes, batch * height * width, x.device))
+
+
+def window_layout(
+    height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where each window's tokens lie on the map, and which of them may see each other.
+
+    Returns:
+        order: (window² · windows,) the flat map position of each token, window index fastest; slots beyond the map hold 0.
+        inverse: (H · W,) the slot of each map position.
+        mask: (windows, window², window²) to be added to the scores, or None where every token of a window sees every other.
+    """
+    rows, columns = -(-height // window), -(-width // window)
+    # Slot (r, c, i, j) shows row (r·window + i + shift) of the map, cyclically in the size padded to whole windows.
+    y = torch.arange(rows * window, device=device)
+    x = torch.arange(columns * window, device=device)
+    source_y, source_x = (y + shift) % (rows * window), (x + shift) % (columns * window)
+    inside = (source_y < height)[:, None] & (source_x < width)[None, :]
+    position = torch.where(inside, source_y[:, None] * width + source_x[None, :], -1)
+
+    def by_window(grid: Tensor) -> Tensor:
+        return grid.view(rows, window, columns, window).permute(1, 3, 0, 2).reshape(window**2, rows * columns)
+
+    slots = by_window(position).flatten()
+    filled = (slots >= 0).nonzero().squeeze(1)
+    inverse = torch.empty(height * width, dtype=torch.long, device=device)
+    inverse[slots[filled]] = filled
+    order = slots.clamp(min=0)
+
+    padded = (rows * window, columns * window) != (height, width)
+    if not shift and not padded:
+        return order, inverse, None
+    # After the shift, the last window of an axis joins the map's end and its beginning; the published mask cuts them apart.
+    wrapped = (y >= rows * window - shift).long()[:, None] * 2 + (x >= columns * window - shift).long()[None, :]
+    region = by_window(wrapped).t()
+    mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, REGION_MASK).to(dtype)
+    if padded:
+        outside = by_window((~inside).long()).t().bool()
+        mask = mask.masked_fill(outside[:, None, :], float("-inf"))
+    return order, inverse, mask

@@ -1,0 +1,110 @@
+"""Upsampling decoder: one stage that doubles the resolution of every class's map under appearance guidance.
+
+    y = [up(x) ; g]                                        up: transposed convolution 2 × 2, stride 2
+    y = ReLU(GN(W₁ ∗ y)),   out = ReLU(GN(W₂ ∗ y))         W₁, W₂: 3 × 3 without bias, padding 1
+
+Exact rewrites:
+  * W₁ ∗ [up(x) ; g] = W₁ₓ ∗ up(x) + W₁g ∗ g, and g is the same for all classes: its share is computed once an image.
+  * up and W₁ₓ follow each other without a non-linearity, so both together are one transposed convolution 4 × 4 with stride 2
+    and padding 1, which halves the arithmetic of the two. up's bias does not reach beyond the border while W₁ₓ's window does,
+    so its share is a map, not a constant; it joins the guidance's share.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import check_positive, check_tensors
+
+
+def guidance_term(guidance: Tensor, up_bias: Tensor, conv1_weight: Tensor) -> Tensor:
+    """What guidance and the bias of `up` add to the first convolution: the same for all classes.
+
+    Args:
+        guidance: (B, 2H, 2W, G) projected appearance guidance at the stage's output resolution.
+        up_bias: (U,) bias of the transposed convolution.
+        conv1_weight: (D, U + G, 3, 3).
+
+    Returns:
+        (B, 2H, 2W, D).
+
+    Raises:
+        TypeError, ValueError: dtype, device, rank or widths do not fit.
+    """
+    check_tensors(
+        "guidance_term",
+        guidance=(guidance, "B 2H 2W G"),
+        up_bias=(up_bias, "U"),
+        conv1_weight=(conv1_weight, "D U+G 3 3"),
+    )
+    if conv1_weight.shape[1] != up_bias.shape[0] + guidance.shape[-1]:
+        raise ValueError(
+            f"guidance_term: conv1_weight must have U + G = {up_bias.shape[0] + guidance.shape[-1]} input channels, "
+            f"got {conv1_weight.shape[1]}."
+        )
+    constant = up_bias.expand(*guidance.shape[:-1], -1)
+    maps = torch.cat([constant, guidance], -1).permute(0, 3, 1, 2)
+    return F.conv2d(maps, conv1_weight, padding=1).permute(0, 2, 3, 1)
+
+
+def upsampling_decoder(
+    x: Tensor,
+    term: Tensor,
+    up_weight: Tensor,
+    conv1_weight: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    conv2_weight: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    *,
+    groups: int,
+) -> Tensor:
+    """One stage of the upsampling decoder (CAT-Seg, section 3.4).
+
+    Args:
+        x: (B, T, H, W, C).
+        term: (B, 2H, 2W, D), `guidance_term` of the same `conv1_weight`.
+        up_weight: (C, U, 2, 2), transposed convolution.
+        conv1_weight: (D, U + G, 3, 3), of which the first U input channels are used here; conv2_weight: (D, D, 3, 3).
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (D,), group normalisations.
+        groups: groups of both normalisations; divides D (D // 16 as published).
+
+    Returns:
+        (B, T, 2H, 2W, D).
+
+    Raises:
+        TypeError, ValueError: a tensor or `groups` does not fit.
+    """
+    check_tensors(
+        "upsampling_decoder",
+        x=(x, "B T H W C"),
+        term=(term, "B 2H 2W D"),
+        up_weight=(up_weight, "C U 2 2"),
+        conv1_weight=(conv1_weight, "D U+G 3 3"),
+        norm1_weight=(norm1_weight, "D"),
+        norm1_bias=(norm1_bias, "D"),
+        conv2_weight=(conv2_weight, "D D 3 3"),
+        norm2_weight=(norm2_weight, "D"),
+        norm2_bias=(norm2_bias, "D"),
+    )
+    batch, classes, height, width, _ = x.shape
+    check_positive("upsampling_decoder", T=classes, H=height, W=width)
+    if term.shape[1:3] != (2 * height, 2 * width):
+        raise ValueError(
+            f"upsampling_decoder: term must be {2 * height} × {2 * width}, twice the map of x, got {tuple(term.shape[1:3])}."
+        )
+    if groups < 1 or norm1_weight.numel() % groups:
+        raise ValueError(f"upsampling_decoder: groups must divide D = {norm1_weight.numel()}, got {groups}.")
+
+    # Full correlation of the two kernels: tap j of the joint kernel sums up[a]·conv1[m] over a - m + 2 = j.
+    joint_weight = F.conv2d(up_weight, conv1_weight[:, : up_weight.shape[1]], padding=2)
+    maps = x.flatten(0, 1).permute(0, 3, 1, 2)
+    maps = F.conv_transpose2d(maps, joint_weight, stride=2, padding=1)
+    maps = (maps.unflatten(0, (batch, classes)) + term.permute(0, 3, 1, 2).unsqueeze(1)).flatten(0, 1)
+    maps = F.relu(F.group_norm(maps, groups, norm1_weight, norm1_bias))
+    maps = F.conv2d(maps, conv2_weight, padding=1)
+    maps = F.relu(F.group_norm(maps, groups, norm2_weight, norm2_bias))
+    return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
