@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -18,6 +19,7 @@ def run(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=os.environ | environment,
+        cwd=tempfile.gettempdir(),  # from the repository root, Python would import its folders
         capture_output=True,
         text=True,
         check=False,
