@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from ..ops.gaussian_aggregation import gaussian_weights
 
 
 class UnusedParts(nn.Module):
-    """What released checkpoints hold for each decoder layer although the method never reads it; kept for the way back."""
+    """What released checkpoints hold for each decoder layer although the method never reads it; kept for the way
+    back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -29,7 +31,8 @@ class DecoderLayer(nn.Module):
     """Post-norm cross-attention layer without self-attention (Cascade-CLIP, section 3.4).
 
     Args:
-        channels: D of queries and memory; heads: attention heads; hidden: width of the feed-forward part; dropout: probability.
+        channels: D of queries and memory; heads: attention heads; hidden: width of the feed-forward part; dropout:
+            probability.
     """
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:
@@ -85,15 +88,15 @@ class CascadedDecoder(nn.Module):
         *stack, last = self.layers
         for layer in stack:
             queries = layer(queries, memory)
-        return last.scores(queries, memory)
+        return cast(DecoderLayer, last).scores(queries, memory)
 
 
 class CascadeHead(nn.Module):
     """Neighbourhood Gaussian aggregation and cascaded decoders (Cascade-CLIP, sections 3.3 and 3.4).
 
     Args:
-        channels: E of image and text embeddings; stages: layers gathered in each stage, the last one being the encoder's
-            last block alone; layers, heads, hidden, dropout: of each decoder.
+        channels: E of image and text embeddings; stages: layers gathered in each stage, the last one being the
+            encoder's last block alone; layers, heads, hidden, dropout: of each decoder.
     """
 
     def __init__(
@@ -102,9 +105,7 @@ class CascadeHead(nn.Module):
         super().__init__()
         self.stage_weights = nn.ParameterList(nn.Parameter(gaussian_weights(count)) for count in stages[:-1])
         self.query_projections = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in stages)
-        self.decoders = nn.ModuleList(
-            CascadedDecoder(channels, layers, heads, hidden, dropout) for _ in stages
-        )
+        self.decoders = nn.ModuleList(CascadedDecoder(channels, layers, heads, hidden, dropout) for _ in stages)
 
     def aggregate(self, features: Tensor) -> list[Tensor]:
         """(L, B, S, E) features of all gathered layers -> the stages' maps, each (B, S, E)."""

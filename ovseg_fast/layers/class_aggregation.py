@@ -33,12 +33,11 @@ class ClassAggregation(nn.Module):
         """(B, T, H, W, C) and text guidance (T, G) or (B, T, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.norm2, self.fc1, self.fc2)
         weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        weights += [self.padding_token, self.padding_guidance]
         return ops.class_aggregation(
             x,
             guidance,
             *weights,
-            self.padding_token,
-            self.padding_guidance,
             heads=self.heads,
             pooling=pooling,
             pad_length=self.pad_length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,19 +82,20 @@ class CostAggregator(nn.Module):
         """
         classes = text.shape[0]
         if classes <= self.pad_length:
-            x = ops.cost_embedding(image, text, self.cost_embedding.weight, self.cost_embedding.bias)
+            x = ops.cost_embedding(image, text, *self._cost_weights())
             return self._aggregate(x, image, text, appearance, pooling)
         volume = ops.cost_volume(image, text)
         kept = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
         images = torch.arange(len(kept), device=kept.device).unsqueeze(1)
-        x = ops.embed_volume(volume[images, kept], self.cost_embedding.weight, self.cost_embedding.bias)
+        x = ops.embed_volume(volume[images, kept], *self._cost_weights())
         logits = self._aggregate(x, image, F.normalize(text, dim=-1)[kept], appearance, pooling)
         full = logits.new_full((len(kept), classes, *logits.shape[-2:]), DROPPED_LOGIT)
         return full.index_put((images, kept), logits)
 
-    def _aggregate(
-        self, x: Tensor, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int
-    ) -> Tensor:
+    def _cost_weights(self) -> tuple[Tensor, Tensor]:
+        return self.cost_embedding.weight, cast(Tensor, self.cost_embedding.bias)
+
+    def _aggregate(self, x: Tensor, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
         guidance = F.relu(self.appearance_projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         text_guidance = F.relu(self.text_projection(F.normalize(text.mean(-2), dim=-1)))
         for layer in self.layers:

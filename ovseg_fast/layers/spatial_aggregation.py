@@ -31,9 +31,7 @@ class SpatialBlock(nn.Module):
         """(B, T, H, W, C) and normalised guidance (B, H, W, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.proj, self.norm2, self.fc1, self.fc2)
         weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        return ops.spatial_aggregation(
-            x, guidance, *weights, heads=self.heads, window=self.window, shift=self.shift
-        )
+        return ops.spatial_aggregation(x, guidance, *weights, heads=self.heads, window=self.window, shift=self.shift)
 
 
 class SpatialAggregation(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ class DecoderStage(nn.Module):
     """Parameters of one `ops.upsampling_decoder` stage.
 
     Args:
-        channels: C of the input; guidance: G of the projected guidance; out: D of the output. The transposed convolution gives
-            C − G channels, so that with the guidance there are C again.
+        channels: C of the input; guidance: G of the projected guidance; out: D of the output. The transposed
+            convolution gives C − G channels, so that with the guidance there are C again.
     """
 
     def __init__(self, channels: int, guidance: int, out: int) -> None:
@@ -31,7 +32,7 @@ class DecoderStage(nn.Module):
 
     def guidance_term(self, guidance: Tensor) -> Tensor:
         """(B, 2H, 2W, G) -> (B, 2H, 2W, D), once an image."""
-        return ops.guidance_term(guidance, self.up.bias, self.conv1.weight)
+        return ops.guidance_term(guidance, cast(Tensor, self.up.bias), self.conv1.weight)
 
     def forward(self, x: Tensor, term: Tensor) -> Tensor:
         """(B, T, H, W, C) -> (B, T, 2H, 2W, D)."""
@@ -59,17 +60,13 @@ class UpsamplingDecoder(nn.Module):
         out: channels after each stage.
     """
 
-    def __init__(
-        self, channels: int, appearance: Sequence[int], guidance: Sequence[int], out: Sequence[int]
-    ) -> None:
+    def __init__(self, channels: int, appearance: Sequence[int], guidance: Sequence[int], out: Sequence[int]) -> None:
         super().__init__()
         self.guidance_projections = nn.ModuleList(
             nn.Conv2d(i, o, 3, padding=1) for i, o in zip(appearance, guidance, strict=True)
         )
         widths = [channels, *out]
-        self.stages = nn.ModuleList(
-            DecoderStage(i, g, o) for i, g, o in zip(widths[:-1], guidance, out, strict=True)
-        )
+        self.stages = nn.ModuleList(DecoderStage(i, g, o) for i, g, o in zip(widths[:-1], guidance, out, strict=True))
         self.head = nn.Conv2d(out[-1], 1, 3, padding=1)
 
     def forward(self, x: Tensor, appearance: Sequence[Tensor]) -> Tensor:
@@ -82,14 +79,15 @@ class UpsamplingDecoder(nn.Module):
         Returns:
             (B, T, 4H, 4W) logits.
         """
+        stages = [cast(DecoderStage, stage) for stage in self.stages]
         terms = []
-        for stage, project, maps in zip(self.stages, self.guidance_projections, appearance, strict=True):
+        for stage, project, maps in zip(stages, self.guidance_projections, appearance, strict=True):
             projected = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
             terms.append(stage.guidance_term(projected))
         batch, classes, height, width, _ = x.shape
         logits = []
         for tile in x.split(tile_size(classes, batch * height * width, x.device), 1):
-            for stage, term in zip(self.stages, terms, strict=True):
+            for stage, term in zip(stages, terms, strict=True):
                 tile = stage(tile, term)
             maps = self.head(tile.flatten(0, 1).permute(0, 3, 1, 2))
             logits.append(maps.squeeze(1).unflatten(0, (batch, -1)))

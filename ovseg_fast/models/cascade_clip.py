@@ -18,6 +18,7 @@ from .windows import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's statistics of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
+MAX_ASPECT = 32  # beyond this, sliding windows over one picture run into the hundreds
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class CascadeCLIPConfig:
 
 
 class ImageFeatures(NamedTuple):
-    """What the head needs of B images: `stages` maps (B, S, E), `global_embedding` (B, E), and the `grid` with S patches."""
+    """What the head needs of B images: `stages` maps (B, S, E), `global_embedding` (B, E), and the `grid` with S
+    patches."""
 
     stages: tuple[Tensor, ...]
     global_embedding: Tensor
@@ -61,13 +63,12 @@ class PromptedImageEncoder(nn.Module):
 
     Args:
         clip: the encoder; its position embeddings are resized to `grid` once, bilinearly.
-        prompts: prompt tokens of each block; gathered: zero-based blocks, besides the last one, whose outputs are gathered.
+        prompts: prompt tokens of each block; gathered: zero-based blocks, besides the last one, whose outputs are
+            gathered.
         dropout: probability with which projected prompts are dropped in training.
     """
 
-    def __init__(
-        self, clip: ImageEncoder, grid: int, prompts: int, gathered: tuple[int, ...], dropout: float
-    ) -> None:
+    def __init__(self, clip: ImageEncoder, grid: int, prompts: int, gathered: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         width, embed_dim = clip.width, clip.embed_dim
         clip.set_grid(grid, grid, "bilinear")
@@ -92,15 +93,17 @@ class PromptedImageEncoder(nn.Module):
             pixels: (B, 3, h, w) normalised image; h and w are multiples of the patch.
 
         Returns:
-            features (L, B, S, E) of the gathered blocks and, last, of the last one, unit length over E; the global embedding
-            (B, E), unit length; the grid (rows, columns) with S = rows · columns.
+            features (L, B, S, E) of the gathered blocks and, last, of the last one, unit length over E; the global
+            embedding (B, E), unit length; the grid (rows, columns) with S = rows · columns.
         """
         tokens, grid = self.clip.embed(pixels, "bilinear", class_again=True)
         outputs = []
         for index, block in enumerate(self.clip.transformer.resblocks):
             prompts = self.deep_prompt_embeddings[index - 1] if index else self.prompt_embeddings
             prompts = self.prompt_dropout(self.prompt_proj(prompts)).expand(len(tokens), -1, -1)
-            first = 1 if index == 0 else 1 + len(self.prompt_embeddings)  # each block replaces the prompts of the one before
+            first = (
+                1 if index == 0 else 1 + len(self.prompt_embeddings)
+            )  # each block replaces the prompts of the one before
             tokens = block(torch.cat([tokens[:, :1], prompts, tokens[:, first:]], 1))
             if index in self.gathered:
                 outputs.append(tokens)
@@ -127,10 +130,10 @@ class CascadeCLIP(nn.Module):
     """
 
     preset: str | None = None
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
-    def __init__(
-        self, config: CascadeCLIPConfig | None = None, clip_pretrained: str | Path | None = None
-    ) -> None:
+    def __init__(self, config: CascadeCLIPConfig | None = None, clip_pretrained: str | Path | None = None) -> None:
         super().__init__()
         self.config = config = config or CascadeCLIPConfig()
         clip = CLIP(config.clip, clip_pretrained)
@@ -164,7 +167,7 @@ class CascadeCLIP(nn.Module):
         patch = self.image_encoder.clip.patch
         if pixels.shape[-2] % patch or pixels.shape[-1] % patch:
             raise ValueError(
-                f"images must have sides that are multiples of the patch, {patch} pixels, got {tuple(pixels.shape[-2:])}."
+                f"images must have sides that are multiples of the {patch}-pixel patch, got {tuple(pixels.shape[-2:])}."
             )
         normalised = (pixels - self.pixel_mean) / self.pixel_std
         features, global_embedding, grid = self.image_encoder(normalised)
@@ -190,7 +193,8 @@ class CascadeCLIP(nn.Module):
         """Mask logits at the image's size.
 
         Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch (512 × 512 as published).
+            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch (512 × 512 as
+                published).
             text: (T, E) unit-length embeddings.
 
         Returns:
@@ -201,17 +205,28 @@ class CascadeCLIP(nn.Module):
         """
         return resize(self.decode(self.encode_image(images), text), *images.shape[-2:])
 
+    def scores(self, score_map: Tensor) -> Tensor:
+        """Scores (T, H, W) in 0..1 from `ops.score_map`: softmax over the classes, as published."""
+        return score_map.softmax(0)
+
     def windows(self, image: Tensor, mode: str) -> Windows:
         """Cut one image (3, H, W) in 0..255.
 
-        `"slide"`: as published, shorter side resized to 512, windows of 512 at stride 426. `"whole"`: resized to 512 × 512
-        without keeping the aspect ratio, one window.
+        `"slide"`: as published, shorter side resized to 512, windows of 512 at stride 426. `"whole"`: resized to 512 ×
+        512 without keeping the aspect ratio, one window.
+
+        Raises:
+            ValueError: for `"slide"`, one side of the image is more than 32 times the other.
         """
         side = self.config.image_size
         height, width = image.shape[-2:]
         if mode == "whole":
             canvas = (side, side)
         else:
+            if max(height, width) > MAX_ASPECT * min(height, width):
+                raise ValueError(
+                    f"image is {width} × {height} pixels, 'slide' takes at most {MAX_ASPECT}:1; cut it or use 'whole'."
+                )
             scale = side / min(height, width)
             canvas = (max(side, int(height * scale + 0.5)), max(side, int(width * scale + 0.5)))
         resized = resize(image.unsqueeze(0), *canvas)

@@ -71,6 +71,8 @@ class CATSeg(nn.Module):
     """
 
     preset: str | None = None
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: CATSegConfig | None = None, clip_pretrained: str | Path | None = None) -> None:
         super().__init__()
@@ -164,7 +166,8 @@ class CATSeg(nn.Module):
         Args:
             images: (B, 3, h, w) uint8, or float in 0..1, RGB, any size.
             text: (T, P, E) unit-length embeddings.
-            class_pooling: side of the class block's pooling; by default the configuration's (2 as published in training).
+            class_pooling: side of the class block's pooling; by default the configuration's (2 as published in
+                training).
 
         Returns:
             (B, T, 96, 96) at the published sizes, whatever the image's.
@@ -174,19 +177,25 @@ class CATSeg(nn.Module):
         """
         return self.decode(self.encode_image(images), text, class_pooling)
 
+    def scores(self, score_map: Tensor) -> Tensor:
+        """Scores (T, H, W) in 0..1 from `ops.score_map`: the probabilities themselves."""
+        return score_map
+
     def windows(self, image: Tensor, mode: str) -> Windows:
         """Cut one image (3, H, W) in 0..255 as published.
 
-        `"slide"`: resized to 640 × 640, windows of 384 at stride 256, and the whole image at 384 as a last one; pooling 1.
-        `"whole"`: the image alone, pooling 2. The published code cuts the 96 × 96 map to the image's size where that is
-        smaller, which misplaces the labels of images under 96 pixels; use `"slide"` for those.
+        `"slide"`: resized to 640 × 640, windows of 384 at stride 256, and the whole image at 384 as a last one;
+        pooling 1. `"whole"`: the image alone, pooling 2. The published code cuts the 96 × 96 map to the image's size
+        where that is smaller, which misplaces the labels of images under 96 pixels; use `"slide"` for those.
         """
         config, image = self.config, image.unsqueeze(0)
         if mode == "whole":
             height, width = image.shape[-2:]
             cut = (min(height, self.map_size), min(width, self.map_size))
             if min(cut) < self.map_size:
-                logger.warning("mode 'whole' misplaces labels of images under %d pixels; 'slide' does not.", self.map_size)
+                logger.warning(
+                    "mode 'whole' misplaces labels of images under %d pixels; 'slide' does not.", self.map_size
+                )
             return Windows(image, [(0, 0)], cut, cut, cut=cut)
         side = config.slide_window
         canvas = (config.slide_canvas, config.slide_canvas)

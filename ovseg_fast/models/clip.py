@@ -1,13 +1,13 @@
 """CLIP as both methods use it: open_clip's vision transformers and text encoders, run block by block.
 
-open_clip builds the modules, names them and brings published weights; this adapter takes them over with q, k and v as separate
-parameters (fine-tuning treats them apart, and a value-only block needs only v) and runs them itself: outputs of chosen blocks,
-dense features, visual prompts, position embeddings for any grid.
+open_clip builds the modules, names them and brings published weights; this adapter takes them over with q, k and v as
+separate parameters (fine-tuning treats them apart, and a value-only block needs only v) and runs them itself: outputs
+of chosen blocks, dense features, visual prompts, position embeddings for any grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,10 +51,10 @@ class SplitAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, around open_clip's sub-modules."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.ln_1 = block.ln_1
-        self.attn = SplitAttention(cast(nn.MultiheadAttention, block.attn))
+        self.attn = SplitAttention(block.attn)
         self.ls_1 = block.ls_1
         self.ln_2 = block.ln_2
         self.mlp = block.mlp
@@ -74,7 +74,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """The stack of blocks, under open_clip's name `resblocks`."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(block) for block in transformer.resblocks)
 
@@ -86,17 +86,17 @@ class ImageEncoder(nn.Module):
     `embed_dim` E; `layers` number of blocks.
     """
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: Any) -> None:
         super().__init__()
-        self.conv1 = visual.conv1
-        self.class_embedding = visual.class_embedding
-        self.positional_embedding = visual.positional_embedding
-        self.ln_pre = visual.ln_pre
+        self.conv1: nn.Conv2d = visual.conv1
+        self.class_embedding: nn.Parameter = visual.class_embedding
+        self.positional_embedding: nn.Parameter = visual.positional_embedding
+        self.ln_pre: nn.Module = visual.ln_pre
         self.transformer = Blocks(visual.transformer)
-        self.ln_post = visual.ln_post
-        self.proj = visual.proj
+        self.ln_post: nn.LayerNorm = visual.ln_post
+        self.proj: nn.Parameter = visual.proj
         self.patch = int(visual.patch_size[0])
-        self.grid = tuple(visual.grid_size)
+        self.grid: tuple[int, int] = tuple(visual.grid_size)
 
     @property
     def width(self) -> int:
@@ -151,7 +151,8 @@ class ImageEncoder(nn.Module):
             blocks: zero-based indices of blocks whose outputs are wanted, ascending.
 
         Returns:
-            dense (B, 1 + S, E), not normalised to unit length, class token first; block outputs, each (B, 1 + S, D); the grid.
+            dense (B, 1 + S, E), not normalised to unit length, class token first; block outputs, each (B, 1 + S, D);
+            the grid.
         """
         tokens, grid = self.embed(pixels, mode)
         outputs = []
@@ -166,13 +167,13 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's causal text encoder. Attributes: `context` positions, `embed_dim` E."""
 
-    def __init__(self, text: nn.Module) -> None:
+    def __init__(self, text: Any) -> None:
         super().__init__()
-        self.token_embedding = text.token_embedding
-        self.positional_embedding = text.positional_embedding
+        self.token_embedding: nn.Embedding = text.token_embedding
+        self.positional_embedding: nn.Parameter = text.positional_embedding
         self.transformer = Blocks(text.transformer)
-        self.ln_final = text.ln_final
-        self.text_projection = text.text_projection
+        self.ln_final: nn.LayerNorm = text.ln_final
+        self.text_projection: nn.Parameter = text.text_projection
 
     @property
     def context(self) -> int:
@@ -185,7 +186,8 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed prompts; the end token is the one with the largest id.
 
-        Exact rewrite: the encoder is causal and only the end token is read, so what follows the last end token is cut away.
+        Exact rewrite: the encoder is causal and only the end token is read, so what follows the last end token is cut
+            away.
 
         Args:
             tokens: (..., 77) int64 token ids.
@@ -223,7 +225,8 @@ class CLIP(nn.Module):
         pretrained: weights by open_clip's own tag (`"openai"`, downloaded) or a checkpoint file; None for random ones.
 
     Raises:
-        ValueError: open_clip knows no such name, or the model is no plain CLIP vision transformer with a causal text encoder.
+        ValueError: open_clip knows no such name, or the model is no plain CLIP vision transformer with a causal text
+            encoder.
     """
 
     def __init__(self, config: str | Mapping[str, Any], pretrained: str | Path | None = None) -> None:
@@ -237,7 +240,8 @@ class CLIP(nn.Module):
 
 
 def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ...], mode: str) -> Tensor:
-    """(1 + old, D) position embeddings to (1 + new, D): the class position stays, the grid is resized (corners not aligned)."""
+    """(1 + old, D) position embeddings to (1 + new, D): the class position stays, the grid is resized (corners not
+    aligned)."""
     if tuple(old) == tuple(new):
         return positions
     grid = positions[1:].unflatten(0, tuple(old)).permute(2, 0, 1).unsqueeze(0)
@@ -252,19 +256,20 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
     if isinstance(config, str):
         known = open_clip.get_model_config(config)
         if known is None:
-            raise ValueError(f"config must be a model name that open_clip knows or a configuration dict, got {config!r}.")
+            raise ValueError(
+                f"config must be a model name that open_clip knows or a configuration dict, got {config!r}."
+            )
         if pretrained is not None:
             return open_clip.create_model(config, pretrained=str(pretrained))
-        config = known
-    config = dict(config)
-    build: Callable[..., nn.Module] = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    model = build(**config)
+    settings = dict(known if isinstance(config, str) else config)
+    custom_text = settings.pop("custom_text", False)
+    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
     if pretrained is not None:
         open_clip.load_checkpoint(model, str(pretrained))
     return model
 
 
-def _check_supported(visual: nn.Module, text: nn.Module) -> None:
+def _check_supported(visual: Any, text: Any) -> None:
     """Refuse towers that this adapter would run wrongly."""
     ensure_importable()
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -281,7 +286,7 @@ def _check_supported(visual: nn.Module, text: nn.Module) -> None:
     elif getattr(text, "text_pool_type", getattr(text, "pool_type", None)) != "argmax":
         problem = "its text encoder does not read the end token"
     else:
-        blocks = [*visual.transformer.resblocks, *cast(Any, text.transformer).resblocks]
+        blocks = [*visual.transformer.resblocks, *text.transformer.resblocks]
         if not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
             problem = "its transformer blocks are not the plain pre-norm kind"
     if problem:

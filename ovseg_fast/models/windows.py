@@ -57,6 +57,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Starts of windows along an axis of `size` ≥ `window` pixels; the last one is shifted back to end at the border."""
+    """Starts of windows along an axis of `size` ≥ `window` pixels; the last one is shifted back to end at the
+    border."""
     count = max(size - window + stride - 1, 0) // stride + 1
     return [min(index * stride, size - window) for index in range(count)]

@@ -9,8 +9,8 @@ from torch import Tensor
 def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
     """Check rank, dtype and device of an operator's tensors before any work.
 
-    Each keyword is `name=(tensor, shape)`, the shape in words such as `"B T H W C"`; its word count is the rank. Words that
-    are whole numbers are sizes that must match; equal words must have equal sizes throughout the call.
+    Each keyword is `name=(tensor, shape)`, the shape in words such as `"B T H W C"`; its word count is the rank. Words
+    that are whole numbers are sizes that must match; equal words must have equal sizes throughout the call.
 
     Raises:
         TypeError: an argument is no tensor, is not floating point, or differs in dtype from the first one.
@@ -20,14 +20,16 @@ def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
     first: tuple[str, Tensor] | None = None
     for name, (tensor, shape) in arguments.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operator}: {name} must be a tensor of shape ({_commas(shape)}), got {type(tensor).__name__}.")
+            raise TypeError(
+                f"{operator}: {name} must be a tensor of shape ({_commas(shape)}), got {type(tensor).__name__}."
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"{operator}: {name} must be a floating-point tensor, got {tensor.dtype}.")
         if first is None:
             first = (name, tensor)
         elif tensor.device != first[1].device:
             raise ValueError(
-                f"{operator}: {name} is on {tensor.device} but {first[0]} is on {first[1].device}; put both on one device."
+                f"{operator}: {name} is on {tensor.device} but {first[0]} is on {first[1].device}; move one of them."
             )
         elif tensor.dtype != first[1].dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise TypeError(
@@ -42,7 +44,7 @@ def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
             if size != expected:
                 source = "" if word.isdigit() else f" as in {owner}"
                 raise ValueError(
-                    f"{operator}: {name} must have shape ({_commas(shape)}) with {word} = {expected}{source}, got {got}."
+                    f"{operator}: {name} must be ({_commas(shape)}) with {word} = {expected}{source}, got {got}."
                 )
 
 

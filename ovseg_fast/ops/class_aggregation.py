@@ -6,7 +6,8 @@
     y ← y + W₂ · ReLU(W₁ LN₂(y) + b₁) + b₂
     out = x + upsample(y)
 
-Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the share of the text guidance computed once for all positions; and the classes
+Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the share of the text guidance computed once for all positions; and the
+    classes
 that pad a short list are all alike, so they enter both sums as a constant times their number instead of as tokens.
 """
 
@@ -52,10 +53,12 @@ def class_aggregation(
         x: (B, T, H, W, C) cost embedding.
         guidance: (T, G) text guidance that all images share, or (B, T, G).
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,).
-        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight: (C, C); biases (C,).
+        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight: (C, C);
+            biases (C,).
         fc1_weight: (M, C); fc1_bias: (M,); fc2_weight: (C, M); fc2_bias: (C,).
-        padding_token: (C,), padding_guidance: (G,): the class that fills a list shorter than `pad_length`. As published it
-            takes part as a key and value like any other class, so results for T < `pad_length` depend on it.
+        padding_token: (C,), padding_guidance: (G,): the class that fills a list shorter than `pad_length`. As
+            published it takes part as a key and value like any other class, so results for T < `pad_length` depend on
+            it.
         heads: attention heads; divides C.
         pooling: side of the average pooling before the layer; its result is resized back bilinearly (corners aligned).
         pad_length: list length up to which classes are padded; 0 pads nothing.
@@ -93,12 +96,11 @@ def class_aggregation(
     check_heads("class_aggregation", heads, channels)
     if q_weight.shape[1] != channels + guidance.shape[-1]:
         raise ValueError(
-            f"class_aggregation: q_weight must have C + G = {channels + guidance.shape[-1]} columns, got {q_weight.shape[1]}."
+            f"class_aggregation: q_weight must have C + G = {channels + guidance.shape[-1]} columns, "
+            f"got {q_weight.shape[1]}."
         )
     if not 1 <= pooling <= min(height, width):
-        raise ValueError(
-            f"class_aggregation: pooling must be in 1..min(H, W) = {min(height, width)}, got {pooling}."
-        )
+        raise ValueError(f"class_aggregation: pooling must be in 1..min(H, W) = {min(height, width)}, got {pooling}.")
 
     wide = (heads, channels // heads)
     guidance = guidance.unsqueeze(0) if shared else guidance

@@ -1,6 +1,6 @@
 """Cost embedding: a convolution over every class's cost map, from P prompts to C channels.
 
-    embedding[b, t] = weight ∗ cost[b, t] + bias,    cost = cost_volume(image, text)
+embedding[b, t] = weight ∗ cost[b, t] + bias,    cost = cost_volume(image, text)
 """
 
 from __future__ import annotations

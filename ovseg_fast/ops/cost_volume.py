@@ -1,6 +1,6 @@
 """Cost volume: cosine similarity between every patch and every prompt of every class.
 
-    cost[b, t, y, x, p] = <image[b, y, x], text[b, t, p]> / (‖image[b, y, x]‖ · ‖text[b, t, p]‖)
+cost[b, t, y, x, p] = <image[b, y, x], text[b, t, p]> / (‖image[b, y, x]‖ · ‖text[b, t, p]‖)
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
         (B, T, H, W, P) cosines in -1..1. A vector of length zero gives 0.
 
     Raises:
-        TypeError, ValueError: dtype, device, rank, widths or batch sizes do not fit, or there is no class, prompt or patch.
+        TypeError, ValueError: dtype, device, rank, widths or batch sizes do not fit, or there is no class, prompt or
+            patch.
     """
     batch, height, width = check_cost_inputs("cost_volume", image, text)
     patches = F.normalize(image, dim=-1).flatten(1, 2)

@@ -5,13 +5,14 @@
     canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     where a map of the whole image is given
     scores = resize(canvas, size),   labels = argmax_t scores
 
-All resizing is bilinear, corners not aligned. Exact rewrite: a few classes and rows are worked out at a time while only the
+All resizing is bilinear, corners not aligned. Exact rewrite: a few classes and rows are worked out at a time while
+    only the
 best score and label of each pixel are kept, so memory does not grow with the number of classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +96,18 @@ def _check(
     offset: Tensor | None,
 ) -> Tensor:
     """Check the arguments; returns how many windows cover each pixel of the canvas."""
-    optional = {"whole": (whole, "1 T h w"), "offset": (offset, "T")}
-    check_tensors(
-        operator, logits=(logits, "N T h w"), **{name: pair for name, pair in optional.items() if pair[0] is not None}
-    )
+    optional = {}
+    if whole is not None:
+        optional["whole"] = (whole, "1 T h w")
+    if offset is not None:
+        optional["offset"] = (offset, "T")
+    check_tensors(operator, logits=(logits, "N T h w"), **optional)
     check_positive(operator, N=logits.shape[0], T=logits.shape[1], h=logits.shape[2], w=logits.shape[3])
     check_positive(operator, size_height=size[0], size_width=size[1])
     if len(positions) != logits.shape[0]:
-        raise ValueError(f"{operator}: positions must name {logits.shape[0]} windows, one a logit map, got {len(positions)}.")
+        raise ValueError(
+            f"{operator}: positions must name {logits.shape[0]} windows, one a logit map, got {len(positions)}."
+        )
     counts = torch.zeros(canvas, dtype=logits.dtype, device=logits.device)
     for top, left in positions:
         if top < 0 or left < 0 or top + window[0] > canvas[0] or left + window[1] > canvas[1]:

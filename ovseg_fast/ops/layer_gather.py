@@ -55,7 +55,9 @@ def layer_gather(
         projection=(projection, "L D E"),
     )
     if norm_weight.shape[0] != len(hidden):
-        raise ValueError(f"layer_gather: norm_weight must have one row a block, {len(hidden)}, got {norm_weight.shape[0]}.")
+        raise ValueError(
+            f"layer_gather: norm_weight must have one row a block, {len(hidden)}, got {norm_weight.shape[0]}."
+        )
     if not 1 <= patches <= hidden[0].shape[1]:
         raise ValueError(f"layer_gather: patches must be in 1..N = {hidden[0].shape[1]}, got {patches}.")
 

@@ -4,7 +4,8 @@
     scores = (1 / heads) Σ_h q_h · k_hᵀ / √d                        before the softmax
     output = W_o · softmax(q_h · k_hᵀ / √d) v_h + b_o
 
-Exact rewrite: the mean over heads of per-head dot products is one dot product over the full width, q · kᵀ / (heads · √d).
+Exact rewrite: the mean over heads of per-head dot products is one dot product over the full width, q · kᵀ / (heads ·
+    √d).
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def mask_attention(
             (memory, v_weight, v_bias),
         )
     )
-    by_head = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-    attended = F.scaled_dot_product_attention(*by_head, dropout_p=dropout)
+    q_head, k_head, v_head = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+    attended = F.scaled_dot_product_attention(q_head, k_head, v_head, dropout_p=dropout)
     output = F.linear(attended.transpose(1, 2).flatten(-2), proj_weight, proj_bias)
     return output, _scores(q, k, heads) if return_scores else None
 

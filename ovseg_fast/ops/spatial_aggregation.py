@@ -4,7 +4,8 @@
     x ← x + W_o · window-attention(q, k, v) + b_o
     x ← x + W₂ · GELU(W₁ LN₂(x) + b₁) + b₂
 
-Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its share is computed once an image and added.
+Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its share is computed once an image and
+    added.
 """
 
 from __future__ import annotations
@@ -49,16 +50,17 @@ def spatial_aggregation(
         x: (B, T, H, W, C) cost embedding.
         guidance: (B, H, W, G) appearance guidance, normalised already, shared by the T classes.
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,).
-        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight, proj_weight: (C, C);
-            their biases (C,).
+        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight, proj_weight:
+            (C, C); their biases (C,).
         fc1_weight: (M, C); fc1_bias: (M,); fc2_weight: (C, M); fc2_bias: (C,).
         heads: attention heads; divides C.
-        window: side of a square window in tokens. A map whose smaller side is no larger becomes one window without shift,
-            of that side.
+        window: side of a square window in tokens. A map whose smaller side is no larger becomes one window without
+            shift, of that side.
         shift: how far windows are displaced up and left, cyclically; 0 or half a window as published.
 
     Returns:
-        (B, T, H, W, C). Where H or W is not a multiple of the window, the windows at the bottom and right border end with
+        (B, T, H, W, C). Where H or W is not a multiple of the window, the windows at the bottom and right border end
+        with
         the map: what lies beyond takes no part.
 
     Raises:
@@ -95,7 +97,8 @@ def spatial_aggregation(
         )
     if window < 1 or not 0 <= shift < window:
         raise ValueError(
-            f"spatial_aggregation: window must be positive and shift in 0..window-1, got window = {window}, shift = {shift}."
+            f"spatial_aggregation: window must be positive and shift in 0..window-1, "
+            f"got window = {window}, shift = {shift}."
         )
     if min(height, width) <= window:
         window, shift = min(height, width), 0
@@ -134,9 +137,11 @@ def window_layout(
     """Where each window's tokens lie on the map, and which of them may see each other.
 
     Returns:
-        order: (window² · windows,) the flat map position of each token, window index fastest; slots beyond the map hold 0.
+        order: (window² · windows,) the flat map position of each token, window index fastest; slots beyond the map
+            hold 0.
         inverse: (H · W,) the slot of each map position.
-        mask: (windows, window², window²) to be added to the scores, or None where every token of a window sees every other.
+        mask: (windows, window², window²) to be added to the scores, or None where every token of a window sees every
+            other.
     """
     rows, columns = -(-height // window), -(-width // window)
     # Slot (r, c, i, j) shows row (r·window + i + shift) of the map, cyclically in the size padded to whole windows.
@@ -158,7 +163,8 @@ def window_layout(
     padded = (rows * window, columns * window) != (height, width)
     if not shift and not padded:
         return order, inverse, None
-    # After the shift, the last window of an axis joins the map's end and its beginning; the published mask cuts them apart.
+    # After the shift, the last window of an axis joins the map's end and its beginning; the published mask cuts them
+    # apart.
     wrapped = (y >= rows * window - shift).long()[:, None] * 2 + (x >= columns * window - shift).long()[None, :]
     region = by_window(wrapped).t()
     mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, REGION_MASK).to(dtype)

@@ -5,9 +5,9 @@
 
 Exact rewrites:
   * W₁ ∗ [up(x) ; g] = W₁ₓ ∗ up(x) + W₁g ∗ g, and g is the same for all classes: its share is computed once an image.
-  * up and W₁ₓ follow each other without a non-linearity, so both together are one transposed convolution 4 × 4 with stride 2
-    and padding 1, which halves the arithmetic of the two. up's bias does not reach beyond the border while W₁ₓ's window does,
-    so its share is a map, not a constant; it joins the guidance's share.
+  * up and W₁ₓ follow each other without a non-linearity, so both together are one transposed convolution 4 × 4 with
+    stride 2 and padding 1, which halves the arithmetic of the two. up's bias does not reach beyond the border while
+    W₁ₓ's window does, so its share is a map, not a constant; it joins the guidance's share.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def upsampling_decoder(
     check_positive("upsampling_decoder", T=classes, H=height, W=width)
     if term.shape[1:3] != (2 * height, 2 * width):
         raise ValueError(
-            f"upsampling_decoder: term must be {2 * height} × {2 * width}, twice the map of x, got {tuple(term.shape[1:3])}."
+            f"upsampling_decoder: term must be twice the map of x, {2 * height} × {2 * width}, "
+            f"got {tuple(term.shape[1:3])}."
         )
     if groups < 1 or norm1_weight.numel() % groups:
         raise ValueError(f"upsampling_decoder: groups must divide D = {norm1_weight.numel()}, got {groups}.")

@@ -1,0 +1,305 @@
+"""Segmenter: an image and class names in, a label for every pixel out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoints, ops
+from .data.vocabularies import VOCABULARIES
+from .images import MAX_SIDE, ImageSource, load_image
+from .models import CascadeCLIP, CATSeg, build
+from .models.windows import Windows
+from .segmentation import Segmentation
+from .vocabulary import (
+    CASCADE_TEMPLATES,
+    CASCADE_VOC_TEMPLATES,
+    CATSEG_TEMPLATES,
+    check_classes,
+    fill_templates,
+    prompt_name,
+    tokenize,
+)
+
+MODES = ("slide", "whole")
+TEXT_CACHE_PROMPTS = 50_000  # embeddings kept: 100 MB at 512 channels
+
+
+def load(
+    name: str,
+    *,
+    weights: str | Path | None = "published",
+    device: str | torch.device | None = None,
+    max_side: int = MAX_SIDE,
+) -> Segmenter:
+    """Load a model, ready to segment.
+
+    Args:
+        name: a preset: `catseg-vitb`, `catseg-vitl`, `cascade-clip-vitb`, ... (`ovseg-fast info` lists them).
+        weights: `"published"` downloads what the method's authors publish, once; a path loads a checkpoint in
+            upstream's layout or this package's own; None keeps random weights.
+        device: where to run; by default a GPU where there is one.
+        max_side: largest accepted side of an image in pixels.
+
+    Raises:
+        ValueError: no such preset, or it has no published weights. FileNotFoundError: no such file.
+        checkpoints.CheckpointError: the file is damaged or belongs to another model.
+        RuntimeError: no such device here. OSError: the download failed.
+    """
+    target = _device(device)
+    model = build(name)
+    if weights is not None:
+        path = checkpoints.download(name) if weights == "published" else Path(weights)
+        checkpoints.load(model, path)
+    return Segmenter(model.to(target), max_side=max_side)
+
+
+class Segmenter:
+    """A model with everything around it: reading images, prompting, windows, labels.
+
+    Args:
+        model: `CATSeg` or `CascadeCLIP`, on the device where it shall run.
+        templates: prompts made of each class name, each with one `{}`; by default the method's published ones.
+        max_side: largest accepted side of an image in pixels.
+    """
+
+    def __init__(
+        self,
+        model: CATSeg | CascadeCLIP,
+        *,
+        templates: Sequence[str] | None = None,
+        max_side: int = MAX_SIDE,
+    ) -> None:
+        self.model = model
+        self.templates = tuple(templates) if templates is not None else _published_templates(model)
+        self.max_side = max_side
+        self._prompt_embeddings: dict[str, Tensor] = {}
+        self._text_version: tuple[Any, ...] = ()
+        if isinstance(model, CATSeg) and len(self.templates) != model.config.prompts:
+            raise ValueError(
+                f"templates must hold as many prompts as the model takes for a class, {model.config.prompts}, "
+                f"got {len(self.templates)}."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.pixel_mean.device
+
+    def segment(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        classes: Sequence[str] | None = None,
+        *,
+        mode: str = "slide",
+        text: Tensor | ArrayLike | None = None,
+        seen: Collection[str] | None = None,
+        progress: bool = False,
+    ) -> Segmentation | list[Segmentation]:
+        """Label every pixel with one of the classes.
+
+        Args:
+            image: a path, a PIL image or a uint8 array (H, W, 3); or a list of them.
+            classes: T names, such as `["cat", "grass", "sky"]`. Of synonyms, `"door, double door"`, the first is used.
+            mode: `"slide"` as all published numbers were made, or `"whole"`, one pass over the resized image.
+            text: own embeddings (T, P, E) or (T, E) in place of prompts; `classes` then only names them and may be
+                left out.
+            seen: which of the classes Cascade-CLIP was trained on, so that 0.1 is subtracted from their scores as
+                published; by default those that its training set names. CAT-Seg makes no difference.
+            progress: show a progress bar over the windows.
+
+        Returns:
+            A `Segmentation`, or a list of them for a list of images.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: an argument does not fit; the sentence says which and how.
+        """
+        _check_mode(mode)
+        prompts = self._prompts(classes, text, seen)
+        if isinstance(image, (list, tuple)):
+            return [self._encode(one, mode, progress)._segment(prompts, progress) for one in image]
+        return self._encode(image, mode, progress)._segment(prompts, progress)
+
+    def encode(self, image: ImageSource, mode: str = "slide", *, progress: bool = False) -> EncodedImage:
+        """Run the image encoder once; the result can be prompted many times. Arguments and errors as `segment`."""
+        _check_mode(mode)
+        return self._encode(image, mode, progress)
+
+    def embed_text(self, classes: Sequence[str]) -> Tensor:
+        """Text embeddings (T, P, E) of class names, unit length. Cached by prompt until the text encoder's weights
+        change."""
+        names = [prompt_name(entry) for entry in check_classes(classes)]
+        prompts = fill_templates(names, self.templates)
+        encoder = self.model.text_encoder
+        version = tuple((id(p), p._version, p.device) for p in encoder.parameters())
+        if version != self._text_version or len(self._prompt_embeddings) > TEXT_CACHE_PROMPTS:
+            self._prompt_embeddings.clear()
+            self._text_version = version
+        wanted = dict.fromkeys(prompt for row in prompts for prompt in row)
+        missing = [prompt for prompt in wanted if prompt not in self._prompt_embeddings]
+        if missing:
+            tokens = tokenize([[prompt] for prompt in missing]).to(self.device)
+            with self._inference():
+                embeddings = self.model.encode_text(tokens)[:, 0]
+            self._prompt_embeddings.update(zip(missing, embeddings, strict=True))
+        return torch.stack([torch.stack([self._prompt_embeddings[prompt] for prompt in row]) for row in prompts])
+
+    def _prompts(
+        self, classes: Sequence[str] | None, text: Tensor | ArrayLike | None, seen: Collection[str] | None
+    ) -> _Prompts:
+        if text is None:
+            if classes is None:
+                raise ValueError(
+                    "classes must be a list of names such as ['cat', 'grass'], got None and no text embeddings."
+                )
+            names = check_classes(classes)
+            embeddings = self.embed_text(names)
+        else:
+            embeddings = _own_embeddings(text).to(self.device, self.model.pixel_mean.dtype)
+            names = [f"class {i}" for i in range(len(embeddings))] if classes is None else check_classes(classes)
+            if len(names) != len(embeddings):
+                raise ValueError(f"classes must name the {len(embeddings)} rows of text, got {len(names)} names.")
+        return _Prompts(names, self.model.text_from_prompts(embeddings), self._offset(names, seen))
+
+    def _offset(self, names: list[str], seen: Collection[str] | None) -> Tensor | None:
+        """What is subtracted from each class's probability, (T,), or None."""
+        if not isinstance(self.model, CascadeCLIP):
+            if seen is not None:
+                raise ValueError("seen is for Cascade-CLIP; CAT-Seg treats all classes alike.")
+            return None
+        config = self.model.config
+        if seen is None:
+            seen = VOCABULARIES[config.training_classes].seen
+        elif isinstance(seen, str) or not set(seen) <= set(names):
+            raise ValueError(f"seen must be a list of names out of classes, got {seen!r}.")
+        known = {prompt_name(entry).casefold() for entry in seen}
+        flags = [prompt_name(name).casefold() in known for name in names]
+        return config.seen_offset * torch.tensor(flags, dtype=self.model.pixel_mean.dtype, device=self.device)
+
+    def _encode(self, source: ImageSource, mode: str, progress: bool) -> EncodedImage:
+        image = load_image(source, max_side=self.max_side)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device, self.model.pixel_mean.dtype)
+        with self._inference():
+            windows = self.model.windows(pixels, mode)
+            # A GPU is filled by several windows at once; a CPU is faster on one, whose tensors stay in its caches.
+            batches = windows.pixels.split(1 if self.device.type == "cpu" else 8)
+            features = [self.model.encode_pixels(batch) for batch in _bar(batches, "image", progress)]
+        return EncodedImage(self, image, windows, features)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients, whatever state the model is in."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+
+class _Prompts:
+    """Class names with what the model and the label map take for them."""
+
+    def __init__(self, names: list[str], text: Tensor, offset: Tensor | None) -> None:
+        self.names, self.text, self.offset = names, text, offset
+
+
+class EncodedImage:
+    """An image whose features are at hand, to be prompted with any classes. Made by `Segmenter.encode`."""
+
+    def __init__(self, segmenter: Segmenter, image: Image.Image, windows: Windows, features: list[Any]) -> None:
+        self._segmenter = segmenter
+        self.image = image
+        self.windows = windows
+        self.features = features
+
+    def segment(
+        self,
+        classes: Sequence[str] | None = None,
+        *,
+        text: Tensor | ArrayLike | None = None,
+        seen: Collection[str] | None = None,
+        progress: bool = False,
+    ) -> Segmentation:
+        """Label every pixel with one of the classes; arguments and errors as `Segmenter.segment`."""
+        return self._segment(self._segmenter._prompts(classes, text, seen), progress)
+
+    def _segment(self, prompts: _Prompts, progress: bool) -> Segmentation:
+        windows, model = self.windows, self._segmenter.model
+        with self._segmenter._inference():
+            logits = torch.cat(
+                [
+                    model.decode(features, prompts.text, **windows.decode)
+                    for features in _bar(self.features, "classes", progress)
+                ]
+            )
+            if windows.cut is not None:
+                logits = logits[..., : windows.cut[0], : windows.cut[1]]
+            arguments: dict[str, Any] = {
+                "logits": logits[:-1] if windows.has_whole else logits,
+                "positions": windows.positions,
+                "window": windows.window,
+                "canvas": windows.canvas,
+                "size": (self.image.height, self.image.width),
+                "whole": logits[-1:] if windows.has_whole else None,
+                "offset": prompts.offset,
+            }
+            labels = ops.label_map(**arguments).cpu().numpy()
+
+        def compute_scores() -> np.ndarray:
+            with torch.no_grad():
+                return model.scores(ops.score_map(**arguments)).float().cpu().numpy()
+
+        return Segmentation(self.image, prompts.names, labels, compute_scores)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a PyTorch device such as 'cpu' or 'cuda:0', got {device!r}.") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device!r} was asked for, but PyTorch finds no CUDA GPU here; use 'cpu'.")
+    return target
+
+
+def _published_templates(model: CATSeg | CascadeCLIP) -> tuple[str, ...]:
+    if isinstance(model, CATSeg):
+        return CATSEG_TEMPLATES
+    return CASCADE_VOC_TEMPLATES if model.config.training_classes == "pascal-voc" else CASCADE_TEMPLATES
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be 'slide' or 'whole', got {mode!r}.")
+
+
+def _own_embeddings(text: Tensor | ArrayLike) -> Tensor:
+    """(T, P, E) unit-length floats from what a caller gives."""
+    embeddings = torch.as_tensor(text)
+    if not embeddings.is_floating_point():
+        raise TypeError(f"text must be floating-point embeddings, got {embeddings.dtype}.")
+    if embeddings.dim() == 2:
+        embeddings = embeddings.unsqueeze(1)
+    if embeddings.dim() != 3 or 0 in embeddings.shape:
+        raise ValueError(f"text must have shape (T, P, E) or (T, E) with no size zero, got {tuple(embeddings.shape)}.")
+    if not embeddings.isfinite().all():
+        raise ValueError("text must be finite, got NaN or infinite embeddings.")
+    return F.normalize(embeddings.detach(), dim=-1)
+
+
+def _bar(items: Sequence[Any], what: str, show: bool) -> Any:
+    return tqdm(items, desc=what, unit="window", leave=False, disable=not show)
