@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import checkpoints, ops
 from .data.vocabularies import VOCABULARIES
 from .images import MAX_SIDE, ImageSource, load_image
-from .models import CascadeCLIP, CATSeg, build
+from .models import CascadeCLIP, CATSeg, build, get_preset
 from .models.windows import Windows
 from .segmentation import Segmentation
 from .vocabulary import (
@@ -57,9 +57,12 @@ def load(
         RuntimeError: no such device here. OSError: the download failed.
     """
     target = _device(device)
+    get_preset(name)
+    path = checkpoints.download(name) if weights == "published" else weights
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"weights must be a checkpoint file, there is none at {path}.")
     model = build(name)
-    if weights is not None:
-        path = checkpoints.download(name) if weights == "published" else Path(weights)
+    if path is not None:
         checkpoints.load(model, path)
     return Segmenter(model.to(target), max_side=max_side)
 

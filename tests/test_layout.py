@@ -17,6 +17,7 @@ OPERATORS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # From the user down to the kernels; a module may import from its own level and from those further down.
 LEVELS = (
     ("cli",),
+    ("info",),
     ("segmenter", "training", "evaluation", "accelerate"),
     ("checkpoints",),
     ("models",),

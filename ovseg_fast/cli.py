@@ -1,0 +1,191 @@
+"""The command line: `ovseg-fast segment` and `ovseg-fast info`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from . import __version__
+
+FAILED = 1  # exit code: some or all images could not be segmented
+BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ovseg-fast")
+@click.option("-v", "--verbose", is_flag=True, help="Log what the package decides, and full error messages.")
+@click.pass_context
+def main(context: click.Context, verbose: bool) -> None:
+    """Open-vocabulary semantic segmentation: name the classes, get a label for every pixel."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    context.obj = verbose
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-c", "--classes", help='Class names, separated by commas: "cat, grass, sky".')
+@click.option(
+    "--classes-file",
+    type=click.Path(path_type=Path),
+    help="Class names from a text file, one a line, or a JSON array. Of synonyms on a line the first is used.",
+)
+@click.option("-m", "--model", "preset", default="catseg-vitb", show_default=True, help="A model; `info` lists them.")
+@click.option(
+    "-w",
+    "--weights",
+    default="published",
+    show_default=True,
+    help="A checkpoint file (upstream's or this package's), `published` to download, or `random`.",
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder for the results."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["slide", "whole"]),
+    default="slide",
+    show_default=True,
+    help="Sliding windows as published, or the resized image in one pass.",
+)
+@click.option(
+    "--save",
+    "kinds",
+    type=click.Choice(["overlay", "labels", "npz"]),
+    multiple=True,
+    default=("overlay", "labels"),
+    show_default=True,
+    help="What to write for each image; give it several times. `labels` is a PNG of class indices.",
+)
+@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the colours.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@click.option("--max-side", type=click.IntRange(min=1), help="Largest accepted side of an image.  [default: 16384]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary.")
+@click.pass_obj
+def segment(
+    verbose: bool,
+    inputs: tuple[Path, ...],
+    classes: str | None,
+    classes_file: Path | None,
+    preset: str,
+    weights: str,
+    out: Path,
+    mode: str,
+    kinds: tuple[str, ...],
+    alpha: float,
+    device: str | None,
+    max_side: int | None,
+    quiet: bool,
+) -> None:
+    """Segment images, or all images of a folder, into the classes you name.
+
+    \b
+    ovseg-fast segment cat.jpg --classes "cat, grass, sky"
+    ovseg-fast segment photos/ --classes-file words.txt --model catseg-vitl --out labels/
+
+    A broken image is reported and skipped; the exit code is then 1.
+    """
+    # Heavy imports wait until the arguments are known to be sound, so that a typing mistake is answered at once.
+    from tqdm import tqdm
+
+    from .images import MAX_SIDE, list_images
+    from .models.presets import get_preset
+    from .vocabulary import check_classes, parse_classes, read_classes
+
+    try:
+        if (classes is None) == (classes_file is None):
+            raise ValueError("give class names either by --classes or by --classes-file.")
+        names = check_classes(parse_classes(classes) if classes is not None else read_classes(Path(str(classes_file))))
+        images = list_images(inputs)
+        get_preset(preset)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out must be a folder, {out} is a file.")
+        from .segmenter import load
+
+        segmenter = load(
+            preset,
+            weights=None if weights == "random" else weights,
+            device=device,
+            max_side=MAX_SIDE if max_side is None else max_side,
+        )
+        segmenter.embed_text(names)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        _fail(error, verbose, BAD_INPUT)
+
+    failures = 0
+    stems = _output_stems(images)
+    bar = tqdm(images, unit="image", disable=quiet or len(images) == 1)
+    for path in bar:
+        try:
+            result = segmenter.segment(path, names, mode=mode, progress=not quiet)
+            written = _write(result, out, stems[path], kinds, alpha)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            failures += 1
+            bar.write(f"ovseg-fast: {_sentence(error, verbose)}", file=sys.stderr)
+            continue
+        if not quiet:
+            bar.write(f"{path}: {_summary(result)} -> {', '.join(map(str, written))}", file=sys.stdout)
+    if failures:
+        if len(images) > 1:
+            click.echo(f"ovseg-fast: {failures} of {len(images)} images failed.", err=True)
+        sys.exit(FAILED)
+
+
+@main.command()
+def info() -> None:
+    """Show versions, devices, models, and what runs the operators and why."""
+    from .info import report
+
+    click.echo(report())
+
+
+def _output_stems(images: list[Path]) -> dict[Path, str]:
+    """A name for the results of each image; the suffix joins in where two images differ in nothing else."""
+    counts = Counter(path.stem for path in images)
+    stems = {path: path.stem if counts[path.stem] == 1 else path.name for path in images}
+    repeated = Counter(stems.values())
+    # Same names from several folders: number them rather than overwrite.
+    seen: Counter[str] = Counter()
+    for path, stem in stems.items():
+        seen[stem] += 1
+        if repeated[stem] > 1:
+            stems[path] = f"{stem}_{seen[stem]}"
+    return stems
+
+
+def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: float) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind in dict.fromkeys(kinds):
+        path = out / f"{stem}_{'labels.npz' if kind == 'npz' else kind + '.png'}"
+        if kind == "labels":
+            result.save_labels(path)
+        elif kind == "overlay":
+            result.save(path, alpha=alpha)
+        else:
+            result.save(path)
+        written.append(path)
+    return written
+
+
+def _summary(result: Any, most: int = 4) -> str:
+    """The classes that fill most of the picture."""
+    counts = np.bincount(result.labels.reshape(-1), minlength=len(result.classes))
+    order = np.argsort(-counts, kind="stable")[:most]
+    return ", ".join(f"{result.classes[i]} {100 * counts[i] / counts.sum():.0f} %" for i in order if counts[i])
+
+
+def _sentence(error: BaseException, verbose: bool) -> str:
+    """An error in one line; checkpoints list every key on further lines, which only --verbose shows."""
+    text = str(error) or type(error).__name__
+    return text if verbose else text.splitlines()[0]
+
+
+def _fail(error: BaseException, verbose: bool, code: int) -> None:
+    click.echo(f"ovseg-fast: {_sentence(error, verbose)}", err=True)
+    sys.exit(code)

@@ -1,0 +1,71 @@
+"""What is installed, what runs and why: the report of `ovseg-fast info`."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+
+from . import __version__, ops
+from .models.presets import PRESETS
+
+_PACKAGES = (
+    "open_clip_torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "huggingface_hub",
+    "triton",
+    "xformers",
+)
+
+
+def report() -> str:
+    """Versions, devices, operators and models as plain text. Looks only; initialises and builds nothing."""
+    sections = {
+        "ovseg-fast": [("version", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+        + [(name, _version(name)) for name in _PACKAGES],
+        "devices": _devices(),
+        "operators": [(name, "PyTorch form") for name in _operators()]
+        + [("why", "this version brings no kernels yet; Triton and CUDA C++ ones take the same names")],
+        "native library": [("libovseg", _native())],
+        "models": [
+            (preset.name, f"{preset.note}; {'published weights' if preset.weights_file else 'weights from a file'}")
+            for preset in PRESETS.values()
+        ],
+    }
+    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    blocks = [
+        "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]) for title, rows in sections.items()
+    ]
+    return "\n\n".join(blocks)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    if torch.version.cuda is None:
+        return [*rows, ("cuda", "not available: this PyTorch is a CPU build")]
+    if not torch.cuda.is_available():
+        return [*rows, ("cuda", "not available: PyTorch finds no GPU or driver")]
+    return [*rows, *((f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count()))]
+
+
+def _operators() -> list[str]:
+    return [name for name in ops.__all__ if util.find_spec(f"{ops.__name__}.{name}")]
+
+
+def _native() -> str:
+    if (Path(__file__).parent / "libovseg.so").exists():
+        return "built"
+    return f"not built: this version has none to build (nvcc {'found' if shutil.which('nvcc') else 'not found'})"
