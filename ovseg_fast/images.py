@@ -1,0 +1,236 @@
+"""Images of any kind in, RGB images out, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+
+MIN_SIDE = 2
+MAX_SIDE = 16384
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
+)
+
+# What brings an image of each EXIF orientation upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message is one sentence that names it."""
+
+
+class MissingImageError(ImageError, FileNotFoundError):
+    """There is no such file or folder."""
+
+
+def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
+    """Read an image as RGB, eight bits a channel.
+
+    Transparent parts are laid over white. 16-bit grey levels (0..65535) are scaled to 0..255. The orientation in the
+    EXIF data is applied. Of an animation or a file of several pages the first one is taken.
+
+    Args:
+        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB.
+        max_side: largest accepted side in pixels.
+
+    Returns:
+        A new RGB image with both sides in 2..max_side; `source` is left as it is.
+
+    Raises:
+        TypeError: `source` is of another type, a torch tensor for example.
+        MissingImageError: no such file; it is both an `ImageError` and a `FileNotFoundError`.
+        ImageError: a folder, an empty, damaged or truncated file, no image, too small, too large, or of a kind that has
+            no agreed conversion to RGB.
+        ValueError: `max_side` is no whole number of at least 2.
+    """
+    if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
+        raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
+    if isinstance(source, Image.Image):
+        path = getattr(source, "filename", "")
+        return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_side)
+    if isinstance(source, (str, os.PathLike)):
+        return _from_file(os.fsdecode(source), max_side)
+    raise TypeError(
+        f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {type(source).__module__}."
+        f"{type(source).__qualname__}."
+    )
+
+
+def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Expand files and folders into image files.
+
+    Of a folder, the files directly in it with a usual image suffix are taken, by name; hidden ones are left out. A file
+    that is named itself is kept whatever its suffix. What is named twice comes once.
+
+    Raises:
+        MissingImageError: a path does not exist.
+        ImageError: no path is given, or a folder holds no image.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise MissingImageError(f"there is no file or folder '{path}'.")
+        files = _images_in(path) if path.is_dir() else [path]
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)
+    if not found:
+        raise ImageError("no image was named: expected at least one file or folder.")
+    return list(found.values())
+
+
+def _images_in(folder: Path) -> list[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise ImageError(f"folder '{folder}' cannot be read: {error.strerror or error}.") from error
+    # Not is_file: a broken link is to be reported as a missing image, not passed over.
+    files = [
+        entry
+        for entry in entries
+        if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
+    ]
+    if not files:
+        raise ImageError(f"folder '{folder}' holds no image, that is, no file named {', '.join(SUFFIXES)}.")
+    return files
+
+
+def _from_file(path: str, max_side: int) -> Image.Image:
+    name = f"image '{path}'"
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingImageError(f"there is no image file '{path}'.") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ImageError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or error}.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{name} is a folder, expected a file.")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name} is not a plain file.")
+    if status.st_size == 0:
+        raise ImageError(f"{name} is empty (0 bytes).")
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not in an image format that PIL reads, or its beginning is damaged.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _bomb(name, error) from error
+    except OSError as error:
+        raise ImageError(f"{name} cannot be opened: {error.strerror or error}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged headers raise whatever the format's reader happens to stumble over
+        raise _damaged(name, error) from error
+    with image:
+        return _decode(image, name, max_side)
+
+
+def _from_array(array: np.ndarray, max_side: int) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(
+            f"an image array must be uint8 of shape (H, W, 3), RGB, got {array.dtype} of shape {array.shape}."
+        )
+    height, width = array.shape[:2]
+    _check_size("the given array", width, height, max_side)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _decode(image: Image.Image, name: str, max_side: int) -> Image.Image:
+    _check_size(name, *image.size, max_side)  # known before any pixel is decoded
+    try:
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _bomb(name, error) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # see above; among them OSError, SyntaxError, struct.error, EOFError
+        raise _damaged(name, error) from error
+    rgb = _to_rgb(_upright(image, name), name)
+    rgb.info.clear()  # it would turn the image a second time
+    return rgb
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF data and fails where any other entry is damaged.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # the pixels are sound: damaged EXIF data is no reason to refuse them
+        logger.warning("%s: its EXIF data is damaged, so no rotation is applied (%s)", name, _one_line(error))
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError(f"{name} holds floating-point pixels, whose range is not known; expected 8 or 16 bits.")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        return _from_16_bit(image, name)
+    try:
+        if image.has_transparency_data:
+            pixels = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(pixels)
+            image = white
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"{name} is of PIL mode {image.mode}, which has no conversion to RGB.") from error
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"{name} holds grey levels {low}..{high}; expected 16 bits, 0..65535.")
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if isinstance(image.info.get("transparency"), int):
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _check_size(name: str, width: int, height: int, max_side: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{name} is {width} x {height} pixels; expected at least {MIN_SIDE} x {MIN_SIDE}.")
+    if max(width, height) > max_side:
+        raise ImageError(
+            f"{name} is {width} x {height} pixels, more than max_side = {max_side}: cut it into tiles, shrink it, or "
+            f"raise max_side."
+        )
+
+
+def _bomb(name: str, error: Exception) -> ImageError:
+    # PIL's sentence holds both the size and the limit.
+    reason = _one_line(error).partition(",")[0]
+    return ImageError(
+        f"{name} was refused by PIL ({reason}): cut it into tiles, shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
+    )
+
+
+def _damaged(name: str, error: Exception) -> ImageError:
+    return ImageError(f"{name} is damaged or truncated and cannot be decoded ({_one_line(error)}).")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
