@@ -1,4 +1,4 @@
-"""Text encoding of the 171 COCO-Stuff names, CLIP ViT-B/16, float32: cut after the last end token against all 77 positions."""
+"""Text encoding of the 171 COCO-Stuff names (CLIP ViT-B/16, float32): cut after the end tokens against all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The CAT-Seg-B head in both forms on the same random weights and inputs; alone, it reports the peak memory of one form.
+"""The CAT-Seg-B head in both forms, on the same random weights and inputs.
+
+Run as a program it reports the peak memory of one form in megabytes:
 
 python benchmarks/head_forms.py {literal,rewritten} CLASSES
 """
@@ -32,7 +34,7 @@ def head_forms(classes: int, pooling: int = 2) -> dict[str, Callable[[], Tensor]
     """Both forms as functions without arguments that give logits (1, T, 96, 96)."""
     torch.manual_seed(classes)
     model = CATSeg(CATSegConfig(clip=CLIP)).eval()
-    for name, parameter in model.aggregator.named_parameters():
+    for parameter in model.aggregator.parameters():
         if parameter.dim() == 1:  # biases, norms and padding start at zero or one; give every term a share
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     weights = {
