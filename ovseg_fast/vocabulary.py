@@ -1,0 +1,251 @@
+"""Class names from wherever they come, the prompts made of them, and the tokens of those."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTEXT_LENGTH = 77  # tokens that CLIP's text encoder takes, with the start and the end token
+
+CATSEG_TEMPLATES = ("A photo of a {} in the scene",)
+CASCADE_VOC_TEMPLATES = ("a photo of a {}",)
+CASCADE_TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "a {} in the scene.",
+    "a photo of a {} in the scene.",
+    "There is a {} in the scene.",
+    "There is the {} in the scene.",
+    "This is a {} in the scene.",
+    "This is the {} in the scene.",
+    "This is one {} in the scene.",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def parse_classes(text: str) -> list[str]:
+    """Class names out of one line, as `"cat, grass, sky"`.
+
+    Commas separate classes. Where there is a semicolon, semicolons do, and commas separate the synonyms of a class:
+    `"door, double door; cat"`.
+
+    Raises:
+        TypeError, ValueError: as `check_classes`.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string of class names such as 'cat, grass, sky', got {type(text).__name__}.")
+    if not text.strip():
+        return check_classes([])
+    return check_classes(text.split(";" if ";" in text else ","))
+
+
+def read_classes(path: str | os.PathLike[str]) -> list[str]:
+    """Class names out of a file, in UTF-8 with or without a byte order mark.
+
+    A file named .json holds an array of names, as the published lists do. Any other is a text file with one class on
+    each line; blank lines and lines that begin with # are passed over.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, no UTF-8, no JSON array of names, or names that `check_classes` refuses.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no file of class names '{file}'.")
+    if file.is_dir():
+        raise ValueError(f"'{file}' is a folder, expected a file of class names.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"'{file}' is no UTF-8 text, expected class names, one on each line.") from None
+    if file.suffix.lower() == ".json":
+        names = _json_names(text, file)
+    else:
+        lines = (line.strip() for line in text.splitlines())
+        names = [line for line in lines if line and not line.startswith("#")]
+    try:
+        return check_classes(names)
+    except ValueError as error:
+        raise ValueError(f"class names in '{file}': {error}") from None
+
+
+def check_classes(names: Sequence[str]) -> list[str]:
+    """Class names, tidied: white space at the ends goes, inner white space becomes single spaces.
+
+    Two classes whose first synonyms are the same get the same prompts; that is allowed, with a warning, given once.
+
+    Args:
+        names: a list or tuple of T names, at least one. A name can be a list of synonyms, as `"door, double door"`.
+
+    Raises:
+        TypeError: no list or tuple, or something in it is no string.
+        ValueError: no name, an empty one, one with control characters, or a repeated one (upper and lower case are
+            the same). Positions in messages count from 1.
+    """
+    if isinstance(names, str):
+        raise TypeError(
+            f"classes must be a list of names, got the string {_short(names)}; write ['cat', 'grass'], or "
+            "parse_classes('cat, grass') to take a string apart."
+        )
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"classes must be a list of names such as ['cat', 'grass'], got {type(names).__name__}.")
+    if not names:
+        raise ValueError("classes must hold at least one name, got none.")
+
+    tidy: list[str] = []
+    positions: dict[str, int] = {}
+    prompted: dict[str, int] = {}
+    for position, entry in enumerate(names, 1):
+        if not isinstance(entry, str):
+            raise TypeError(f"classes must hold strings, got {type(entry).__name__} at position {position}.")
+        name = " ".join(entry.split())
+        if not name:
+            raise ValueError(f"classes must not hold an empty name, got {_short(entry)} at position {position}.")
+        if not prompt_name(name):
+            raise ValueError(
+                f"a class must not begin with an empty synonym, got {_short(name)} at position {position}."
+            )
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise ValueError(
+                f"class names must not hold control characters, got {_short(ascii(name))} at position {position}."
+            )
+        key = _same(name)
+        if key in positions:
+            raise ValueError(
+                f"classes must differ, got {_short(name)} at position {position} and before at {positions[key]}."
+            )
+        synonym = _same(prompt_name(name))
+        if synonym in prompted:
+            _warn_of_same_prompts(tidy[prompted[synonym] - 1], name)
+        positions[key] = position
+        prompted.setdefault(synonym, position)
+        tidy.append(name)
+    return tidy
+
+
+def prompt_name(entry: str) -> str:
+    """The name that stands in the prompts: of synonyms the first, "door" for "door, double door", as published."""
+    return entry.split(",", 1)[0].strip()
+
+
+def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """Prompts: each template filled with each name; of synonyms the first is used.
+
+    Args:
+        names: T class names.
+        templates: P sentences, each with one `{}`.
+
+    Returns:
+        T lists of P prompts.
+
+    Raises:
+        TypeError: `templates` is a string. ValueError: no template, or one without exactly one `{}`.
+    """
+    if isinstance(templates, str):
+        raise TypeError(f"templates must be a list of sentences, got the string {_short(templates)}.")
+    if not templates:
+        raise ValueError("templates must hold at least one sentence with a {}, got none.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"a template must hold {{}} exactly once, got {_short(template)}.")
+    # Not str.format: a template may hold other braces.
+    return [[template.replace("{}", prompt_name(name)) for template in templates] for name in names]
+
+
+def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
+    """Tokens of prompts for CLIP's text encoder: byte-pair encoding between a start and an end token, then zeros.
+
+    Unlike open_clip's own function this never cuts a prompt short.
+
+    Args:
+        prompts: T lists of P prompts.
+
+    Returns:
+        (T, P, 77) int64.
+
+    Raises:
+        ValueError: a prompt is longer than 77 tokens or spells out a special token, there is none, or the lists differ
+            in length.
+    """
+    import torch
+
+    counts = {len(row) for row in prompts}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"prompts must be T lists of P prompts each, got lists of {sorted(counts) or 'no'} prompts.")
+    tokenizer = _tokenizer()
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    tokens = torch.zeros(len(prompts), counts.pop(), CONTEXT_LENGTH, dtype=torch.int64)
+    for t, row in enumerate(prompts):
+        for p, prompt in enumerate(row):
+            words = tokenizer.encode(prompt)
+            if len(words) + 2 > CONTEXT_LENGTH:
+                raise ValueError(
+                    f"a prompt must fit into CLIP's {CONTEXT_LENGTH} tokens, got {len(words) + 2} for {_short(prompt)}."
+                )
+            if start in words or end in words:
+                raise ValueError(f"a prompt must not spell out CLIP's special tokens, got {_short(prompt)}.")
+            tokens[t, p, : len(words) + 2] = torch.tensor([start, *words, end])
+    return tokens
+
+
+@lru_cache(maxsize=1024)  # said once, however often a list is checked on its way
+def _warn_of_same_prompts(first: str, second: str) -> None:
+    logger.warning(
+        "classes %s and %s have the same first synonym, and so the same prompts", _short(first), _short(second)
+    )
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    # Heavy, and needs torchvision: only when there is something to tokenise.
+    from ._torchvision import ensure_importable
+
+    ensure_importable()
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
+
+
+def _json_names(text: str, file: Path) -> list[str]:
+    try:
+        names = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not valid JSON ({error}).") from None
+    except RecursionError:
+        raise ValueError(f"'{file}' must be a JSON array of names, got deeply nested values.") from None
+    if not isinstance(names, list):
+        raise ValueError(f"'{file}' must be a JSON array of names, got {_json_kind(names)}.")
+    for position, name in enumerate(names, 1):
+        if not isinstance(name, str):
+            raise ValueError(f"'{file}' must be a JSON array of names, got {_json_kind(name)} at position {position}.")
+    return names
+
+
+def _json_kind(value: object) -> str:
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _same(name: str) -> str:
+    """Equal for names that CLIP's tokenizer does not tell apart by case or by how accents are written."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
