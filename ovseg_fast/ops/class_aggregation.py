@@ -67,7 +67,7 @@ def class_aggregation(
         (B, T, H, W, C): x plus the layer's output, which holds its own residual (as published).
 
     Raises:
-        TypeError, ValueError: a tensor, `heads` or `pooling` does not fit.
+        TypeError, ValueError: a tensor, `heads`, `pooling` or `pad_length` does not fit.
     """
     shared = isinstance(guidance, Tensor) and guidance.dim() == 2
     check_tensors(
@@ -92,7 +92,7 @@ def class_aggregation(
         padding_guidance=(padding_guidance, "G"),
     )
     batch, classes, height, width, channels = x.shape
-    check_positive("class_aggregation", T=classes)
+    check_positive("class_aggregation", T=classes, H=height, W=width)
     check_heads("class_aggregation", heads, channels)
     if q_weight.shape[1] != channels + guidance.shape[-1]:
         raise ValueError(
@@ -101,6 +101,9 @@ def class_aggregation(
         )
     if not 1 <= pooling <= min(height, width):
         raise ValueError(f"class_aggregation: pooling must be in 1..min(H, W) = {min(height, width)}, got {pooling}.")
+
+    if pad_length < 0:
+        raise ValueError(f"class_aggregation: pad_length must be at least 0, got {pad_length}.")
 
     wide = (heads, channels // heads)
     guidance = guidance.unsqueeze(0) if shared else guidance

@@ -28,7 +28,8 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     Raises:
         TypeError, ValueError: as `cost_volume`; or the kernel is even or its input channels are not P.
     """
-    check_cost_inputs("cost_embedding", image, text)
+    check_cost_inputs("cost_embedding", image, text, weight=(weight, "C P K K"), bias=(bias, "C"))
+    _check_kernel(weight)
     return embed_volume(cost_volume(image, text), weight, bias)
 
 
@@ -37,10 +38,14 @@ def embed_volume(volume: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     check_tensors("cost_embedding", volume=(volume, "B T H W P"), weight=(weight, "C P K K"), bias=(bias, "C"))
     batch, classes, height, width, prompts = volume.shape
     check_positive("cost_embedding", T=classes, H=height, W=width, P=prompts)
-    if weight.shape[-1] % 2 == 0:
-        raise ValueError(f"cost_embedding: weight must have an odd kernel size, got {weight.shape[-1]}.")
+    _check_kernel(weight)
     maps = volume.permute(0, 1, 4, 2, 3).reshape(batch * classes, prompts, height, width)
     maps = maps.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     embedded = F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2)
-    return embedded.permute(0, 2, 3, 1).reshape(batch, classes, height, width, -1)
+    return embedded.permute(0, 2, 3, 1).reshape(batch, classes, height, width, bias.shape[0])
+
+
+def _check_kernel(weight: Tensor) -> None:
+    if weight.shape[-1] % 2 == 0:
+        raise ValueError(f"cost_embedding: weight must have an odd kernel size, got {weight.shape[-1]}.")

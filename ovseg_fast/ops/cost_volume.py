@@ -34,10 +34,10 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     return volume.view(batch, classes, count, height, width).permute(0, 1, 3, 4, 2)
 
 
-def check_cost_inputs(operator: str, image: Tensor, text: Tensor) -> tuple[int, int, int]:
-    """Check `image` and `text` as `cost_volume` takes them; returns (B, H, W)."""
+def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **others: tuple[Tensor, str]) -> tuple[int, int, int]:
+    """Check `image` and `text` as `cost_volume` takes them, and `others` with them; returns (B, H, W)."""
     shared = isinstance(text, Tensor) and text.dim() == 3
-    check_tensors(operator, image=(image, "B H W E"), text=(text, "T P E" if shared else "B T P E"))
+    check_tensors(operator, image=(image, "B H W E"), text=(text, "T P E" if shared else "B T P E"), **others)
     batch, height, width, channels = image.shape
     classes, prompts = text.shape[-3:-1]
     check_positive(operator, H=height, W=width, E=channels, T=classes, P=prompts)

@@ -103,7 +103,8 @@ def _check(
         optional["offset"] = (offset, "T")
     check_tensors(operator, logits=(logits, "N T h w"), **optional)
     check_positive(operator, N=logits.shape[0], T=logits.shape[1], h=logits.shape[2], w=logits.shape[3])
-    check_positive(operator, size_height=size[0], size_width=size[1])
+    for name, (height, width) in (("window", window), ("canvas", canvas), ("size", size)):
+        check_positive(operator, **{f"{name} height": height, f"{name} width": width})
     if len(positions) != logits.shape[0]:
         raise ValueError(
             f"{operator}: positions must name {logits.shape[0]} windows, one a logit map, got {len(positions)}."
@@ -159,12 +160,15 @@ def _resize_rows(maps: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
     """Rows of the (T, H, W) bilinear resizing of maps (T, h, w)."""
     if (rows.start, rows.stop) == (0, size[0]):
         return _resize(maps.unsqueeze(0), size)[0]
-    # Interpolate vertically by hand, with PyTorch's own float32 source rows, then horizontally.
     height = maps.shape[1]
-    row = torch.arange(rows.start, rows.stop, dtype=maps.dtype, device=maps.device)
+    if height == size[0]:
+        return _resize(maps[:, rows].unsqueeze(0), (rows.stop - rows.start, size[1]))[0]
+    # Interpolate vertically by hand, with source rows in at least float32 as PyTorch has them, then horizontally.
+    precision = torch.promote_types(maps.dtype, torch.float32)
+    row = torch.arange(rows.start, rows.stop, dtype=precision, device=maps.device)
     source = ((row + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
     above = source.long().clamp(max=height - 1)
     below = (above + 1).clamp(max=height - 1)
-    weight = (source - above).unsqueeze(1)
+    weight = (source - above).unsqueeze(1).to(maps.dtype)
     mixed = torch.lerp(maps[:, above], maps[:, below], weight)
     return _resize(mixed.unsqueeze(0), (len(row), size[1]))[0]

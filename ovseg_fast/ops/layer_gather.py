@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_positive, check_tensors
+from ._checks import check_tensors
 
 
 def layer_gather(
@@ -43,8 +43,10 @@ def layer_gather(
     Raises:
         TypeError, ValueError: a tensor does not fit, there is no block, or `patches` is not in 1..N.
     """
-    hidden = list(hidden)
-    check_positive("layer_gather", L=len(hidden))
+    if not isinstance(hidden, Sequence):
+        raise TypeError(f"layer_gather: hidden must be a list of tensors (B, N, D), got {type(hidden).__name__}.")
+    if not hidden:
+        raise ValueError("layer_gather: hidden must hold at least one tensor (B, N, D), got none.")
     check_tensors(
         "layer_gather",
         **{f"hidden[{i}]": (h, "B N D") for i, h in enumerate(hidden)},

@@ -46,7 +46,7 @@ def mask_attention(
         output (B, T, D), and scores (B, T, S) or None.
 
     Raises:
-        TypeError, ValueError: a tensor or `heads` does not fit.
+        TypeError, ValueError: a tensor, `heads` or `dropout` does not fit.
     """
     check_tensors(
         "mask_attention",
@@ -63,6 +63,8 @@ def mask_attention(
     )
     check_positive("mask_attention", T=queries.shape[1], S=memory.shape[1])
     check_heads("mask_attention", heads, queries.shape[2])
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"mask_attention: dropout must be in 0..1, got {dropout}.")
     q, k, v = (
         F.linear(tokens, weight, bias)
         for tokens, weight, bias in (

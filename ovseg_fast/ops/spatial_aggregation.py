@@ -10,6 +10,8 @@ Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,14 +104,26 @@ def spatial_aggregation(
         )
     if min(height, width) <= window:
         window, shift = min(height, width), 0
-    order, inverse, mask = window_layout(height, width, window, shift, x.device, x.dtype)
+    # A tracer's stand-ins for tensors must neither meet cached tensors nor be cached themselves.
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    layout = window_layout if plain else window_layout.__wrapped__
+    order, inverse, mask = layout(height, width, window, shift, x.device, x.dtype)
     windows = order.numel() // window**2
     if mask is not None:
         mask = mask.repeat_interleave(heads, 0).unsqueeze(0)
 
+    # The mask gives slots beyond the map weight 0, and 0 · NaN would be NaN: they must not hold a token of the map.
+    beyond = None
+    if order.numel() > height * width:
+        beyond = torch.ones(order.numel(), 1, dtype=torch.bool, device=x.device).index_fill(0, inverse, False)
+
+    def to_windows(tokens: Tensor, dim: int) -> Tensor:
+        slots = tokens.index_select(dim, order)
+        return slots if beyond is None else slots.masked_fill(beyond, 0)
+
     guidance = guidance.flatten(1, 2)
-    q_guidance = F.linear(guidance, q_weight[:, channels:], q_bias).index_select(1, order).unsqueeze(1)
-    k_guidance = F.linear(guidance, k_weight[:, channels:], k_bias).index_select(1, order).unsqueeze(1)
+    q_guidance = to_windows(F.linear(guidance, q_weight[:, channels:], q_bias), 1).unsqueeze(1)
+    k_guidance = to_windows(F.linear(guidance, k_weight[:, channels:], k_bias), 1).unsqueeze(1)
 
     def split(tokens: Tensor) -> Tensor:
         """(B, t, window², windows, C) -> (B·t, windows·heads, window², C / heads), without a copy."""
@@ -117,7 +131,7 @@ def spatial_aggregation(
 
     def block(tile: Tensor) -> Tensor:
         tokens = tile.flatten(2, 3)
-        normed = F.layer_norm(tokens.index_select(2, order), (channels,), norm1_weight, norm1_bias)
+        normed = F.layer_norm(to_windows(tokens, 2), (channels,), norm1_weight, norm1_bias)
         q = split(F.linear(normed, q_weight[:, :channels]) + q_guidance)
         k = split(F.linear(normed, k_weight[:, :channels]) + k_guidance)
         v = split(F.linear(normed, v_weight, v_bias))
@@ -131,6 +145,8 @@ def spatial_aggregation(
     return map_tiles(block, x, dim=1, size=tile_size(classes, batch * height * width, x.device))
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # cached tensors must serve training too
 def window_layout(
     height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -155,10 +171,9 @@ def window_layout(
         return grid.view(rows, window, columns, window).permute(1, 3, 0, 2).reshape(window**2, rows * columns)
 
     slots = by_window(position).flatten()
-    filled = (slots >= 0).nonzero().squeeze(1)
-    inverse = torch.empty(height * width, dtype=torch.long, device=device)
-    inverse[slots[filled]] = filled
     order = slots.clamp(min=0)
+    # Sorted by position, the slots that hold one come first, those beyond the map last.
+    inverse = torch.where(slots < 0, height * width, slots).argsort()[: height * width]
 
     padded = (rows * window, columns * window) != (height, width)
     if not shift and not padded:

@@ -44,6 +44,7 @@ def guidance_term(guidance: Tensor, up_bias: Tensor, conv1_weight: Tensor) -> Te
             f"guidance_term: conv1_weight must have U + G = {up_bias.shape[0] + guidance.shape[-1]} input channels, "
             f"got {conv1_weight.shape[1]}."
         )
+    check_positive("guidance_term", H=guidance.shape[1], W=guidance.shape[2])
     constant = up_bias.expand(*guidance.shape[:-1], -1)
     maps = torch.cat([constant, guidance], -1).permute(0, 3, 1, 2)
     return F.conv2d(maps, conv1_weight, padding=1).permute(0, 2, 3, 1)
@@ -96,6 +97,11 @@ def upsampling_decoder(
         raise ValueError(
             f"upsampling_decoder: term must be twice the map of x, {2 * height} × {2 * width}, "
             f"got {tuple(term.shape[1:3])}."
+        )
+    if conv1_weight.shape[1] < up_weight.shape[1]:
+        raise ValueError(
+            f"upsampling_decoder: conv1_weight must have at least U = {up_weight.shape[1]} input channels, "
+            f"got {conv1_weight.shape[1]}."
         )
     if groups < 1 or norm1_weight.numel() % groups:
         raise ValueError(f"upsampling_decoder: groups must divide D = {norm1_weight.numel()}, got {groups}.")
