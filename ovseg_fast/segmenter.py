@@ -101,7 +101,7 @@ class Segmenter:
 
     def segment(
         self,
-        image: ImageSource | Sequence[ImageSource],
+        image: ImageSource | list[ImageSource] | tuple[ImageSource, ...],
         classes: Sequence[str] | None = None,
         *,
         mode: str = "slide",
