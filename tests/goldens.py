@@ -1,0 +1,288 @@
+"""Reader of `tests/parity`: stored numbers, the weights behind them, and what those are called in the operators."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parity import fill
+from tolerances import GOLDEN_OPERATOR_GRADIENT, GOLDEN_OUTPUT, ZERO_GRADIENT
+
+PARITY = Path(__file__).parent / "parity"
+SALTS = {"catseg_ops": "A", "catseg_aggregator": "B", "catseg_vitb": "C", "catseg_vitl": "D", "cascade_clip": "E"}
+
+
+class Golden:
+    """Stored numbers of one case.
+
+    Attributes:
+        store: the arrays as `parity.fill` packs them; facts: what the JSON beside them holds; salt: of its weights and
+            inputs.
+    """
+
+    def __init__(self, case: str) -> None:
+        with np.load(PARITY / f"{case}.npz") as store:
+            self.store = dict(store)
+        self.facts: dict[str, Any] = json.loads((PARITY / f"{case}.json").read_text())
+        self.salt = SALTS[case]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.store or f"{name}.val" in self.store
+
+    def error(self, name: str, value: Tensor) -> float:
+        """Relative error of `value` over the stored positions of `name`."""
+        return fill.rel_err(self.store, name, value.detach().numpy())
+
+    def names(self, prefix: str) -> list[str]:
+        """What follows `prefix` in the names that start with it."""
+        return [name[len(prefix) :] for name in fill.names(self.store) if name.startswith(prefix)]
+
+    def randn(self, name: str, shape: tuple[int, ...] | list[int]) -> Tensor:
+        return torch.from_numpy(fill.randn(name, shape, self.salt))
+
+    def leaves(self, op: str) -> dict[str, Tensor]:
+        """Inputs, called `in.<name>`, and weights of an operation of `catseg_ops`, all in upstream's layout."""
+        prompts = 3 if op.endswith("p3") else 1
+        inputs = self.facts["ops"][op]["inputs"]
+        leaves = {f"in.{name}": self.randn(f"{op}.in.{name}", shape) for name, shape in inputs.items()}
+        leaves |= aggregator_weights(self.salt, prompts)
+        return {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+
+@cache
+def golden(case: str) -> Golden:
+    return Golden(case)
+
+
+@cache
+def shapes(keys: str) -> dict[str, list[int]]:
+    """Shape of everything in a model's published checkpoint."""
+    return json.loads((PARITY / f"keys_{keys}.json").read_text())["state"]
+
+
+def weight(name: str, shape: tuple[int, ...] | list[int], salt: str) -> Tensor:
+    return torch.from_numpy(np.array(fill.fill(name, shape, salt)))  # np.array: a scalar comes as a numpy number
+
+
+def filled(keys: str, prefix: str, salt: str, *, full_names: bool = True) -> dict[str, Tensor]:
+    """All parameters below `prefix`, keyed by the rest of their names and filled by the full name or by that rest."""
+    weights = {}
+    for full, shape in shapes(keys).items():
+        if full.startswith(prefix) and not fill.is_buffer(full):
+            short = full.removeprefix(prefix)
+            weights[short] = weight(full if full_names else short, shape, salt)
+    assert weights, f"{keys} has nothing below {prefix}"
+    return weights
+
+
+def aggregator_weights(salt: str, prompts: int = 1) -> dict[str, Tensor]:
+    """CAT-Seg's aggregator as `catseg_ops` and `catseg_aggregator` use it: alone, so its names have no prefix."""
+    weights = filled("catseg_vitb", "sem_seg_head.predictor.transformer.", salt, full_names=False)
+    weights["conv1.weight"] = weight("conv1.weight", (128, prompts, 7, 7), salt)
+    return weights
+
+
+class TieBreakingReLU:
+    """ReLU that counts inputs which are zero within rounding, and takes the chosen ones to lie on the other side.
+
+    ReLU has no derivative at 0: where rounding decides the side of an input, either gradient is right, and a single
+    one moves gradients by up to 1e-3.
+    """
+
+    TIE = 3e-6  # what 128 products of order 1 leave of rounding in float32
+
+    def __init__(self, flipped: tuple[int, ...] = ()) -> None:
+        self.flipped, self.count = flipped, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ties = (x.detach().abs() < self.TIE).flatten().nonzero().flatten().tolist()
+        gate = (x.detach() > 0).contiguous()
+        for position in ties:
+            gate.view(-1)[position] ^= self.count in self.flipped
+            self.count += 1
+        return x * gate
+
+
+def assert_gradients(op: str, function: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+    """Check an operation of `catseg_ops` and every gradient stored of it.
+
+    `function` takes its inputs, called `in.<name>`, and weights by upstream's names and gives the result in upstream's
+    layout.
+    """
+    relu = TieBreakingReLU()
+    errors = gradient_errors(op, function, relu)
+    if max(errors.values()) > GOLDEN_OPERATOR_GRADIENT:
+        choices = chain(combinations(range(relu.count), 1), combinations(range(relu.count), 2))
+        tried = (gradient_errors(op, function, TieBreakingReLU(flipped)) for flipped in choices)
+        errors = next((other for other in tried if max(other.values()) <= GOLDEN_OPERATOR_GRADIENT), errors)
+    assert max(errors.values()) <= GOLDEN_OPERATOR_GRADIENT, errors
+
+
+def gradient_errors(
+    op: str, function: Callable[[Mapping[str, Tensor]], Tensor], relu: TieBreakingReLU
+) -> dict[str, float]:
+    """Relative errors of the stored gradients. The output, and gradients that are noise only, are checked at once."""
+    case = golden("catseg_ops")
+    leaves = case.leaves(op)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "relu", relu)
+        out = function(leaves)
+    assert case.error(f"{op}.out", out) <= GOLDEN_OUTPUT
+    (out * case.randn(f"{op}.cot", tuple(out.shape))).sum().backward()
+    stored = case.names(f"{op}.grad.")
+    assert {name for name in leaves if name.startswith("in.")} <= set(stored) <= set(leaves)
+    errors = {}
+    for name in stored:
+        gradient = leaves[name].grad
+        assert gradient is not None, name
+        if "swin_block" in name and name.endswith("attn.k.bias"):  # softmax does not see it
+            of_weight = leaves[name.replace("bias", "weight")].grad
+            assert of_weight is not None
+            assert gradient.norm() <= ZERO_GRADIENT * of_weight.norm(), name
+        else:
+            errors[name] = case.error(f"{op}.grad.{name}", gradient)
+    return errors
+
+
+# --- names: of an operator's parameter -> of the published checkpoint's entry ---
+
+
+def _pairs(**modules: str) -> dict[str, str]:
+    return {f"{ours}_{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+
+
+SPATIAL = _pairs(
+    norm1="norm1",
+    q="attn.q",
+    k="attn.k",
+    v="attn.v",
+    proj="attn.proj",
+    norm2="norm2",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+)
+CLASSES = {
+    **_pairs(norm1="norm1", q="attention.q", k="attention.k", v="attention.v", norm2="norm2", fc1="MLP.0", fc2="MLP.2"),
+    "padding_token": "padding_tokens",
+    "padding_guidance": "padding_guidance",
+}
+STAGE = {
+    "up_weight": "up.weight",
+    "up_bias": "up.bias",
+    "conv1_weight": "conv.double_conv.0.weight",
+    "norm1_weight": "conv.double_conv.1.weight",
+    "norm1_bias": "conv.double_conv.1.bias",
+    "conv2_weight": "conv.double_conv.3.weight",
+    "norm2_weight": "conv.double_conv.4.weight",
+    "norm2_bias": "conv.double_conv.4.bias",
+}
+ATTENTION = _pairs(q="q", k="k", v="v", proj="proj")
+
+
+def to_operator(names: Mapping[str, str], weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Parameters of an operator from published names; the padding class loses its two leading axes of size 1."""
+    ours = {}
+    for name, theirs in names.items():
+        tensor = weights[prefix + theirs]
+        ours[name] = tensor[0, 0] if name.startswith("padding_") else tensor
+    return ours
+
+
+def to_published(names: Mapping[str, str], arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back, from an operator's arguments to what the literal forms take."""
+    return {
+        theirs: arguments[name][None, None] if name.startswith("padding_") else arguments[name]
+        for name, theirs in names.items()
+        if name in arguments
+    }
+
+
+# --- names: of the published checkpoints -> of the layers' state dicts ---
+
+Rules = tuple[tuple[str, str], ...]
+
+AGGREGATOR_RULES: Rules = (
+    (r"^conv1\.", "cost_embedding."),
+    (r"^guidance_projection\.0\.", "appearance_projection."),
+    (r"^text_guidance_projection\.0\.", "text_projection."),
+    (r"^decoder_guidance_projection\.(\d)\.0\.", r"decoder.guidance_projections.\1."),
+    (r"^decoder1\.", "decoder.stages.0."),
+    (r"^decoder2\.", "decoder.stages.1."),
+    (r"^head\.", "decoder.head."),
+    (r"\.conv\.double_conv\.0\.", ".conv1."),
+    (r"\.conv\.double_conv\.1\.", ".norm1."),
+    (r"\.conv\.double_conv\.3\.", ".conv2."),
+    (r"\.conv\.double_conv\.4\.", ".norm2."),
+    (r"\.swin_block\.block_1\.", ".spatial.blocks.0."),
+    (r"\.swin_block\.block_2\.", ".spatial.blocks.1."),
+    (r"\.swin_block\.", ".spatial."),
+    (r"\.attention\.attention\.", ".classes."),
+    (r"\.attention\.MLP\.0\.", ".classes.fc1."),
+    (r"\.attention\.MLP\.2\.", ".classes.fc2."),
+    (r"\.attention\.padding_tokens$", ".classes.padding_token"),
+    (r"\.attention\.", ".classes."),
+    (r"\.(attn|mlp)\.", "."),
+)
+CASCADE_RULES: Rules = (
+    (r"^weights_s1$", "stage_weights.0"),
+    (r"^weights_s2$", "stage_weights.1"),
+    (r"^q_projs\.", "query_projections."),
+    (r"^cascade_decoders\.", "decoders."),
+    (r"\.multihead_attn\.", "."),
+    (r"\.self_attn\.in_proj_", ".unused.self_attn_in_proj_"),
+    (r"\.self_attn\.out_proj\.", ".unused.self_attn_out_proj_"),
+    (r"\.norm1\.", ".unused.norm1_"),
+)
+
+
+def layer_name(rules: Rules, name: str) -> str:
+    """Name in our layer's state dict of a published entry."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def layer_state(rules: Rules, weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """State of the layer `prefix` (our name, with its dot) from published weights, with their gradient's way back."""
+    renamed = {layer_name(rules, name): weight for name, weight in weights.items() if not name.startswith("in.")}
+    return {
+        name.removeprefix(prefix): weight[0, 0] if ".padding_" in name else weight
+        for name, weight in renamed.items()
+        if name.startswith(prefix)
+    }
+
+
+def published_state(rules: Rules, names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: what the literal forms take, from a layer of any size; `names` are those of a published model."""
+    ours = {name: layer_name(rules, name) for name in names}
+    weights = {name: state[own] for name, own in ours.items() if own in state}
+    assert len(weights) == len(state), sorted(set(state) - set(ours.values()))
+    return {name: weight[None, None] if ".padding_" in name else weight for name, weight in weights.items()}
+
+
+def cascade_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of `head_eval` in our layout: features (7, 2, S, E), global embeddings (2, E), text (20, E)."""
+
+    def unit(name: str, *shape: int) -> Tensor:
+        return torch.from_numpy(fill.unit(fill.randn(f"head.in.{name}", shape, "E"), 1))
+
+    features = torch.stack([unit(f"feat{i}", 2, 512, 32, 32).flatten(2).transpose(1, 2) for i in range(7)])
+    return features, unit("global", 2, 512), unit("text", 20, 512)
+
+
+def cascade_queries(weights: Mapping[str, Tensor], stage: int) -> Tensor:
+    """The queries (2, 20, E) of a stage's first layer in `head_eval`."""
+    _, image, text = cascade_inputs()
+    relation = torch.cat([image[:, None] * text, text.expand(2, -1, -1)], -1)
+    return F.linear(relation, weights[f"q_projs.{stage}.weight"], weights[f"q_projs.{stage}.bias"])

@@ -1,0 +1,92 @@
+"""Class aggregation: golden numbers and the literal form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import samples
+from counterparts import assert_rewrite
+from goldens import CLASSES, assert_gradients, to_operator
+from ovseg_fast import ops
+from tolerances import REWRITE_FLOAT64, relative_error
+
+GOLDENS = {
+    "class_pool2_t7": 2,
+    "class_pool1_t7": 1,
+    "class_pool2_odd": 2,
+    "class_pool2_t256": 2,
+    "class_pool2_t300": 2,
+    "class_pool1_t300": 1,
+}
+
+
+@pytest.mark.parametrize("op", GOLDENS)
+def test_golden(op: str) -> None:
+    def aggregated(leaves: Mapping[str, Tensor]) -> Tensor:
+        weights = to_operator(CLASSES, leaves, "layers.0.attention.")
+        x = leaves["in.x"].permute(0, 2, 3, 4, 1)
+        out = ops.class_aggregation(x, leaves["in.guidance"], **weights, pooling=GOLDENS[op])
+        return out.permute(0, 4, 1, 2, 3)
+
+    assert_gradients(op, aggregated)
+
+
+@st.composite
+def all_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    pooling, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return {
+        "batch": draw(st.integers(1, 2)),
+        "classes": draw(st.integers(1, 9)),
+        "height": draw(st.integers(pooling, 8)),
+        "width": draw(st.integers(pooling, 8)),
+        "channels": heads * draw(st.integers(1, 5)),
+        "guidance": draw(st.integers(1, 5)),
+        "hidden": draw(st.integers(1, 9)),
+        "heads": heads,
+        "pooling": pooling,
+        "pad_length": draw(st.integers(0, 20)),
+        "per_image": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=80)
+@given(sizes=all_sizes())
+def test_rewrite(sizes: dict[str, Any]) -> None:
+    assert_rewrite("class_aggregation", samples.draw(samples.class_aggregation(**sizes)))
+
+
+@pytest.mark.parametrize("classes", [1, 20, 255, 256, 257])
+def test_rewrite_at_the_published_list_length(classes: int) -> None:
+    build = samples.class_aggregation(classes=classes, height=2, width=3, channels=16, heads=4, pad_length=256)
+    assert_rewrite("class_aggregation", samples.draw(build))
+
+
+def test_guidance_shared_by_all_images_is_guidance_repeated_for_each(rng: torch.Generator) -> None:
+    (x, guidance, *weights), keywords = samples.class_aggregation(batch=3)(samples.Draw(rng, torch.float64, "cpu"))
+    shared = ops.class_aggregation(x, guidance, *weights, **keywords)
+    repeated = ops.class_aggregation(x, guidance.expand(3, -1, -1), *weights, **keywords)
+    assert relative_error(shared, repeated) <= REWRITE_FLOAT64
+
+
+def test_order_of_classes_does_not_matter(rng: torch.Generator) -> None:
+    (x, guidance, *weights), keywords = samples.class_aggregation(classes=7)(samples.Draw(rng, torch.float64, "cpu"))
+    order = torch.randperm(7, generator=rng)
+    reordered = ops.class_aggregation(x[:, order], guidance[order], *weights, **keywords)
+    assert relative_error(reordered, ops.class_aggregation(x, guidance, *weights, **keywords)[:, order]) <= 1e-10
+
+
+def test_a_padding_class_is_a_class(rng: torch.Generator) -> None:
+    """A list padded by the operator gives what the same list with the padding class spelt out gives."""
+    build = samples.class_aggregation(classes=3, height=2, width=2, pad_length=8)
+    (x, guidance, *weights), keywords = build(samples.Draw(rng, torch.float64, "cpu"))
+    *_, token, token_guidance = weights
+    spelt_x = torch.cat([x, token.expand(1, 5, 2, 2, -1)], 1)
+    spelt = ops.class_aggregation(spelt_x, torch.cat([guidance, token_guidance.expand(5, -1)]), *weights, **keywords)
+    assert relative_error(ops.class_aggregation(x, guidance, *weights, **keywords), spelt[:, :3]) <= REWRITE_FLOAT64

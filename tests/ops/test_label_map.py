@@ -1,0 +1,230 @@
+"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, and ties."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import literal
+import samples
+from counterparts import assert_rewrite, counterpart
+from goldens import cascade_inputs, filled, golden
+from ovseg_fast import ops
+from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, KERNEL, REWRITE_FLOAT64, relative_error
+
+MODULE = importlib.import_module("ovseg_fast.ops.label_map")  # `ops.label_map` is the function
+CHUNKS = [1, 50, 400, 10**9]
+
+
+@pytest.fixture(params=CHUNKS)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many scores are worked on at a time."""
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("transductive", [False, True])
+def test_golden(transductive: bool) -> None:
+    """Cascade-CLIP's scores of one window: resized, sigmoid, seen classes lowered."""
+    case, weights = golden("cascade_clip"), filled("cascade_clip_vitb", "decode_head.", "E")
+    features, image, text = cascade_inputs()
+    maps = [layer.transpose(1, 2).unflatten(2, (32, 32)) for layer in features]
+    with torch.no_grad():
+        masks = literal.cascade_masks(weights, maps, image, text)
+    offset = torch.zeros(20)
+    offset[case.facts["seen"]] = 0 if transductive else 0.1
+    size = (512, 512)
+    scores = [ops.score_map(mask[None], [(0, 0)], window=size, canvas=size, size=size, offset=offset) for mask in masks]
+    name = "head_eval_selftrain.pred" if transductive else "head_eval.pred"
+    assert case.error(name, torch.stack(scores)) <= GOLDEN_OUTPUT
+
+
+@st.composite
+def all_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    window = pair(1, 9)
+    room = pair(0, 9)
+    return {
+        "classes": draw(st.integers(1, 5)),
+        "map_size": pair(1, 5),
+        "window": window,
+        "canvas": (window[0] + room[0], window[1] + room[1]),
+        "stride": (draw(st.integers(1, window[0])), draw(st.integers(1, window[1]))),
+        "size": pair(1, 20),
+        "whole": draw(st.booleans()),
+        "offset": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=50)
+@given(sizes=all_sizes(), chunk=st.sampled_from(CHUNKS))
+def test_scores_are_those_of_the_literal_form(sizes: dict[str, Any], chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "CHUNK_ELEMENTS", chunk)
+        assert_rewrite("score_map", samples.draw(samples.label_map(**sizes)))
+
+
+@settings(max_examples=60)
+@given(sizes=all_sizes(), chunk=st.sampled_from(CHUNKS))
+def test_labels_are_the_best_of_the_literal_scores(sizes: dict[str, Any], chunk: int) -> None:
+    call = samples.draw(samples.label_map(**sizes))
+    scores = counterpart("score_map", call).result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "CHUNK_ELEMENTS", chunk)
+        labels = ops.label_map(*call[0], **call[1])
+    assert labels.dtype == torch.int32
+    assert labels.shape == sizes["size"]
+    assert (labels >= 0).all()
+    chosen = scores.gather(0, labels.long()[None])[0]
+    assert relative_error(chosen, scores.amax(0)) <= REWRITE_FLOAT64
+
+
+def catseg_call(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Any]]:
+    """Published windows, a small picture of them: (5, T, 24, 24) logits and what `label_map` takes besides."""
+    logits = 3 * torch.randn(5, 4, 24, 24, generator=rng, dtype=dtype)
+    keywords = {"window": (96, 96), "canvas": (160, 160), "whole": logits[4:]}
+    return logits, {"positions": literal.catseg_corners(160, 96), **keywords}
+
+
+@pytest.mark.parametrize("size", [(160, 160), (100, 133), (211, 173)])
+def test_catseg(size: tuple[int, int], chunk: int, rng: torch.Generator) -> None:
+    logits, keywords = catseg_call(rng)
+    expected = literal.catseg_label_map(logits, size, 160, 96)
+    assert relative_error(ops.score_map(logits[:4], **keywords, size=size), expected) <= REWRITE_FLOAT64
+    labels = ops.label_map(logits[:4], **keywords, size=size)
+    assert (labels == expected.argmax(0)).double().mean() >= ARGMAX_AGREEMENT
+
+
+@pytest.mark.parametrize("size", [(80, 125), (61, 90), (97, 211)])
+def test_cascade_clip(size: tuple[int, int], chunk: int, rng: torch.Generator) -> None:
+    canvas, seen = (80, 125), [0, 2, 3]
+    corners = literal.cascade_corners(canvas, 64, 53)
+    masks = 3 * torch.randn(len(corners), 5, 4, 4, generator=rng, dtype=torch.float64)
+    offset = torch.zeros(5, dtype=torch.float64)
+    offset[seen] = 0.1
+    keywords = {"window": (64, 64), "canvas": canvas, "size": size, "offset": offset}
+    expected = literal.cascade_label_map(masks, canvas, size, seen, crop=64, stride=53)
+    scores = ops.score_map(masks, corners, **keywords)
+    assert relative_error(scores.softmax(0), expected) <= REWRITE_FLOAT64
+    assert (ops.label_map(masks, corners, **keywords) == expected.argmax(0)).double().mean() >= ARGMAX_AGREEMENT
+
+
+def test_labels_are_the_argmax_of_the_scores_to_the_bit(rng: torch.Generator) -> None:
+    """As long as all rows are worked on at once both do the same arithmetic, near ties included."""
+    logits, keywords = catseg_call(rng, torch.float32)
+    for size in ((160, 160), (100, 133)):
+        scores = ops.score_map(logits[:4], **keywords, size=size)
+        assert torch.equal(ops.label_map(logits[:4], **keywords, size=size), scores.argmax(0).int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_keep_their_place_in_every_precision(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """A tall picture: row numbers above 256 or 2048 are no longer exact in bfloat16 or float16."""
+    logits = 3 * torch.randn(1, 3, 40, 2, generator=rng)
+    keywords: dict[str, Any] = {"positions": [(0, 0)], "window": (40, 2), "canvas": (40, 2), "size": (4000, 3)}
+    scores = ops.score_map(logits.double(), **keywords)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "CHUNK_ELEMENTS", 1000)
+        labels = ops.label_map(logits.to(dtype), **keywords)
+    assert relative_error(scores.gather(0, labels.long()[None])[0], scores.amax(0)) <= KERNEL[dtype]
+
+
+def simple(logits: Tensor, size: tuple[int, int] = (8, 8), **more: Any) -> Tensor:
+    """One window of 8 × 8 pixels."""
+    return ops.label_map(logits, [(0, 0)], window=(8, 8), canvas=(8, 8), size=size, **more)
+
+
+def test_the_lower_of_equal_classes_wins(chunk: int, rng: torch.Generator) -> None:
+    logits = torch.randn(1, 6, 4, 4, generator=rng)
+    logits[:, [1, 4]] = 5 + torch.rand(1, 1, 4, 4, generator=rng)
+    for size in ((8, 8), (13, 5)):
+        assert (simple(logits, size) == 1).all()
+    assert (simple(torch.full((1, 6, 4, 4), 100.0)) == 0).all()  # sigmoid is 1 for all
+
+
+def test_nan_is_above_everything_and_the_first_wins(chunk: int) -> None:
+    """As argmax has it."""
+    logits = torch.randn(1, 6, 8, 8)
+    logits[0, 4, 2, 3] = logits[0, 2, 2, 3] = logits[0, 3, 5, 5] = float("nan")
+    labels = simple(logits)
+    assert labels[2, 3] == 2
+    assert labels[5, 5] == 3
+    assert torch.equal(labels, logits.sigmoid()[0].argmax(0).int())
+
+
+def test_infinite_logits_are_certain(chunk: int) -> None:
+    logits = torch.randn(1, 3, 8, 8)
+    logits[0, 0] = -float("inf")
+    logits[0, 2, 1, 1] = float("inf")
+    labels = simple(logits)
+    assert labels[1, 1] == 2
+    assert (labels > 0).all()
+
+
+def test_the_offset_decides(chunk: int, rng: torch.Generator) -> None:
+    logits = 0.01 * torch.randn(1, 4, 4, 4, generator=rng)
+    offset = torch.tensor([0.1, 0.1, 0.0, 0.1])
+    assert (simple(logits, (9, 7), offset=offset) == 2).all()
+    assert (simple(logits, (9, 7), offset=offset - 1).unique() == 2).all()  # scores may be any number
+
+
+def test_the_whole_image_counts_half(chunk: int) -> None:
+    """Two classes: the windows are sure of the first, the whole image of the second and a little more."""
+    windows = torch.tensor([2.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone()
+    whole = torch.tensor([-2.0, 2.1]).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone()
+    assert (simple(windows) == 0).all()
+    assert (simple(windows, whole=whole) == 1).all()
+
+
+def test_overlapping_windows_are_averaged_by_count(chunk: int) -> None:
+    """Three windows over one strip; each pixel has the mean of those that hold it."""
+    logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    scores = ops.score_map(
+        logits, [(0, 0), (0, 2), (0, 3)], window=(2, 4), canvas=(2, 7), size=(2, 7), offset=torch.zeros(1).double()
+    )[0, 0]
+    a, b, c = logits[:, 0, 0, 0].sigmoid().tolist()
+    expected = [a, a, (a + b) / 2, (a + b + c) / 3, (b + c) / 2, (b + c) / 2, c]
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_memory_does_not_grow_with_the_classes() -> None:
+    """What is worked on at a time holds at most CHUNK_ELEMENTS scores, or one class."""
+    largest = 0
+    interpolate = F.interpolate
+
+    def measured(maps: Tensor, size: tuple[int, int], **keywords: Any) -> Tensor:
+        nonlocal largest
+        largest = max(largest, maps.shape[0] * maps.shape[1] * size[0] * size[1])
+        return interpolate(maps, size, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "CHUNK_ELEMENTS", 5000)
+        patch.setattr(F, "interpolate", measured)
+        ops.label_map(torch.randn(1, 300, 4, 4), [(0, 0)], window=(40, 40), canvas=(40, 40), size=(100, 90))
+    assert 0 < largest <= 5000
+
+
+@pytest.mark.parametrize(
+    ("positions", "mention"),
+    [
+        ([(0, 0)], "positions must name 2 windows, one a logit map, got 1"),
+        ([(0, 0), (0, 5)], "on the (8, 12) canvas, got (0, 5)"),
+        ([(0, 0), (-1, 4)], "on the (8, 12) canvas, got (-1, 4)"),
+        ([(0, 0), (0, 3)], "cover the whole (8, 12) canvas"),
+        ([(0, 0), (0, 0)], "cover the whole (8, 12) canvas"),
+    ],
+)
+@pytest.mark.parametrize("function", [ops.label_map, ops.score_map])
+def test_windows_must_tile_the_canvas(function: Any, positions: list[tuple[int, int]], mention: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{function.__name__}: positions ") as caught:
+        function(torch.randn(2, 3, 4, 4), positions, window=(8, 8), canvas=(8, 12), size=(8, 8))
+    assert mention in str(caught.value)

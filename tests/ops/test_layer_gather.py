@@ -1,0 +1,100 @@
+"""Layer gather: golden numbers and the literal form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import literal
+import samples
+from counterparts import assert_rewrite
+from goldens import filled, golden
+from ovseg_fast import ops
+from parity import fill
+from tolerances import GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
+
+
+def test_golden() -> None:
+    """Of hidden states that the literal image encoder gives."""
+    case, weights = golden("cascade_clip"), filled("cascade_clip_vitb", "backbone.", "E")
+    image = torch.from_numpy(fill.image("small.image", 384, 384, "E")).permute(2, 0, 1).float()
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[:, :, None, None]
+    with torch.no_grad():
+        hidden, (height, width) = literal.prompted_image_encoder(weights, ((image - mean) / std)[None])
+    features = ops.layer_gather(
+        hidden,
+        height * width,
+        weights["prompt_norm.weight"],
+        weights["prompt_norm.bias"],
+        torch.stack([*(weights[f"ln_layers.{i}.weight"] for i in range(6)), weights["ln_post.weight"]]),
+        torch.stack([*(weights[f"ln_layers.{i}.bias"] for i in range(6)), weights["ln_post.bias"]]),
+        torch.cat([weights["proj_layers"], weights["proj"][None]]),
+    )
+    for i, feature in enumerate(features):
+        maps = feature.transpose(1, 2).unflatten(2, (height, width))
+        assert case.error(f"small.feat{i}", maps) <= GOLDEN_OUTPUT
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.fixed_dictionaries(
+        {
+            "layers": st.integers(1, 7),
+            "batch": st.integers(1, 3),
+            "prompts": st.integers(-1, 4),  # −1: no class token either
+            "patches": st.integers(1, 9),
+            "channels": st.integers(2, 12),
+            "out": st.integers(2, 12),
+        }
+    )
+)
+def test_rewrite(sizes: dict[str, int]) -> None:
+    assert_rewrite("layer_gather", samples.draw(samples.layer_gather(**sizes)))
+
+
+def test_epsilons_are_the_published_ones_unless_given(rng: torch.Generator) -> None:
+    """Hidden states so small that the epsilons decide."""
+    (hidden, *rest), _ = samples.layer_gather(layers=2)(samples.Draw(rng, torch.float64, "cpu"))
+    hidden = [1e-3 * tokens for tokens in hidden]
+    rest[1:3] = [1e-3 * rest[1], 1e-3 * rest[2]]
+    assert_rewrite("layer_gather", ((hidden, *rest), {}))
+    default = ops.layer_gather(hidden, *rest)
+    assert relative_error(ops.layer_gather(hidden, *rest, shared_eps=1e-6, norm_eps=1e-5), default) <= REWRITE_FLOAT64
+    assert relative_error(ops.layer_gather(hidden, *rest, shared_eps=1e-5), default) > 1e-4
+    assert relative_error(ops.layer_gather(hidden, *rest, norm_eps=1e-6), default) > 1e-4
+
+
+def test_length_is_one_and_prompts_take_no_part(rng: torch.Generator) -> None:
+    (hidden, patches, *rest), _ = samples.layer_gather()(samples.Draw(rng, torch.float64, "cpu"))
+    features = ops.layer_gather(hidden, patches, *rest)
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:-1], dtype=torch.float64))
+    changed = [tokens.clone() for tokens in hidden]
+    for tokens in changed:
+        tokens[:, :-patches] = float("nan")
+    assert torch.equal(ops.layer_gather(changed, patches, *rest), features)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "mention"),
+    [
+        (3, TypeError, "hidden must be a list of tensors (B, N, D), got int"),
+        (torch.zeros(3, 1, 8, 8), TypeError, "hidden must be a list of tensors (B, N, D), got Tensor"),
+        ([], ValueError, "hidden must hold at least one tensor"),
+    ],
+    ids=["int", "tensor", "empty"],
+)
+def test_hidden_must_be_a_list(value: Any, kind: type[Exception], mention: str) -> None:
+    (_, *rest), _ = samples.draw(samples.layer_gather())
+    with pytest.raises(kind) as caught:
+        ops.layer_gather(value, *rest)
+    assert mention in str(caught.value)
+
+
+def test_a_row_of_norms_for_each_block() -> None:
+    (hidden, *rest), _ = samples.draw(samples.layer_gather(layers=3))
+    with pytest.raises(ValueError, match="norm_weight must have one row a block, 2, got 3"):
+        ops.layer_gather(hidden[:2], *rest)
