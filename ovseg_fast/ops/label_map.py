@@ -21,7 +21,7 @@ from torch import Tensor
 from ._checks import check_positive, check_tensors
 from ._tiles import tiles
 
-CHUNK_ELEMENTS = 2**23  # scores worked on at a time: 32 MB in float32
+CHUNK_ELEMENTS = 2**22  # scores worked on at a time: 16 MB in float32
 
 
 def label_map(
