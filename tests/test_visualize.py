@@ -1,0 +1,340 @@
+"""Colours, overlays with a legend, label images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from ovseg_fast import visualize
+from ovseg_fast.visualize import check_labels, label_image, overlay, palette
+
+NAMES = [
+    "cat",
+    "grass",
+    "sky",
+    "door, double door",
+    "a name that is far too long for any legend whatever its size",
+    "x",
+]
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.randint(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def regions(width: int, height: int, classes: int) -> np.ndarray:
+    """Every class appears where there are enough pixels, the lower ones over more of the picture."""
+    values = np.sqrt(np.linspace(0, 1, height * width, endpoint=False)) * classes
+    return classes - 1 - values.astype(np.int64).reshape(height, width)
+
+
+# Colours
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_a_class_keeps_its_colour(n: int, m: int) -> None:
+    small, large = sorted((n, m))
+    assert palette(small).shape == (small, 3) and palette(small).dtype == np.uint8
+    assert np.array_equal(palette(large)[:small], palette(small))
+
+
+@pytest.mark.parametrize("n", [20, 171, 1024, 1025, 66_000])
+def test_colours_are_distinct(n: int) -> None:
+    assert len({tuple(colour) for colour in palette(n).tolist()}) == n
+
+
+@pytest.mark.parametrize(("n", "distance"), [(10, 80), (30, 45), (171, 16)])
+def test_colours_can_be_told_apart(n: int, distance: float) -> None:
+    colours = palette(n).astype(float)
+    between = np.linalg.norm(colours[:, None] - colours, axis=-1) + np.diag(np.full(n, np.inf))
+    assert between.min() > distance
+    assert np.ptp(colours, axis=1).min() > 25, "no greys: they vanish in a photograph"
+
+
+def test_palette_is_not_shared() -> None:
+    palette(5)[:] = 0
+    assert palette(5).any()
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        palette(-1)
+
+
+# Overlays
+
+
+def inside(labels: np.ndarray, margin: int = 8) -> np.ndarray:
+    """Pixels far from any border."""
+    same = np.ones(labels.shape, dtype=bool)
+    for axis in (0, 1):
+        change = np.diff(labels, axis=axis) != 0
+        for at in zip(*np.nonzero(change), strict=True):
+            near = tuple(slice(max(0, i - margin), i + margin + 1) for i in at)
+            same[near] = False
+    return same
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
+def test_colours_lie_over_the_photograph(alpha: float) -> None:
+    image = photograph(60, 50)
+    labels = np.zeros((50, 60), dtype=np.uint8)
+    labels[:20, :30], labels[30:, 10:] = 1, 2
+    before = np.asarray(image).copy()
+    result = overlay(image, labels, NAMES, alpha=alpha, legend=False)
+    assert result.mode == "RGB" and result.size == image.size
+    expected = (1 - alpha) * before + alpha * palette(3)[labels]
+    far = inside(labels)
+    assert far.mean() > 0.2
+    assert np.abs(np.asarray(result)[far] - expected[far]).max() <= 1
+    assert np.array_equal(np.asarray(image), before)
+
+
+def test_regions_have_thin_borders() -> None:
+    labels = np.zeros((50, 60), dtype=np.int32)
+    labels[:, 30:] = 1
+    result = np.asarray(overlay(Image.new("RGB", (60, 50)), labels, NAMES, alpha=1, legend=False))
+    for column, colour in [(29, palette(2)[0]), (31, palette(2)[1])]:
+        assert (result[:, column] == colour).all()
+    assert (result[:, 30] > palette(2)[1]).any() and not (result[:, 30] == palette(2)[1]).all()
+
+
+def test_borders_widen_with_the_picture() -> None:
+    labels = np.zeros((2000, 2000), dtype=np.int32)
+    labels[:, 1000:] = 1
+    result = np.asarray(overlay(Image.new("RGB", (2000, 2000)), labels, NAMES, alpha=1, legend=False))
+    assert (result[5] != palette(2)[labels[5]]).any(-1).sum() == 4
+
+
+def test_one_class_has_no_border() -> None:
+    result = overlay(Image.new("RGB", (60, 50)), np.full((50, 60), 4), NAMES, alpha=1, legend=False)
+    assert (np.asarray(result) == palette(5)[4]).all()
+
+
+class Written:
+    """What was written where: texts with their boxes, and swatches."""
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[str, tuple[float, float, float, float]]] = []
+        self.swatches: list[tuple[tuple[float, ...], tuple[int, ...]]] = []
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, share) of each entry."""
+        texts = [text for text, _ in self.texts]
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+@pytest.fixture
+def written(monkeypatch) -> Iterator[Written]:
+    record = Written()
+    text, rectangle = ImageDraw.ImageDraw.text, ImageDraw.ImageDraw.rectangle
+
+    def record_text(self, xy, string, fill, font, anchor):
+        record.texts.append((string, self.textbbox(xy, string, font, anchor)))
+        return text(self, xy, string, fill, font, anchor=anchor)
+
+    def record_rectangle(self, xy, colour):
+        record.swatches.append((xy, colour))
+        return rectangle(self, xy, colour)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record_text)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", record_rectangle)
+    yield record
+
+
+def number(share: str) -> float:
+    assert share.endswith(" %")
+    return 0.05 if share.startswith("<") else float(share[:-2])
+
+
+def check_layout(written: Written, page: Image.Image, picture: tuple[int, int]) -> None:
+    """Everything is inside the page, outside the picture, and apart."""
+    boxes = [box for _, box in written.texts] + [box for box, _ in written.swatches]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= page.width and 0 <= top < bottom <= page.height
+        assert left >= picture[0] or top >= picture[1]
+    for i, one in enumerate(boxes):
+        for two in boxes[:i]:
+            beside = one[0] >= two[2] + 4 or two[0] >= one[2] + 4
+            assert beside or one[1] >= two[3] or two[1] >= one[3]
+
+
+SIZES = [(20, 20), (2, 2), (30, 10), (451, 300), (300, 451), (320, 199), (640, 480), (2, 3000), (3000, 2), (17, 900)]
+SIZES += [(5000, 300), (2500, 1800)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("classes", [1, 6, 300])
+def test_legend(written: Written, size: tuple[int, int], classes: int) -> None:
+    image = photograph(*size)
+    labels = regions(*size, classes)
+    names = (NAMES + [f"class {i}" for i in range(6, 300)])[:classes]
+    page = overlay(image, labels, names)
+    counts = np.bincount(labels.ravel(), minlength=classes)
+
+    # The picture itself, perhaps enlarged, stays in the corner.
+    factor = -(-320 // max(size)) if max(size) < 320 else 1
+    picture = (size[0] * factor, size[1] * factor)
+    assert max(picture) >= 320
+    plain = overlay(
+        image.resize(picture, Image.Resampling.NEAREST), labels.repeat(factor, 0).repeat(factor, 1), names, legend=False
+    )
+    assert np.array_equal(np.asarray(page.crop((0, 0, *picture))), np.asarray(plain))
+    assert page.width == picture[0] or page.height == picture[1]
+
+    check_layout(written, page, picture)
+    assert min(bottom - top for _, (_, top, _, bottom) in written.texts) >= 7
+
+    # Only classes that appear, the most first, at most as many as fit.
+    rows = written.rows()
+    more = [name for name, _ in rows if name.startswith("+ ")]
+    shown = len(rows) - len(more)
+    present = int(np.count_nonzero(counts))
+    assert more == ([] if shown == present else [f"+ {present - shown} more"])
+    assert shown >= min(present, 7)
+    order = np.argsort(-counts, kind="stable")[:shown]
+    for (name, share), index in zip(rows, order, strict=False):
+        assert name == names[index] or (name.endswith("…") and names[index].startswith(name[:-1]))
+        assert abs(number(share) - 100 * counts[index] / counts.sum()) <= 0.05 + 1e-9
+    assert [colour for _, colour in written.swatches] == [tuple(palette(classes)[i].tolist()) for i in order]
+    assert abs(sum(number(share) for _, share in rows) - 100) <= 0.05 * len(rows) + 1e-9
+
+    # It was really drawn.
+    pixels = np.asarray(page)
+    for (left, top, right, bottom), colour in written.swatches:
+        assert (pixels[top : bottom + 1, left : right + 1] == colour).all()
+    for _, box in written.texts:
+        left, top, right, bottom = map(int, box)
+        assert pixels[top:bottom, left:right].min() < 120
+
+
+@pytest.mark.parametrize("size", [(320, 330), (700, 330)])
+def test_legend_of_any_length(written: Written, size: tuple[int, int]) -> None:
+    lengths = set()
+    for classes in range(1, 70):
+        written.texts.clear()
+        written.swatches.clear()
+        page = overlay(photograph(*size), regions(*size, classes), [f"class {i}" for i in range(classes)])
+        check_layout(written, page, size)
+        rows = written.rows()
+        more = classes - len(written.swatches)
+        assert len(rows) == len(written.swatches) + (more > 0)
+        if more:
+            assert rows[-1][0] == f"+ {more} more"
+        lengths.add((len(rows), more))
+    longest = max(length for length, _ in lengths)
+    assert (longest, 0) in lengths and (longest, 2) in lengths and (longest, 1) not in lengths
+
+
+def test_absent_classes_are_left_out(written: Written) -> None:
+    labels = np.full((50, 60), 2)
+    labels[:10] = 5
+    overlay(photograph(60, 50), labels, NAMES)
+    assert written.rows() == [("sky", "80.0 %"), ("x", "20.0 %")]
+
+
+def test_tiny_shares_are_not_shown_as_zero(written: Written) -> None:
+    labels = np.zeros((500, 500), dtype=np.int32)
+    labels[3, 4] = 1
+    overlay(photograph(500, 500), labels, NAMES)
+    assert written.rows() == [("cat", "100.0 %"), ("grass", "< 0.1 %")]
+
+
+def test_long_names_are_cut_short_names_are_not(written: Written) -> None:
+    overlay(photograph(451, 300), regions(451, 300, 6), NAMES)
+    names = [name for name, _ in written.rows()]
+    assert {"cat", "grass", "sky", "door, double door", "x"} < set(names)
+    (cut,) = [name for name in names if name.endswith("…")]
+    assert len(cut) > 15 and NAMES[4].startswith(cut[:-1].rstrip())
+
+
+def test_a_name_of_several_lines_takes_one(written: Written) -> None:
+    overlay(photograph(60, 50), np.zeros((50, 60), dtype=int), ["cat\nand   dog"])
+    assert written.rows() == [("cat and dog", "100.0 %")]
+
+
+def test_legend_is_larger_in_larger_pictures(written: Written) -> None:
+    heights = []
+    for width, height in [(600, 400), (3000, 2000)]:
+        written.texts.clear()
+        overlay(Image.new("RGB", (width, height)), np.zeros((height, width), dtype=int), ["cat"])
+        top, bottom = written.texts[0][1][1::2]
+        heights.append(bottom - top)
+    assert heights[1] > 3 * heights[0]
+
+
+def test_other_modes_of_the_photograph() -> None:
+    labels = regions(60, 50, 3)
+    image = photograph(60, 50)
+    expected = np.asarray(overlay(image.convert("L").convert("RGB"), labels, NAMES))
+    assert np.array_equal(np.asarray(overlay(image.convert("L"), labels, NAMES)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"labels": np.zeros((60, 50), int)}, ValueError, r"50 x 60 .*got \(60, 50\)"),
+        ({"labels": np.zeros((1, 50, 60), int)}, ValueError, r"\(H, W\).*got \(1, 50, 60\)"),
+        ({"labels": np.zeros((0, 60), int)}, ValueError, r"got \(0, 60\)"),
+        ({"labels": np.zeros((50, 60))}, TypeError, "integers, got float64"),
+        ({"labels": np.zeros((50, 60), bool)}, TypeError, "integers, got bool"),
+        ({"labels": np.full((50, 60), -1)}, ValueError, r"0\.\.5 for 6 classes, got -1\.\.-1"),
+        ({"labels": np.full((50, 60), 6)}, ValueError, r"0\.\.5 for 6 classes, got 6\.\.6"),
+        ({"alpha": 1.1}, ValueError, "alpha .* got 1.1"),
+        ({"alpha": -0.1}, ValueError, "alpha .* got -0.1"),
+        ({"alpha": float("nan")}, ValueError, "alpha .* got nan"),
+    ],
+)
+def test_bad_arguments(change: dict, error: type[Exception], words: str) -> None:
+    arguments = {"image": photograph(60, 50), "labels": np.zeros((50, 60), int), "classes": NAMES} | change
+    with pytest.raises(error, match=words):
+        overlay(**arguments)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint64])
+def test_check_labels(dtype) -> None:
+    labels = np.random.randint(0, 7, (5, 6)).astype(dtype)[:, ::2]
+    result = check_labels(labels, 7)
+    assert result.dtype == np.int32 and result.flags.c_contiguous and np.array_equal(result, labels)
+
+
+@pytest.mark.parametrize(("n", "mode"), [(1, "P"), (2, "P"), (3, "P"), (17, "P"), (256, "P"), (257, "I;16")])
+@pytest.mark.parametrize("extreme", [False, True])
+def test_label_image_round_trip(n: int, mode: str, extreme: bool) -> None:
+    labels = np.random.randint(0, n, (21, 34))
+    labels[0, 0] = n - 1 if extreme else 0
+    image = label_image(labels, n)
+    assert image.mode == mode
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    again = Image.open(file)
+    assert again.mode == mode and np.array_equal(np.asarray(again), labels)
+    if mode == "P":
+        assert np.array_equal(np.asarray(again.convert("RGB")), palette(n)[labels])
+
+
+def test_label_image_of_many_classes() -> None:
+    labels = np.random.randint(0, 65_536, (21, 34))
+    labels[0, 0] = 65_535
+    assert np.array_equal(np.asarray(label_image(labels, 65_536)), labels)
+    with pytest.raises(ValueError, match="at most 65536 classes, got 65537"):
+        label_image(labels, 65_537)
+    with pytest.raises(ValueError, match="classes, got"):
+        label_image(labels, 65_535)
+
+
+def test_ellipsis_keeps_as_much_as_fits() -> None:
+    font = visualize.ImageFont.load_default(13)
+    text = "abcdefghij" * 3
+    for width in range(20, 260, 7):
+        cut = visualize._fit(text, font, width)
+        assert font.getlength(cut) <= width
+        if cut != text:
+            longer = text[: len(cut)] + "…"
+            assert font.getlength(longer) > width
