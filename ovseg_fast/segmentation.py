@@ -1,0 +1,126 @@
+"""The result of segmenting one image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from . import visualize
+from .files import write_whole
+
+
+class Segmentation:
+    """A class for every pixel of an image.
+
+    Args:
+        image: the photograph, H pixels high and W wide.
+        classes: T names.
+        labels: (H, W) integers in 0..T-1.
+        compute_scores: gives the scores, (T, H, W) in 0..1; called at most once, and only when they are asked for.
+
+    Attributes:
+        image: the photograph, a PIL image.
+        classes: list of the T names.
+        labels: (H, W) int32, indices into `classes`. Every pixel has a class: there is no -1.
+
+    Raises:
+        ValueError, TypeError: labels that do not fit the image or the classes.
+    """
+
+    def __init__(
+        self,
+        image: Image.Image,
+        classes: Sequence[str],
+        labels: ArrayLike,
+        compute_scores: Callable[[], ArrayLike],
+    ) -> None:
+        self.image = image
+        self.classes = list(classes)
+        self.labels = visualize.check_labels(labels, len(self.classes))
+        if self.labels.shape != (image.height, image.width):
+            raise ValueError(
+                f"labels must be of the image's size, {image.height} x {image.width} (H, W), got {self.labels.shape}."
+            )
+        self._compute_scores: Callable[[], ArrayLike] | None = compute_scores
+        self._scores: np.ndarray | None = None
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed when first asked for, then kept."""
+        if self._scores is None:
+            assert self._compute_scores is not None
+            scores = np.asarray(self._compute_scores(), dtype=np.float32)
+            expected = (len(self.classes), *self.labels.shape)
+            if scores.shape != expected:
+                raise ValueError(
+                    f"compute_scores must give an array of shape {expected} (T, H, W), got {scores.shape}."
+                )
+            self._scores = scores
+            self._compute_scores = None  # lets go of the features that it held
+        return self._scores
+
+    def counts(self) -> np.ndarray:
+        """(T,) int64: pixels of each class."""
+        return np.bincount(self.labels.ravel(), minlength=len(self.classes))
+
+    def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
+        """The photograph with the colours of the classes laid over it, and a legend; see `visualize.overlay`."""
+        return visualize.overlay(self.image, self.labels, self.classes, alpha, legend)
+
+    def save(self, path: str | os.PathLike[str], *, alpha: float = 0.5, scores: bool = False) -> None:
+        """Write the result to a file, whole or not at all.
+
+        Args:
+            path: .png, .jpg or .jpeg for the overlay; .npz for the arrays `labels` (H, W) int32 and `classes` (T,).
+            alpha: opacity of the overlay's colours, 0..1.
+            scores: add the array `scores` (T, H, W) float32 to an .npz file.
+
+        Raises:
+            ValueError: another suffix, `alpha` outside 0..1, or `scores` for a picture.
+            OSError: the file cannot be written.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".png", ".jpg", ".jpeg", ".npz"):
+            raise ValueError(f"path must end in .png or .jpg (overlay) or .npz (labels), got '{path}'.")
+        if suffix != ".npz":
+            if scores:
+                raise ValueError(f"scores can only be saved to an .npz file, got '{path}'.")
+            picture = self.overlay(alpha)
+            write_whole(path, lambda file: picture.save(file, quality=92))  # PNG takes no notice of the quality
+            return
+        arrays: dict[str, Any] = {"labels": self.labels, "classes": np.array(self.classes, dtype=str)}
+        if scores:
+            arrays["scores"] = self.scores
+
+        def write(file: Path) -> None:
+            with open(file, "wb") as stream:
+                np.savez_compressed(stream, **arrays)
+
+        write_whole(path, write)
+
+    def save_labels(self, path: str | os.PathLike[str]) -> None:
+        """Write the labels as a PNG whose pixel values are indices into `classes`; see `visualize.label_image`.
+
+        Raises:
+            ValueError: another suffix than .png. OSError: the file cannot be written.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"path must end in .png, got '{path}'; other formats would change the labels.")
+        image = visualize.label_image(self.labels, len(self.classes))
+        write_whole(path, lambda file: image.save(file))
+
+    def __repr__(self) -> str:
+        counts = self.counts()
+        largest = np.argsort(-counts, kind="stable")[:3]
+        shares = [f"{self.classes[i]} {100 * counts[i] / counts.sum():.0f} %" for i in largest.tolist() if counts[i]]
+        more = ", …" if np.count_nonzero(counts) > len(shares) else ""
+        return (
+            f"<Segmentation {self.image.width} x {self.image.height}, {len(self.classes)} classes: "
+            f"{', '.join(shares)}{more}>"
+        )
