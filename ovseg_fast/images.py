@@ -155,7 +155,7 @@ def _from_array(array: np.ndarray, max_side: int) -> Image.Image:
         )
     height, width = array.shape[:2]
     _check_size("the given array", width, height, max_side)
-    return Image.fromarray(np.ascontiguousarray(array))
+    return Image.fromarray(array)
 
 
 def _decode(image: Image.Image, name: str, max_side: int) -> Image.Image:

@@ -36,7 +36,9 @@ def test_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
         with open(file, "ab") as stream:
             stream.write(b"w")
 
-    write_whole(target, writer)
+    with open(target, "rb") as reader:
+        write_whole(target, writer)
+        assert reader.read() == b"old", "the old file was written over instead of replaced"
     assert target.read_bytes() == b"new"
 
 

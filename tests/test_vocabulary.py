@@ -335,8 +335,8 @@ def test_prompts_must_be_a_full_table(prompts: list[list[str]]) -> None:
             171,
             "person",
             "wood",
-            "cow, giraffe, suitcase, frisbee, skateboard, carrot, scissors, cardboard, clouds, grass, playingfield, river, "
-            "road, tree, wall-concrete",
+            "cow, giraffe, suitcase, frisbee, skateboard, carrot, scissors, cardboard, clouds, grass, playingfield, "
+            "river, road, tree, wall-concrete",
         ),
     ],
 )
