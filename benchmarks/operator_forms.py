@@ -1,0 +1,82 @@
+"""An operator and its literal form on one row of `tests/samples.py`: equal first, then timed in one group."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from counterparts import counterpart, decoder_stage
+from ovseg_fast import ops
+from samples import Draw, Sample, arguments, select, tensors
+from tolerances import ARGMAX_AGREEMENT, REWRITE_FLOAT32, relative_error
+
+Forms = dict[str, Callable[[], Any]]
+SECONDS = 1.0  # that all rounds of one form take together, at least three rounds
+
+
+def published_sizes(function: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrise a benchmark by `row` and `form`; the two forms of a row follow each other."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        test = pytest.mark.parametrize("row", select("bench", function=function), ids=lambda row: row.name)(test)
+        return pytest.mark.parametrize("form", ["literal", "operator"])(test)
+
+    return decorate
+
+
+def compare(benchmark: Any, row: Sample, form: str) -> None:
+    """Time one form of a row, after both gave the same."""
+    with torch.inference_mode():
+        forms, seconds, error = checked_forms(row)
+        rounds = max(3, min(50, int(SECONDS / seconds[form])))
+        benchmark.group = row.id
+        benchmark.extra_info.update(relative_error=error, threads=torch.get_num_threads())
+        benchmark.pedantic(forms[form], rounds=rounds, warmup_rounds=1)
+
+
+@lru_cache(maxsize=1)  # for the other form, which comes next
+def checked_forms(row: Sample) -> tuple[Forms, dict[str, float], float]:
+    """Both forms on the same float32 inputs, the seconds of a first run of each, and how far apart they are."""
+    draw = Draw(torch.Generator().manual_seed(zlib.crc32(row.id.encode())), torch.float32, "cpu")
+    call = row.builder(draw)
+    if row.function == "upsampling_decoder":
+        forms, to_ours = decoder_forms(arguments(row.function, call), draw)
+    else:
+        literal = counterpart(row.function, call)
+        forms, to_ours = {"literal": literal.run, "operator": lambda: row.run(call)}, literal.to_ours
+
+    results, seconds = {}, {}
+    for name, run in forms.items():
+        start = time.perf_counter()
+        results[name] = run()
+        seconds[name] = time.perf_counter() - start
+    expected = to_ours(results["literal"])
+    if row.function == "label_map":
+        error = float((results["operator"] != expected).float().mean())
+        assert error <= 1 - ARGMAX_AGREEMENT
+    else:
+        pairs = zip(tensors(results["operator"]), tensors(expected), strict=True)
+        error = max(relative_error(result, truth) for result, truth in pairs)
+        assert error <= REWRITE_FLOAT32
+    return forms, seconds, error
+
+
+def decoder_forms(named: dict[str, Any], draw: Draw) -> tuple[Forms, Callable[[Any], Any]]:
+    """A stage from projected guidance on; its term belongs to the work."""
+    x, term, groups = named.pop("x"), named.pop("term"), named.pop("groups")
+    up = named["up_weight"].shape[1]
+    guidance = draw(*term.shape[:-1], named["conv1_weight"].shape[1] - up)
+    up_bias = 0.1 * draw(up)
+    literal = decoder_stage(x, guidance, up_bias=up_bias, **named)
+
+    def operator() -> torch.Tensor:
+        shared = ops.guidance_term(guidance, up_bias, named["conv1_weight"])
+        return ops.upsampling_decoder(x, shared, **named, groups=groups)
+
+    return {"literal": literal.run, "operator": operator}, literal.to_ours
