@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from . import __version__
 
@@ -122,14 +121,14 @@ def segment(
     bar = tqdm(images, unit="image", disable=quiet or len(images) == 1)
     for path in bar:
         try:
-            result = segmenter.segment(path, names, mode=mode, progress=not quiet)
+            result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
             written = _write(result, out, stems[path], kinds, alpha)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             failures += 1
             bar.write(f"ovseg-fast: {_sentence(error, verbose)}", file=sys.stderr)
             continue
         if not quiet:
-            bar.write(f"{path}: {_summary(result)} -> {', '.join(map(str, written))}", file=sys.stdout)
+            bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written))}", file=sys.stdout)
     if failures:
         if len(images) > 1:
             click.echo(f"ovseg-fast: {failures} of {len(images)} images failed.", err=True)
@@ -171,13 +170,6 @@ def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: flo
             result.save(path)
         written.append(path)
     return written
-
-
-def _summary(result: Any, most: int = 4) -> str:
-    """The classes that fill most of the picture."""
-    counts = np.bincount(result.labels.reshape(-1), minlength=len(result.classes))
-    order = np.argsort(-counts, kind="stable")[:most]
-    return ", ".join(f"{result.classes[i]} {100 * counts[i] / counts.sum():.0f} %" for i in order if counts[i])
 
 
 def _sentence(error: BaseException, verbose: bool) -> str:

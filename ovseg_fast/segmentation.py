@@ -115,12 +115,12 @@ class Segmentation:
         image = visualize.label_image(self.labels, len(self.classes))
         write_whole(path, lambda file: image.save(file))
 
-    def __repr__(self) -> str:
+    def summary(self, most: int = 3) -> str:
+        """The classes that fill most of the picture, as "cat 62 %, grass 30 %"."""
         counts = self.counts()
-        largest = np.argsort(-counts, kind="stable")[:3]
+        largest = np.argsort(-counts, kind="stable")[:most]
         shares = [f"{self.classes[i]} {100 * counts[i] / counts.sum():.0f} %" for i in largest.tolist() if counts[i]]
-        more = ", …" if np.count_nonzero(counts) > len(shares) else ""
-        return (
-            f"<Segmentation {self.image.width} x {self.image.height}, {len(self.classes)} classes: "
-            f"{', '.join(shares)}{more}>"
-        )
+        return ", ".join(shares) + (", …" if np.count_nonzero(counts) > len(shares) else "")
+
+    def __repr__(self) -> str:
+        return f"<Segmentation {self.image.width} x {self.image.height}, {len(self.classes)} classes: {self.summary()}>"
