@@ -112,7 +112,7 @@ def segment(
             device=device,
             max_side=MAX_SIDE if max_side is None else max_side,
         )
-        segmenter.embed_text(names)
+        segmenter.embed_text(names, progress=not quiet)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         _fail(error, verbose, BAD_INPUT)
 

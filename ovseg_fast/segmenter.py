@@ -19,6 +19,7 @@ from . import checkpoints, ops
 from .data.vocabularies import VOCABULARIES
 from .images import MAX_SIDE, ImageSource, load_image
 from .models import CascadeCLIP, CATSeg, build, get_preset
+from .models.clip import TEXT_BATCH
 from .models.windows import Windows
 from .segmentation import Segmentation
 from .vocabulary import (
@@ -119,7 +120,7 @@ class Segmenter:
                 left out.
             seen: which of the classes Cascade-CLIP was trained on, so that 0.1 is subtracted from their scores as
                 published; by default those that its training set names. CAT-Seg makes no difference.
-            progress: show a progress bar over the windows.
+            progress: show progress bars over prompts and windows.
 
         Returns:
             A `Segmentation`, or a list of them for a list of images.
@@ -128,7 +129,7 @@ class Segmenter:
             ValueError, TypeError, FileNotFoundError: an argument does not fit; the sentence says which and how.
         """
         _check_mode(mode)
-        prompts = self._prompts(classes, text, seen)
+        prompts = self._prompts(classes, text, seen, progress)
         if isinstance(image, (list, tuple)):
             return [self._encode(one, mode, progress)._segment(prompts, progress) for one in image]
         return self._encode(image, mode, progress)._segment(prompts, progress)
@@ -138,7 +139,7 @@ class Segmenter:
         _check_mode(mode)
         return self._encode(image, mode, progress)
 
-    def embed_text(self, classes: Sequence[str]) -> Tensor:
+    def embed_text(self, classes: Sequence[str], *, progress: bool = False) -> Tensor:
         """Text embeddings (T, P, E) of class names, unit length. Cached by prompt until the text encoder's weights
         change."""
         names = [prompt_name(entry) for entry in check_classes(classes)]
@@ -153,12 +154,18 @@ class Segmenter:
         if missing:
             tokens = tokenize([[prompt] for prompt in missing]).to(self.device)
             with self._inference():
-                embeddings = self.model.encode_text(tokens)[:, 0]
-            self._prompt_embeddings.update(zip(missing, embeddings, strict=True))
+                parts = [
+                    self.model.encode_text(part)[:, 0] for part in _bar(tokens.split(TEXT_BATCH), "text", progress)
+                ]
+            self._prompt_embeddings.update(zip(missing, torch.cat(parts), strict=True))
         return torch.stack([torch.stack([self._prompt_embeddings[prompt] for prompt in row]) for row in prompts])
 
     def _prompts(
-        self, classes: Sequence[str] | None, text: Tensor | ArrayLike | None, seen: Collection[str] | None
+        self,
+        classes: Sequence[str] | None,
+        text: Tensor | ArrayLike | None,
+        seen: Collection[str] | None,
+        progress: bool,
     ) -> _Prompts:
         if text is None:
             if classes is None:
@@ -166,7 +173,7 @@ class Segmenter:
                     "classes must be a list of names such as ['cat', 'grass'], got None and no text embeddings."
                 )
             names = check_classes(classes)
-            embeddings = self.embed_text(names)
+            embeddings = self.embed_text(names, progress=progress)
         else:
             embeddings = _own_embeddings(text).to(self.device, self.model.pixel_mean.dtype)
             names = [f"class {i}" for i in range(len(embeddings))] if classes is None else check_classes(classes)
@@ -236,7 +243,7 @@ class EncodedImage:
         progress: bool = False,
     ) -> Segmentation:
         """Label every pixel with one of the classes; arguments and errors as `Segmenter.segment`."""
-        return self._segment(self._segmenter._prompts(classes, text, seen), progress)
+        return self._segment(self._segmenter._prompts(classes, text, seen, progress), progress)
 
     def _segment(self, prompts: _Prompts, progress: bool) -> Segmentation:
         windows, model = self.windows, self._segmenter.model
@@ -305,4 +312,4 @@ def _own_embeddings(text: Tensor | ArrayLike) -> Tensor:
 
 
 def _bar(items: Sequence[Any], what: str, show: bool) -> Any:
-    return tqdm(items, desc=what, unit="window", leave=False, disable=not show)
+    return tqdm(items, desc=what, leave=False, disable=not show)
