@@ -314,8 +314,9 @@ def test_label_image_round_trip(n: int, mode: str, extreme: bool) -> None:
     file = io.BytesIO()
     image.save(file, "PNG")
     again = Image.open(file)
-    assert again.mode == mode and np.array_equal(np.asarray(again), labels)
+    assert np.array_equal(np.asarray(again), labels)
     if mode == "P":
+        assert again.mode == "P"  # 16 bits come back as I;16 or I, by the version of PIL
         assert np.array_equal(np.asarray(again.convert("RGB")), palette(n)[labels])
 
 
