@@ -118,7 +118,7 @@ def segment(
 
     failures = 0
     stems = _output_stems(images)
-    bar = tqdm(images, unit="image", disable=quiet or len(images) == 1)
+    bar = tqdm(images, unit="image", disable=True if quiet or len(images) == 1 else None)
     for path in bar:
         try:
             result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)

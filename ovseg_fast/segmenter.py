@@ -312,4 +312,4 @@ def _own_embeddings(text: Tensor | ArrayLike) -> Tensor:
 
 
 def _bar(items: Sequence[Any], what: str, show: bool) -> Any:
-    return tqdm(items, desc=what, leave=False, disable=not show)
+    return tqdm(items, desc=what, leave=False, disable=None if show else True)  # None: only on a terminal
