@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+RESULTS ?= build/benchmarks.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,8 +34,9 @@ lint: venv ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: venv ## benchmarks: each checks that the results agree, then times them
-	$(BIN)/pytest benchmarks --benchmark-only
+bench: venv ## benchmarks: each checks that the results agree, then times them; RESULTS=... names the JSON file
+	@mkdir -p $(dir $(RESULTS))
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)
 
 demo: venv $(DEMO)/cat.png $(DEMO)/made_up_weights.pth ## segment a photograph from the command line
 	$(BIN)/ovseg-fast segment $(DEMO)/cat.png --classes "cat, grass, wall, sofa" --model catseg-vitb \
