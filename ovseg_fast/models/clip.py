@@ -186,8 +186,8 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed prompts; the end token is the one with the largest id.
 
-        Exact rewrite: the encoder is causal and only the end token is read, so what follows the last end token is cut
-            away.
+        Exact rewrite: the encoder is causal and only the end token is read, so what follows the last end token of a
+        batch is cut away.
 
         Args:
             tokens: (..., 77) int64 token ids.

@@ -1,8 +1,8 @@
 """The operators: one file each, holding the formula and its PyTorch form.
 
 Every operator is a plain differentiable function of tensors. The PyTorch form runs everywhere, defines the truth, and
-already uses the exact rewrites that make it cheap (terms that all classes share are computed once, padding classes
-enter as constants, work proceeds through the classes in tiles that stay in the cache). Kernels replace it behind the
+already uses the exact rewrites that make it cheap: terms that all classes share are computed once, padding classes
+enter as constants, work proceeds through the classes in tiles that stay in the cache. Kernels replace it behind the
 same name.
 
 Tensors are channels-last tokens: B images, T classes, P prompts a class, H × W patches, S = H·W, C channels.

@@ -7,8 +7,8 @@
     out = x + upsample(y)
 
 Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the share of the text guidance computed once for all positions; and the
-    classes
-that pad a short list are all alike, so they enter both sums as a constant times their number instead of as tokens.
+classes that pad a short list are all alike, so they enter both sums as a constant times their number instead of as
+tokens.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
     scores = resize(canvas, size),   labels = argmax_t scores
 
 All resizing is bilinear, corners not aligned. Exact rewrite: a few classes and rows are worked out at a time while
-    only the
-best score and label of each pixel are kept, so memory does not grow with the number of classes.
+only the best score and label of each pixel are kept, so memory does not grow with the number of classes.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     scores = (1 / heads) Σ_h q_h · k_hᵀ / √d                        before the softmax
     output = W_o · softmax(q_h · k_hᵀ / √d) v_h + b_o
 
-Exact rewrite: the mean over heads of per-head dot products is one dot product over the full width, q · kᵀ / (heads ·
-    √d).
+Exact rewrite: the mean over heads of per-head dot products is one dot product over the full width,
+q · kᵀ / (heads · √d).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     x ← x + W_o · window-attention(q, k, v) + b_o
     x ← x + W₂ · GELU(W₁ LN₂(x) + b₁) + b₂
 
-Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its share is computed once an image and
-    added.
+Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its share is computed once an image
+and added.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def spatial_aggregation(
 
     Returns:
         (B, T, H, W, C). Where H or W is not a multiple of the window, the windows at the bottom and right border end
-        with
-        the map: what lies beyond takes no part.
+        with the map: what lies beyond takes no part.
 
     Raises:
         TypeError, ValueError: a tensor, `heads`, `window` or `shift` does not fit.
