@@ -267,7 +267,7 @@ def test_wrong_rank_is_refused(function: str, rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) -> None:
-    """Every axis of every argument, one larger and empty: nothing is broadcast, nothing fails inside PyTorch."""
+    """Every axis of every argument, larger, of size 1 and empty: nothing is broadcast, nothing fails inside PyTorch."""
     _, named = odd_call(function, rng)
     free = set()
     for name, tensor in tensor_arguments(named):
@@ -279,7 +279,8 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
             else:
                 # Where two arguments disagree, either may be the one that is named.
                 assert_refused(function, named, name, larger, ValueError, mention="must")
-                assert_refused(function, named, name, tensor.narrow(axis, 0, 0), ValueError, mention="must")
+                for size in {0, 1} - {tensor.shape[axis]}:
+                    assert_refused(function, named, name, tensor.narrow(axis, 0, size), ValueError, mention="must")
     assert free == {entry for entry in FREE if entry[0] == function}
 
 
