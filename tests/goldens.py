@@ -96,11 +96,11 @@ def aggregator_weights(salt: str, prompts: int = 1) -> dict[str, Tensor]:
 class TieBreakingReLU:
     """ReLU that counts inputs which are zero within rounding, and takes the chosen ones to lie on the other side.
 
-    ReLU has no derivative at 0: where rounding decides the side of an input, either gradient is right, and a single
-    one moves gradients by up to 1e-3.
+    ReLU has no derivative at 0: where rounding decides the side of an input, either gradient is right.
     """
 
     TIE = 3e-6  # what 128 products of order 1 leave of rounding in float32
+    MOVES = 1.5e-3  # the most that one was seen to move a gradient by, rounded up
 
     def __init__(self, flipped: tuple[int, ...] = ()) -> None:
         self.flipped, self.count = flipped, 0
@@ -122,7 +122,7 @@ def assert_gradients(op: str, function: Callable[[Mapping[str, Tensor]], Tensor]
     """
     relu = TieBreakingReLU()
     errors = gradient_errors(op, function, relu)
-    if max(errors.values()) > GOLDEN_OPERATOR_GRADIENT:
+    if GOLDEN_OPERATOR_GRADIENT < max(errors.values()) <= 2 * relu.MOVES:
         choices = chain(combinations(range(relu.count), 1), combinations(range(relu.count), 2))
         tried = (gradient_errors(op, function, TieBreakingReLU(flipped)) for flipped in choices)
         errors = next((other for other in tried if max(other.values()) <= GOLDEN_OPERATOR_GRADIENT), errors)
