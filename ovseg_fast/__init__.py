@@ -19,15 +19,31 @@ _LAZY = {
     "EncodedImage": "segmenter",
     "Segmentation": "segmentation",
     "Segmenter": "segmenter",
+    "backend": "backends",
     "build": "models",
     "checkpoints": "checkpoints",
+    "explain": "backends",
+    "last_backend": "backends",
     "load": "segmenter",
     "ops": "ops",
 }
-__all__ = ["EncodedImage", "Segmentation", "Segmenter", "__version__", "build", "checkpoints", "load", "ops"]
+__all__ = [
+    "EncodedImage",
+    "Segmentation",
+    "Segmenter",
+    "__version__",
+    "backend",
+    "build",
+    "checkpoints",
+    "explain",
+    "last_backend",
+    "load",
+    "ops",
+]
 
 if TYPE_CHECKING:
     from . import checkpoints, ops
+    from .backends import backend, explain, last_backend
     from .models import build
     from .segmentation import Segmentation
     from .segmenter import EncodedImage, Segmenter, load

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import shutil
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from . import __version__, ops
+from . import __version__, backends
 from .models.presets import PRESETS
 
 _PACKAGES = (
@@ -30,8 +30,6 @@ def report() -> str:
         "ovseg-fast": [("version", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
         + [(name, _version(name)) for name in _PACKAGES],
         "devices": _devices(),
-        "operators": [(name, "PyTorch form") for name in _operators()]
-        + [("why", "this version brings no kernels yet; Triton and CUDA C++ ones take the same names")],
         "native library": [("libovseg", _native())],
         "models": [
             (preset.name, f"{preset.note}; {'published weights' if preset.weights_file else 'weights from a file'}")
@@ -42,7 +40,7 @@ def report() -> str:
     blocks = [
         "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]) for title, rows in sections.items()
     ]
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *_operators()])
 
 
 def _version(package: str) -> str:
@@ -62,7 +60,17 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _operators() -> list[str]:
-    return [name for name in ops.__all__ if util.find_spec(f"{ops.__name__}.{name}")]
+    """A table of the operators for each kind of device, or why there is none."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    try:
+        asked = backends.requested()
+        tables = [(device, str(backends.explain(device))) for device in devices]
+    except ValueError as error:
+        return [f"operators\n  {error}"]
+    return [
+        f"operators on {device} tensors (backend: {asked})\n" + "\n".join(f"  {line}" for line in table.splitlines())
+        for device, table in tables
+    ]
 
 
 def _native() -> str:

@@ -21,6 +21,7 @@ from .images import MAX_SIDE, ImageSource, load_image
 from .models import CascadeCLIP, CATSeg, build, get_preset
 from .models.clip import TEXT_BATCH
 from .models.windows import Windows
+from .ops._attention import prepare_attention
 from .segmentation import Segmentation
 from .vocabulary import (
     CASCADE_TEMPLATES,
@@ -42,6 +43,7 @@ def load(
     weights: str | Path | None = "published",
     device: str | torch.device | None = None,
     max_side: int = MAX_SIDE,
+    attention: str = "sdpa",
 ) -> Segmenter:
     """Load a model, ready to segment.
 
@@ -51,18 +53,21 @@ def load(
             upstream's layout or this package's own; None keeps random weights.
         device: where to run; by default a GPU where there is one.
         max_side: largest accepted side of an image in pixels.
+        attention: what plain attention runs on, `"sdpa"` or `"xformers"`, see `build`.
 
     Raises:
-        ValueError: no such preset, or it has no published weights. FileNotFoundError: no such file.
+        ValueError: no such preset or attention, or it has no published weights. FileNotFoundError: no such file.
+        ImportError: xformers is asked for and not installed.
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
         RuntimeError: no such device here. OSError: the download failed.
     """
     target = _device(device)
     get_preset(name)
+    prepare_attention(attention)
     path = checkpoints.download(name) if weights == "published" else weights
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"weights must be a checkpoint file, there is none at {path}.")
-    model = build(name)
+    model = build(name, attention=attention)
     if path is not None:
         checkpoints.load(model, path)
     return Segmenter(model.to(target), max_side=max_side)

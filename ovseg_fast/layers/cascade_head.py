@@ -33,7 +33,11 @@ class DecoderLayer(nn.Module):
     Args:
         channels: D of queries and memory; heads: attention heads; hidden: width of the feed-forward part; dropout:
             probability.
+
+    Attributes: `attention`, what the PyTorch form of mask attention attends with, `"sdpa"` or `"xformers"`.
     """
+
+    attention = "sdpa"
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -58,6 +62,7 @@ class DecoderLayer(nn.Module):
             heads=self.heads,
             dropout=self.dropout if self.training else 0.0,
             return_scores=False,
+            attention=self.attention,
         )
         queries = self.norm2(queries + self._drop(attended))
         updated = self.linear2(self._drop(F.relu(self.linear1(queries))))
@@ -108,7 +113,10 @@ class CascadeHead(nn.Module):
         self.decoders = nn.ModuleList(CascadedDecoder(channels, layers, heads, hidden, dropout) for _ in stages)
 
     def aggregate(self, features: Tensor) -> list[Tensor]:
-        """(L, B, S, E) features of all gathered layers -> the stages' maps, each (B, S, E)."""
+        """(L, B, S, E) features of all gathered layers -> the stages' maps, each (B, S, E).
+
+        For features that are there already: the model itself gathers each stage at once, `ops.gather_stage`.
+        """
         sizes = [len(weights) for weights in self.stage_weights]
         *neighbours, last = features.split([*sizes, 1])
         maps = [
@@ -128,7 +136,7 @@ class CascadeHead(nn.Module):
         Returns:
             (B, T, S).
         """
-        text = text.expand(len(global_embedding), -1, -1)
+        text = text.expand(global_embedding.shape[0], -1, -1)
         relation = torch.cat([global_embedding.unsqueeze(1) * text, text], -1)
         masks = [
             decoder(project(relation), memory)

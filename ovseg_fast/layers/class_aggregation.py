@@ -1,4 +1,4 @@
-"""Class aggregation: a linear transformer layer over the classes at every position."""
+"""Class aggregation: a transformer layer over the classes at every position."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ class ClassAggregation(nn.Module):
     Args:
         channels: C of the cost embedding; guidance: G of the text guidance; heads: attention heads.
         pad_length: list length up to which classes are padded with the learned padding class.
+        attention: `"linear"`, or `"full"` for a softmax over the classes.
     """
 
-    def __init__(self, channels: int, guidance: int, heads: int, pad_length: int) -> None:
+    def __init__(self, channels: int, guidance: int, heads: int, pad_length: int, *, attention: str = "linear") -> None:
         super().__init__()
-        self.heads, self.pad_length = heads, pad_length
+        self.heads, self.pad_length, self.attention = heads, pad_length, attention
         self.norm1 = nn.LayerNorm(channels)
         self.q = nn.Linear(channels + guidance, channels)
         self.k = nn.Linear(channels + guidance, channels)
@@ -41,4 +42,5 @@ class ClassAggregation(nn.Module):
             heads=self.heads,
             pooling=pooling,
             pad_length=self.pad_length,
+            attention=self.attention,
         )

@@ -86,10 +86,10 @@ class CostAggregator(nn.Module):
             return self._aggregate(x, image, text, appearance, pooling)
         volume = ops.cost_volume(image, text)
         kept = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
-        images = torch.arange(len(kept), device=kept.device).unsqueeze(1)
+        images = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
         x = ops.embed_volume(volume[images, kept], *self._cost_weights())
         logits = self._aggregate(x, image, F.normalize(text, dim=-1)[kept], appearance, pooling)
-        full = logits.new_full((len(kept), classes, *logits.shape[-2:]), DROPPED_LOGIT)
+        full = logits.new_full((kept.shape[0], classes, *logits.shape[-2:]), DROPPED_LOGIT)
         return full.index_put((images, kept), logits)
 
     def _cost_weights(self) -> tuple[Tensor, Tensor]:

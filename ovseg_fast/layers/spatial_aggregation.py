@@ -12,7 +12,8 @@ class SpatialBlock(nn.Module):
 
     Args:
         channels: C of the cost embedding; guidance: G of the appearance guidance; heads: attention heads.
-        window: side of a window; shift: its displacement.
+        window: side of a window; shift: its displacement. As published, a map whose smaller side is no larger than the
+            window has windows of that side without shift.
     """
 
     def __init__(self, channels: int, guidance: int, heads: int, window: int, shift: int) -> None:
@@ -29,9 +30,12 @@ class SpatialBlock(nn.Module):
 
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """(B, T, H, W, C) and normalised guidance (B, H, W, G) -> (B, T, H, W, C)."""
+        window, shift = self.window, self.shift
+        if min(x.shape[2:4]) <= window:
+            window, shift = min(x.shape[2:4]), 0
         parts = (self.norm1, self.q, self.k, self.v, self.proj, self.norm2, self.fc1, self.fc2)
         weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        return ops.spatial_aggregation(x, guidance, *weights, heads=self.heads, window=self.window, shift=self.shift)
+        return ops.spatial_aggregation(x, guidance, *weights, heads=self.heads, window=window, shift=shift)
 
 
 class SpatialAggregation(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,39 +86,72 @@ class PromptedImageEncoder(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(len(gathered), width))
         self.proj_layers = nn.Parameter(width**-0.5 * torch.randn(len(gathered), width, embed_dim))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def forward(
+        self, pixels: Tensor, stage_weights: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor, tuple[int, int]]:
         """Gather the patch features of several depths.
 
         Args:
             pixels: (B, 3, h, w) normalised image; h and w are multiples of the patch.
+            stage_weights: the Gaussian weights (L,) of each stage before the last, whose layers follow each other in
+                `gathered`; by default each layer is a stage of its own.
 
         Returns:
-            features (L, B, S, E) of the gathered blocks and, last, of the last one, unit length over E; the global
-            embedding (B, E), unit length; the grid (rows, columns) with S = rows · columns.
+            a map (B, S, E) a stage, the last one of the last block alone: weighted sums over the stage's layers of
+            features of unit length over E, the features themselves without weights; the global embedding (B, E), unit
+            length; the grid (rows, columns) with S = rows · columns.
         """
         tokens, grid = self.clip.embed(pixels, "bilinear", class_again=True)
         outputs = []
         for index, block in enumerate(self.clip.transformer.resblocks):
             prompts = self.deep_prompt_embeddings[index - 1] if index else self.prompt_embeddings
-            prompts = self.prompt_dropout(self.prompt_proj(prompts)).expand(len(tokens), -1, -1)
+            prompts = self.prompt_dropout(self.prompt_proj(prompts)).expand(tokens.shape[0], -1, -1)
             first = (
                 1 if index == 0 else 1 + len(self.prompt_embeddings)
             )  # each block replaces the prompts of the one before
             tokens = block(torch.cat([tokens[:, :1], prompts, tokens[:, first:]], 1))
             if index in self.gathered:
                 outputs.append(tokens)
-        features = ops.layer_gather(
-            [*outputs, tokens],
+        maps = self.gather(outputs, grid[0] * grid[1], stage_weights)
+        post, projection = self.clip.ln_post, self.clip.proj
+        last = ops.layer_gather(
+            [tokens],
             grid[0] * grid[1],
             self.prompt_norm.weight,
             self.prompt_norm.bias,
-            torch.cat([self.norm_weight, self.clip.ln_post.weight[None]]),
-            torch.cat([self.norm_bias, self.clip.ln_post.bias[None]]),
-            torch.cat([self.proj_layers, self.clip.proj[None]]),
+            post.weight[None],
+            post.bias[None],
+            projection[None],
             shared_eps=self.prompt_norm.eps,
         )
         class_token = self.clip.project(self.prompt_norm(tokens[:, 0]))
-        return features, F.normalize(class_token, dim=-1), grid
+        return [*maps, *last], F.normalize(class_token, dim=-1), grid
+
+    def gather(self, hidden: list[Tensor], patches: int, stage_weights: Sequence[Tensor] | None) -> list[Tensor]:
+        """The maps of the stages before the last, from the outputs (B, N, D) of the `gathered` blocks."""
+        shared = (self.prompt_norm.weight, self.prompt_norm.bias)
+        own = (self.norm_weight, self.norm_bias, self.proj_layers)
+        if stage_weights is None:
+            return list(ops.layer_gather(hidden, patches, *shared, *own, shared_eps=self.prompt_norm.eps))
+        sizes = [len(weights) for weights in stage_weights]
+        maps, first = [], 0
+        parts = (tensor.split(sizes) for tensor in own)
+        for weights, norm_weight, norm_bias, projection in zip(stage_weights, *parts, strict=True):
+            stage = hidden[first : first + len(weights)]
+            first += len(weights)
+            maps.append(
+                ops.gather_stage(
+                    stage,
+                    patches,
+                    *shared,
+                    norm_weight,
+                    norm_bias,
+                    projection,
+                    weights,
+                    shared_eps=self.prompt_norm.eps,
+                )
+            )
+        return maps
 
 
 class CascadeCLIP(nn.Module):
@@ -170,8 +203,8 @@ class CascadeCLIP(nn.Module):
                 f"images must have sides that are multiples of the {patch}-pixel patch, got {tuple(pixels.shape[-2:])}."
             )
         normalised = (pixels - self.pixel_mean) / self.pixel_std
-        features, global_embedding, grid = self.image_encoder(normalised)
-        return ImageFeatures(tuple(self.head.aggregate(features)), global_embedding, grid)
+        stages, global_embedding, grid = self.image_encoder(normalised, self.head.stage_weights)
+        return ImageFeatures(tuple(stages), global_embedding, grid)
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """(B, 3, h, w) uint8 or float in 0..1, sides multiples of the patch -> features for `decode`."""
@@ -184,7 +217,7 @@ class CascadeCLIP(nn.Module):
             ValueError: `text` has another rank or width, or no class.
         """
         width = self.text_encoder.embed_dim
-        if text.dim() != 2 or text.shape[1] != width or not len(text):
+        if text.dim() != 2 or text.shape[1] != width or not text.shape[0]:
             raise ValueError(f"text must have shape (T, {width}) with T of at least 1, got {tuple(text.shape)}.")
         masks = self.head(features.stages, features.global_embedding, text)
         return masks.unflatten(-1, features.grid)

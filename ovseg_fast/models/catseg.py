@@ -130,7 +130,8 @@ class CATSeg(nn.Module):
         """
         normalised = (pixels - self.pixel_mean) / self.pixel_std
         height, width = normalised.shape[-2:]
-        padded = F.pad(normalised, (0, -width % 32, 0, -height % 32))
+        right, below = (-(-side // 32) * 32 - side for side in (width, height))
+        padded = F.pad(normalised, (0, right, 0, below))
         return resize(padded, self.config.image_size, self.config.image_size)
 
     def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
@@ -153,7 +154,7 @@ class CATSeg(nn.Module):
             ValueError: `text` has another rank, prompt count or width, or no class.
         """
         expected = (self.config.prompts, self.clip.text.embed_dim)
-        if text.dim() != 3 or tuple(text.shape[1:]) != expected or not len(text):
+        if text.dim() != 3 or tuple(text.shape[1:]) != expected or not text.shape[0]:
             raise ValueError(
                 f"text must have shape (T, {expected[0]}, {expected[1]}) with T of at least 1, got {tuple(text.shape)}."
             )

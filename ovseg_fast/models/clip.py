@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torchvision import ensure_importable
+from ..ops._attention import plain_attention
 
 TEXT_BATCH = 256  # prompts encoded at a time
 
 
 class SplitAttention(nn.Module):
-    """Multi-head self-attention with q, k and v projections as parameters of their own and one joint bias."""
+    """Multi-head self-attention with q, k and v projections as parameters of their own and one joint bias.
+
+    Attributes: `attention`, what it attends with, `"sdpa"` or `"xformers"`.
+    """
+
+    attention = "sdpa"
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -40,7 +46,7 @@ class SplitAttention(nn.Module):
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for weight, bias in zip(weights, self.in_proj_bias.chunk(3), strict=True)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        attended = plain_attention(q, k, v, causal=causal, attention=self.attention)
         return self.out_proj(attended.transpose(1, 2).flatten(-2))
 
     def value_only(self, x: Tensor) -> Tensor:
@@ -134,7 +140,7 @@ class ImageEncoder(nn.Module):
         if class_again:
             first = first + self.class_embedding
         tokens = patches.flatten(2).transpose(1, 2) + positions[1:]
-        tokens = torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
+        tokens = torch.cat([first.expand(tokens.shape[0], 1, -1), tokens], 1)
         return self.ln_pre(tokens), grid
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -213,7 +219,7 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
+        return self.ln_final(x[torch.arange(x.shape[0], device=x.device), end]) @ self.text_projection
 
 
 class CLIP(nn.Module):
@@ -242,7 +248,8 @@ class CLIP(nn.Module):
 def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ...], mode: str) -> Tensor:
     """(1 + old, D) position embeddings to (1 + new, D): the class position stays, the grid is resized (corners not
     aligned)."""
-    if tuple(old) == tuple(new):
+    # The same grid comes out unchanged either way; a compiler would tie its graph to what the comparison says.
+    if not torch.compiler.is_compiling() and tuple(old) == tuple(new):
         return positions
     grid = positions[1:].unflatten(0, tuple(old)).permute(2, 0, 1).unsqueeze(0)
     grid = F.interpolate(grid, tuple(new), mode=mode, align_corners=False)

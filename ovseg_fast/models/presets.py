@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..layers.cascade_head import DecoderLayer
+from ..ops._attention import prepare_attention
 from .cascade_clip import CascadeCLIP, CascadeCLIPConfig
 from .catseg import CATSeg, CATSegConfig
+from .clip import SplitAttention
 
 
 @dataclass(frozen=True)
@@ -106,21 +109,28 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def build(name: str, *, clip_pretrained: str | Path | None = None) -> CATSeg | CascadeCLIP:
+def build(name: str, *, clip_pretrained: str | Path | None = None, attention: str = "sdpa") -> CATSeg | CascadeCLIP:
     """A model with random weights.
 
     Args:
         name: a preset, such as `"catseg-vitb"`.
         clip_pretrained: start CLIP from open_clip's weights of that tag (`"openai"`, downloaded) or from a file.
+        attention: what plain attention runs on, that of CLIP's encoders and of mask attention's PyTorch form: `"sdpa"`,
+            PyTorch's own, or `"xformers"`, its memory-efficient kernels.
 
     Raises:
-        ValueError: no preset has that name.
+        ValueError: no preset has that name, or there is no such attention.
+        ImportError: xformers is asked for and not installed.
     """
     preset = get_preset(name)
+    prepare_attention(attention)
     model: CATSeg | CascadeCLIP
     if isinstance(preset.config, CATSegConfig):
         model = CATSeg(preset.config, clip_pretrained)
     else:
         model = CascadeCLIP(preset.config, clip_pretrained)
+    for module in model.modules():
+        if isinstance(module, (SplitAttention, DecoderLayer)):
+            module.attention = attention
     model.preset = name
     return model

@@ -51,7 +51,8 @@ def to_pixels(images: Tensor) -> Tensor:
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
     """(B, C, h, w) -> (B, C, height, width), bilinear without antialiasing, corners not aligned."""
-    if tuple(images.shape[-2:]) == (height, width):
+    # The same size comes out unchanged either way; a compiler would tie its graph to what the comparison says.
+    if not torch.compiler.is_compiling() and tuple(images.shape[-2:]) == (height, width):
         return images
     return F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
 

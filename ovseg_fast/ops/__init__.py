@@ -11,10 +11,11 @@ Tensors are channels-last tokens: B images, T classes, P prompts a class, H × W
 from .class_aggregation import class_aggregation
 from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
-from .gaussian_aggregation import gaussian_aggregation
-from .label_map import label_map, score_map
+from .gaussian_aggregation import gather_stage, gaussian_aggregation
+from .label_map import label_map, score_map, top_labels
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention, mask_scores
+from .mask_losses import mask_losses
 from .spatial_aggregation import spatial_aggregation
 from .upsampling_decoder import guidance_term, upsampling_decoder
 
@@ -23,13 +24,16 @@ __all__ = [
     "cost_embedding",
     "cost_volume",
     "embed_volume",
+    "gather_stage",
     "gaussian_aggregation",
     "guidance_term",
     "label_map",
     "layer_gather",
     "mask_attention",
+    "mask_losses",
     "mask_scores",
     "score_map",
     "spatial_aggregation",
+    "top_labels",
     "upsampling_decoder",
 ]

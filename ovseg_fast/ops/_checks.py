@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+INTEGERS = (torch.uint8, torch.int32, torch.int64)  # dtypes of labels
 
 
 def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
@@ -14,9 +18,16 @@ def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
 
     Raises:
         TypeError: an argument is no tensor, is not floating point, or differs in dtype from the first one.
-        ValueError: rank, a named size or the device does not fit.
+        ValueError: rank, a named size or the device does not fit; or gradients are wanted through a tensor that was
+            made under inference mode and can have none.
     """
     sizes: dict[str, tuple[int, str]] = {}
+    needs_gradient = None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compilers do not know of inference tensors
+        needs_gradient = next(
+            (name for name, (tensor, _) in arguments.items() if isinstance(tensor, Tensor) and tensor.requires_grad),
+            None,
+        )
     first: tuple[str, Tensor] | None = None
     for name, (tensor, shape) in arguments.items():
         if not isinstance(tensor, Tensor):
@@ -35,6 +46,11 @@ def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
             raise TypeError(
                 f"{operator}: {name} is {tensor.dtype} but {first[0]} is {first[1].dtype}; give both one dtype."
             )
+        if needs_gradient and tensor.is_inference():
+            raise ValueError(
+                f"{operator}: {name} was made under torch.inference_mode() and cannot take part in the gradient of "
+                f"{needs_gradient}; pass {name}.clone() or make it under torch.no_grad()."
+            )
         words = shape.split()
         got = tuple(tensor.shape)
         if len(got) != len(words):
@@ -46,6 +62,34 @@ def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
                 raise ValueError(
                     f"{operator}: {name} must be ({_commas(shape)}) with {word} = {expected}{source}, got {got}."
                 )
+
+
+def check_integers(
+    operator: str, name: str, tensor: Tensor, sizes: Mapping[str, int | None], like: tuple[str, Tensor]
+) -> None:
+    """Check a tensor of indices: an integer dtype, one axis for each of `sizes` (None: any size), the device of `like`.
+
+    Raises:
+        TypeError: it is no tensor, or neither uint8 nor int32 nor int64.
+        ValueError: rank, a size or the device does not fit.
+    """
+    shape = ", ".join(sizes)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor of shape ({shape}), got {type(tensor).__name__}.")
+    if tensor.dtype not in INTEGERS:
+        raise TypeError(f"{operator}: {name} must be a uint8, int32 or int64 tensor, got {tensor.dtype}.")
+    if tensor.device != like[1].device:
+        raise ValueError(
+            f"{operator}: {name} is on {tensor.device} but {like[0]} is on {like[1].device}; move one of them."
+        )
+    got = tuple(tensor.shape)
+    if len(got) != len(sizes):
+        raise ValueError(f"{operator}: {name} must have shape ({shape}), got {got}.")
+    for (word, expected), size in zip(sizes.items(), got, strict=True):
+        if expected is not None and size != expected:
+            raise ValueError(
+                f"{operator}: {name} must be ({shape}) with {word} = {expected} as in {like[0]}, got {got}."
+            )
 
 
 def check_positive(operator: str, **sizes: int) -> None:

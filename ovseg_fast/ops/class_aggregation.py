@@ -1,26 +1,34 @@
-"""Class aggregation: at every position, a transformer layer with linear attention over all classes.
+"""Class aggregation: at every position, a transformer layer with linear, or full, attention over all classes.
 
     y = average-pool(x)
     n = LN₁(y);   q = φ(W_q [n ; g] + b_q),   k = φ(W_k [n ; g] + b_k),   v = W_v n + b_v,   φ = elu + 1
-    y ← y + (q · Σ_t k_t ⊗ v_t) / (q · Σ_t k_t + 1e-6)
+    y ← y + (q · Σ_t k_t ⊗ v_t) / (q · Σ_t k_t + 1e-6),   or with full attention, where φ(x) = x,
+    y ← y + Σ_t softmax_t(q · k_t / √d) v_t
     y ← y + W₂ · ReLU(W₁ LN₂(y) + b₁) + b₂
     out = x + upsample(y)
 
 Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the share of the text guidance computed once for all positions; and the
 classes that pad a short list are all alike, so they enter both sums as a constant times their number instead of as
-tokens.
+tokens, and the softmax as one key with the logarithm of their number added to its score.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
+from . import _library
 from ._checks import check_heads, check_positive, check_tensors
+from ._mlp import mlp_refusal, residual_mlp
 from ._tiles import map_tiles, tile_size
 
 NORMALISER_EPS = 1e-6
+KERNEL_HEAD_CHANNELS = 128  # the widest heads that the Triton kernels take
 
 
 def class_aggregation(
@@ -46,8 +54,9 @@ def class_aggregation(
     heads: int = 4,
     pooling: int = 1,
     pad_length: int = 256,
+    attention: str = "linear",
 ) -> Tensor:
-    """One linear transformer layer over the classes, guided by text (CAT-Seg, section 3.3, equation 3).
+    """One transformer layer over the classes, guided by text (CAT-Seg, section 3.3, equation 3).
 
     Args:
         x: (B, T, H, W, C) cost embedding.
@@ -62,12 +71,13 @@ def class_aggregation(
         heads: attention heads; divides C.
         pooling: side of the average pooling before the layer; its result is resized back bilinearly (corners aligned).
         pad_length: list length up to which classes are padded; 0 pads nothing.
+        attention: `"linear"` (as in the released models), or `"full"` for a softmax over the classes.
 
     Returns:
         (B, T, H, W, C): x plus the layer's output, which holds its own residual (as published).
 
     Raises:
-        TypeError, ValueError: a tensor, `heads`, `pooling` or `pad_length` does not fit.
+        TypeError, ValueError: a tensor, `heads`, `pooling`, `pad_length` or `attention` does not fit.
     """
     shared = isinstance(guidance, Tensor) and guidance.dim() == 2
     check_tensors(
@@ -91,7 +101,7 @@ def class_aggregation(
         padding_token=(padding_token, "C"),
         padding_guidance=(padding_guidance, "G"),
     )
-    batch, classes, height, width, channels = x.shape
+    _, classes, height, width, channels = x.shape
     check_positive("class_aggregation", T=classes, H=height, W=width)
     check_heads("class_aggregation", heads, channels)
     if q_weight.shape[1] != channels + guidance.shape[-1]:
@@ -104,37 +114,100 @@ def class_aggregation(
 
     if pad_length < 0:
         raise ValueError(f"class_aggregation: pad_length must be at least 0, got {pad_length}.")
+    if attention not in ("linear", "full"):
+        raise ValueError(f"class_aggregation: attention must be 'linear' or 'full', got {attention!r}.")
 
+    tensors = (
+        x,
+        guidance.unsqueeze(0) if shared else guidance,
+        norm1_weight,
+        norm1_bias,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        v_weight,
+        v_bias,
+        norm2_weight,
+        norm2_bias,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        padding_token,
+        padding_guidance,
+    )
+    reason = _refusal(channels // heads) or mlp_refusal(x, fc1_weight)
+    backend = backends.choose("class_aggregation", *tensors, refusals={"triton": reason})
+    options: dict[str, Any] = {"heads": heads, "pooling": pooling, "full": attention == "full"}
+    options["pads"] = max(pad_length - classes, 0)
+    if backend == "torch":
+        return _in_pytorch(*tensors, **options)
+    return _in_kernels(*_library.autocast(*tensors), **options, backend=backend)
+
+
+def _in_pytorch(
+    x: Tensor,
+    guidance: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    *others: Tensor,
+    heads: int,
+    pooling: int,
+    pads: int,
+    full: bool,
+) -> Tensor:
+    """`others`: the MLP's six and the padding class's two."""
+    *mlp, padding_token, padding_guidance = others
+    batch, classes, height, width, channels = x.shape
     wide = (heads, channels // heads)
-    guidance = guidance.unsqueeze(0) if shared else guidance
     # (B or 1, T, 1, C): one row a class for all positions.
     q_guidance = F.linear(guidance, q_weight[:, channels:], q_bias).unsqueeze(2)
     k_guidance = F.linear(guidance, k_weight[:, channels:], k_bias).unsqueeze(2)
 
-    pads = max(pad_length - classes, 0)
     if pads:
         normed = F.layer_norm(padding_token, (channels,), norm1_weight, norm1_bias)
-        pad_k = F.elu(F.linear(torch.cat([normed, padding_guidance]), k_weight, k_bias)).add(1).view(wide)
+        pad_k = F.linear(torch.cat([normed, padding_guidance]), k_weight, k_bias).view(wide)
         pad_v = F.linear(normed, v_weight, v_bias).view(wide)
-        pad_sum = pads * pad_k
-        pad_outer = pad_sum[:, :, None] * pad_v[:, None, :]
+
+    def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, s, heads, T, d): sums over the classes are matrix products at each position and head."""
+        q, k = F.elu(q).add(1), F.elu(k).add(1)
+        outer = torch.matmul(k.transpose(-1, -2), v)
+        total = k.sum(-2)
+        if pads:
+            pad_sum = pads * F.elu(pad_k).add(1)
+            outer, total = outer + pad_sum[:, :, None] * pad_v[:, None, :], total + pad_sum
+        return torch.matmul(q, outer) / (torch.matmul(q, total.unsqueeze(-1)) + NORMALISER_EPS)
+
+    def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same; the padding classes are one key, whose score counts them."""
+        added = None
+        if pads:
+            shape = (*k.shape[:3], 1, k.shape[-1])
+            k = torch.cat([k, pad_k.to(k.dtype)[:, None].expand(shape)], -2)
+            v = torch.cat([v, pad_v.to(v.dtype)[:, None].expand(shape)], -2)
+            added = F.pad(q.new_zeros(classes, classes), (0, 1), value=math.log(pads))
+        places = q.shape[:2]
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added).unflatten(0, places)
 
     def layer(y: Tensor) -> Tensor:
         """(B, T, s, C) -> the same: the transformer layer at s positions."""
         normed = F.layer_norm(y, (channels,), norm1_weight, norm1_bias)
-        q = F.elu(F.linear(normed, q_weight[:, :channels]) + q_guidance).add(1).unflatten(-1, wide)
-        k = F.elu(F.linear(normed, k_weight[:, :channels]) + k_guidance).add(1).unflatten(-1, wide)
-        v = F.linear(normed, v_weight, v_bias).unflatten(-1, wide)
-        # (B, s, heads, T, d): sums over the classes are matrix products at each position and head.
-        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in (q, k, v))
-        outer = torch.matmul(k.transpose(-1, -2), v)
-        total = k.sum(-2)
-        if pads:
-            outer, total = outer + pad_outer, total + pad_sum
-        attended = torch.matmul(q, outer) / (torch.matmul(q, total.unsqueeze(-1)) + NORMALISER_EPS)
+        q = F.linear(normed, q_weight[:, :channels]) + q_guidance
+        k = F.linear(normed, k_weight[:, :channels]) + k_guidance
+        v = F.linear(normed, v_weight, v_bias)
+        q, k, v = (part.unflatten(-1, wide).permute(0, 2, 3, 1, 4) for part in (q, k, v))
+        attended = full_attention(q, k, v) if full else linear_attention(q, k, v)
         y = y + attended.permute(0, 3, 1, 2, 4).flatten(-2)
-        normed = F.layer_norm(y, (channels,), norm2_weight, norm2_bias)
-        return y + F.linear(F.relu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+        return residual_mlp(y, *mlp, activation="relu", backend="torch")
 
     pooled = average_pool(x, pooling)
     positions = pooled.flatten(2, 3)
@@ -158,3 +231,125 @@ def resize_aligned(x: Tensor, height: int, width: int) -> Tensor:
     maps = x.flatten(0, 1).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, (height, width), mode="bilinear", align_corners=True)
     return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
+
+
+# --- kernels: pooling and attention, then `residual_mlp`, then resizing and adding ---
+
+
+def _refusal(head_channels: int) -> str | None:
+    """Why the attention kernels do not take heads of this width; None where they do."""
+    if head_channels > KERNEL_HEAD_CHANNELS:
+        return f"its kernels take heads of up to {KERNEL_HEAD_CHANNELS} channels, not {head_channels}"
+    return None
+
+
+def _in_kernels(
+    x: Tensor,
+    guidance: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    *others: Tensor,
+    heads: int,
+    pooling: int,
+    pads: int,
+    full: bool,
+    backend: str,
+) -> Tensor:
+    """The padding class is one more row of guidance; the kernels give its key and value the weight `pads`."""
+    *mlp, padding_token, padding_guidance = others
+    channels = x.shape[-1]
+    if pads:
+        guidance = torch.cat([guidance, padding_guidance.expand(len(guidance), 1, -1)], 1)
+    of_guidance = torch.cat([q_weight[:, channels:], k_weight[:, channels:]])
+    terms = F.linear(guidance, of_guidance, torch.cat([q_bias, k_bias]))
+    weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
+    y = torch.ops.ovseg_fast.class_aggregation_attention(
+        x, terms, norm1_weight, norm1_bias, weight, v_bias, padding_token, pads, heads, pooling, full, backend
+    )
+    y = residual_mlp(y, *mlp, activation="relu", backend=backend)
+    return x + y if pooling == 1 else torch.ops.ovseg_fast.class_aggregation_resize(x, y, backend)
+
+
+# Attention: x (B, T, H, W, C); terms (B or 1, T or T + 1 with the padding class, 2C), the guidance's share of queries
+# and keys; weight (3C, C) -> (B, T, H // pooling, W // pooling, C).
+
+
+def _attention_fake(x: Tensor, *arguments: Any) -> Tensor:
+    batch, classes, height, width, channels = x.shape
+    pooling = arguments[-2]
+    return x.new_empty(batch, classes, height // pooling, width // pooling, channels)
+
+
+def _attention_backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    x, *others = arguments[:7]
+    return x.new_empty(x.shape), *(x.new_empty(other.shape if arguments[-1] else 0) for other in others)
+
+
+def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.pads, ctx.heads, ctx.pooling, ctx.full, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:7]
+    gradients = torch.ops.ovseg_fast.class_aggregation_attention_backward(
+        grad, *ctx.saved_tensors, ctx.pads, ctx.heads, ctx.pooling, ctx.full, any(needs[1:]), ctx.backend
+    )
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 5
+
+
+def _resize_fake(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _resize_backward_fake(grad: Tensor, low_height: int, low_width: int) -> Tensor:
+    batch, classes, _, _, channels = grad.shape
+    return grad.new_empty(batch, classes, low_height, low_width, channels)
+
+
+def _resize_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    _, y, ctx.backend = inputs
+    ctx.size = y.shape[2:4]
+
+
+def _resize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    need_x, need_y, _ = ctx.needs_input_grad
+    y = torch.ops.ovseg_fast.class_aggregation_resize_backward(grad, *ctx.size, ctx.backend) if need_y else None
+    return grad if need_x else None, y, None
+
+
+_TENSORS = (
+    "Tensor x, Tensor terms, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor v_bias, Tensor padding_token"
+)
+_library.define(
+    f"class_aggregation_attention({_TENSORS}, SymInt pads, SymInt heads, SymInt pooling, bool full, str backend) "
+    "-> Tensor",
+    "class_aggregation",
+    _attention_fake,
+    backward=_attention_backward,
+    setup_context=_attention_setup_context,
+)
+_library.define(
+    f"class_aggregation_attention_backward(Tensor grad, {_TENSORS}, SymInt pads, SymInt heads, SymInt pooling, "
+    f"bool full, bool parameters, str backend) -> ({', '.join(['Tensor'] * 7)})",
+    "class_aggregation",
+    _attention_backward_fake,
+)
+_library.define(
+    "class_aggregation_resize(Tensor x, Tensor y, str backend) -> Tensor",
+    "class_aggregation",
+    _resize_fake,
+    backward=_resize_backward,
+    setup_context=_resize_setup_context,
+)
+_library.define(
+    "class_aggregation_resize_backward(Tensor grad, SymInt low_height, SymInt low_width, str backend) -> Tensor",
+    "class_aggregation",
+    _resize_backward_fake,
+)

@@ -5,12 +5,18 @@ embedding[b, t] = weight ∗ cost[b, t] + bias,    cost = cost_volume(image, tex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
+from . import _library
 from ._checks import check_positive, check_tensors
 from .cost_volume import check_cost_inputs, cost_volume
+
+LARGEST = 11  # K of the kernels: a pixel's window has to fit into the 128 costs of a tile and its halo
 
 
 def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -30,7 +36,13 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     """
     check_cost_inputs("cost_embedding", image, text, weight=(weight, "C P K K"), bias=(bias, "C"))
     _check_kernel(weight)
-    return embed_volume(cost_volume(image, text), weight, bias)
+    size = weight.shape[-1]
+    large = f"its window of {size} × {size} is larger than {LARGEST} × {LARGEST}" if size > LARGEST else None
+    backend = backends.choose("cost_embedding", image, text, weight, bias, refusals={"triton": large})
+    if backend == "torch":
+        with backends.backend("torch"):
+            return embed_volume(cost_volume(image, text), weight, bias)
+    return torch.ops.ovseg_fast.cost_embedding(*_library.autocast(image, text, weight, bias), backend)
 
 
 def embed_volume(volume: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -49,3 +61,50 @@ def embed_volume(volume: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _check_kernel(weight: Tensor) -> None:
     if weight.shape[-1] % 2 == 0:
         raise ValueError(f"cost_embedding: weight must have an odd kernel size, got {weight.shape[-1]}.")
+
+
+# --- kernels: image (B, H, W, E), text (T, P, E) or (B, T, P, E), weight (C, P, K, K), bias (C,) -> (B, T, H, W, C) ---
+
+
+def _fake(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    batch, height, width = image.shape[:3]
+    return image.new_empty(batch, text.shape[-3], height, width, bias.shape[0])
+
+
+def _backward_fake(
+    grad: Tensor, image: Tensor, text: Tensor, weight: Tensor, need_image: bool, need_text: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        image.new_empty(image.shape if need_image else 0),
+        text.new_empty(text.shape if need_text else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[:1] if need_weight else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    image, text, weight, _, ctx.backend = inputs
+    ctx.save_for_backward(image, text, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_image, need_text, need_weight, need_bias, _ = ctx.needs_input_grad
+    gradients = torch.ops.ovseg_fast.cost_embedding_backward(
+        grad, *ctx.saved_tensors, need_image, need_text, need_weight or need_bias, ctx.backend
+    )
+    return *(part if need else None for part, need in zip(gradients, ctx.needs_input_grad, strict=False)), None
+
+
+_library.define(
+    "cost_embedding(Tensor image, Tensor text, Tensor weight, Tensor bias, str backend) -> Tensor",
+    "cost_embedding",
+    _fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_library.define(
+    "cost_embedding_backward(Tensor grad, Tensor image, Tensor text, Tensor weight, bool need_image, bool need_text, "
+    "bool need_weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cost_embedding",
+    _backward_fake,
+)

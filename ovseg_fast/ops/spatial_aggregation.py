@@ -11,15 +11,20 @@ and added.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
+from . import _library
 from ._checks import check_heads, check_positive, check_tensors
+from ._mlp import mlp_refusal, residual_mlp
 from ._tiles import map_tiles, tile_size
 
 REGION_MASK = -100.0  # what the published code adds to scores between regions that only the shift made neighbours
+WIDEST_WINDOW = 16  # that the kernels hold in one piece
 
 
 def spatial_aggregation(
@@ -56,13 +61,13 @@ def spatial_aggregation(
             (C, C); their biases (C,).
         fc1_weight: (M, C); fc1_bias: (M,); fc2_weight: (C, M); fc2_bias: (C,).
         heads: attention heads; divides C.
-        window: side of a square window in tokens. A map whose smaller side is no larger becomes one window without
-            shift, of that side.
-        shift: how far windows are displaced up and left, cyclically; 0 or half a window as published.
+        window: side of a square window in tokens, at most min(H, W).
+        shift: how far windows are displaced up and left, cyclically, in 0..window-1; 0 or half a window as published.
 
     Returns:
-        (B, T, H, W, C). Where H or W is not a multiple of the window, the windows at the bottom and right border end
-        with the map: what lies beyond takes no part.
+        (B, T, H, W, C). Where H or W is not a multiple of the window, the windows are those of the map padded to whole
+        windows at the bottom and right: a window that reaches beyond the map holds fewer tokens, and what lies beyond
+        takes no part. With a shift, it is the padded map that is displaced cyclically.
 
     Raises:
         TypeError, ValueError: a tensor, `heads`, `window` or `shift` does not fit.
@@ -101,8 +106,22 @@ def spatial_aggregation(
             f"spatial_aggregation: window must be positive and shift in 0..window-1, "
             f"got window = {window}, shift = {shift}."
         )
-    if min(height, width) <= window:
-        window, shift = min(height, width), 0
+    if window > min(height, width):
+        raise ValueError(f"spatial_aggregation: window must be at most min(H, W) = {min(height, width)}, got {window}.")
+    too_wide = f"window {window} is larger than {WIDEST_WINDOW}" if window > WIDEST_WINDOW else None
+    refusals = {"triton": too_wide or mlp_refusal(x, fc1_weight)}
+    weights = (norm1_weight, norm1_bias, q_weight, k_weight, v_weight, v_bias, proj_weight, proj_bias)
+    backend = backends.choose("spatial_aggregation", x, guidance, *weights, refusals=refusals)
+    mlp = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    guidance = guidance.flatten(1, 2)
+    q_term = F.linear(guidance, q_weight[:, channels:], q_bias)
+    k_term = F.linear(guidance, k_weight[:, channels:], k_bias)
+    if backend != "torch":
+        qkv_weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
+        tensors = (x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias)
+        x = torch.ops.ovseg_fast.window_attention(*_library.autocast(*tensors), heads, window, shift, backend)
+        return residual_mlp(x, *mlp, activation="gelu", backend=backend)
+
     # A tracer's stand-ins for tensors must neither meet cached tensors nor be cached themselves.
     plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     layout = window_layout if plain else window_layout.__wrapped__
@@ -120,9 +139,8 @@ def spatial_aggregation(
         slots = tokens.index_select(dim, order)
         return slots if beyond is None else slots.masked_fill(beyond, 0)
 
-    guidance = guidance.flatten(1, 2)
-    q_guidance = to_windows(F.linear(guidance, q_weight[:, channels:], q_bias), 1).unsqueeze(1)
-    k_guidance = to_windows(F.linear(guidance, k_weight[:, channels:], k_bias), 1).unsqueeze(1)
+    q_guidance = to_windows(q_term, 1).unsqueeze(1)
+    k_guidance = to_windows(k_term, 1).unsqueeze(1)
 
     def split(tokens: Tensor) -> Tensor:
         """(B, t, window², windows, C) -> (B·t, windows·heads, window², C / heads), without a copy."""
@@ -137,9 +155,7 @@ def spatial_aggregation(
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         attended = attended.transpose(1, 2).reshape(normed.shape).index_select(2, inverse)
         tokens = tokens + F.linear(attended, proj_weight, proj_bias)
-        normed = F.layer_norm(tokens, (channels,), norm2_weight, norm2_bias)
-        tokens = tokens + F.linear(F.gelu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-        return tokens.view(tile.shape)
+        return residual_mlp(tokens, *mlp, activation="gelu", backend="torch").view(tile.shape)
 
     return map_tiles(block, x, dim=1, size=tile_size(classes, batch * height * width, x.device))
 
@@ -186,3 +202,48 @@ def window_layout(
         outside = by_window((~inside).long()).t().bool()
         mask = mask.masked_fill(outside[:, None, :], float("-inf"))
     return order, inverse, mask
+
+
+# --- kernels: x (B, T, H, W, C), terms (B, H · W, C), qkv_weight (3 C, C), proj_weight (C, C), the others (C,) ---
+
+TENSORS = (
+    "Tensor x, Tensor q_term, Tensor k_term, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor v_bias, "
+    "Tensor proj_weight, Tensor proj_bias, int heads, int window, int shift"
+)
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *tensors, _, _, _, needs = arguments
+    return [tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.heads, ctx.window, ctx.shift, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[: len(ctx.saved_tensors)])
+    grads = torch.ops.ovseg_fast.window_attention_backward(
+        grad, *ctx.saved_tensors, ctx.heads, ctx.window, ctx.shift, needs, ctx.backend
+    )
+    found = (gradient if needed else None for gradient, needed in zip(grads, needs, strict=True))
+    return (*found, None, None, None, None)
+
+
+_library.define(
+    f"window_attention({TENSORS}, str backend) -> Tensor",
+    "spatial_aggregation",
+    _fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_library.define(
+    f"window_attention_backward(Tensor grad, {TENSORS}, bool[] needs, str backend) -> Tensor[]",
+    "spatial_aggregation",
+    _backward_fake,
+)

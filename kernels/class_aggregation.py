@@ -1,0 +1,310 @@
+"""Class aggregation: linear attention over the classes of a position, with the pooling before and the resize after it.
+
+With n = LN(average-pool(x)), at each pooled position and head, φ = elu + 1, sums over the classes t, and the class that
+pads the list as one more key with the weight `pads`:
+
+    q_t = φ(W_q n_t + g_t),   k_t = φ(W_k n_t + h_t),   v_t = W_v n_t + b
+    S = Σ w_t k_t ⊗ (v_t − m),   z = Σ w_t k_t,   m = Σ w_t v_t
+    y_t = average-pool(x)_t + m + a_t,   a_t = (q_t · S − ε m) / e_t,   e_t = q_t · z + ε
+
+where N = T + pads, ε = 1e-6 / N, and w_t = 1 / N, or pads / N for the padding class. Dividing by N leaves the quotient
+as it is and keeps S in float16's range for any number of classes. Taking the mean m out of the values keeps their
+differences precise, which are all that the gradients of queries and keys come from.
+
+Backward, from the gradient g_t of y_t, and with r_t = g_t / e_t:
+
+    dq_t = S r_t − z (a_t · r_t)                 dS = Σ q_t ⊗ r_t,   dz = −Σ q_t (a_t · r_t)
+    dk_t = w_t (dS (v_t − m) + dz)               dv_t = w_t dSᵀ k_t
+    dq'_t = dq_t · φ'(q'),  dk'_t likewise,      φ' = min(φ, 1),  ' marking what φ is applied to
+    dn_t = W_qᵀ dq'_t + W_kᵀ dk'_t + W_vᵀ dv_t   dx = pooling's share of (g + LayerNorm's gradient from dn)
+
+The weights' gradients are the products of dq', dk', dv with n, and those of g, h, b their sums: plain matrix products
+and sums, which PyTorch takes. `_class_tokens` holds pooling and LayerNorm, `_class_softmax` the other, full attention,
+and `_class_resize` the end of the operator.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._class_resize import class_aggregation_resize, class_aggregation_resize_backward
+from ._class_softmax import attend, attend_backward
+from ._class_tokens import normalise_backward, normed_tokens, pooled, row_tile
+from ._launch import block, cdiv, launch, precision
+from ._math import dot, rounded
+
+__all__ = [
+    "class_aggregation_attention",
+    "class_aggregation_attention_backward",
+    "class_aggregation_resize",
+    "class_aggregation_resize_backward",
+]
+
+NORMALISER_EPS = tl.constexpr(1e-6)
+GROUP_HEADS = 4  # at most, in one program
+
+# By bytes of an element. TOKENS: classes in a tile; GROUP: channels of the heads that a program works on together;
+# SLICE: channels of n and of the weights read at a time. float32 products do not run on tensor cores unless TF32 is
+# allowed, and their unrolled form needs the registers.
+TILES = {
+    2: {"TOKENS": 32, "GROUP": 64, "SLICE": 64},
+    4: {"TOKENS": 32, "GROUP": 32, "SLICE": 32},
+}
+
+
+@triton.jit
+def _feature(x):
+    """φ = elu + 1."""
+    return tl.where(x > 0, x + 1.0, tl.exp(x))
+
+
+@triton.jit
+def _head_sums(x, head, HEADS: tl.constexpr):
+    """The sum of x over the channels of each head, at each of them; `head` (1, GROUP) numbers the channels' heads."""
+    total = tl.zeros(x.shape, tl.float32)
+    for h in tl.static_range(HEADS):
+        share = tl.sum(tl.where(head == h, x, 0.0), 1, keep_dims=True)
+        total += tl.where(head == h, share, 0.0)
+    return total
+
+
+@triton.jit
+def _query(
+    normed, row, live, terms, t, weight, c, valid, channels,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ(q') of one tile (TOKENS, GROUP)."""
+    q = tl.zeros((TOKENS, GROUP), tl.float32)
+    for start in range(0, channels, SLICE):
+        s = start + tl.arange(0, SLICE)
+        inside = (s < channels)[None, :]
+        n = tl.load(normed + row[:, None] * channels + s[None, :], mask=live & inside, other=0.0)
+        w = tl.load(weight + c[:, None] * channels + s[None, :], mask=valid[:, None] & inside, other=0.0)
+        q = dot(n, tl.trans(w), q, PRECISION)
+    mask = live & valid[None, :]
+    g = tl.load(terms + t[:, None] * (2 * channels) + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, _feature(q + g), 0.0)
+
+
+@triton.jit
+def _key_value(
+    normed, row, live, terms, t, weight, v_bias, c, valid, channels,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """φ(k') and v of one tile, both (TOKENS, GROUP)."""
+    k = tl.zeros((TOKENS, GROUP), tl.float32)
+    v = tl.zeros((TOKENS, GROUP), tl.float32)
+    for start in range(0, channels, SLICE):
+        s = start + tl.arange(0, SLICE)
+        inside = (s < channels)[None, :]
+        n = tl.load(normed + row[:, None] * channels + s[None, :], mask=live & inside, other=0.0)
+        mask = valid[:, None] & inside
+        k_place = weight + (channels + c)[:, None] * channels + s[None, :]
+        w = tl.load(k_place, mask=mask, other=0.0)
+        k = dot(n, tl.trans(w), k, PRECISION)
+        w = tl.load(k_place + channels * channels, mask=mask, other=0.0)
+        v = dot(n, tl.trans(w), v, PRECISION)
+    mask = live & valid[None, :]
+    place = t[:, None] * (2 * channels) + channels + c[None, :]
+    k += tl.load(terms + place, mask=mask, other=0.0).to(tl.float32)
+    v += tl.load(v_bias + c, mask=valid, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, _feature(k), 0.0), tl.where(mask, v, 0.0)
+
+
+@triton.jit
+def _linear(
+    normed, x, terms, weight, v_bias, grad, out, pad_out,
+    classes, positions, pads, height, width, channels, pooling, terms_stride, padding_row,
+    head_channels, group_channels,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """One position and one group of heads. Forward: out is y, (tokens, C). Backward: out is (dq', dk', dv),
+    (tokens, 3C), and pad_out the (dk', dv) of the padding class at this position."""
+    # Factors are rounded before anything is taken of them, so that what should cancel in a sum does.
+    dtype = normed.dtype.element_ty
+    groups = tl.cdiv(channels, group_channels)
+    position = (tl.program_id(0) // groups).to(tl.int64)  # among those of all images
+    image = position // positions
+    local = tl.arange(0, GROUP)
+    c = tl.program_id(0) % groups * group_channels + local
+    valid = (local < group_channels) & (c < channels)
+    head = (local // head_channels)[None, :]
+    same = ((local // head_channels)[:, None] == head) & valid[:, None] & valid[None, :]
+    terms += image * terms_stride
+    first = image * classes * positions + position % positions
+    keys = classes + (pads > 0)
+
+    outer = tl.zeros((GROUP, GROUP), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    mean = tl.zeros((GROUP,), tl.float32)
+    share = 1.0 / (classes + pads)
+    for start in range(0, keys, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        row = tl.where(t < classes, first + t.to(tl.int64) * positions, padding_row)
+        k, v = _key_value(
+            normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels,
+            TOKENS, GROUP, SLICE, PRECISION,
+        )  # fmt: skip
+        times = (tl.where(t < classes, 1, pads).to(tl.float32) * share)[:, None]
+        k = rounded(k * times, dtype)
+        v = rounded(v, dtype)
+        total += tl.sum(k.to(tl.float32), 0)
+        mean += tl.sum(v.to(tl.float32) * times, 0)
+        outer = dot(tl.trans(k), v, outer, PRECISION)
+    outer = rounded(tl.where(same, outer - total[:, None] * mean[None, :], 0.0), dtype)
+
+    outer_grad = tl.zeros((GROUP, GROUP), tl.float32)
+    total_grad = tl.zeros((GROUP,), tl.float32)
+    for start in range(0, classes, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        row = first + t.to(tl.int64) * positions
+        live = (t < classes)[:, None]
+        mask = live & valid[None, :]
+        q = _query(normed, row, live, terms, t, weight, c, valid, channels, TOKENS, GROUP, SLICE, PRECISION)
+        q = rounded(q, dtype)
+        queries = q.to(tl.float32)
+        normaliser = _head_sums(queries * total[None, :], head, HEADS) + NORMALISER_EPS * share
+        attended = dot(q, outer, tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
+        attended = (attended - NORMALISER_EPS * share * mean[None, :]) / normaliser
+        place = row[:, None] * channels + c[None, :]
+        if BACKWARD:
+            ratio = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32) / normaliser
+            ratio = rounded(tl.where(mask, ratio, 0.0), dtype)
+            along = -_head_sums(attended * ratio.to(tl.float32), head, HEADS)
+            outer_grad = dot(tl.trans(q), ratio, outer_grad, PRECISION)
+            total_grad += tl.sum(queries * along, 0)
+            dq = dot(ratio, tl.trans(outer), total[None, :] * along, PRECISION) * tl.minimum(queries, 1.0)
+            tl.store(out + row[:, None] * (3 * channels) + c[None, :], rounded(dq, dtype), mask=mask)
+        else:
+            y = pooled(x, row, c, mask, height, width, channels, pooling) + (mean[None, :] + attended)
+            tl.store(out + place, rounded(y, dtype), mask=mask)
+
+    if BACKWARD:
+        outer_grad = rounded(tl.where(same, outer_grad * share, 0.0), dtype)
+        total_grad *= share
+        for start in range(0, keys, TOKENS):
+            t = start + tl.arange(0, TOKENS)
+            row = tl.where(t < classes, first + t.to(tl.int64) * positions, padding_row)
+            k, v = _key_value(
+                normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels,
+                TOKENS, GROUP, SLICE, PRECISION,
+            )  # fmt: skip
+            times = tl.where(t < classes, 1, pads).to(tl.float32)[:, None]
+            v = rounded(rounded(v, dtype).to(tl.float32) - mean[None, :], dtype)
+            dk = dot(v, tl.trans(outer_grad), tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
+            dk = (dk + total_grad[None, :]) * tl.minimum(k, 1.0) * times
+            dv = dot(rounded(k, dtype), outer_grad, tl.zeros((TOKENS, GROUP), tl.float32), PRECISION) * times
+            target = out + row[:, None] * (3 * channels) + channels + c[None, :]
+            mask = (t < classes)[:, None] & valid[None, :]
+            tl.store(target, rounded(dk, dtype), mask=mask)
+            tl.store(target + channels, rounded(dv, dtype), mask=mask)
+            target = pad_out + position * (2 * channels) + c[None, :] + t[:, None] * 0
+            mask = (t >= classes)[:, None] & (t < keys)[:, None] & valid[None, :]
+            tl.store(target, dk, mask=mask)
+            tl.store(target + channels, dv, mask=mask)
+
+
+def _group_tile(keys: int, channels: int, heads: int, size: int) -> tuple[int, dict[str, int]]:
+    """Channels of a program's heads, and the tile."""
+    tile = TILES[size]
+    head_channels = channels // heads
+    together = max(1, min(heads, tile["GROUP"] // head_channels, GROUP_HEADS))
+    return together * head_channels, {
+        "HEADS": together,
+        "TOKENS": block(keys, 16, tile["TOKENS"]),
+        "GROUP": block(together * head_channels, 16),
+        "SLICE": block(channels, 16, tile["SLICE"]),
+    }
+
+
+def _attend(
+    normed: Tensor, x: Tensor, terms: Tensor, weight: Tensor, v_bias: Tensor, grad: Tensor, out: Tensor,
+    pad_out: Tensor, pads: int, heads: int, pooling: int, backward: bool,
+) -> None:  # fmt: skip
+    batch, classes, height, width, channels = x.shape
+    positions = (height // pooling) * (width // pooling)
+    group_channels, tile = _group_tile(classes + (pads > 0), channels, heads, x.element_size())
+    launch(
+        _linear, (batch * positions * cdiv(channels, group_channels),),
+        normed, x, terms, weight, v_bias, grad, out, pad_out,
+        classes, positions, pads, height, width, channels, pooling,
+        terms.stride(0) if len(terms) > 1 else 0, batch * classes * positions, channels // heads, group_channels,
+        **tile, PRECISION=precision(), BACKWARD=backward, warps=8,
+    )  # fmt: skip
+
+
+def class_aggregation_attention(
+    x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
+    padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool,
+) -> Tensor:  # fmt: skip
+    """(B, T, H, W, C) -> (B, T, H // pooling, W // pooling, C)."""
+    x, terms, norm_weight, norm_bias, weight, v_bias, padding_token = (
+        tensor.contiguous() for tensor in (x, terms, norm_weight, norm_bias, weight, v_bias, padding_token)
+    )
+    batch, classes, height, width, channels = x.shape
+    out = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
+    normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
+    if full:
+        attend(torch.mm(normed, weight.t()), x, terms, v_bias, out, pads, heads, pooling)
+    else:
+        _attend(normed, x, terms, weight, v_bias, x, out, x, pads, heads, pooling, False)
+    return out
+
+
+def class_aggregation_attention_backward(
+    grad: Tensor, x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
+    padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool, parameters: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the tensors behind `grad`; empty but for that of x where no parameter needs one."""
+    grad, x, terms, norm_weight, norm_bias, weight, v_bias, padding_token = (
+        tensor.contiguous() for tensor in (grad, x, terms, norm_weight, norm_bias, weight, v_bias, padding_token)
+    )
+    batch, classes, height, width, channels = x.shape
+    positions = (height // pooling) * (width // pooling)
+    tokens = batch * classes * positions
+    normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
+    rows = len(normed)
+    projected = x.new_empty(rows, 3 * channels)
+    pad_grads = x.new_empty(batch, positions if pads else 0, 2 * channels, dtype=torch.float32)
+    if full:
+        product = torch.mm(normed, weight.t())
+        attend_backward(product, x, grad, terms, v_bias, projected, pad_grads, pads, heads, pooling)
+    else:
+        _attend(normed, x, terms, weight, v_bias, grad, projected, pad_grads, pads, heads, pooling, True)
+    pad_sums = pad_grads.sum(1)
+    if pads:
+        projected[tokens, :channels] = 0
+        projected[tokens, channels:] = pad_sums.sum(0)
+
+    dropped = height % pooling or width % pooling  # tokens that no mean holds
+    x_grad = torch.zeros_like(x) if dropped else torch.empty_like(x)
+    padding_grad = torch.zeros_like(padding_token) if not pads else torch.empty_like(padding_token)
+    tile = row_tile(channels, x.element_size())
+    programs = cdiv(rows, tile["ROWS"])
+    sums = x.new_empty(2, programs if parameters else 0, channels, dtype=torch.float32)
+    launch(
+        normalise_backward, (programs,),
+        grad, torch.mm(projected, weight), x, padding_token, norm_weight, x_grad, padding_grad, sums[0], sums[1],
+        tokens, rows, height, width, channels, pooling, **tile, SUMS=parameters,
+    )  # fmt: skip
+    if not parameters:
+        return x_grad, *(x.new_empty(0) for _ in range(6))
+
+    by_class = projected[:tokens].view(batch, classes, positions, 3 * channels).sum(2, dtype=torch.float32)
+    v_bias_grad = by_class[..., 2 * channels :].sum((0, 1)) + pad_sums[:, channels:].sum(0)
+    terms_grad = by_class[..., : 2 * channels]
+    if pads:
+        pad_terms = torch.nn.functional.pad(pad_sums[:, None, :channels], (channels, 0))
+        terms_grad = torch.cat([terms_grad, pad_terms], 1)
+    if len(terms) == 1:
+        terms_grad = terms_grad.sum(0, keepdim=True)
+    norm_grads = sums.sum(1).to(x.dtype)
+    return (
+        x_grad, terms_grad.contiguous().to(x.dtype),
+        norm_grads[0].clone(), norm_grads[1].clone(), torch.mm(projected.t(), normed), v_bias_grad.to(x.dtype),
+        padding_grad,
+    )  # fmt: skip

@@ -1,0 +1,232 @@
+"""Which backend runs an operator on given tensors, and why the others do not.
+
+One predicate, `refusal`, selects a backend, explains the choice and words the error when a forced backend cannot run.
+The choice falls before autograd, so a call's backward runs on the same backend as its forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, util
+from pkgutil import iter_modules
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "torch")  # in order of preference
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
+CAPABILITY = (8, 0)  # the oldest GPUs that the kernels are compiled for
+
+logger = logging.getLogger(__name__)
+
+
+class _Forced(threading.local):
+    """The backend that this thread asks for; None where the environment decides."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
+_default = os.environ.get("OVSEG_BACKEND") or "auto"
+_last: dict[str, str] = {}
+_said: set[str] = set()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for this thread's operator calls: `with ovs.backend("torch"): ...`.
+
+    Args:
+        name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"` for the first of these that can run. It takes precedence over
+            the environment variable OVSEG_BACKEND.
+
+    Raises:
+        ValueError: there is no such backend. A forced backend that cannot run an operator raises `RuntimeError` there.
+    """
+    before, _forced.name = _forced.name, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def requested() -> str:
+    """What this thread asks for: `"auto"` or the name of a backend. Raises ValueError for a bad OVSEG_BACKEND."""
+    return _forced.name or _checked(_default, "OVSEG_BACKEND")
+
+
+def choose(operator: str, *tensors: Tensor, refusals: Mapping[str, str | None] | None = None) -> str:
+    """The backend that runs `operator` on these tensors.
+
+    Args:
+        operator: name of the operator, for kernels and messages.
+        tensors: its inputs, checked already: one device, one dtype (or autocast is on, which decides it).
+        refusals: reasons, by backend, why it cannot run this very call (a size that its kernels do not take).
+
+    Returns:
+        One of `BACKENDS`.
+
+    Raises:
+        RuntimeError: the forced backend cannot run it; the message says why.
+    """
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    asked = requested()
+    reasons: dict[str, str] = {}
+    for name in BACKENDS if asked == "auto" else (asked,):
+        own = (refusals or {}).get(name)
+        reason = own or refusal(operator, name, device.type, device.index, dtype, asked != "auto")
+        if reason is None:
+            if not torch.compiler.is_compiling():
+                _say(operator, name, reasons)
+            if name == "torch":
+                _last[operator] = name
+            return name
+        reasons[name] = reason
+    raise RuntimeError(f"{operator}: the {asked} backend was asked for but cannot run: {reasons[asked]}.")
+
+
+@torch.compiler.assume_constant_result
+def refusal(
+    operator: str, name: str, device: str, index: int | None, dtype: torch.dtype | None, forced: bool
+) -> str | None:
+    """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None where it can."""
+    if name == "torch":
+        return None
+    if name == "cuda":
+        return "the native library is not built: this version brings no CUDA C++ kernels"
+    if operator not in operators_with_kernels():
+        return "it has no Triton kernel"
+    if not _triton_installed():
+        return "triton is not installed"
+    if dtype is not None and dtype not in DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if device == "cuda":
+        capability = torch.cuda.get_device_capability(index)
+        if capability < CAPABILITY:
+            return f"its kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, this GPU has {capability}"
+        return None
+    if device != "cpu":
+        return f"its kernels run on CUDA tensors, not on {device}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU"
+    return None if forced else "on the CPU only Triton's slow interpreter runs it, and only where forced"
+
+
+def implementation(operator: str, name: str) -> ModuleType:
+    """The module with the launchers of `operator` in a backend other than PyTorch; notes that it ran.
+
+    A name with a leading underscore is a part that several operators share.
+    """
+    if not operator.startswith("_"):
+        _last[operator] = name
+    return import_module(f"ovseg_fast.kernels.{operator}")
+
+
+def last_backend(operator: str) -> str | None:
+    """The backend that ran `operator` last in this process, or None where it has not run.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    if operator not in _operators():
+        raise ValueError(f"there is no operator {operator!r}; there are {', '.join(_operators())}.")
+    return _last.get(operator)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; printed, it is a table.
+
+    Attributes:
+        device: of the tensors in question; asked: the backend asked for, or `"auto"`.
+        choices: operator -> the backend that runs it, or None where the one asked for cannot.
+        reasons: operator -> backend -> why it does not run the operator, or None where it could.
+    """
+
+    device: str
+    asked: str
+    choices: Mapping[str, str | None]
+    reasons: Mapping[str, Mapping[str, str | None]]
+
+    def __str__(self) -> str:
+        notes: list[str] = []
+        lines = ["".join(f"{word:<22}" if word == "operator" else f"{word:<8}" for word in ("operator", *BACKENDS))]
+        for operator, row in self.reasons.items():
+            cells = []
+            for name, reason in row.items():
+                if reason and reason not in notes:
+                    notes.append(reason)
+                free = "runs" if name == self.choices[operator] else "could"
+                cells.append(f"[{notes.index(reason) + 1}]" if reason else free)
+            lines.append(f"{operator:<22}" + "".join(f"{cell:<8}" for cell in cells))
+        lines += [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
+        if None in self.choices.values():
+            lines.append(f"An operator that nothing runs raises an error while {self.asked} is asked for.")
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def explain(device: torch.device | str | None = None) -> Explanation:
+    """Which backend runs each operator on tensors of `device`, and why the others do not.
+
+    Args:
+        device: by default the GPU where there is one, else the CPU. Sizes and dtypes of a call may still rule a
+            backend out; `last_backend` tells what really ran.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = requested()
+    reasons = {
+        operator: {
+            name: refusal(operator, name, where.type, where.index, None, asked == name)
+            if asked in ("auto", name)
+            else f"{asked} was asked for"
+            for name in BACKENDS
+        }
+        for operator in _operators()
+    }
+    choices = {operator: next((name for name in BACKENDS if not row[name]), None) for operator, row in reasons.items()}
+    return Explanation(str(where), asked, choices, reasons)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source} must be auto, cuda, triton or torch, got {name!r}.")
+    return name
+
+
+def _say(operator: str, name: str, reasons: Mapping[str, str]) -> None:
+    line = f"{operator} runs on {name}" + "".join(f"; {other}: {reason}" for other, reason in reasons.items())
+    if line not in _said:
+        _said.add(line)
+        logger.info(line)
+
+
+@lru_cache(maxsize=1)
+def _triton_installed() -> bool:
+    return util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def operators_with_kernels() -> tuple[str, ...]:
+    """Names of the operators that have Triton kernels, one module each."""
+    return _modules(import_module("ovseg_fast.kernels").__path__)
+
+
+@lru_cache(maxsize=1)
+def _operators() -> tuple[str, ...]:
+    """Names of all operators, one module each in `ops`: looked up by path, as that stands above this module."""
+    return _modules([os.path.join(os.path.dirname(__file__), "ops")])
+
+
+def _modules(path: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in iter_modules(path) if not module.name.startswith("_")))
