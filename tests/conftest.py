@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+import ovseg_fast as ovs
+
+if torch.cuda.is_available():
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch lowers convolutions, unlike products, by default
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: they run on the CPU
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 0):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # together as many as there are cores
+
 SEED = int(os.environ.get("OVSEG_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["OVSEG_SEED"] = str(SEED)  # worker processes take the same
 
 
 def derive_seed(name: str) -> int:
@@ -44,6 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(SEED)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = parameters.get("every_backend") == "triton" and not torch.cuda.is_available()
+        if interpreted and item.get_closest_marker("slow_in_interpreter"):
+            item.add_marker("slow")
+
+
 def pytest_report_header() -> str:
     return f"OVSEG_SEED={SEED}"
 
@@ -65,3 +86,10 @@ def _seeded(request: pytest.FixtureRequest) -> None:
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of the test's own, untouched by what the code under test draws."""
     return torch.Generator().manual_seed(derive_seed(f"rng {request.node.nodeid}"))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with each backend forced."""
+    with ovs.backend(request.param):
+        yield request.param

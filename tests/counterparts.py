@@ -16,7 +16,7 @@ from torch import Tensor
 import literal
 from goldens import ATTENTION, CLASSES, SPATIAL, STAGE, to_published
 from ovseg_fast import ops
-from samples import Call, arguments, map_tensors, tensors
+from samples import Call, arguments, floating, map_floating, tensors
 from tolerances import CANCELLED_FLOAT64, REWRITE_FLOAT64, REWRITE_GRADIENT_FACTOR, relative_error
 
 
@@ -49,11 +49,11 @@ def assert_equal_functions(call: Call, ours: Callable[..., Any], theirs: Callabl
     outcomes = []
     cotangents: list[Tensor] = []
     for function in (theirs, ours):
-        args, kwargs = leaves = map_tensors(lambda tensor: tensor.detach().clone().requires_grad_(), call)
+        args, kwargs = leaves = map_floating(lambda tensor: tensor.detach().clone().requires_grad_(), call)
         results = tensors(function(*args, **kwargs))
         cotangents = cotangents or [torch.randn_like(result) for result in results]
         projected = sum((a * b).sum() for a, b in zip(results, cotangents, strict=True))
-        outcomes.append((results, torch.autograd.grad(projected, tensors(leaves), materialize_grads=True)))
+        outcomes.append((results, torch.autograd.grad(projected, floating(leaves), materialize_grads=True)))
     (expected, expected_gradients), (results, gradients) = outcomes
     for result, truth in zip(results, expected, strict=True):
         assert result.dtype == torch.float64
@@ -109,12 +109,19 @@ def spatial_aggregation(
 
 
 def class_aggregation(
-    x: Tensor, guidance: Tensor, *, heads: int, pooling: int, pad_length: int, **parameters: Tensor
+    x: Tensor,
+    guidance: Tensor,
+    *,
+    heads: int,
+    pooling: int,
+    pad_length: int,
+    attention: str = "linear",
+    **parameters: Tensor,
 ) -> Counterpart:
     weights = to_published(CLASSES, parameters)
     maps, guidance = to_maps(x), per_image(guidance, len(x), 3)
     return Counterpart(
-        lambda: literal.class_aggregation(weights, "", maps, guidance, pooling, pad_length, heads), to_tokens
+        lambda: literal.class_aggregation(weights, "", maps, guidance, pooling, pad_length, heads, attention), to_tokens
     )
 
 
@@ -156,6 +163,13 @@ def layer_gather(
 def gaussian_aggregation(features: Tensor, weights: Tensor) -> Counterpart:
     maps = [layer.transpose(1, 2).unsqueeze(2).contiguous() for layer in features]
     return Counterpart(lambda: literal.gaussian_aggregation(maps, weights), lambda out: out.squeeze(2).transpose(1, 2))
+
+
+def gather_stage(weights: Tensor, **gathered: Any) -> Counterpart:
+    layers = layer_gather(**gathered)
+    return Counterpart(
+        lambda: literal.gaussian_aggregation(layers.run(), weights), lambda out: out.squeeze(2).transpose(1, 2)
+    )
 
 
 def mask_attention(
@@ -207,6 +221,26 @@ def label_map(**parameters: Any) -> Counterpart:
     return Counterpart(lambda: scores.run().argmax(0), lambda labels: labels.int())
 
 
+def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce",), ignore: int = 255) -> Counterpart:
+    def run() -> dict[str, Tensor]:
+        losses = {}
+        if "bce" in terms:
+            losses["bce"] = literal.catseg_loss(logits, labels, ignore)
+        if not {"focal", "dice"}.isdisjoint(terms):
+            losses["focal"], losses["dice"] = literal.cascade_losses(logits, labels, ignore)
+        return losses
+
+    return Counterpart(run, lambda losses: {name: losses[name] for name in terms})
+
+
+def top_labels(*, k: int, **parameters: Any) -> Counterpart:
+    scores = score_map(**parameters)
+    return Counterpart(
+        lambda: scores.run().sort(dim=0, descending=True, stable=True),
+        lambda found: (found.values[:k], found.indices[:k].int()),
+    )
+
+
 COUNTERPARTS: dict[str, Callable[..., Counterpart]] = {
     "cost_volume": cost_volume,
     "cost_embedding": cost_embedding,
@@ -215,8 +249,11 @@ COUNTERPARTS: dict[str, Callable[..., Counterpart]] = {
     "class_aggregation": class_aggregation,
     "layer_gather": layer_gather,
     "gaussian_aggregation": gaussian_aggregation,
+    "gather_stage": gather_stage,
     "mask_attention": mask_attention,
     "mask_scores": mask_scores,
+    "mask_losses": mask_losses,
     "score_map": score_map,
     "label_map": label_map,
+    "top_labels": top_labels,
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ovseg_fast as ovs
+from goldens import DEVICE
 from parity import fill
 
 PARITY = Path(__file__).parent / "parity"
@@ -30,7 +31,7 @@ def full_model(preset: str, keys_file: str, salt: str) -> torch.nn.Module:
     """A preset with the goldens' weights, in evaluation mode."""
     model = ovs.build(preset)
     ovs.checkpoints.load_upstream(model, upstream_weights(keys_file, salt))
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 class Goldens:
@@ -43,7 +44,7 @@ class Goldens:
 
     def error(self, name: str, value: Tensor | np.ndarray) -> float:
         """Relative error over the stored positions."""
-        return fill.rel_err(self.store, name, value.detach().numpy() if isinstance(value, Tensor) else value)
+        return fill.rel_err(self.store, name, value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
 
     def image(self, name: str, height: int, width: int) -> np.ndarray:
         """(height, width, 3) uint8."""
@@ -51,8 +52,8 @@ class Goldens:
 
     def images(self, name: str, height: int, width: int) -> Tensor:
         """(1, 3, height, width) uint8."""
-        return torch.from_numpy(self.image(name, height, width)).permute(2, 0, 1).unsqueeze(0)
+        return torch.from_numpy(self.image(name, height, width)).permute(2, 0, 1).unsqueeze(0).to(DEVICE)
 
     def tokens(self, count: int, name: str = "tokens") -> Tensor:
         """(count, 77) int64."""
-        return torch.from_numpy(fill.tokens(count, self.salt, name))
+        return torch.from_numpy(fill.tokens(count, self.salt, name)).to(DEVICE)

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovseg_fast import backends
 from parity import fill
 from tolerances import GOLDEN_OPERATOR_GRADIENT, GOLDEN_OUTPUT, ZERO_GRADIENT
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # goldens are compared where the operators would run
 PARITY = Path(__file__).parent / "parity"
 SALTS = {"catseg_ops": "A", "catseg_aggregator": "B", "catseg_vitb": "C", "catseg_vitl": "D", "cascade_clip": "E"}
 
@@ -42,14 +44,14 @@ class Golden:
 
     def error(self, name: str, value: Tensor) -> float:
         """Relative error of `value` over the stored positions of `name`."""
-        return fill.rel_err(self.store, name, value.detach().numpy())
+        return fill.rel_err(self.store, name, value.detach().cpu().numpy())
 
     def names(self, prefix: str) -> list[str]:
         """What follows `prefix` in the names that start with it."""
         return [name[len(prefix) :] for name in fill.names(self.store) if name.startswith(prefix)]
 
     def randn(self, name: str, shape: tuple[int, ...] | list[int]) -> Tensor:
-        return torch.from_numpy(fill.randn(name, shape, self.salt))
+        return torch.from_numpy(fill.randn(name, shape, self.salt)).to(DEVICE)
 
     def leaves(self, op: str) -> dict[str, Tensor]:
         """Inputs, called `in.<name>`, and weights of an operation of `catseg_ops`, all in upstream's layout."""
@@ -72,7 +74,8 @@ def shapes(keys: str) -> dict[str, list[int]]:
 
 
 def weight(name: str, shape: tuple[int, ...] | list[int], salt: str) -> Tensor:
-    return torch.from_numpy(np.array(fill.fill(name, shape, salt)))  # np.array: a scalar comes as a numpy number
+    # np.array: a scalar comes as a numpy number
+    return torch.from_numpy(np.array(fill.fill(name, shape, salt))).to(DEVICE)
 
 
 def filled(keys: str, prefix: str, salt: str, *, full_names: bool = True) -> dict[str, Tensor]:
@@ -122,6 +125,12 @@ def assert_gradients(op: str, function: Callable[[Mapping[str, Tensor]], Tensor]
     """
     relu = TieBreakingReLU()
     errors = gradient_errors(op, function, relu)
+    if backends.requested() == "triton":
+        # A kernel's ReLU cannot be told a side: where the PyTorch form meets ties, one of them may move the gradients.
+        with backends.backend("torch"):
+            gradient_errors(op, function, relu)
+        assert max(errors.values()) <= (relu.MOVES if relu.count else GOLDEN_OPERATOR_GRADIENT), errors
+        return
     if GOLDEN_OPERATOR_GRADIENT < max(errors.values()) <= 2 * relu.MOVES:
         choices = chain(combinations(range(relu.count), 1), combinations(range(relu.count), 2))
         tried = (gradient_errors(op, function, TieBreakingReLU(flipped)) for flipped in choices)
@@ -275,7 +284,7 @@ def cascade_inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Inputs of `head_eval` in our layout: features (7, 2, S, E), global embeddings (2, E), text (20, E)."""
 
     def unit(name: str, *shape: int) -> Tensor:
-        return torch.from_numpy(fill.unit(fill.randn(f"head.in.{name}", shape, "E"), 1))
+        return torch.from_numpy(fill.unit(fill.randn(f"head.in.{name}", shape, "E"), 1)).to(DEVICE)
 
     features = torch.stack([unit(f"feat{i}", 2, 512, 32, 32).flatten(2).transpose(1, 2) for i in range(7)])
     return features, unit("global", 2, 512), unit("text", 20, 512)

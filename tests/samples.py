@@ -3,18 +3,14 @@
 A row names a public function of `ovseg_fast.ops`, tells itself apart by an id, and builds the arguments of one call.
 Numbers are drawn in float32 and then cast, so one seed gives a float32 and a float64 call the very same inputs.
 
-Tags:
-    small     a handful of elements: cheap enough for a numerical derivative
-    odd       sizes that are no multiple of anything
-    one-class, many-classes (300), batch, per-image (text or its guidance differs between the images)
-    empty     no image at all
-    bench     the published size
+Tags: small (cheap enough for a numerical derivative), odd (sizes that are no multiple of anything), one-class,
+many-classes (300), batch, per-image (text or its guidance differs between the images), empty (no image), bench (the
+published size).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,249 +19,24 @@ import torch
 from torch import Tensor
 
 from ovseg_fast import ops
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-Build = Callable[["Draw"], Call]
-
-
-class Draw:
-    """Random tensors of one dtype on one device."""
-
-    def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.generator, self.dtype, self.device = generator, dtype, device
-
-    def __call__(self, *shape: int) -> Tensor:
-        """Standard normal numbers."""
-        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.device, self.dtype)
-
-    def weight(self, *shape: int) -> Tensor:
-        """A weight (out, in, ...) that keeps the variance."""
-        return self(*shape) / math.sqrt(max(math.prod(shape[1:]), 1))
-
-    def norm(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a normalisation."""
-        return 1 + 0.1 * self(*shape), 0.1 * self(*shape)
-
-    def linear(self, out: int, into: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer."""
-        return self.weight(out, into), 0.1 * self(out)
-
-
-# --- one builder an operator; its arguments are the sizes ---
-
-
-def cost_volume(
-    *,
-    batch: int = 1,
-    classes: int = 3,
-    prompts: int = 1,
-    height: int = 4,
-    width: int = 4,
-    channels: int = 8,
-    per_image: bool = False,
-) -> Build:
-    def build(draw: Draw) -> Call:
-        text = (batch,) if per_image else ()
-        return (draw(batch, height, width, channels), draw(*text, classes, prompts, channels)), {}
-
-    return build
-
-
-def cost_embedding(*, out: int = 6, kernel: int = 7, prompts: int = 1, **sizes: Any) -> Build:
-    def build(draw: Draw) -> Call:
-        inputs, _ = cost_volume(prompts=prompts, **sizes)(draw)
-        # Cosines are small, so a larger weight keeps the embedding from vanishing next to its bias.
-        return (*inputs, 10 * draw.weight(out, prompts, kernel, kernel), 0.1 * draw(out)), {}
-
-    return build
-
-
-def embed_volume(
-    *,
-    batch: int = 1,
-    classes: int = 3,
-    prompts: int = 1,
-    height: int = 4,
-    width: int = 4,
-    out: int = 6,
-    kernel: int = 7,
-) -> Build:
-    def build(draw: Draw) -> Call:
-        volume = draw(batch, classes, height, width, prompts)
-        return (volume, draw.weight(out, prompts, kernel, kernel), 0.1 * draw(out)), {}
-
-    return build
-
-
-def spatial_aggregation(
-    *,
-    batch: int = 1,
-    classes: int = 3,
-    height: int = 8,
-    width: int = 8,
-    channels: int = 8,
-    guidance: int = 6,
-    hidden: int | None = None,
-    heads: int = 2,
-    window: int = 4,
-    shift: int = 0,
-) -> Build:
-    def build(draw: Draw) -> Call:
-        c, m = channels, hidden or 4 * channels
-        parts = (
-            draw.norm(c),
-            draw.linear(c, c + guidance),
-            draw.linear(c, c + guidance),
-            draw.linear(c, c),
-            draw.linear(c, c),
-            draw.norm(c),
-            draw.linear(m, c),
-            draw.linear(c, m),
-        )
-        x, g = draw(batch, classes, height, width, c), draw(batch, height, width, guidance)
-        weights = [tensor for part in parts for tensor in part]
-        return (x, g, *weights), {"heads": heads, "window": window, "shift": shift}
-
-    return build
-
-
-def class_aggregation(
-    *,
-    batch: int = 1,
-    classes: int = 3,
-    height: int = 6,
-    width: int = 6,
-    channels: int = 8,
-    guidance: int = 6,
-    hidden: int | None = None,
-    heads: int = 2,
-    pooling: int = 1,
-    pad_length: int = 16,
-    per_image: bool = False,
-) -> Build:
-    def build(draw: Draw) -> Call:
-        c, m = channels, hidden or 4 * channels
-        parts = (
-            draw.norm(c),
-            draw.linear(c, c + guidance),
-            draw.linear(c, c + guidance),
-            draw.linear(c, c),
-            draw.norm(c),
-            draw.linear(m, c),
-            draw.linear(c, m),
-        )
-        x = draw(batch, classes, height, width, c)
-        g = draw(*((batch,) if per_image else ()), classes, guidance)
-        weights = [tensor for part in parts for tensor in part]
-        keywords = {"heads": heads, "pooling": pooling, "pad_length": pad_length}
-        return (x, g, *weights, 0.5 * draw(c), 0.5 * draw(guidance)), keywords
-
-    return build
-
-
-def guidance_term(
-    *, batch: int = 1, height: int = 4, width: int = 4, up: int = 6, guidance: int = 3, out: int = 4
-) -> Build:
-    def build(draw: Draw) -> Call:
-        maps = draw(batch, 2 * height, 2 * width, guidance)
-        return (maps, 0.1 * draw(up), draw.weight(out, up + guidance, 3, 3)), {}
-
-    return build
-
-
-def upsampling_decoder(
-    *,
-    batch: int = 1,
-    classes: int = 3,
-    height: int = 4,
-    width: int = 4,
-    channels: int = 8,
-    up: int = 6,
-    guidance: int = 3,
-    out: int = 4,
-    groups: int = 2,
-) -> Build:
-    def build(draw: Draw) -> Call:
-        x, term = draw(batch, classes, height, width, channels), draw(batch, 2 * height, 2 * width, out)
-        up_weight = draw(channels, up, 2, 2) / math.sqrt(channels)
-        conv1_weight, conv2_weight = draw.weight(out, up + guidance, 3, 3), draw.weight(out, out, 3, 3)
-        weights = (up_weight, conv1_weight, *draw.norm(out), conv2_weight, *draw.norm(out))
-        return (x, term, *weights), {"groups": groups}
-
-    return build
-
-
-def layer_gather(
-    *, layers: int = 3, batch: int = 1, prompts: int = 2, patches: int = 5, channels: int = 8, out: int = 6
-) -> Build:
-    def build(draw: Draw) -> Call:
-        hidden = [draw(batch, 1 + prompts + patches, channels) for _ in range(layers)]
-        projection = draw(layers, channels, out) / math.sqrt(channels)
-        return (hidden, patches, *draw.norm(channels), *draw.norm(layers, channels), projection), {}
-
-    return build
-
-
-def gaussian_aggregation(*, layers: int = 3, batch: int = 1, patches: int = 5, channels: int = 8) -> Build:
-    def build(draw: Draw) -> Call:
-        return (draw(layers, batch, patches, channels), draw(layers)), {}
-
-    return build
-
-
-def mask_attention(
-    *,
-    batch: int = 1,
-    classes: int = 3,
-    patches: int = 5,
-    channels: int = 8,
-    heads: int = 2,
-    scores_only: bool = False,
-    return_scores: bool = True,
-) -> Build:
-    def build(draw: Draw) -> Call:
-        queries, memory = draw(batch, classes, channels), draw(batch, patches, channels)
-        linears = [tensor for _ in range(2 if scores_only else 4) for tensor in draw.linear(channels, channels)]
-        keywords: dict[str, Any] = {"heads": heads}
-        if not return_scores:
-            keywords["return_scores"] = False
-        return (queries, memory, *linears), keywords
-
-    return build
-
-
-def label_map(
-    *,
-    classes: int = 3,
-    map_size: tuple[int, int] = (4, 4),
-    window: tuple[int, int] = (8, 8),
-    canvas: tuple[int, int] = (8, 8),
-    size: tuple[int, int] = (8, 8),
-    stride: tuple[int, int] = (8, 8),
-    whole: bool = False,
-    offset: bool = False,
-) -> Build:
-    """Windows at every `stride` pixels, the last of an axis shifted back so that it ends at the border."""
-
-    def starts(axis: int) -> list[int]:
-        room = canvas[axis] - window[axis]
-        return sorted({*range(0, room + 1, stride[axis]), room})
-
-    def build(draw: Draw) -> Call:
-        positions = [(top, left) for top in starts(0) for left in starts(1)]
-        keywords: dict[str, Any] = {"window": window, "canvas": canvas, "size": size}
-        logits = 2 * draw(len(positions), classes, *map_size)
-        if whole:
-            keywords["whole"] = 2 * draw(1, classes, *map_size)
-        if offset:
-            keywords["offset"] = 0.1 * (draw(classes) > 0).to(draw.dtype)
-        return (logits, positions), keywords
-
-    return build
-
-
-# --- the table ---
+from sample_calls import (
+    Build,
+    Call,
+    Draw,
+    class_aggregation,
+    cost_embedding,
+    cost_volume,
+    embed_volume,
+    gather_stage,
+    gaussian_aggregation,
+    guidance_term,
+    label_map,
+    layer_gather,
+    mask_attention,
+    mask_losses,
+    spatial_aggregation,
+    upsampling_decoder,
+)
 
 
 @dataclass(frozen=True)
@@ -302,12 +73,15 @@ class Sample:
 
 HELPERS = {
     "embed_volume": "cost_embedding",
+    "gather_stage": "gaussian_aggregation",
     "guidance_term": "upsampling_decoder",
     "mask_scores": "mask_attention",
     "score_map": "label_map",
+    "top_labels": "label_map",
 }
 
 PUBLISHED_CATSEG = {"height": 24, "width": 24, "channels": 128, "guidance": 128, "heads": 4}
+PUBLISHED_STAGE = {"layers": 3, "prompts": 50, "patches": 1024, "channels": 768, "out": 512}
 PUBLISHED_SLIDE = {
     "map_size": (96, 96),
     "window": (384, 384),
@@ -333,15 +107,23 @@ def _row(function: str, name: str, builder: Build, *tags: str) -> Sample:
 def _label_rows(function: str) -> list[Sample]:
     small = {"map_size": (2, 3), "window": (4, 5), "canvas": (6, 7), "size": (5, 9), "stride": (2, 2)}
     odd = {"map_size": (5, 3), "window": (11, 9), "canvas": (23, 17), "stride": (7, 8)}
+    same = {"window": (9, 11), "canvas": (13, 14), "size": (13, 14), "stride": (4, 3)}
+    many = {"map_size": (2, 2), "window": (4, 5), "canvas": (12, 13), "size": (9, 20), "stride": (3, 3)}
+
+    def build(*, classes: int, **sizes: Any) -> Build:
+        return label_map(classes=classes, k=min(classes, 3) if function == "top_labels" else None, **sizes)
+
     return [
-        _row(function, "one window", label_map()),
-        _row(function, "small", label_map(classes=2, whole=True, offset=True, **small), "small", "odd"),
-        _row(function, "enlarged", label_map(classes=5, size=(37, 31), **odd), "odd"),
-        _row(function, "reduced", label_map(classes=4, size=(7, 5), whole=True, **odd), "odd"),
-        _row(function, "one class", label_map(classes=1, size=(9, 9), offset=True), "one-class"),
-        _row(function, "300 classes", label_map(classes=300, size=(19, 12), whole=True), "many-classes"),
+        _row(function, "one window", build(classes=3)),
+        _row(function, "small", build(classes=2, whole=True, offset=True, **small), "small", "odd"),
+        _row(function, "enlarged", build(classes=5, size=(37, 31), **odd), "odd"),
+        _row(function, "reduced", build(classes=4, size=(7, 5), whole=True, **odd), "odd"),
+        _row(function, "canvas as it is", build(classes=9, map_size=(5, 6), whole=True, **same), "odd"),
+        _row(function, "16 windows", build(classes=2, offset=True, **many), "odd"),
+        _row(function, "one class", build(classes=1, size=(9, 9), offset=True), "one-class"),
+        _row(function, "300 classes", build(classes=300, whole=True), "many-classes"),
         *(
-            _row(function, f"{method}, {classes} classes", label_map(classes=classes, **sizes), "bench", method)
+            _row(function, f"{method}, {classes} classes", build(classes=classes, **sizes), "bench", method)
             for method, sizes in (("cat-seg", PUBLISHED_SLIDE), ("cascade-clip", PUBLISHED_CROPS))
             for classes in (20, 171)
         ),
@@ -353,15 +135,19 @@ def _attention_rows(function: str, scores_only: bool) -> list[Sample]:
         return mask_attention(scores_only=scores_only, **sizes)
 
     return [
-        _row(function, "small", build(classes=2, channels=4, patches=3), "small"),
+        # Sums over fewer queries and keys can cancel further than bfloat16 holds, in PyTorch's form as in the kernels.
+        _row(function, "small", build(classes=6, patches=9), "small"),
         _row(function, "odd", build(batch=2, classes=7, patches=29, channels=15, heads=3), "odd", "batch"),
-        _row(function, "one class, one patch", build(classes=1, patches=1, heads=1), "one-class"),
-        _row(function, "300 classes", build(classes=300, patches=17, heads=8), "many-classes"),
+        # Likewise, a score alone can cancel to nearly 0; sixteen do not all.
+        _row(function, "one class, one patch", build(batch=16, classes=1, patches=1, heads=1), "one-class", "batch"),
+        _row(function, "heads of one channel", build(classes=5, patches=150, heads=8)),
+        _row(function, "300 classes", build(classes=300, patches=17, heads=2), "many-classes"),
         _row(function, "no image", build(batch=0), "empty"),
         *(
             _row(function, f"{classes} classes", build(classes=classes, patches=1024, channels=512, heads=8), "bench")
             for classes in (20, 171)
         ),
+        _row(function, "8 windows", build(batch=8, classes=171, patches=1024, channels=512, heads=8), "bench"),
     ]
 
 
@@ -401,13 +187,22 @@ SAMPLES = [
     _row(
         "cost_embedding",
         "odd, text of each image",
-        cost_embedding(batch=2, classes=5, prompts=3, height=7, width=9, channels=33, out=5, per_image=True),
+        cost_embedding(batch=2, classes=3, prompts=3, height=5, width=7, channels=33, out=5, per_image=True),
         "odd",
         "batch",
         "per-image",
     ),
-    _row("cost_embedding", "one class, one patch", cost_embedding(classes=1, height=1, width=1), "one-class"),
-    _row("cost_embedding", "300 classes", cost_embedding(classes=300), "many-classes"),
+    # Three images, as the only cost's gradient might happen to cancel, and a relative error then says nothing.
+    _row("cost_embedding", "one class, one patch", cost_embedding(batch=3, classes=1, height=1, width=1), "one-class"),
+    _row(
+        "cost_embedding",
+        "300 classes",
+        cost_embedding(classes=300, height=2, width=2, channels=4, kernel=3),
+        "many-classes",
+    ),
+    _row("cost_embedding", "20 prompts", cost_embedding(classes=2, prompts=20, height=3, width=5, out=17, kernel=5)),
+    _row("cost_embedding", "window of 11", cost_embedding(classes=2, height=3, width=2, kernel=11)),
+    _row("cost_embedding", "window of 1", cost_embedding(height=2, width=20, channels=5, out=130, kernel=1)),
     _row("cost_embedding", "no image", cost_embedding(batch=0), "empty"),
     *(
         _row(
@@ -422,17 +217,26 @@ SAMPLES = [
     _row("embed_volume", "small", embed_volume(classes=2, prompts=2, height=2, width=3, out=2, kernel=3), "small"),
     _row("embed_volume", "odd", embed_volume(batch=2, classes=5, prompts=3, height=7, width=9, out=5), "odd", "batch"),
     # spatial_aggregation
-    _row("spatial_aggregation", "usual", spatial_aggregation(height=12, width=12, channels=32, window=6, heads=4)),
+    _row("spatial_aggregation", "usual", spatial_aggregation(classes=2, height=12, width=6, channels=32, window=6)),
     _row(
         "spatial_aggregation",
         "small",
-        spatial_aggregation(classes=2, height=4, width=4, channels=4, guidance=2, hidden=5, window=2),
+        spatial_aggregation(classes=2, height=4, width=4, channels=12, guidance=4, hidden=9, window=2),
         "small",
     ),
     _row(
         "spatial_aggregation",
+        "small, shifted, in whole windows",
+        spatial_aggregation(classes=2, height=4, width=8, channels=12, guidance=4, hidden=9, window=4, shift=1),
+        "small",
+        "odd",
+    ),
+    _row(
+        "spatial_aggregation",
         "small, shifted, beyond the border",
-        spatial_aggregation(batch=2, classes=1, height=3, width=3, channels=4, guidance=2, hidden=5, window=2, shift=1),
+        spatial_aggregation(
+            batch=2, classes=1, height=3, width=3, channels=12, guidance=4, hidden=9, window=2, shift=1
+        ),
         "small",
         "odd",
         "batch",
@@ -441,22 +245,48 @@ SAMPLES = [
     _row(
         "spatial_aggregation",
         "shifted",
-        spatial_aggregation(batch=2, classes=5, height=12, width=8, window=4, shift=2),
+        spatial_aggregation(batch=2, classes=2, height=8, width=8, window=4, shift=2),
         "batch",
     ),
     _row(
         "spatial_aggregation",
         "odd",
         spatial_aggregation(
-            batch=2, classes=5, height=7, width=11, channels=15, guidance=5, hidden=13, heads=3, shift=2
+            batch=2, classes=3, height=5, width=7, channels=15, guidance=5, hidden=13, heads=3, window=4, shift=2
         ),
         "odd",
         "batch",
     ),
-    _row("spatial_aggregation", "one window", spatial_aggregation(height=6, width=6, window=12, shift=6)),
-    _row("spatial_aggregation", "wide map", spatial_aggregation(height=3, width=10, window=4, shift=2), "odd"),
-    _row("spatial_aggregation", "one patch", spatial_aggregation(classes=1, height=1, width=1, heads=1), "one-class"),
-    _row("spatial_aggregation", "300 classes", spatial_aggregation(classes=300, height=4, width=4), "many-classes"),
+    _row("spatial_aggregation", "one window", spatial_aggregation(height=6, width=6, window=6)),
+    _row(
+        "spatial_aggregation", "one window, shifted", spatial_aggregation(height=7, width=7, window=7, shift=3), "odd"
+    ),
+    _row("spatial_aggregation", "wide map", spatial_aggregation(height=3, width=10, window=3, shift=1), "odd"),
+    _row(
+        "spatial_aggregation",
+        "window in two tiles",
+        spatial_aggregation(classes=1, height=13, width=12, channels=12, window=12, shift=6),
+        "odd",
+    ),
+    _row(
+        "spatial_aggregation",
+        "largest window",
+        spatial_aggregation(classes=1, height=16, width=17, channels=12, heads=1, window=16, shift=3),
+        "odd",
+        "one-class",
+    ),
+    _row(
+        "spatial_aggregation",
+        "one patch",
+        spatial_aggregation(classes=1, height=1, width=1, heads=1, window=1),
+        "one-class",
+    ),
+    _row(
+        "spatial_aggregation",
+        "300 classes",
+        spatial_aggregation(classes=300, height=4, width=4, heads=1),
+        "many-classes",
+    ),
     _row("spatial_aggregation", "no image", spatial_aggregation(batch=0, shift=2), "empty"),
     *(
         _row(
@@ -515,10 +345,50 @@ SAMPLES = [
     _row(
         "class_aggregation",
         "300 classes",
-        class_aggregation(classes=300, height=4, width=4, pooling=2, pad_length=256),
+        class_aggregation(classes=300, height=2, width=3, pooling=2, pad_length=256),
         "many-classes",
     ),
     _row("class_aggregation", "no image", class_aggregation(batch=0), "empty"),
+    _row(
+        "class_aggregation",
+        "full attention, small",
+        class_aggregation(
+            classes=2, height=2, width=2, channels=4, guidance=2, hidden=5, pad_length=5, attention="full"
+        ),
+        "small",
+    ),
+    _row(
+        "class_aggregation",
+        "full attention, odd",
+        class_aggregation(
+            batch=2,
+            classes=5,
+            height=7,
+            width=9,
+            channels=15,
+            guidance=5,
+            hidden=13,
+            heads=3,
+            pooling=2,
+            attention="full",
+            per_image=True,
+        ),
+        "odd",
+        "batch",
+        "per-image",
+    ),
+    _row(
+        "class_aggregation",
+        "full attention, 300 classes",
+        class_aggregation(classes=300, height=1, width=1, pad_length=256, attention="full"),
+        "many-classes",
+    ),
+    _row(
+        "class_aggregation",
+        "full attention, no image",
+        class_aggregation(batch=0, attention="full"),
+        "empty",
+    ),
     *(
         _row(
             "class_aggregation",
@@ -529,6 +399,15 @@ SAMPLES = [
         for pooling in (1, 2)
         for classes in (20, 171)
     ),
+    *(
+        _row(
+            "class_aggregation",
+            f"full attention, {classes} classes",
+            class_aggregation(classes=classes, pad_length=256, attention="full", **PUBLISHED_CATSEG),
+            "bench",
+        )
+        for classes in (20, 171)
+    ),
     # guidance_term
     _row("guidance_term", "small", guidance_term(height=1, width=2, up=2, guidance=2, out=2), "small"),
     _row("guidance_term", "odd", guidance_term(batch=2, height=3, width=5, up=7, guidance=5, out=3), "odd", "batch"),
@@ -537,7 +416,7 @@ SAMPLES = [
     _row(
         "upsampling_decoder",
         "small",
-        upsampling_decoder(classes=2, height=2, width=2, channels=3, up=2, guidance=1, out=2, groups=1),
+        upsampling_decoder(classes=2, height=4, width=4, channels=4, up=3, guidance=2, out=6, groups=2),
         "small",
     ),
     _row(
@@ -548,7 +427,7 @@ SAMPLES = [
         "batch",
     ),
     _row("upsampling_decoder", "one class, one patch", upsampling_decoder(classes=1, height=1, width=1), "one-class"),
-    _row("upsampling_decoder", "300 classes", upsampling_decoder(classes=300), "many-classes"),
+    _row("upsampling_decoder", "300 classes", upsampling_decoder(classes=300, height=2, width=2), "many-classes"),
     _row("upsampling_decoder", "no image", upsampling_decoder(batch=0), "empty"),
     *(
         _row(
@@ -565,7 +444,7 @@ SAMPLES = [
     ),
     # layer_gather
     _row("layer_gather", "usual", layer_gather(patches=16, channels=32, out=16)),
-    _row("layer_gather", "small", layer_gather(layers=2, patches=2, channels=3, out=2), "small"),
+    _row("layer_gather", "small", layer_gather(layers=2, patches=4, channels=12, out=10), "small"),
     _row(
         "layer_gather",
         "odd",
@@ -574,6 +453,8 @@ SAMPLES = [
         "batch",
     ),
     _row("layer_gather", "one layer, patches only", layer_gather(layers=1, prompts=-1, patches=1)),
+    _row("layer_gather", "more layers than a launch takes", layer_gather(layers=9, batch=2, out=17), "batch"),
+    _row("layer_gather", "wide", layer_gather(layers=2, patches=17, channels=40, out=1000)),
     _row("layer_gather", "no image", layer_gather(batch=0), "empty"),
     _row(
         "layer_gather",
@@ -590,13 +471,76 @@ SAMPLES = [
     _row("gaussian_aggregation", "one layer, one patch", gaussian_aggregation(layers=1, patches=1)),
     _row("gaussian_aggregation", "no image", gaussian_aggregation(batch=0), "empty"),
     _row("gaussian_aggregation", "published", gaussian_aggregation(patches=1024, channels=512), "bench"),
+    # gather_stage
+    _row("gather_stage", "usual", gather_stage(patches=16, channels=32, out=16)),
+    _row("gather_stage", "small", gather_stage(patches=4, channels=12, out=10), "small"),
+    _row(
+        "gather_stage",
+        "odd",
+        gather_stage(layers=5, batch=2, prompts=5, patches=29, channels=33, out=15),
+        "odd",
+        "batch",
+    ),
+    _row("gather_stage", "more layers than a launch takes", gather_stage(layers=9, batch=2, out=17), "batch"),
+    _row("gather_stage", "no image", gather_stage(batch=0), "empty"),
+    *(
+        _row("gather_stage", f"published{words}", gather_stage(batch=batch, **PUBLISHED_STAGE), "bench")
+        for words, batch in (("", 1), (", 4 images", 4))
+    ),
     # mask_attention and mask_scores
     *_attention_rows("mask_attention", scores_only=False),
-    _row("mask_attention", "small, no scores", mask_attention(classes=2, channels=4, return_scores=False), "small"),
+    _row(
+        "mask_attention",
+        "small, no scores",
+        mask_attention(classes=6, patches=9, return_scores=False),
+        "small",
+    ),
     *_attention_rows("mask_scores", scores_only=True),
-    # label_map and score_map
+    # mask_losses
+    _row("mask_losses", "usual", mask_losses(classes=5, map_size=(3, 3), size=(12, 12), terms=("bce",))),
+    _row("mask_losses", "small", mask_losses(classes=2, map_size=(2, 3), size=(3, 4)), "small"),
+    _row("mask_losses", "small, of one size", mask_losses(batch=2, map_size=(2, 2), size=(2, 2), ignore=1), "small"),
+    _row(
+        "mask_losses",
+        "odd",
+        mask_losses(batch=2, classes=5, map_size=(4, 6), size=(7, 9), dtype=torch.int32),
+        "odd",
+        "batch",
+    ),
+    _row(
+        "mask_losses",
+        "reduced, bytes",
+        mask_losses(batch=2, classes=3, map_size=(8, 7), size=(5, 4), terms=("dice", "bce"), dtype=torch.uint8),
+        "odd",
+        "batch",
+    ),
+    _row(
+        "mask_losses",
+        "enlarged one way, reduced the other",
+        mask_losses(classes=4, map_size=(3, 37), size=(13, 7), terms=("focal",), ignore=-1),
+        "odd",
+    ),
+    _row("mask_losses", "one class, one pixel", mask_losses(classes=1, map_size=(1, 1), size=(3, 2)), "one-class"),
+    _row("mask_losses", "300 classes", mask_losses(classes=300, map_size=(1, 2), size=(2, 2)), "many-classes"),
+    _row("mask_losses", "no image", mask_losses(batch=0), "empty"),
+    *(
+        _row(
+            "mask_losses",
+            f"{method}, {classes} classes",
+            mask_losses(batch=4, classes=classes, map_size=(side, side), size=(full, full), terms=terms),
+            "bench",
+            method,
+        )
+        for method, side, full, terms, counts in (
+            ("cat-seg", 96, 384, ("bce",), (20, 171)),
+            ("cascade-clip", 32, 512, ("focal", "dice"), (15, 156)),
+        )
+        for classes in counts
+    ),
+    # label_map, score_map and top_labels
     *_label_rows("label_map"),
     *_label_rows("score_map"),
+    *_label_rows("top_labels"),
 ]
 
 
@@ -616,9 +560,6 @@ def select(
     return rows
 
 
-# --- calls as a whole ---
-
-
 def draw(build: Build, dtype: torch.dtype = torch.float64) -> Call:
     """A call drawn from PyTorch's own generator, which hypothesis resets before each example."""
     return build(Draw(torch.default_generator, dtype, "cpu"))
@@ -635,6 +576,11 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def map_floating(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`function` of every floating-point tensor in a call or a part of one; labels and all else stay."""
+    return map_tensors(lambda tensor: function(tensor) if tensor.is_floating_point() else tensor, value)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor in a call or in a result, in order."""
     found: list[Tensor] = []
@@ -642,25 +588,11 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
+def floating(value: Any) -> list[Tensor]:
+    """Every floating-point tensor in a call or in a result, in order."""
+    return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
+
+
 def arguments(function: str, call: Call) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(inspect.signature(getattr(ops, function)).bind(*call[0], **call[1]).arguments)
-
-
-# --- layouts: the same numbers with other strides ---
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """The same tensor with its storage in the reverse order of axes."""
-    axes = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(axes).contiguous().permute(axes)
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same tensor as every second element of a storage whose other elements are NaN, off its beginning."""
-    storage = tensor.new_full((*tensor.shape, 2), float("nan"))
-    storage[..., 1] = tensor
-    return storage[..., 1]
-
-
-LAYOUTS = {"transposed": transposed, "strided": strided}

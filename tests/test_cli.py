@@ -113,7 +113,7 @@ def test_weights_from_a_file_are_used(photo, tmp_path):
 def test_info(tmp_path):
     result = run("info", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for word in ("torch", torch.__version__, "catseg-vitb", "spatial_aggregation", "PyTorch form"):
+    for word in ("torch", torch.__version__, "catseg-vitb", "spatial_aggregation", "runs"):
         assert word in result.stdout
 
 

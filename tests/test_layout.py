@@ -124,7 +124,18 @@ def test_kernels_are_imported_by_their_installed_name_only() -> None:
 
 
 def test_package_imports_nothing_of_tests_and_benchmarks() -> None:
-    outside = {"tests", "benchmarks", "literal", "samples", "tolerances", "parity", "pytest", "hypothesis"}
+    outside = {
+        "tests",
+        "benchmarks",
+        "literal",
+        "samples",
+        "sample_calls",
+        "layouts",
+        "tolerances",
+        "parity",
+        "pytest",
+        "hypothesis",
+    }
     wrong = [
         (dotted_name(path), name)
         for path in python_files("ovseg_fast", "kernels")

@@ -449,19 +449,6 @@ def test_cascade_head():
     assert error(store, "head_eval_selftrain.pred", transductive) <= OUTPUT
 
 
-def mask_losses(logits, labels):
-    """Focal (×100) and dice loss; logits (B, T, H, W), labels (B, H, W) with 255 for pixels of no class."""
-    target = torch.stack([(labels == t).to(logits.dtype) for t in range(logits.shape[1])], dim=1)
-    p = torch.sigmoid(logits)
-    present = target.flatten(2).amax(dim=2)
-    pairs = present.sum().clamp(min=1)
-    focal = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    focal = focal * torch.where(target > 0, 0.25 * (1 - p) ** 2, 0.75 * p**2)
-    overlap, total = (p * target).flatten(2).sum(2), p.flatten(2).sum(2) + target.flatten(2).sum(2)
-    dice = (1 - (2 * overlap + 1) / (total + 1)) * present
-    return 100 * focal.flatten(2).mean(2).sum() / pairs, dice.sum() / pairs
-
-
 def test_cascade_head_with_gradients():
     store, info = golden("cascade_clip")
     inputs, weights = cascade_inputs(), filled("cascade_clip_vitb", "decode_head.", "E")
@@ -475,7 +462,8 @@ def test_cascade_head_with_gradients():
     renumbered[info["seen"]] = np.arange(15)
     labels = torch.from_numpy(renumbered[labels])
     assert error(store, "label_mapped", labels[:, None]) == 0
-    focal, dice = mask_losses(masks, labels)
+    focal, dice = literal.cascade_losses(masks, labels)
+    focal = 100 * focal
     assert focal.item() == pytest.approx(info["head_train"]["decode.loss_mask"], rel=GOLDEN_LOSS)
     assert dice.item() == pytest.approx(info["head_train"]["decode.loss_dice"], rel=GOLDEN_LOSS)
 
@@ -630,3 +618,39 @@ def test_cascade_sliding_windows_from_image_to_labels():
     probabilities = literal.cascade_label_map(masks, (600, 800), (450, 600), info["seen"])[None]
     assert error(store, "slide.softmax", probabilities) <= OUTPUT
     assert agreement(store, "slide.argmax", probabilities.argmax(dim=1)) >= ARGMAX_AGREEMENT
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.slow
+def test_catseg_training_loss():
+    store, info = golden("catseg_vitb")
+    pixels = torch.cat([normalised(image(f"train.image{i}", (384, 384), "C"), CLIP_PIXELS) for i in range(2)])
+    upsample = {n: filled("catseg_vitb", n + ".", "C") for n in ("upsample1", "upsample2")}
+    with torch.no_grad():
+        dense, guidance = literal.dense_image_encoder(filled("catseg_vitb", CLIP + "visual.", "C"), pixels)
+        g1, g2 = (
+            F.conv_transpose2d(g, w["weight"], w["bias"], stride=w["weight"].shape[-1])
+            for g, w in zip(guidance, upsample.values(), strict=True)
+        )
+        features = dense[:, 1:].transpose(1, 2).reshape(2, 512, 24, 24)
+        text = shared(torch.from_numpy(store["text"])[:, None], 2)
+        logits = literal.catseg_head(filled("catseg_vitb", AGGREGATOR, "C"), features, text, g1, g2, 2)
+    assert error(store, "train.logits", logits) <= OUTPUT
+    labels = torch.from_numpy(np.stack([fill.labels(f"train.label{i}", 384, 384, 7, "C") for i in range(2)]))
+    assert literal.catseg_loss(logits, labels).item() == pytest.approx(info["train"]["loss"], rel=GOLDEN_LOSS)
+
+
+@pytest.mark.parametrize("case", ["loss_plain", "loss_one_ignored"])
+def test_cascade_losses_with_gradient(case):
+    store, info = golden("cascade_clip")
+    logits = randn("loss.in.logits", (2, 15, 48, 64), "E").requires_grad_()
+    labels = np.stack([fill.labels(f"loss.label{i}", 96, 128, 15, "E") for i in range(2)])
+    if case == "loss_one_ignored":
+        labels[1] = 255
+    focal, dice = literal.cascade_losses(logits, torch.from_numpy(labels))
+    assert 100 * focal.item() == pytest.approx(info["loss_cases"][case]["loss_mask"], rel=GOLDEN_LOSS)
+    assert dice.item() == pytest.approx(info["loss_cases"][case]["loss_dice"], rel=GOLDEN_LOSS)
+    (100 * focal + dice).backward()
+    assert error(store, f"{case}.grad.logits", logits.grad) <= GOLDEN_CASCADE_CLIP_GRADIENT

@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+import ovseg_fast as ovs
 import samples
 from counterparts import COUNTERPARTS, counterpart
+from layouts import LAYOUTS
 from ovseg_fast import ops
 from ovseg_fast.ops import _tiles
-from samples import Sample, arguments, map_tensors, select, tensors
+from samples import Sample, arguments, floating, map_floating, map_tensors, select, tensors
 from tolerances import KERNEL, REWRITE_FLOAT64, relative_error
 
 LABEL_MAP = importlib.import_module("ovseg_fast.ops.label_map")  # `ops.label_map` is the function
+MASK_LOSSES = importlib.import_module("ovseg_fast.ops.mask_losses")
 
 ROWS = select(without=("bench",))  # the published sizes are checked where they are timed
-DIFFERENTIABLE = [row for row in ROWS if row.function != "label_map"]
+LABELS = {"label_map", "top_labels"}  # without gradient
+DIFFERENTIABLE = [row for row in ROWS if row.function not in LABELS]
 FUNCTIONS = sorted({row.function for row in ROWS})
 
 
@@ -30,10 +34,16 @@ def row_id(row: Sample) -> str:
 
 def assert_same(row: Sample, call: samples.Call, results: Any, expected: Any, limit: float) -> None:
     """`results` are `expected` within `limit`; a label may be another whose score is as good, for `call`'s inputs."""
-    if row.function == "label_map":
-        scores = ops.score_map(*call[0], **call[1]).double()
-        chosen = scores.gather(0, results.long().unsqueeze(0))[0]
-        assert relative_error(chosen, scores.amax(0)) <= limit
+    if row.function in LABELS:
+        named = arguments(row.function, call)
+        k = named.pop("k", 1)
+        with ovs.backend("torch"):
+            scores = ops.score_map(**named).double()
+        labels = results if row.function == "label_map" else results[1]
+        best = scores.sort(0, descending=True).values[:k]
+        assert relative_error(scores.gather(0, labels.long().view(best.shape)), best) <= limit
+        if row.function == "top_labels":
+            assert relative_error(results[0], best) <= limit
         return
     for result, truth in zip(tensors(results), tensors(expected), strict=True):
         assert result.shape == truth.shape
@@ -41,13 +51,15 @@ def assert_same(row: Sample, call: samples.Call, results: Any, expected: Any, li
 
 
 def gradients(row: Sample, call: samples.Call) -> list[torch.Tensor]:
-    """Gradients of a fixed random projection of the results with respect to every tensor of the call."""
-    leaves = map_tensors(lambda tensor: tensor.detach().requires_grad_(), call)
+    """Gradients of a fixed random projection of the results with respect to every floating-point tensor of the
+    call."""
+    leaves = map_floating(lambda tensor: tensor.detach().requires_grad_(), call)
     projected = 0.0
     for result in tensors(row.run(leaves)):
         cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        projected = projected + (result * cotangent.to(result.dtype)).sum()
-    return list(torch.autograd.grad(projected, tensors(leaves), materialize_grads=True))
+        # Numbers that every dtype holds, so that each gets the same projection.
+        projected = projected + (result * cotangent.bfloat16().to(result.dtype)).sum()
+    return list(torch.autograd.grad(projected, floating(leaves), materialize_grads=True))
 
 
 def test_table_has_rows_of_every_kind() -> None:
@@ -65,7 +77,7 @@ def test_table_has_rows_of_every_kind() -> None:
 
 def test_layouts_keep_the_numbers_and_change_the_strides(rng: torch.Generator) -> None:
     tensor = torch.randn(2, 3, 4, generator=rng)
-    for layout in samples.LAYOUTS.values():
+    for layout in LAYOUTS.values():
         assert torch.equal(layout(tensor), tensor)
         assert not layout(tensor).is_contiguous()
 
@@ -73,31 +85,31 @@ def test_layouts_keep_the_numbers_and_change_the_strides(rng: torch.Generator) -
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_float32_follows_float64(row: Sample, rng: torch.Generator) -> None:
     call = row.build(rng, torch.float32)
-    wide = map_tensors(torch.Tensor.double, call)
+    wide = map_floating(torch.Tensor.double, call)
     results = row.run(call)
-    if row.function != "label_map":
+    if row.function not in LABELS:
         assert {result.dtype for result in tensors(results)} == {torch.float32}
     assert_same(row, wide, results, row.run(wide), KERNEL[torch.float32])
 
 
-@pytest.mark.parametrize("layout", samples.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_layout_of_the_inputs_does_not_matter(row: Sample, layout: str, rng: torch.Generator) -> None:
     call = row.build(rng, torch.float64)
-    rearranged = map_tensors(samples.LAYOUTS[layout], call)
+    rearranged = map_tensors(LAYOUTS[layout], call)
     assert_same(row, call, row.run(rearranged), row.run(call), REWRITE_FLOAT64)
 
 
 @pytest.mark.parametrize("row", select("small", without=("bench",)), ids=row_id)
 def test_gradients_are_the_derivatives(row: Sample, rng: torch.Generator) -> None:
-    if row.function == "label_map":
+    if row.function in LABELS:
         row = next(r for r in select("small", function="score_map") if r.name == row.name)
     call = row.build(rng, torch.float64)
-    inputs = [tensor.requires_grad_() for tensor in tensors(call)]
+    inputs = [tensor.requires_grad_() for tensor in floating(call)]
 
     def function(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         following = iter(leaves)
-        return tuple(tensors(row.run(map_tensors(lambda _: next(following), call))))
+        return tuple(tensors(row.run(map_floating(lambda _: next(following), call))))
 
     # A step so small rarely crosses one of ReLU's kinks, and float64 still leaves the derivative eight digits.
     assert torch.autograd.gradcheck(function, inputs, eps=1e-7)
@@ -109,7 +121,8 @@ def test_tiles_do_not_matter(row: Sample, tokens: int, rng: torch.Generator, mon
     call = row.build(rng, torch.float64)
     expected, expected_gradients = row.run(call), gradients(row, call)
     monkeypatch.setattr(_tiles, "TILE_TOKENS", tokens)
-    monkeypatch.setattr(LABEL_MAP, "CHUNK_ELEMENTS", tokens)
+    for module in (LABEL_MAP, MASK_LOSSES):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", tokens)
     assert_same(row, call, row.run(call), expected, REWRITE_FLOAT64)
     with torch.no_grad():
         assert_same(row, call, row.run(call), expected, REWRITE_FLOAT64)
@@ -138,6 +151,8 @@ REGISTER = 8  # float64 numbers in the widest one
 def keys(row: Sample, call: samples.Call) -> int:
     """How many keys a query has."""
     named = arguments(row.function, call)
+    if "pad_length" in named:
+        return named["x"].shape[1] + (named["pad_length"] > named["x"].shape[1])
     return named["memory"].shape[1] if "memory" in named else min(*named["x"].shape[2:4], named["window"]) ** 2
 
 
@@ -150,13 +165,14 @@ def test_nan_and_infinity_come_out_where_the_formula_has_them(
     checked = 0
     for row in select(function=function, without=("bench", "empty")):
         call = row.build(rng, torch.float64)
-        if function in ATTENTION and (value == value or keys(row, call) < REGISTER):
+        softmax = function in ATTENTION or call[1].get("attention") == "full"
+        if softmax and (value == value or keys(row, call) < REGISTER):
             continue
         if function == "spatial_aggregation" and "odd" in row.tags:
             continue  # the published code takes no map that is no multiple of the window; see test_spatial_aggregation
-        for argument in range(len(tensors(call))):
+        for argument in range(len(floating(call))):
             bad = map_tensors(torch.clone, call)
-            target = tensors(bad)[argument].view(-1)
+            target = floating(bad)[argument].view(-1)
             target[torch.randint(target.numel(), (1,), generator=rng)] = value
             expected = tensors(counterpart(function, bad).result())
             for result, truth in zip(tensors(row.run(bad)), expected, strict=True):
@@ -184,8 +200,10 @@ FREE = {
     # The term hides how many channels of the first convolution read the guidance.
     ("upsampling_decoder", "up_weight", 1),
     ("upsampling_decoder", "conv1_weight", 1),
-    ("layer_gather", "projection", 2),
+    *((name, "projection", 2) for name in ("layer_gather", "gather_stage")),
     *(("gaussian_aggregation", "features", axis) for axis in (1, 2, 3)),
+    *(("mask_losses", "logits", axis) for axis in (1, 2, 3)),
+    *(("mask_losses", "labels", axis) for axis in (1, 2)),
     *((name, argument, 1) for name in ("mask_attention", "mask_scores") for argument in ("queries", "memory")),
 }
 
@@ -193,7 +211,7 @@ FREE = {
 def odd_call(function: str, rng: torch.Generator) -> tuple[Sample, dict[str, Any]]:
     """The row whose sizes all differ, and its arguments by name."""
     rows = select("odd", function=function, without=("bench", "small"))
-    if function in ("label_map", "score_map"):
+    if function in ("label_map", "score_map", "top_labels"):
         rows = select("small", function=function)  # the one with every argument
     row = rows[0]
     return row, arguments(function, row.build(rng, torch.float32))
@@ -231,6 +249,7 @@ def assert_refused(
     assert (mention or name) in message, message
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_is_no_tensor_is_refused(function: str, rng: torch.Generator) -> None:
     _, named = odd_call(function, rng)
@@ -239,24 +258,31 @@ def test_what_is_no_tensor_is_refused(function: str, rng: torch.Generator) -> No
             assert_refused(function, named, name, value, TypeError)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_integers_and_complex_numbers_are_refused(function: str, rng: torch.Generator) -> None:
+def test_numbers_of_another_kind_are_refused(function: str, rng: torch.Generator) -> None:
+    """Integers for floating-point numbers and the other way round; booleans and complex numbers for either."""
     _, named = odd_call(function, rng)
     for name, tensor in tensor_arguments(named):
-        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        others = (torch.int64, torch.uint8) if tensor.is_floating_point() else (torch.float32, torch.float16)
+        for dtype in (*others, torch.bool, torch.complex64):
             assert_refused(function, named, name, tensor.to(dtype), TypeError)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_mixed_dtypes_and_devices_are_refused(function: str, rng: torch.Generator) -> None:
     _, named = odd_call(function, rng)
     if len(list(tensor_arguments(named))) == 1:
         return
+    alone = len(floating(named)) == 1
     for name, tensor in tensor_arguments(named):
-        assert_refused(function, named, name, tensor.double(), TypeError)
+        if not (alone and tensor.is_floating_point()):
+            assert_refused(function, named, name, tensor.double(), TypeError)
         assert_refused(function, named, name, tensor.to("meta"), ValueError)
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_wrong_rank_is_refused(function: str, rng: torch.Generator) -> None:
     _, named = odd_call(function, rng)
@@ -284,6 +310,7 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
     assert free == {entry for entry in FREE if entry[0] == function}
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize(
     ("function", "sizes", "mention"),
     [
@@ -304,6 +331,8 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
         ("spatial_aggregation", {"heads": 0}, "heads must divide the width 8"),
         ("spatial_aggregation", {"heads": -2}, "heads must divide the width 8"),
         ("spatial_aggregation", {"window": 0}, "window must be positive"),
+        ("spatial_aggregation", {"height": 3}, "window must be at most min(H, W) = 3, got 4."),
+        ("spatial_aggregation", {"window": 9}, "window must be at most min(H, W) = 8, got 9."),
         ("spatial_aggregation", {"shift": 4}, "shift in 0..window-1"),
         ("spatial_aggregation", {"shift": -1}, "shift in 0..window-1"),
         ("class_aggregation", {"classes": 0}, "T must be at least 1"),
@@ -313,6 +342,7 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
         ("class_aggregation", {"pooling": 0}, "pooling must be in 1..min(H, W) = 6"),
         ("class_aggregation", {"pooling": 7}, "pooling must be in 1..min(H, W) = 6"),
         ("class_aggregation", {"pad_length": -1}, "pad_length must be at least 0"),
+        ("class_aggregation", {"attention": "softmax"}, "attention must be 'linear' or 'full', got 'softmax'"),
         ("guidance_term", {"height": 0}, "H must be at least 1"),
         ("upsampling_decoder", {"classes": 0}, "T must be at least 1"),
         ("upsampling_decoder", {"width": 0}, "W must be at least 1"),
@@ -322,12 +352,20 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
         ("layer_gather", {"patches": 0}, "patches must be in 1..N = 3"),
         ("layer_gather", {"prompts": -3}, "patches must be in 1..N = 3"),
         ("gaussian_aggregation", {"layers": 0}, "L must be at least 1"),
+        ("gather_stage", {"layers": 0}, "hidden"),
+        ("gather_stage", {"patches": 0}, "patches must be in 1..N = 3"),
         ("mask_attention", {"classes": 0}, "T must be at least 1"),
         ("mask_attention", {"patches": 0}, "S must be at least 1"),
         ("mask_attention", {"heads": 3}, "heads must divide the width 8"),
         ("mask_scores", {"classes": 0, "scores_only": True}, "T must be at least 1"),
         ("mask_scores", {"patches": 0, "scores_only": True}, "S must be at least 1"),
         ("mask_scores", {"heads": 0, "scores_only": True}, "heads must divide the width 8"),
+        ("mask_losses", {"classes": 0}, "T must be at least 1"),
+        ("mask_losses", {"map_size": (4, 0)}, "w must be at least 1"),
+        ("mask_losses", {"size": (0, 4)}, "H must be at least 1"),
+        ("mask_losses", {"terms": ()}, "terms must be some of bce, focal, dice"),
+        ("mask_losses", {"terms": ("bce", "bce")}, "terms must be some of bce, focal, dice"),
+        ("mask_losses", {"terms": ("bce", "iou")}, "terms must be some of bce, focal, dice"),
         ("label_map", {"classes": 0}, "T must be at least 1"),
         ("label_map", {"map_size": (0, 4)}, "h must be at least 1"),
         ("label_map", {"size": (0, 4)}, "size height must be at least 1"),
@@ -335,12 +373,20 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
         ("label_map", {"canvas": (8, 0), "window": (8, 0)}, "window width must be at least 1"),
         ("score_map", {"classes": 0}, "T must be at least 1"),
         ("score_map", {"size": (8, -1)}, "size width must be at least 1"),
+        ("top_labels", {"classes": 0, "k": 1}, "T must be at least 1"),
+        ("top_labels", {"k": 0}, "k must be in 1..min(T, 8) = 3, got 0"),
+        ("top_labels", {"k": 4}, "k must be in 1..min(T, 8) = 3, got 4"),
+        ("top_labels", {"classes": 20, "k": 9}, "k must be in 1..min(T, 8) = 8, got 9"),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(
     function: str, sizes: dict[str, Any], mention: str, rng: torch.Generator
 ) -> None:
-    builder = {"mask_scores": samples.mask_attention, "score_map": samples.label_map}.get(function)
+    builder = {
+        "mask_scores": samples.mask_attention,
+        "score_map": samples.label_map,
+        "top_labels": samples.label_map,
+    }.get(function)
     build = (builder or getattr(samples, function))(**sizes)
     named = arguments(function, build(samples.Draw(rng, torch.float32, "cpu")))
     first = next(iter(named))

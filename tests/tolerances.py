@@ -44,6 +44,11 @@ CANCELLED_FLOAT64 = 1e-12
 KERNEL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 KERNEL_GRADIENT_FACTOR = 3
 
+# Labels are those of the float64 PyTorch form wherever its two best scores, of at most about 1, lie further apart than
+# this. Kernels read logits of any dtype exactly and work in float32: where a resized pixel lies in its source is known
+# to about 1e-7 of the map's size there, so scores from maps of less than a hundred pixels stay within a few 1e-6.
+LABEL_MARGIN = 1e-5
+
 
 def _float64(value: Any) -> np.ndarray:
     if isinstance(value, torch.Tensor):

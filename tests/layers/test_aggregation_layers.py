@@ -12,7 +12,7 @@ from torch.func import functional_call
 from goldens import AGGREGATOR_RULES, assert_gradients, layer_state
 from ovseg_fast.layers.class_aggregation import ClassAggregation
 from ovseg_fast.layers.cost_aggregator import AggregationLayer
-from ovseg_fast.layers.spatial_aggregation import SpatialAggregation
+from ovseg_fast.layers.spatial_aggregation import SpatialAggregation, SpatialBlock
 from ovseg_fast.layers.upsampling_decoder import UpsamplingDecoder
 
 
@@ -28,6 +28,16 @@ def test_spatial_pair() -> None:
         return functional_call(SpatialAggregation(128, 128, 4, 12), state, inputs, strict=True).movedim(-1, 1)
 
     assert_gradients("swin_pair", pair)
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (2, 5), (4, 3), (4, 4)])
+def test_a_map_no_larger_than_the_window_has_windows_of_its_smaller_side(height: int, width: int) -> None:
+    """As published, without shift."""
+    block = SpatialBlock(8, 4, heads=2, window=4, shift=2)
+    x, guidance = torch.randn(1, 2, height, width, 8), torch.randn(1, height, width, 4)
+    expected = SpatialBlock(8, 4, heads=2, window=min(height, width), shift=0)
+    expected.load_state_dict(block.state_dict())
+    assert torch.equal(block(x, guidance), expected(x, guidance))
 
 
 def test_whole_layer() -> None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import literal
 from counterparts import assert_equal_functions
-from goldens import CASCADE_RULES, cascade_inputs, filled, golden, layer_state, published_state, shapes
+from goldens import CASCADE_RULES, DEVICE, cascade_inputs, filled, golden, layer_state, published_state, shapes
 from ovseg_fast import ops
 from ovseg_fast.layers.cascade_head import CascadeHead, DecoderLayer
 from tolerances import GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
@@ -25,7 +25,7 @@ PREFIX = "decode_head."
 def published() -> CascadeHead:
     head = CascadeHead(512, (3, 3, 1), layers=3, heads=8, hidden=2048, dropout=0.1)
     head.load_state_dict(layer_state(CASCADE_RULES, filled("cascade_clip_vitb", PREFIX, "E")))
-    return head.eval()
+    return head.eval().to(DEVICE)
 
 
 def resized(masks: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ def test_golden_scores_of_every_layer() -> None:
             queries = layer(queries, memory)
 
 
+@pytest.mark.slow_in_interpreter
+@pytest.mark.usefixtures("every_backend")
 @torch.no_grad()
 def test_golden_masks() -> None:
     case, head = golden("cascade_clip"), published()

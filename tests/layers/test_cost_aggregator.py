@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 import literal
+import ovseg_fast as ovs
 from counterparts import assert_equal_functions
 from goldens import (
     AGGREGATOR_RULES,
+    DEVICE,
     aggregator_weights,
     golden,
     layer_name,
@@ -26,6 +28,8 @@ from ovseg_fast.layers.cost_aggregator import DROPPED_LOGIT, CostAggregator
 from tolerances import GOLDEN_CATSEG_GRADIENT, GOLDEN_OUTPUT, REWRITE_FLOAT64, ZERO_GRADIENT, relative_error
 
 CASE = "catseg_aggregator"
+TRITON = (("t7_pool1", 1), ("t7_p3", 2), ("t171", 2), ("t256", 2))
+ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for Triton's interpreter")
 
 
 def published(prompts: int = 1) -> CostAggregator:
@@ -44,7 +48,7 @@ def published(prompts: int = 1) -> CostAggregator:
         decoder_channels=(64, 32),
     )
     aggregator.load_state_dict(layer_state(AGGREGATOR_RULES, aggregator_weights("B", prompts)))
-    return aggregator
+    return aggregator.to(DEVICE)
 
 
 def inputs(op: str) -> dict[str, Tensor]:
@@ -72,11 +76,17 @@ def run(aggregator: CostAggregator, named: dict[str, Tensor], pooling: int) -> T
 
 
 @pytest.mark.parametrize(
-    ("op", "pooling"),
-    [("t7_pool1", 1), ("t7_p3", 2), ("t171", 2), pytest.param("t256", 2, marks=pytest.mark.slow)],
+    ("op", "pooling", "backend"),
+    [
+        ("t7_pool1", 1, "torch"),
+        ("t7_p3", 2, "torch"),
+        ("t171", 2, "torch"),
+        pytest.param("t256", 2, "torch", marks=pytest.mark.slow),
+        *[pytest.param(op, pooling, "triton", marks=ON_GPU) for op, pooling in TRITON],
+    ],
 )
-def test_golden(op: str, pooling: int) -> None:
-    with torch.no_grad():
+def test_golden(op: str, pooling: int, backend: str) -> None:
+    with torch.no_grad(), ovs.backend(backend):
         logits = run(published(3 if op == "t7_p3" else 1), inputs(op), pooling)
     assert golden(CASE).error(f"{op}.out", logits) <= GOLDEN_OUTPUT
 

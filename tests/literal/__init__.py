@@ -25,6 +25,7 @@ from .label_map import (
 )
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention
+from .mask_losses import cascade_losses, catseg_loss, one_hot_targets
 from .spatial_aggregation import shift_mask, swin_block, swin_pair, window_attention
 from .text_encoder import text_encoder
 from .upsampling_decoder import decoder, upsampling_stage
@@ -35,6 +36,7 @@ __all__ = [
     "cascade_decoder",
     "cascade_head",
     "cascade_label_map",
+    "cascade_losses",
     "cascade_masks",
     "cascade_scores",
     "cascade_stages",
@@ -42,6 +44,7 @@ __all__ = [
     "catseg_corners",
     "catseg_head",
     "catseg_label_map",
+    "catseg_loss",
     "class_aggregation",
     "class_scores",
     "clip_block",
@@ -56,6 +59,7 @@ __all__ = [
     "layer_gather",
     "linear_attention",
     "mask_attention",
+    "one_hot_targets",
     "overlap_average",
     "prompted_image_encoder",
     "resize_positions",

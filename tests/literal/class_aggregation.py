@@ -1,4 +1,4 @@
-"""Class aggregation of CAT-Seg (arXiv 2303.11797): a linear transformer over the classes of a position.
+"""Class aggregation of CAT-Seg (arXiv 2303.11797): a transformer over the classes of a position, linear by default.
 
 Parameter names are those of the published checkpoints, below `layers.<i>.attention.`.
 """
@@ -22,6 +22,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("nlhd,nhdv,nlh->nlhv", q, kv, z)
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √d)·v; all (N, L, heads, d)."""
+    scores = torch.einsum("nlhd,nshd->nlsh", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("nlsh,nshd->nlhd", scores.softmax(dim=2), v)
+
+
 def class_aggregation(
     weights: dict[str, Tensor],
     prefix: str,
@@ -30,11 +36,12 @@ def class_aggregation(
     pooling: int | tuple[int, int] = 2,
     pad_len: int = 256,
     heads: int = 4,
+    attention: str = "linear",
 ) -> Tensor:
     """x + resize(transformer over classes(pool(x))), the pooled residual included.
 
     Fewer than `pad_len` classes are padded to it with a learned token and a learned guidance vector, which take part
-    like any other class and are dropped at the end.
+    like any other class and are dropped at the end. `attention` is "linear" or "full" (softmax).
     x (B, C, T, H, W), guidance (B, T, G); `prefix` ends in `attention.` -> (B, C, T, H, W).
     """
     B, C, T, H, W = x.shape
@@ -52,7 +59,8 @@ def class_aggregation(
     q = linear(weights, prefix + "attention.q", guided).reshape(N, L, heads, -1)
     k = linear(weights, prefix + "attention.k", guided).reshape(N, L, heads, -1)
     v = linear(weights, prefix + "attention.v", normed).reshape(N, L, heads, -1)
-    tokens = tokens + linear_attention(q, k, v).reshape(N, L, C)
+    attend = full_attention if attention == "full" else linear_attention
+    tokens = tokens + attend(q, k, v).reshape(N, L, C)
     hidden = F.relu(linear(weights, prefix + "MLP.0", layer_norm(weights, prefix + "norm2", tokens)))
     tokens = tokens + linear(weights, prefix + "MLP.2", hidden)
 

@@ -10,7 +10,7 @@ import ovseg_fast as ovs
 from full_models import Goldens, full_model
 from ovseg_fast import ops
 from parity import fill
-from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT
+from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, REWRITE_FLOAT32, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,16 @@ def test_gradients_reach_what_the_method_trains(tiny):
         last_layer = ".layers.2." in name and not (".q." in name or ".k." in name)  # only scores of the last are read
         dead = name.startswith("text_encoder.") or last_layer
         assert (parameter.grad is None) == dead, name
+
+
+def test_stages_are_aggregated_single_features(tiny):
+    pixels = torch.rand(2, 3, 96, 96) * 255
+    features, global_embedding, grid = tiny.image_encoder((pixels - tiny.pixel_mean) / tiny.pixel_std)
+    encoded = tiny.encode_pixels(pixels)
+    for stage, expected in zip(encoded.stages, tiny.head.aggregate(torch.stack(features)), strict=True):
+        assert relative_error(stage, expected) <= REWRITE_FLOAT32
+    assert torch.equal(encoded.global_embedding, global_embedding)
+    assert encoded.grid == grid
 
 
 def test_dropout_only_in_training(tiny):

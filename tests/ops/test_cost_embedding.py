@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite
 from goldens import assert_gradients
@@ -53,3 +54,9 @@ def test_classes_do_not_see_each_other(rng: torch.Generator) -> None:
     together = ops.cost_embedding(image, text, *weights)
     alone = torch.cat([ops.cost_embedding(image, text[t : t + 1], *weights) for t in range(5)], 1)
     torch.testing.assert_close(together, alone)
+
+
+def test_a_window_that_the_kernels_do_not_hold_is_refused_where_they_are_forced(rng: torch.Generator) -> None:
+    call, _ = samples.cost_embedding(kernel=13)(samples.Draw(rng, torch.float32, "cpu"))
+    with ovs.backend("triton"), pytest.raises(RuntimeError, match="window of 13 × 13 is larger than 11 × 11"):
+        ops.cost_embedding(*call)

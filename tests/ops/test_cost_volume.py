@@ -17,6 +17,7 @@ from ovseg_fast import ops
 from tolerances import REWRITE_FLOAT64, relative_error
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("op", ["correlation_p1", "correlation_p3"])
 def test_golden(op: str) -> None:
     def volume(leaves: Mapping[str, Tensor]) -> Tensor:

@@ -1,8 +1,10 @@
-"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, and ties."""
+"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, ties, and what the kernels
+leave out."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import literal
+import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite, counterpart
 from goldens import cascade_inputs, filled, golden
 from ovseg_fast import ops
-from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
+from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, KERNEL, LABEL_MARGIN, REWRITE_FLOAT64, relative_error
 
 MODULE = importlib.import_module("ovseg_fast.ops.label_map")  # `ops.label_map` is the function
 CHUNKS = [1, 50, 400, 10**9]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 
 
 @pytest.fixture(params=CHUNKS)
@@ -28,6 +32,18 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """How many scores are worked on at a time."""
     monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
     return request.param
+
+
+@pytest.fixture(params=[*CHUNKS, "triton"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The PyTorch form, working on so many scores at a time, or the kernels; gives the device to work on."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        with ovs.backend("triton"):
+            yield DEVICE
+    else:
+        monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
+        yield "cpu"
 
 
 @pytest.mark.parametrize("transductive", [False, True])
@@ -38,7 +54,7 @@ def test_golden(transductive: bool) -> None:
     maps = [layer.transpose(1, 2).unflatten(2, (32, 32)) for layer in features]
     with torch.no_grad():
         masks = literal.cascade_masks(weights, maps, image, text)
-    offset = torch.zeros(20)
+    offset = torch.zeros(20, device=masks.device)
     offset[case.facts["seen"]] = 0 if transductive else 0.1
     size = (512, 512)
     scores = [ops.score_map(mask[None], [(0, 0)], window=size, canvas=size, size=size, offset=offset) for mask in masks]
@@ -143,17 +159,17 @@ def simple(logits: Tensor, size: tuple[int, int] = (8, 8), **more: Any) -> Tenso
     return ops.label_map(logits, [(0, 0)], window=(8, 8), canvas=(8, 8), size=size, **more)
 
 
-def test_the_lower_of_equal_classes_wins(chunk: int, rng: torch.Generator) -> None:
-    logits = torch.randn(1, 6, 4, 4, generator=rng)
-    logits[:, [1, 4]] = 5 + torch.rand(1, 1, 4, 4, generator=rng)
+def test_the_lower_of_equal_classes_wins(form: str, rng: torch.Generator) -> None:
+    logits = torch.randn(1, 6, 4, 4, generator=rng).to(form)
+    logits[:, [1, 4]] = 5 + torch.rand(1, 1, 4, 4, generator=rng).to(form)
     for size in ((8, 8), (13, 5)):
         assert (simple(logits, size) == 1).all()
-    assert (simple(torch.full((1, 6, 4, 4), 100.0)) == 0).all()  # sigmoid is 1 for all
+    assert (simple(torch.full((1, 6, 4, 4), 100.0, device=form)) == 0).all()  # sigmoid is 1 for all
 
 
-def test_nan_is_above_everything_and_the_first_wins(chunk: int) -> None:
+def test_nan_is_above_everything_and_the_first_wins(form: str) -> None:
     """As argmax has it."""
-    logits = torch.randn(1, 6, 8, 8)
+    logits = torch.randn(1, 6, 8, 8, device=form)
     logits[0, 4, 2, 3] = logits[0, 2, 2, 3] = logits[0, 3, 5, 5] = float("nan")
     labels = simple(logits)
     assert labels[2, 3] == 2
@@ -161,8 +177,8 @@ def test_nan_is_above_everything_and_the_first_wins(chunk: int) -> None:
     assert torch.equal(labels, logits.sigmoid()[0].argmax(0).int())
 
 
-def test_infinite_logits_are_certain(chunk: int) -> None:
-    logits = torch.randn(1, 3, 8, 8)
+def test_infinite_logits_are_certain(form: str) -> None:
+    logits = torch.randn(1, 3, 8, 8, device=form)
     logits[0, 0] = -float("inf")
     logits[0, 2, 1, 1] = float("inf")
     labels = simple(logits)
@@ -170,17 +186,17 @@ def test_infinite_logits_are_certain(chunk: int) -> None:
     assert (labels > 0).all()
 
 
-def test_the_offset_decides(chunk: int, rng: torch.Generator) -> None:
-    logits = 0.01 * torch.randn(1, 4, 4, 4, generator=rng)
-    offset = torch.tensor([0.1, 0.1, 0.0, 0.1])
+def test_the_offset_decides(form: str, rng: torch.Generator) -> None:
+    logits = 0.01 * torch.randn(1, 4, 4, 4, generator=rng).to(form)
+    offset = torch.tensor([0.1, 0.1, 0.0, 0.1], device=form)
     assert (simple(logits, (9, 7), offset=offset) == 2).all()
     assert (simple(logits, (9, 7), offset=offset - 1).unique() == 2).all()  # scores may be any number
 
 
-def test_the_whole_image_counts_half(chunk: int) -> None:
+def test_the_whole_image_counts_half(form: str) -> None:
     """Two classes: the windows are sure of the first, the whole image of the second and a little more."""
-    windows = torch.tensor([2.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone()
-    whole = torch.tensor([-2.0, 2.1]).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone()
+    windows = torch.tensor([2.0, -2.0], device=form).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone()
+    whole = torch.tensor([-2.0, 2.1], device=form).view(1, 2, 1, 1).expand(1, 2, 4, 4).clone()
     assert (simple(windows) == 0).all()
     assert (simple(windows, whole=whole) == 1).all()
 
@@ -228,3 +244,172 @@ def test_windows_must_tile_the_canvas(function: Any, positions: list[tuple[int, 
     with pytest.raises(ValueError, match=rf"^{function.__name__}: positions ") as caught:
         function(torch.randn(2, 3, 4, 4), positions, window=(8, 8), canvas=(8, 12), size=(8, 8))
     assert mention in str(caught.value)
+
+
+# --- the best k ---
+
+
+def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of scores (T, H, W): NaN first, the lower of equals first."""
+    ordered, order = scores.sort(dim=0, descending=True, stable=True)
+    return ordered[:k], order[:k].int()
+
+
+def assert_identical(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for result, truth in zip(results, expected, strict=True):
+        assert result.dtype == truth.dtype
+        torch.testing.assert_close(result, truth, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_top_labels_are_the_best_scores_in_order(k: int, form: str, rng: torch.Generator) -> None:
+    """Equal scores and NaN among them."""
+    logits = torch.randn(1, 9, 8, 8, generator=rng).round().to(form)
+    logits[0, 5, 1:4, 2] = float("nan")
+    logits[0, 2, 2, 2:5] = float("nan")
+    logits[0, [3, 7], :, 6] = float("inf")
+    arguments = {"window": (8, 8), "canvas": (8, 8), "size": (8, 8)}
+    results = ops.top_labels(logits, [(0, 0)], k=k, **arguments)
+    assert_identical(results, best(ops.score_map(logits, [(0, 0)], **arguments), k))
+
+
+@settings(max_examples=50)
+@given(sizes=all_sizes(), chunk=st.sampled_from(CHUNKS))
+def test_top_labels_are_those_of_the_literal_scores(sizes: dict[str, Any], chunk: int) -> None:
+    k = min(3, sizes["classes"])
+    call = samples.draw(samples.label_map(**sizes, k=k))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "CHUNK_ELEMENTS", chunk)
+        scores, labels = ops.top_labels(*call[0], **call[1])
+    call[1].pop("k")
+    truth = counterpart("score_map", call).result()
+    assert relative_error(scores, best(truth, k)[0]) <= REWRITE_FLOAT64
+    assert relative_error(truth.gather(0, labels.long()), scores) <= REWRITE_FLOAT64
+
+
+def test_labels_and_their_scores_have_no_gradient(form: str, rng: torch.Generator) -> None:
+    logits = torch.randn(1, 3, 4, 4, generator=rng).to(form).requires_grad_()
+    assert not simple(logits).requires_grad
+    assert not any(
+        result.requires_grad
+        for result in ops.top_labels(logits, [(0, 0)], k=2, window=(8, 8), canvas=(8, 8), size=(8, 8))
+    )
+
+
+# --- kernels ---
+
+
+def assert_labels_follow_float64(call: samples.Call, labels: Tensor) -> None:
+    wide = samples.map_tensors(lambda tensor: tensor.cpu().double(), call)
+    scores = ops.score_map(*wide[0], **wide[1])
+    (first, second), (expected, _) = best(torch.cat([scores, torch.full_like(scores[:1], -10)]), 2)
+    clear = first - second > LABEL_MARGIN
+    assert clear.any()
+    assert torch.equal(labels.cpu()[clear], expected[clear])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("maps", "window", "canvas", "size"),
+    [
+        ((3, 4), (7, 6), (9, 8), (8, 17)),
+        ((3, 6), (7, 6), (9, 6), (9, 6)),  # along one axis only
+        ((7, 6), (7, 6), (9, 6), (4, 6)),
+        ((5, 9), (3, 4), (3, 4), (3, 9)),
+    ],
+)
+def test_kernel_labels_are_those_of_float64(
+    maps: tuple[int, int],
+    window: tuple[int, int],
+    canvas: tuple[int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    rng: torch.Generator,
+) -> None:
+    build = samples.label_map(
+        classes=9, map_size=maps, window=window, canvas=canvas, size=size, stride=(2, 2), whole=True, offset=True
+    )
+    call = build(samples.Draw(rng, dtype, DEVICE))
+    with ovs.backend("triton"):
+        labels = ops.label_map(*call[0], **call[1])
+        scores = ops.score_map(*call[0], **call[1])
+    assert_labels_follow_float64(call, labels)
+    wide = samples.map_tensors(torch.Tensor.double, call)
+    assert relative_error(scores, ops.score_map(*wide[0], **wide[1])) <= KERNEL[dtype]
+
+
+@pytest.mark.parametrize("size", [(20, 20), (13, 31)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_kernels_leave_out_no_class_that_is_best_somewhere(
+    size: tuple[int, int], whole: bool, rng: torch.Generator
+) -> None:
+    """A photograph: each of 40 classes is sure of a few places, here and there two of them of the same one."""
+    call = samples.label_map(
+        classes=40, map_size=(9, 9), window=(12, 12), canvas=(20, 20), size=size, stride=(8, 8), whole=whole
+    )(samples.Draw(rng, torch.float32, DEVICE))
+    for tensor in samples.tensors(call):
+        tensor.copy_(tensor / 4 - 6 + 9 * (torch.rand(tensor.shape, generator=rng) < 0.03).to(tensor))
+    with ovs.backend("triton"):
+        labels = ops.label_map(*call[0], **call[1])
+        scores = ops.score_map(*call[0], **call[1])
+        results = ops.top_labels(*call[0], k=5, **call[1])
+    assert torch.equal(labels, scores.argmax(0).int())
+    assert_identical(results, best(scores, 5))
+    assert len(labels.unique()) > 5
+    assert_labels_follow_float64(call, labels)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("argument", range(3))
+def test_kernels_leave_out_no_class_with_a_bad_number(value: float, argument: int, rng: torch.Generator) -> None:
+    """20 classes that are hopeless but for one number of one of them."""
+    call = samples.label_map(
+        classes=20, map_size=(3, 3), window=(8, 8), canvas=(10, 10), size=(7, 13), whole=True, offset=True
+    )(samples.Draw(rng, torch.float32, DEVICE))
+    logits, maps = call[0][0], call[1]["whole"]
+    logits[:, 1:] -= 20
+    maps[:, 1:] -= 20
+    target = samples.tensors(call)[argument]
+    target[(0, 17, 0, 0) if argument < 2 else 17] = value
+    with ovs.backend("triton"):
+        labels = ops.label_map(*call[0], **call[1])
+        scores = ops.score_map(*call[0], **call[1])
+        results = ops.top_labels(*call[0], k=3, **call[1])
+    assert torch.equal(labels, best(scores, 1)[1][0])
+    assert_identical(results, best(scores, 3))
+
+
+def test_the_kernel_of_scores_is_refused_where_a_gradient_is_wanted(rng: torch.Generator) -> None:
+    logits = torch.randn(1, 3, 4, 4, generator=rng).to(DEVICE)
+    arguments: dict[str, Any] = {"window": (8, 8), "canvas": (8, 8), "size": (8, 8)}
+    offset = torch.zeros(3, device=DEVICE, requires_grad=True)
+    with ovs.backend("triton"):
+        with pytest.raises(RuntimeError, match=r"^label_map: the triton backend .*: its kernel has no gradient\.$"):
+            ops.score_map(logits, [(0, 0)], **arguments, offset=offset)
+        with torch.no_grad():
+            ops.score_map(logits, [(0, 0)], **arguments, offset=offset)
+        assert ovs.last_backend("label_map") == "triton"
+    with ovs.backend("auto"):
+        assert ops.score_map(logits, [(0, 0)], **arguments, offset=offset).requires_grad
+    assert ovs.last_backend("label_map") == "torch"
+
+
+def test_autocast_leaves_the_logits_as_they_are(form: str, rng: torch.Generator) -> None:
+    logits, whole = torch.randn(2, 1, 3, 4, 4, generator=rng).to(form)
+    with torch.autocast(form, torch.bfloat16):
+        mixed = simple(logits, whole=whole.bfloat16())
+    assert torch.equal(mixed, simple(logits, whole=whole.bfloat16().float()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("function", ["label_map", "score_map", "top_labels"])
+def test_launching_does_not_wait(function: str, rng: torch.Generator) -> None:
+    row = samples.select("small", function=function)[0]
+    call = row.build(rng, torch.float32, "cuda")
+    with ovs.backend("triton"):
+        row.run(call)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            row.run(call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

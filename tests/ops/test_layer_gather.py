@@ -8,21 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import literal
+import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite
-from goldens import filled, golden
+from goldens import DEVICE, filled, golden
 from ovseg_fast import ops
 from parity import fill
-from tolerances import GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
+from tolerances import GOLDEN_OUTPUT, KERNEL, REWRITE_FLOAT64, relative_error
 
 
+@pytest.mark.slow_in_interpreter
+@pytest.mark.usefixtures("every_backend")
 def test_golden() -> None:
     """Of hidden states that the literal image encoder gives."""
     case, weights = golden("cascade_clip"), filled("cascade_clip_vitb", "backbone.", "E")
-    image = torch.from_numpy(fill.image("small.image", 384, 384, "E")).permute(2, 0, 1).float()
-    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[:, :, None, None]
+    image = torch.from_numpy(fill.image("small.image", 384, 384, "E")).permute(2, 0, 1).float().to(DEVICE)
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], device=DEVICE)[:, :, None, None]
     with torch.no_grad():
         hidden, (height, width) = literal.prompted_image_encoder(weights, ((image - mean) / std)[None])
     features = ops.layer_gather(
@@ -98,3 +102,49 @@ def test_a_row_of_norms_for_each_block() -> None:
     (hidden, *rest), _ = samples.draw(samples.layer_gather(layers=3))
     with pytest.raises(ValueError, match="norm_weight must have one row a block, 2, got 3"):
         ops.layer_gather(hidden[:2], *rest)
+
+
+def test_kernels_leave_a_wider_projection_to_pytorch(rng: torch.Generator) -> None:
+    call, _ = samples.layer_gather(layers=1, patches=1, out=1025)(samples.Draw(rng, torch.float32, DEVICE))
+    assert ops.layer_gather(*call).shape == (1, 1, 1, 1025)
+    with ovs.backend("triton"), pytest.raises(RuntimeError, match="E = 1025 is larger than 1024"):
+        ops.layer_gather(*call)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "one hidden state", "shared_weight", "norm_bias", "projection"])
+def test_kernels_give_each_gradient_alone(wanted: str, rng: torch.Generator) -> None:
+    """The same as with the others; what is frozen gets none."""
+
+    def gradients(chosen: set[int] | None) -> list[Tensor | None]:
+        leaves = [tensor.detach().clone() for tensor in samples.tensors(call)]
+        for index, leaf in enumerate(leaves):
+            leaf.requires_grad_(chosen is None or index in chosen)
+        with ovs.backend("triton"):
+            ops.layer_gather(leaves[:3], patches, *leaves[3:]).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    call, _ = samples.layer_gather()(samples.Draw(rng, torch.float32, DEVICE))
+    patches = call[1]
+    chosen = {"hidden": {0, 1, 2}, "one hidden state": {1}, "shared_weight": {3}, "norm_bias": {6}, "projection": {7}}
+    everything = gradients(None)
+    for index, gradient in enumerate(gradients(chosen[wanted])):
+        if index in chosen[wanted]:
+            assert gradient is not None
+            assert relative_error(gradient, everything[index]) <= KERNEL[torch.float32]
+        else:
+            assert gradient is None
+
+
+def test_kernels_read_the_tokens_where_they_lie(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states with unit stride over the channels are not copied."""
+    (hidden, *rest), _ = samples.layer_gather(batch=2)(samples.Draw(rng, torch.float32, DEVICE))
+    apart = [torch.stack([tokens, tokens], 2)[:, :, 0] for tokens in hidden]
+    with ovs.backend("triton"):
+        expected = ops.layer_gather(hidden, *rest)
+        monkeypatch.setattr(torch.Tensor, "contiguous", refuse_copies)
+        assert torch.equal(ops.layer_gather(apart, *rest), expected)
+
+
+def refuse_copies(tensor: Tensor) -> Tensor:
+    assert tensor.is_contiguous()
+    return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite
-from goldens import ATTENTION, cascade_inputs, cascade_queries, filled, golden, to_operator
+from goldens import ATTENTION, DEVICE, cascade_inputs, cascade_queries, filled, golden, to_operator
 from ovseg_fast import ops
-from tolerances import GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
+from test_operators import gradients
+from tolerances import GOLDEN_OUTPUT, KERNEL, KERNEL_GRADIENT_FACTOR, REWRITE_FLOAT64, relative_error
 
 
+@pytest.mark.usefixtures("every_backend")
 def test_golden() -> None:
     """The first layer of the last stage, whose memory is a layer of the encoder as it stands."""
     case, weights = golden("cascade_clip"), filled("cascade_clip_vitb", "decode_head.", "E")
@@ -90,3 +94,92 @@ def test_dropout_must_be_a_probability(dropout: float) -> None:
     args, keywords = samples.draw(samples.mask_attention())
     with pytest.raises(ValueError, match=r"mask_attention: dropout must be in 0\.\.1, got"):
         ops.mask_attention(*args, **keywords, dropout=dropout)
+
+
+# --- kernels ---
+
+
+def kernel_case(rng: torch.Generator, **sizes: int) -> tuple[tuple[torch.Tensor, ...], int]:
+    """(q, k, v) in float32 for the custom operator, and the number of heads."""
+    draw = samples.Draw(rng, torch.float32, DEVICE)
+    queries, keys, heads, width = (sizes.get(name, 3) for name in ("queries", "keys", "heads", "width"))
+    q, k, v = (draw(2, length, heads * width).requires_grad_() for length in (queries, keys, keys))
+    return (q, k, v), heads
+
+
+def test_what_the_kernels_do_not_take_goes_to_pytorch() -> None:
+    for keywords, reason in (({"dropout": 0.5}, "no dropout"), ({"heads": 1}, "heads of at most 128 channels")):
+        args, _ = samples.draw(samples.mask_attention(channels=130, heads=1), torch.float32)
+        args = tuple(tensor.to(DEVICE) for tensor in args)
+        keywords = {"heads": 2, **keywords}
+        with ovs.backend("triton"), pytest.raises(RuntimeError, match=f"mask_attention: the triton backend .*{reason}"):
+            ops.mask_attention(*args, **keywords)
+        with ovs.backend("auto"):
+            ops.mask_attention(*args, **keywords)
+        assert ovs.last_backend("mask_attention") == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_tiles_give_what_small_ones_give(
+    dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = importlib.import_module("ovseg_fast.kernels.mask_attention")
+    row = next(row for row in samples.select("odd", function="mask_attention"))
+    results = []
+    for few in (kernels.FEW, 0):
+        monkeypatch.setattr(kernels, "FEW", few)
+        call = row.build(torch.Generator().manual_seed(int(rng.initial_seed())), dtype, DEVICE)
+        with ovs.backend("triton"):
+            results.append([*samples.tensors(row.run(call)), *gradients(row, call)])
+    names = ["output", "scores", *samples.arguments("mask_attention", call)]
+    for name, small, large in zip(names, *results, strict=False):
+        assert relative_error(large, small) <= KERNEL[dtype], name
+
+
+def test_without_scores_none_are_computed(rng: torch.Generator) -> None:
+    (q, k, v), heads = kernel_case(rng)
+    _, scores, *_ = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, False, "triton")
+    assert scores.numel() == 0
+
+
+@pytest.mark.parametrize("part", ["output", "scores"])
+def test_a_loss_of_one_result_leaves_the_other_out(part: str, rng: torch.Generator) -> None:
+    (q, k, v), heads = kernel_case(rng, queries=5, keys=9)
+    results = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, True, "triton")
+    result = dict(zip(("output", "scores"), results, strict=False))[part]
+    scores = q @ k.mT / (heads * 3**0.5)
+    heads_first = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    output = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(-2)
+    truth = {"output": output, "scores": scores}[part]
+    cotangent = torch.randn(truth.shape, generator=rng).to(DEVICE)
+    inputs = (q, k, v) if part == "output" else (q, k)
+    expected = torch.autograd.grad(truth, inputs, cotangent)
+    assert relative_error(result, truth) <= KERNEL[torch.float32]
+    for gradient, wanted in zip(torch.autograd.grad(result, inputs, cotangent), expected, strict=True):
+        assert relative_error(gradient, wanted) <= KERNEL_GRADIENT_FACTOR * KERNEL[torch.float32]
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_frozen_inputs_get_no_gradient(wanted: str, rng: torch.Generator) -> None:
+    (q, k, v), heads = kernel_case(rng, queries=5, keys=9)
+    tensors = {"q": q, "k": k, "v": v}
+    full = torch.autograd.grad(loss(q, k, v, heads), tensors[wanted])
+    frozen = {name: tensor if name == wanted else tensor.detach() for name, tensor in tensors.items()}
+    (gradient,) = torch.autograd.grad(loss(**frozen, heads=heads), frozen[wanted])
+    assert torch.equal(gradient, *full)
+
+
+def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    output, scores, *_ = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, True, "triton")
+    return output.square().sum() + scores.sin().sum()
+
+
+def test_kernel_softmax_of_nothing_but_minus_infinity_or_nan(rng: torch.Generator) -> None:
+    """Weights are 0 where all scores of a row are −∞, as in PyTorch's fused attention, and NaN where all are NaN."""
+    (q, k, v), _ = kernel_case(rng, queries=3, keys=40, heads=1, width=4)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    q[:, 0], q[:, 1, 0] = 1.0, float("nan")
+    k[..., 0] = float("-inf")
+    output, _, log_sum, _ = torch.ops.ovseg_fast.mask_attention(q, k, v, 1, False, "triton")
+    assert (output[:, 0] == 0).all() and log_sum[:, :, 0].isfinite().all()
+    assert output[:, 1].isnan().all()

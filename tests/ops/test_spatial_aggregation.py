@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import literal
+import ovseg_fast as ovs
 import samples
 from counterparts import assert_equal_functions, assert_rewrite
 from goldens import SPATIAL, assert_gradients, golden, to_operator
 from ovseg_fast import ops
 from ovseg_fast.ops.spatial_aggregation import window_layout
-from tolerances import GOLDEN_OUTPUT
+from tolerances import GOLDEN_OUTPUT, KERNEL, relative_error
+
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = {
     "batch": st.integers(1, 2),
@@ -35,25 +38,28 @@ def heads_and_channels(draw: st.DrawFn) -> dict[str, int]:
 
 @st.composite
 def published_maps(draw: st.DrawFn) -> dict[str, int]:
-    """Sides that are multiples of the window, which may be larger than the map."""
+    """Sides that are multiples of the window; a shift only where both have several."""
     window = draw(st.integers(1, 5))
-    side = draw(st.integers(1, window)) if draw(st.booleans()) else window
-    sides = [side * draw(st.integers(1, 3)), side * draw(st.integers(1, 3))]
-    if side < window:
-        sides[draw(st.integers(0, 1))] = side
-    return {"window": window, "shift": draw(st.integers(0, window - 1)), "height": sides[0], "width": sides[1]}
+    sides = [window * draw(st.integers(1, 3)), window * draw(st.integers(1, 3))]
+    shift = draw(st.integers(0, window - 1)) if min(sides) > window else 0
+    return {"window": window, "shift": shift, "height": sides[0], "width": sides[1]}
 
 
 @st.composite
 def any_maps(draw: st.DrawFn) -> dict[str, int]:
-    window = draw(st.integers(1, 5))
     sides = {name: draw(st.integers(1, 12)) for name in ("height", "width")}
+    window = draw(st.integers(1, min(5, *sides.values())))
     return {"window": window, "shift": draw(st.integers(0, window - 1)), **sides}
 
 
+@pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize(
     ("op", "block", "side", "shift"),
-    [("swin_plain", 1, 24, 0), ("swin_shift", 2, 24, 6), ("swin_small", 2, 12, 6)],
+    [
+        pytest.param("swin_plain", 1, 24, 0, marks=pytest.mark.slow_in_interpreter),
+        pytest.param("swin_shift", 2, 24, 6, marks=pytest.mark.slow_in_interpreter),
+        ("swin_small", 2, 12, 0),
+    ],
 )
 def test_golden(op: str, block: int, side: int, shift: int) -> None:
     def aggregated(leaves: Mapping[str, Tensor]) -> Tensor:
@@ -90,8 +96,6 @@ def token_by_token(x: Tensor, guidance: Tensor, *parameters: Tensor, heads: int,
         return F.layer_norm(tokens, tokens.shape[-1:], named[f"{name}_weight"], named[f"{name}_bias"])
 
     _, classes, height, width, channels = x.shape
-    if min(height, width) <= window:
-        window, shift = min(height, width), 0
     full_height, full_width = (-(-side // window) * window for side in (height, width))
     places = [(i, j) for i in range(height) for j in range(width)]
     # The window of each token after the shift, and whether the shift carried it around the border.
@@ -137,6 +141,39 @@ def test_the_shift_mask_is_a_number_not_a_ban() -> None:
     """As published, −100 is added: a score that is higher by far more still gets through."""
     (x, guidance, *weights), keywords = samples.draw(samples.spatial_aggregation(height=8, window=4, shift=2))
     assert_rewrite("spatial_aggregation", ((x, 50 * guidance, *weights), keywords))
+
+
+def test_the_kernels_add_the_number_too(rng: torch.Generator) -> None:
+    build = samples.spatial_aggregation(height=8, window=4, shift=2)
+    (x, guidance, *weights), keywords = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    results = []
+    for name in ("triton", "torch"):
+        with ovs.backend(name):
+            results.append(ops.spatial_aggregation(x, 50 * guidance, *weights, **keywords))
+    assert relative_error(*results) <= KERNEL[torch.float32]
+
+
+def test_the_kernels_refuse_a_window_that_they_cannot_hold(rng: torch.Generator) -> None:
+    build = samples.spatial_aggregation(classes=1, height=17, width=17, window=17)
+    args, keywords = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    with ovs.backend("triton"), pytest.raises(RuntimeError, match="window 17 is larger than 16"):
+        ops.spatial_aggregation(*args, **keywords)
+    ops.spatial_aggregation(*args, **keywords)
+    assert ovs.last_backend("spatial_aggregation") == "torch"
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2, 4, 8, 10, 11])
+def test_the_kernels_give_one_gradient_alone(argument: int, rng: torch.Generator) -> None:
+    """What is frozen is left out, and changes nothing for the others."""
+    build = samples.spatial_aggregation(classes=1, height=3, width=2, channels=4, heads=1, window=2, shift=1)
+    args, keywords = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    with ovs.backend("triton"):
+        args[argument].requires_grad_()
+        (alone,) = torch.autograd.grad(ops.spatial_aggregation(*args, **keywords).square().sum(), args[argument])
+        for tensor in args:
+            tensor.requires_grad_()
+        among_all = torch.autograd.grad(ops.spatial_aggregation(*args, **keywords).square().sum(), args)
+    assert torch.equal(alone, among_all[argument])
 
 
 def test_layout_of_windows() -> None:

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ovseg_fast as ovs
 import samples
 from counterparts import assert_equal_functions, decoder_stage
 from goldens import STAGE, assert_gradients, to_operator
 from ovseg_fast import ops
+from test_kernels import DEVICE, build, poisoned  # noqa: F401
+from test_operators import gradients, row_id
+from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
+
+ROWS = samples.select(function="upsampling_decoder", without=("bench",))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def stage(x: Tensor, guidance: Tensor, up_bias: Tensor, **weights: Any) -> Tensor:
@@ -35,6 +44,7 @@ def draw_stage(
     return {"guidance": projected, "up_bias": up_bias, **named}
 
 
+@pytest.mark.usefixtures("every_backend")
 def test_golden() -> None:
     """Both stages, with the projections of the guidance before and the convolution to logits after them."""
 
@@ -94,3 +104,92 @@ def test_classes_do_not_see_each_other() -> None:
     call = draw_stage(classes=4, height=3, width=2, channels=5, up=3, guidance=2, out=16)
     x = call.pop("x")
     torch.testing.assert_close(stage(x, **call), torch.cat([stage(x[:, t : t + 1], **call) for t in range(4)], 1))
+
+
+class Normalisations(TorchDispatchMode):
+    """Keeps arguments and result of each guided group normalisation that a kernel does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple[Any, ...], Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        if function is torch.ops.ovseg_fast.guided_group_norm.default:
+            self.calls.append((arguments, result[0]))
+        return result
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
+def test_gradients_of_the_kernels_follow_float64(
+    row: samples.Sample, dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 ReLU lets through what it let through in the kernels: where rounding carries a number over zero, the
+    gradient jumps, and that says nothing about a kernel."""
+    call, wide = build(row, rng, dtype)
+    with ovs.backend("triton"), Normalisations() as seen:
+        results = gradients(row, call)
+    passed = iter([(out > 0).flatten(0, 1).permute(0, 3, 1, 2) for _, out in seen.calls])
+    monkeypatch.setattr(F, "relu", lambda maps: maps * next(passed))
+    with ovs.backend("torch"):
+        truths = gradients(row, wide)
+    assert next(passed, None) is None
+    for name, result, truth in zip(samples.arguments(row.function, call), results, truths, strict=False):
+        assert relative_error(result, truth) <= KERNEL_GRADIENT_FACTOR * KERNEL[dtype], name
+
+
+@pytest.mark.parametrize("size", [(2, 2), (24, 24)])
+def test_no_copy_lies_between_the_library_and_the_kernels(size: tuple[int, int], rng: torch.Generator) -> None:
+    """Convolutions give maps in the channels_last format, which are the kernels' tokens as they stand; and back."""
+    height, width = size
+    build_call = samples.upsampling_decoder(
+        height=height, width=width, channels=32, up=24, guidance=8, out=16, groups=1
+    )
+    call = build_call(samples.Draw(rng, torch.float32, DEVICE))
+    with ovs.backend("triton"), Normalisations() as seen:
+        out = ops.upsampling_decoder(*call[0], **call[1])
+    assert [arguments[0].is_contiguous() for arguments, _ in seen.calls] == [True, True]
+    assert out.is_contiguous()
+    assert out.data_ptr() == seen.calls[1][1].data_ptr()
+
+
+# Groups of one channel, tiles of several maps, maps of several tiles, more channels than a tile holds.
+GROUP_NORMS = [
+    ((2, 3, 2, 2, 6), 6),
+    ((1, 40, 5, 3, 20), 5),
+    ((2, 5, 9, 31, 24), 3),
+    ((1, 2, 3, 3, 130), 2),
+    ((2, 1, 1, 1, 7), 1),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize(("shape", "groups"), GROUP_NORMS, ids=str)
+def test_guided_group_norm_is_a_sum_a_group_norm_and_relu(
+    shape: tuple[int, ...], groups: int, guided: bool, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    """A mean far from zero costs no digits."""
+    draw = samples.Draw(rng, dtype, DEVICE)
+    tensors = [3 + draw(*shape), *draw.norm(shape[-1])] + ([draw(shape[0], *shape[2:])] if guided else [])
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    y, weight, bias, *term = leaves
+    result, _ = torch.ops.ovseg_fast.guided_group_norm(y, *(term or [None]), weight, bias, groups, 1e-5, "triton")
+
+    y, weight, bias, *term = wide
+    maps = (y + term[0].unsqueeze(1) if guided else y).flatten(0, 1).permute(0, 3, 1, 2)
+    normed = F.group_norm(maps, groups, weight, bias, 1e-5).permute(0, 2, 3, 1).unflatten(0, shape[:2])
+    truth = normed * (result > 0)
+    assert relative_error(result, truth.relu()) <= KERNEL[dtype]
+    cotangent = draw(*shape)
+    results = torch.autograd.grad(result, leaves, cotangent)
+    truths = torch.autograd.grad(truth, wide, cotangent.double())
+    for slope, exact in zip(results, truths, strict=True):
+        assert slope.shape == exact.shape
+        assert slope.dtype == dtype
+        if exact.norm() > 1e-9 * cotangent.norm():  # a group of a single number does not depend on it
+            assert relative_error(slope, exact) <= KERNEL_GRADIENT_FACTOR * KERNEL[dtype]

@@ -1,0 +1,230 @@
+"""Which backend runs an operator: the choice, its reasons, how it is forced, and what the user is told."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+
+import pytest
+import torch
+
+import ovseg_fast as ovs
+from ovseg_fast import backends
+
+
+def volume(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return ovs.ops.cost_volume(torch.randn(1, 2, 3, 16, dtype=dtype), torch.randn(2, 1, 16, dtype=dtype))
+
+
+def run(code: str, **environment: str | None) -> str:
+    """What a fresh process prints; an environment variable that is None is taken away."""
+    variables = {**os.environ, **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={name: value for name, value in variables.items() if value is not None},
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def on_cpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the choice on a machine without a GPU")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_on_the_cpu_the_pytorch_form_runs() -> None:
+    volume()
+    assert ovs.last_backend("cost_volume") == "torch"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_forced_backends_nest_and_end() -> None:
+    with ovs.backend("triton"):
+        volume()
+        assert ovs.last_backend("cost_volume") == "triton"
+        with ovs.backend("torch"):
+            volume()
+            assert ovs.last_backend("cost_volume") == "torch"
+        volume()
+        assert ovs.last_backend("cost_volume") == "triton"
+    volume()
+    assert ovs.last_backend("cost_volume") == "torch"
+
+
+def test_a_backend_ends_with_an_error_too() -> None:
+    with pytest.raises(ZeroDivisionError), ovs.backend("torch"):
+        raise ZeroDivisionError
+    assert backends.requested() == "auto"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_forced_backend_is_the_threads_own() -> None:
+    seen = []
+
+    def other() -> None:
+        volume()
+        seen.append(backends.requested())
+
+    with ovs.backend("triton"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_backward_runs_where_the_forward_ran() -> None:
+    image = torch.randn(1, 2, 3, 16, requires_grad=True)
+    with ovs.backend("triton"):
+        result = ovs.ops.cost_volume(image, torch.randn(2, 1, 16))
+    with ovs.backend("torch"):
+        result.sum().backward()
+    assert ovs.last_backend("cost_volume") == "triton"
+    assert image.grad is not None and image.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["Triton", "", "cpu"])
+def test_an_unknown_backend_is_refused(name: str) -> None:
+    with (
+        pytest.raises(ValueError, match=f"^backend must be auto, cuda, triton or torch, got '{name}'.$"),
+        ovs.backend(name),
+    ):
+        pass
+
+
+def test_an_unknown_operator_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^there is no operator 'costs'; there are class_aggregation, .*\.$"):
+        ovs.last_backend("costs")
+
+
+def test_a_forced_backend_that_cannot_run_says_why() -> None:
+    with ovs.backend("cuda"), pytest.raises(RuntimeError) as caught:
+        volume()
+    assert str(caught.value) == (
+        "cost_volume: the cuda backend was asked for but cannot run: "
+        "the native library is not built: this version brings no CUDA C++ kernels."
+    )
+
+
+def test_bad_input_is_refused_before_the_choice() -> None:
+    for name in ("cuda", "triton", "torch"):
+        with ovs.backend(name), pytest.raises(ValueError, match="cost_volume: T must be at least 1"):
+            ovs.ops.cost_volume(torch.randn(1, 2, 3, 16), torch.randn(0, 1, 16))
+
+
+def test_each_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_said", set())
+    with caplog.at_level(logging.INFO, "ovseg_fast"), ovs.backend("auto"):
+        for dtype in (torch.float32, torch.float32, torch.float64):
+            volume(dtype)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(set(lines)) == 2
+    assert all(line.startswith("cost_volume runs on torch; cuda: the native library is not built") for line in lines)
+    assert "float64" in lines[1] and "float64" not in lines[0]
+
+
+def test_explain_names_every_operator_its_choice_and_the_reasons() -> None:
+    explanation = ovs.explain("cpu")
+    assert set(explanation.choices.values()) == {"torch"}
+    assert {"cost_volume", "label_map"} <= set(explanation.choices) <= set(ovs.ops.__all__)
+    table = str(explanation)
+    for operator, reasons in explanation.reasons.items():
+        assert operator in table
+        assert reasons["torch"] is None
+        assert all(reasons[name] in table for name in ("cuda", "triton"))
+
+
+def test_explain_of_a_forced_backend_that_cannot_run() -> None:
+    with ovs.backend("cuda"):
+        explanation = ovs.explain("cpu")
+    assert set(explanation.choices.values()) == {None}
+    assert "An operator that nothing runs raises an error while cuda is asked for." in str(explanation)
+
+
+def test_the_environment_chooses_and_the_context_overrides_it() -> None:
+    code = """
+        import torch, ovseg_fast as ovs
+        image, text = torch.randn(1, 2, 3, 16), torch.randn(2, 1, 16)
+        ovs.ops.cost_volume(image, text)
+        print(ovs.last_backend("cost_volume"))
+        with ovs.backend("torch"):
+            ovs.ops.cost_volume(image, text)
+        print(ovs.last_backend("cost_volume"))
+    """
+    assert run(code, OVSEG_BACKEND="triton", TRITON_INTERPRET="1").split() == ["triton", "torch"]
+
+
+def test_a_bad_environment_is_told_at_the_first_use_and_not_at_import() -> None:
+    code = """
+        import torch, ovseg_fast as ovs
+        try:
+            ovs.ops.cost_volume(torch.randn(1, 2, 3, 16), torch.randn(2, 1, 16))
+        except ValueError as error:
+            print(error)
+    """
+    assert run(code, OVSEG_BACKEND="gpu").strip() == "OVSEG_BACKEND must be auto, cuda, triton or torch, got 'gpu'."
+
+
+INFO = "from ovseg_fast.info import report; print(report())"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_info_without_triton() -> None:
+    # A finder that finds no triton stands for a machine without it.
+    hide = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+from importlib import util
+find = util.find_spec
+util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+"""
+    report = run(hide + INFO)
+    assert "triton is not installed" in report
+    assert report.count("runs") == len(ovs.explain("cpu").choices)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_info_with_triton_and_no_gpu() -> None:
+    report = run(INFO, TRITON_INTERPRET=None)
+    assert "operators on cpu tensors (backend: auto)" in report
+    assert "the tensors are on the CPU" in report
+    assert "not available: " in report  # the GPU
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_info_with_a_forced_library_that_is_not_built() -> None:
+    report = run(INFO, OVSEG_BACKEND="cuda")
+    assert "operators on cpu tensors (backend: cuda)" in report
+    assert "the native library is not built" in report
+    assert "An operator that nothing runs raises an error while cuda is asked for." in report
+
+
+def test_info_with_a_bad_environment() -> None:
+    assert "OVSEG_BACKEND must be auto, cuda, triton or torch, got 'gpu'." in run(INFO, OVSEG_BACKEND="gpu")
+
+
+def test_tensors_made_under_inference_mode_cannot_take_part_in_gradients() -> None:
+    with torch.inference_mode():
+        image = torch.randn(1, 2, 3, 16)
+    text = torch.randn(2, 1, 16, requires_grad=True)
+    for name in ("triton", "torch"):
+        with ovs.backend(name):
+            with pytest.raises(
+                ValueError, match=r"^cost_volume: image was made under torch.inference_mode\(\) .* text; [^.]*"
+            ):
+                ovs.ops.cost_volume(image, text)
+            with torch.inference_mode():  # weights that could have gradients are welcome where none are taken
+                assert not ovs.ops.cost_volume(image, text).requires_grad

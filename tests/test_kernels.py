@@ -1,0 +1,248 @@
+"""What every Triton kernel promises, over the one table of sample inputs.
+
+On a machine with a GPU the kernels run there. Elsewhere Triton's interpreter runs them on the CPU: it tells whether
+their numbers are right, not whether a GPU takes them, for which see test_resources.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ovseg_fast as ovs
+import samples
+from layouts import LAYOUTS
+from ovseg_fast import backends, ops
+from samples import Sample, floating, map_floating, map_tensors, select, tensors
+from test_operators import assert_same, gradients, row_id
+from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIBRARY_ONLY = {"embed_volume", "guidance_term"}  # a library convolution each, and nothing around it
+OPERATORS = backends.operators_with_kernels()
+ROWS = [row for row in select(without=("bench",)) if row.operator in OPERATORS and row.function not in LIBRARY_ONLY]
+FUNCTIONS = sorted({row.function for row in ROWS})
+DIFFERENTIABLE = [row for row in ROWS if row.operator != "label_map"]
+GRADIENTS = {row.function for row in DIFFERENTIABLE}
+
+# Softmax does not see a bias that all its scores share, so these gradients are rounding noise around zero; the noise is
+# compared with the gradient of the same projection's weight.
+# A softmax over one score is 1 whatever the score.
+CANCELLED = {
+    ("spatial_aggregation", "k_bias"): "k_weight",
+    ("mask_attention", "k_bias"): "k_weight",
+    **{
+        ("spatial_aggregation-one patch", name): "v_weight"
+        for name in ("guidance", "q_weight", "q_bias", "k_weight", "k_bias")
+    },
+    **{
+        (f"class_aggregation-full attention, {name}", "k_bias"): "k_weight"
+        for name in ("small", "odd", "300 classes", "no image")
+    },
+}
+
+# A norm over four channels and heads of two magnify rounding by what they happen to hold, and where one class stands
+# alone or beside its padding, nearly all of the queries' and keys' gradients cancels. In low precision the gradients of
+# such rows are measured against all of them together.
+MAGNIFYING = {"class_aggregation"}
+
+# Operators that take their inputs as they are under autocast, as PyTorch's own losses take them in float32.
+WITHOUT_AUTOCAST = {"mask_losses"}
+
+# ReLU has no derivative at 0: where rounding decides the side of an input, either gradient is right. Low precision does
+# so often; there a larger bias moves the inputs away from 0.
+RELU_BIASES = {"class_aggregation": ("fc1_bias",)}
+RELU_DISTANCE = 4.0  # beyond what the standard normal inputs reach but one in 30,000 times
+
+# Where rounding carries a number over ReLU's zero, its gradient jumps. The gradients of these operators are compared by
+# tests of their own, with ReLU deciding alike on both sides.
+DECIDING = {"upsampling_decoder"}
+
+
+def on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its operators forced to one backend."""
+
+    @functools.wraps(function)
+    def forced(*arguments: Any, **keywords: Any) -> Any:
+        with ovs.backend(backend):
+            return function(*arguments, **keywords)
+
+    return forced
+
+
+@pytest.fixture
+def poisoned() -> Any:
+    """Memory that a launcher allocates holds NaN until a kernel writes it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then fills uninitialised memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def build(row: Sample, rng: torch.Generator, dtype: torch.dtype) -> tuple[samples.Call, samples.Call]:
+    """A call for the kernel, and the same numbers in float64 for the PyTorch form."""
+    call = row.build(rng, dtype, DEVICE)
+    if dtype != torch.float32:
+        for name in RELU_BIASES.get(row.function, ()):
+            bias = samples.arguments(row.function, call)[name]
+            bias += RELU_DISTANCE * bias.sign()
+            bias[::2] *= bias[::2].sign()  # some are let through
+    return call, map_floating(torch.Tensor.double, call)
+
+
+def check_gradients(row: Sample, call: samples.Call, wide: samples.Call, limit: float) -> None:
+    names = [name for name, value in samples.arguments(row.function, call).items() for _ in floating(value)]
+    truths = dict(zip(names, on("torch", gradients)(row, wide), strict=False))
+    magnified = row.operator in MAGNIFYING and row.tags & {"small", "one-class"} and limit > KERNEL[torch.float32] * 3
+    together = torch.stack([truth.norm() for truth in truths.values()]).norm()
+    for name, result, truth in zip(names, gradients(row, call), on("torch", gradients)(row, wide), strict=True):
+        assert result.shape == truth.shape
+        other = CANCELLED.get((row.id, name)) or CANCELLED.get((row.function, name))
+        if magnified or other:
+            scale = together if magnified else truths[other].norm()
+            assert float((result - truth).norm()) <= limit * float(scale), name
+        else:
+            assert relative_error(result, truth) <= limit, name
+
+
+# In the interpreter the rows of many classes, which are there for the counting, take one precision.
+PRECISIONS = [
+    pytest.param(row, dtype, id=f"{row.id}-{dtype}")
+    for row in ROWS
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if DEVICE == "cuda" or dtype == torch.float32 or "many-classes" not in row.tags
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("row", "dtype"), PRECISIONS)
+def test_kernel_follows_float64(row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Results and gradients, out of poisoned memory."""
+    call, wide = build(row, rng, dtype)
+    with ovs.backend("triton"):
+        results = row.run(call)
+        assert ovs.last_backend(row.operator) == "triton"
+        assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
+        if row in DIFFERENTIABLE and row.operator not in DECIDING:
+            check_gradients(row, call, wide, KERNEL_GRADIENT_FACTOR * KERNEL[dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("row", [row for row in ROWS if "odd" in row.tags], ids=row_id)
+def test_layout_of_the_inputs_does_not_matter(row: Sample, layout: str, rng: torch.Generator) -> None:
+    call, _ = build(row, rng, torch.float32)
+    rearranged = map_tensors(LAYOUTS[layout], call)
+    with ovs.backend("triton"):
+        for result, truth in zip(tensors(row.run(rearranged)), tensors(row.run(call)), strict=True):
+            assert torch.equal(result, truth)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "odd" in row.tags], ids=row_id)
+def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(row: Sample, rng: torch.Generator) -> None:
+    call, _ = build(row, rng, torch.float32)
+    before = map_tensors(torch.clone, call)
+    with ovs.backend("triton"):
+        runs = [[*tensors(row.run(call)), *(gradients(row, call) if row in DIFFERENTIABLE else [])] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(call), tensors(before), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nan_and_infinity_come_out_where_pytorch_has_them(function: str, value: float, rng: torch.Generator) -> None:
+    """One element of one argument at a time, at a random place."""
+    row = next(row for row in ROWS if row.function == function and "odd" in row.tags)
+    call, _ = build(row, rng, torch.float32)
+    for argument in range(len(floating(call))):
+        bad = map_tensors(torch.clone, call)
+        target = floating(bad)[argument].view(-1)
+        target[torch.randint(target.numel(), (1,), generator=rng)] = value
+        results, truths = (tensors(on(backend, row.run)(bad)) for backend in ("triton", "torch"))
+        for result, truth in zip(results, truths, strict=True):
+            assert torch.equal(result.isfinite(), truth.isfinite()), argument
+
+
+class CustomCalls(TorchDispatchMode):
+    """Keeps the arguments of the first call of each custom operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "ovseg_fast":
+            self.calls.setdefault(function, arguments)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_custom_operators_pass_opcheck(function: str, rng: torch.Generator) -> None:
+    """Schema, fake, autograd registration and tracing with dynamic sizes, of forward and backward alike."""
+    row = next(row for row in ROWS if row.function == function and "small" in row.tags)
+    call, _ = build(row, rng, torch.float32)
+    with ovs.backend("triton"), CustomCalls() as seen:
+        if row in DIFFERENTIABLE:
+            gradients(row, call)
+        else:
+            row.run(call)
+    assert seen.calls
+    for operator, arguments in seen.calls.items():
+        differentiable = not operator.name().endswith("_backward") and row in DIFFERENTIABLE
+        arguments = map_tensors(torch.Tensor.detach, tuple(arguments))
+        for tensor in tensors(arguments):
+            tensor.requires_grad_(differentiable and tensor.is_floating_point())
+        torch.library.opcheck(operator, arguments, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_compiles_as_one_graph_with_dynamic_sizes(function: str, rng: torch.Generator) -> None:
+    rows = [row for row in ROWS if row.function == function and not row.tags & {"empty", "one-class", "many-classes"}]
+    torch.compiler.reset()
+    compiled = torch.compile(getattr(ops, function), fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def results_and_gradients(run: Callable[..., Any], call: samples.Call) -> list[torch.Tensor]:
+        leaves = map_floating(lambda tensor: tensor.clone().requires_grad_(function in GRADIENTS), call)
+        results = tensors(run(*leaves[0], **leaves[1]))
+        if function not in GRADIENTS:
+            return results
+        total = sum(result.square().sum() for result in results)
+        return [*results, *torch.autograd.grad(total, floating(leaves), materialize_grads=True)]
+
+    with ovs.backend("triton"):
+        for row in rows[:2]:
+            call, _ = build(row, rng, torch.float32)
+            found, expected = (results_and_gradients(run, call) for run in (compiled, getattr(ops, function)))
+            for result, truth in zip(found, expected, strict=True):
+                assert torch.allclose(result, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+    assert ovs.last_backend(rows[0].operator) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", [row for row in DIFFERENTIABLE if "small" in row.tags], ids=row_id)
+def test_autocast_gives_what_the_low_precision_gives(row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
+    call, _ = build(row, rng, torch.float32)
+    expected_dtype = torch.float32 if row.operator in WITHOUT_AUTOCAST else dtype
+    low = map_floating(lambda tensor: tensor.to(expected_dtype), call)
+    with ovs.backend("triton"):
+        expected = row.run(low)
+        with torch.autocast(DEVICE, dtype):
+            results = row.run(call)
+    for result, truth in zip(tensors(results), tensors(expected), strict=True):
+        assert result.dtype == expected_dtype
+        assert torch.equal(result, truth)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(function: str, rng: torch.Generator) -> None:
+    row = next(row for row in ROWS if row.function == function and "small" in row.tags)
+    call = row.build(rng, torch.float64, DEVICE)
+    with ovs.backend("triton"), pytest.raises(RuntimeError, match=f"{row.operator}: the triton backend .* float64"):
+        row.run(call)
+    with ovs.backend("auto"):
+        row.run(call)
+    assert ovs.last_backend(row.operator) == "torch"

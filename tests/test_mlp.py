@@ -1,0 +1,195 @@
+"""The residual MLP that both aggregation blocks share: what every operator's kernels promise, for this part alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from layouts import LAYOUTS
+from ovseg_fast.kernels import _mlp as kernels
+from ovseg_fast.ops._mlp import KERNEL_CHANNELS, mlp_refusal, residual_mlp
+from samples import Draw, map_tensors, tensors
+from test_kernels import DEVICE, CustomCalls, poisoned  # noqa: F401
+from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
+
+NAMES = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+ACTIVATIONS = ("gelu", "relu")
+ODD = ((2, 5, 7), 15, 37)
+SIZES = [((4, 16), 16, 64), ((1, 1), 8, 5), ODD, ((67,), 128, 70), ((3, 11), 130, 33), ((40,), 256, 16)]
+
+
+def build(
+    rng: torch.Generator, sizes: tuple[tuple[int, ...], int, int], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """The seven tensors of a call, of `sizes` (shape without channels, C, M)."""
+    shape, channels, hidden = sizes
+    draw = Draw(rng, dtype, DEVICE)
+    return [
+        draw(*shape, channels), *draw.norm(channels), *draw.linear(hidden, channels), *draw.linear(channels, hidden)
+    ]  # fmt: skip
+
+
+def away_from_ties(call: list[Tensor]) -> list[Tensor]:
+    """The same call with a bias b₁ at which no row is near the tie of ReLU.
+
+    Rounding to 16 bits carries some numbers over zero, where the gradient jumps: that says nothing about a kernel.
+    """
+    wide = [tensor.double() for tensor in call]
+    normed = torch.nn.functional.layer_norm(wide[0], wide[0].shape[-1:], *wide[1:3]).flatten(0, -2)
+    values = (normed @ wide[3].T).sort(0).values
+    rows = len(values)
+    middle = values[rows // 4 : max(rows - rows // 4, 2)]
+    gap = middle.diff(dim=0).argmax(0, keepdim=True)
+    bias = -(middle.gather(0, gap) + middle.gather(0, gap + 1))[0] / 2
+    return [*call[:4], bias.to(call[4].dtype), *call[5:]]
+
+
+def run(call: list[Tensor], activation: str, backend: str = "triton") -> Tensor:
+    return residual_mlp(*call, activation=activation, backend=backend)
+
+
+def gradients(call: list[Tensor], activation: str, backend: str = "triton") -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in call]
+    out = run(leaves, activation, backend)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return list(torch.autograd.grad(out, leaves, cotangent.to(out.device, out.dtype)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kernel_follows_float64(
+    sizes: tuple[tuple[int, ...], int, int], activation: str, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    call = build(rng, sizes, dtype)
+    if activation == "relu" and math.prod(sizes[0]) > 1:
+        call = away_from_ties(call)
+    wide = [tensor.double() for tensor in call]
+    assert relative_error(run(call, activation), run(wide, activation, "torch")) <= KERNEL[dtype]
+    results, truths = gradients(call, activation), gradients(wide, activation, "torch")
+    for name, result, truth in zip(NAMES, results, truths, strict=True):
+        assert result.dtype == dtype
+        assert relative_error(result, truth) <= KERNEL_GRADIENT_FACTOR * KERNEL[dtype], name
+
+
+def test_weight_gradients_of_many_rows_are_summed_in_parts(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several steps a program, several programs, the last of them with fewer rows."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 9)
+    call = build(rng, ((5, 41), 16, 40))
+    wide = [tensor.double() for tensor in call]
+    for name, result, truth in zip(NAMES, gradients(call, "gelu"), gradients(wide, "gelu", "torch"), strict=True):
+        assert relative_error(result, truth) <= KERNEL_GRADIENT_FACTOR * KERNEL[torch.float32], name
+
+
+def test_gelu_is_exact_to_the_precision_of_float32() -> None:
+    """Where LN gives ones, W₁ a hidden unit's number and W₂ is the identity, the output is GELU of these numbers."""
+    numbers = torch.linspace(-9, 9, KERNEL_CHANNELS, device=DEVICE)
+    ones, zeros = torch.ones_like(numbers), torch.zeros_like(numbers)
+    call = [zeros, zeros, ones, (numbers / len(numbers))[:, None] * ones, zeros, torch.diag(ones), zeros]
+    truth = torch.nn.functional.gelu(numbers.double())
+    torch.testing.assert_close(run(call, "gelu").double(), truth, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_rows_give_weight_gradients_of_zero(activation: str, rng: torch.Generator) -> None:
+    call = build(rng, ((0, 3), 8, 20))
+    assert run(call, activation).shape == (0, 3, 8)
+    x, *others = gradients(call, activation)
+    assert x.shape == (0, 3, 8)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in others)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layout_of_the_inputs_does_not_matter(activation: str, layout: str, rng: torch.Generator) -> None:
+    call = build(rng, ODD)
+    rearranged = [LAYOUTS[layout](tensor) for tensor in call]
+    assert torch.equal(run(rearranged, activation), run(call, activation))
+    pairs = zip(gradients(rearranged, activation), gradients(call, activation), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(activation: str, rng: torch.Generator) -> None:
+    call = build(rng, ODD)
+    before = [tensor.clone() for tensor in call]
+    runs = [[run(call, activation), *gradients(call, activation)] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(call, before, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_come_out_where_pytorch_has_them(activation: str, value: float, rng: torch.Generator) -> None:
+    call = build(rng, ODD)
+    for argument, name in enumerate(NAMES):
+        bad = [tensor.clone() for tensor in call]
+        target = bad[argument].view(-1)
+        target[torch.randint(target.numel(), (1,), generator=rng)] = value
+        result, truth = (run(bad, activation, backend) for backend in ("triton", "torch"))
+        assert torch.equal(result.isfinite(), truth.isfinite()), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_computed_for_what_needs_them_alone(activation: str, rng: torch.Generator) -> None:
+    call = build(rng, ((5,), 6, 7))
+    everything = gradients(call, activation)
+    for alone in range(len(NAMES)):
+        leaves = [tensor.detach().requires_grad_(place == alone) for place, tensor in enumerate(call)]
+        with CustomCalls() as seen:
+            out = run(leaves, activation)
+            cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+            (gradient,) = torch.autograd.grad(out, leaves[alone], cotangent.to(out.device, out.dtype))
+        assert torch.equal(gradient, everything[alone]), NAMES[alone]
+        (flags,) = (call[-4:-1] for operator, call in seen.calls.items() if "backward" in operator.name())
+        assert sum(flags) == 1
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_custom_operators_pass_opcheck(activation: str, rng: torch.Generator) -> None:
+    with CustomCalls() as seen:
+        gradients(build(rng, ((2, 3), 4, 5)), activation)
+    assert len(seen.calls) == 2
+    for operator, arguments in seen.calls.items():
+        arguments = map_tensors(torch.Tensor.detach, tuple(arguments))
+        for tensor in tensors(arguments):
+            tensor.requires_grad_(not operator.name().endswith("_backward"))
+        torch.library.opcheck(operator, arguments, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiles_as_one_graph_with_dynamic_sizes(activation: str, rng: torch.Generator) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(residual_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in SIZES[2:4]:
+        call = build(rng, sizes)
+        assert torch.equal(compiled(*call, activation=activation, backend="triton"), run(call, activation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_autocast_gives_what_the_low_precision_gives(activation: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    call = build(rng, ODD)
+    with torch.autocast(DEVICE, dtype):
+        result = run(call, activation)
+        slopes: list[Any] = gradients(call, activation)
+    low = [tensor.to(dtype) for tensor in call]
+    assert torch.equal(result, run(low, activation))
+    assert {slope.dtype for slope in slopes} == {torch.float32}
+
+
+def test_rows_wider_than_a_kernel_holds_are_refused() -> None:
+    width = KERNEL_CHANNELS + 1
+    assert mlp_refusal(torch.empty(3, KERNEL_CHANNELS), torch.empty(7, KERNEL_CHANNELS)) is None
+    reason = mlp_refusal(torch.empty(3, width), torch.empty(7, width))
+    assert reason is not None
+    assert str(width) in reason
+    assert KERNEL_CHANNELS == kernels.CHANNELS

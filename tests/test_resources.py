@@ -1,0 +1,41 @@
+"""Every Triton kernel compiled ahead of time for three GPU generations, against the recorded use of registers, shared
+memory and spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from ovseg_fast import backends
+
+TESTS = Path(__file__).parent
+SHARED_LIMIT = 99 * 1024  # of a consumer card
+RECORDED_WITH = "3.7.1"  # the triton of constraints.txt
+
+
+@pytest.mark.parametrize("operator", backends.operators_with_kernels())
+def test_kernels_compile_and_use_what_is_recorded(operator: str) -> None:
+    """A change is no error in itself: look at it, then record it with `python tests/resources.py --write OPERATOR`."""
+    script = "import json, resources, sys; print(json.dumps(resources.table(sys.argv[1])))"
+    run = subprocess.run(
+        [sys.executable, "-c", script, operator],
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    measured = json.loads(run.stdout.splitlines()[-1])
+    assert measured
+    for label, row in measured.items():
+        for architecture, usage in row.items():
+            assert usage["shared"] <= SHARED_LIMIT, (label, architecture)
+    if metadata.version("triton") != RECORDED_WITH:
+        pytest.skip(f"all compile; the record is of triton {RECORDED_WITH}, another compiler uses other registers")
+    assert measured == json.loads((TESTS / "resources" / f"{operator}.json").read_text())
