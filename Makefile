@@ -8,7 +8,7 @@ RESULTS ?= build/benchmarks.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test slow lint bench demo clean
+.PHONY: help venv test slow lint bench gpu demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -24,7 +24,7 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	@touch $@
 
 test: lint ## linter, type checker, then all tests but the slow ones
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 slow: venv ## the slow tests
 	$(BIN)/pytest -m slow
@@ -37,6 +37,12 @@ lint: venv ## ruff (rules and format) and mypy
 bench: venv ## benchmarks: each checks that the results agree, then times them; RESULTS=... names the JSON file
 	@mkdir -p $(dir $(RESULTS))
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)
+
+# On a machine with a GPU, in the Python that is active: its PyTorch is the one to measure, so nothing is installed but
+# this package itself.
+gpu: ## on a machine with a GPU: build, test every operator on it, time it, write benchmarks/results/<gpu>.json and plots
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 demo: venv $(DEMO)/cat.png $(DEMO)/made_up_weights.pth ## segment a photograph from the command line
 	$(BIN)/ovseg-fast segment $(DEMO)/cat.png --classes "cat, grass, wall, sofa" --model catseg-vitb \

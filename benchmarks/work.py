@@ -1,0 +1,116 @@
+"""How much work an operator's call is, whatever computes it: bytes that have to move and floating-point operations.
+
+Bytes: every input read once, every result written once. Operations: the multiplications and additions of the products,
+after the exact rewrites (shared guidance projected once, padding classes as constants); norms, activations and softmax,
+a few per cent, are left out. A backward is taken as twice the operations, and as reading inputs and the results'
+gradients once and writing the inputs' gradients once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from samples import Sample, arguments, tensors
+
+
+def _cost_volume(named: dict[str, Any]) -> int:
+    image, text = named["image"], named["text"]
+    return 2 * image.numel() * text.shape[-3] * text.shape[-2]
+
+
+def _cost_embedding(named: dict[str, Any]) -> int:
+    batch, height, width, _ = named["image"].shape
+    outputs = batch * named["text"].shape[-3] * height * width
+    return _cost_volume(named) + 2 * outputs * named["weight"].numel()
+
+
+def _spatial_aggregation(named: dict[str, Any]) -> int:
+    x, weight = named["x"], named["fc1_weight"]
+    channels = x.shape[-1]
+    tokens = x.numel() // channels
+    keys = min(named["window"], *x.shape[2:4]) ** 2
+    guidance = 4 * named["guidance"].numel() * channels
+    return guidance + tokens * (8 * channels**2 + 4 * keys * channels + 4 * weight.numel())
+
+
+def _class_aggregation(named: dict[str, Any]) -> int:
+    x, weight = named["x"], named["fc1_weight"]
+    batch, classes, height, width, channels = x.shape
+    tokens = batch * classes * (height // named["pooling"]) * (width // named["pooling"])
+    guidance = 4 * named["guidance"].numel() * channels
+    linear = 4 * channels * channels // named["heads"]
+    return guidance + tokens * (6 * channels**2 + linear + 4 * weight.numel())
+
+
+def _upsampling_decoder(named: dict[str, Any]) -> int:
+    x, out = named["x"], named["norm1_weight"].numel()
+    pixels = 4 * x.numel() // x.shape[-1]
+    return pixels * (2 * 4 * x.shape[-1] * out + 2 * 9 * out * out)
+
+
+def _layer_gather(named: dict[str, Any]) -> int:
+    rows = named["hidden"][0].shape[0] * named["patches"]
+    return 2 * rows * named["projection"].numel()
+
+
+def _gaussian_aggregation(named: dict[str, Any]) -> int:
+    return 2 * named["features"].numel()
+
+
+def _gather_stage(named: dict[str, Any]) -> int:
+    rows = named["hidden"][0].shape[0] * named["patches"]
+    return _layer_gather(named) + 2 * rows * named["projection"].shape[0] * named["projection"].shape[2]
+
+
+def _mask_scores(named: dict[str, Any]) -> int:
+    queries, memory = named["queries"], named["memory"]
+    width = queries.shape[-1]
+    return 2 * width * (queries.numel() + memory.numel()) + 2 * queries.numel() * memory.shape[1]
+
+
+def _mask_attention(named: dict[str, Any]) -> int:
+    queries, memory = named["queries"], named["memory"]
+    width = queries.shape[-1]
+    return 4 * width * (queries.numel() + memory.numel()) + 4 * queries.numel() * memory.shape[1]
+
+
+def _label_map(named: dict[str, Any]) -> int:
+    """Four taps of two operations a resizing, about ten for a sigmoid: windows, whole map, output."""
+    classes, (height, width) = named["logits"].shape[1], named["size"]
+    windows = named["logits"].shape[0] * named["window"][0] * named["window"][1]
+    canvas = named["canvas"][0] * named["canvas"][1]
+    return classes * (18 * windows + (26 * canvas if named.get("whole") is not None else 0) + 8 * height * width)
+
+
+def _mask_losses(named: dict[str, Any]) -> int:
+    """Four taps of two operations, and about twenty for the losses of a pixel."""
+    return 28 * named["logits"].shape[1] * named["labels"].numel()
+
+
+OPERATIONS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "class_aggregation": _class_aggregation,
+    "cost_embedding": _cost_embedding,
+    "cost_volume": _cost_volume,
+    "gather_stage": _gather_stage,
+    "gaussian_aggregation": _gaussian_aggregation,
+    "label_map": _label_map,
+    "layer_gather": _layer_gather,
+    "mask_attention": _mask_attention,
+    "mask_losses": _mask_losses,
+    "mask_scores": _mask_scores,
+    "score_map": _label_map,
+    "spatial_aggregation": _spatial_aggregation,
+    "top_labels": _label_map,
+    "upsampling_decoder": _upsampling_decoder,
+}
+
+
+def work(row: Sample, call: Any, results: Any, backward: bool = False) -> tuple[int, int]:
+    """(bytes, operations) of one call of `row` that gave `results`, forward or forward and backward together."""
+    named = arguments(row.function, call)
+    operations = OPERATIONS[row.function](named)
+    inputs, outputs = (sum(t.numel() * t.element_size() for t in tensors(part)) for part in (call, results))
+    if backward:
+        return 3 * inputs + 2 * outputs, 3 * operations
+    return inputs + outputs, operations
