@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch
+from ._class_tokens import row_tile
+from ._launch import cdiv, launch
 from ._math import rounded
-
-ROWS = {2: 32, 4: 16}  # tokens in a tile, by bytes of an element
 
 
 @triton.jit
@@ -101,7 +100,7 @@ def class_aggregation_resize(x: Tensor, y: Tensor) -> Tensor:
     low_height, low_width = y.shape[2:4]
     rows = x.shape[0] * x.shape[1] * height * width
     out = x.new_empty(x.shape)
-    tile = {"ROWS": ROWS[x.element_size()], "CHANNELS": block(channels, 16, 1 << 20)}
+    tile = row_tile(x)
     launch(
         _resize_add, (cdiv(rows, tile["ROWS"]),),
         x, y, out, rows, height, width, low_height, low_width, channels,
@@ -116,7 +115,7 @@ def class_aggregation_resize_backward(grad: Tensor, low_height: int, low_width: 
     batch, classes, height, width, channels = grad.shape
     rows = batch * classes * low_height * low_width
     out = grad.new_empty(batch, classes, low_height, low_width, channels)
-    tile = {"ROWS": ROWS[grad.element_size()], "CHANNELS": block(channels, 16, 1 << 20)}
+    tile = row_tile(grad)
     launch(
         _resize_backward, (cdiv(rows, tile["ROWS"]),),
         grad, out, rows, height, width, low_height, low_width, channels,

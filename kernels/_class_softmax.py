@@ -26,10 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._class_tokens import pooled
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot, rounded
 
-TOKENS = {2: 64, 4: 32}  # classes in a tile, at most, by bytes of an element
+# Classes in a tile, at most, and the warps of a program, by bytes of an element. float32 products do not run on tensor
+# cores unless TF32 is allowed, and their unrolled form needs the registers.
+TILES = {2: {"TOKENS": 64, "warps": 4}, 4: {"TOKENS": 32, "warps": 8}}
 
 
 @triton.jit
@@ -170,8 +172,8 @@ def _keys(
     tl.store(target + channels, dv, mask=mask)
 
 
-def _sizes(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all kernels take: numbers known at the call, and the tile."""
+def _arguments(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What all kernels take: numbers known at the call, the tile and its warps."""
     batch, classes, height, width, channels = x.shape
     positions = (height // pooling) * (width // pooling)
     keys = classes + (pads > 0)
@@ -179,15 +181,16 @@ def _sizes(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tup
         classes, keys, positions, channels, heads, terms.stride(0) if len(terms) > 1 else 0,
         batch * classes * positions, (channels // heads) ** -0.5, math.log(max(pads, 1)),
     )  # fmt: skip
-    tokens = block(keys, 16, TOKENS[x.element_size()])
-    return numbers, {"TOKENS": tokens, "HEAD": block(channels // heads, 16), "PRECISION": precision()}
+    tile = sizes(TILES, x)
+    tokens = block(keys, 16, tile["TOKENS"])
+    return numbers, tile | {"TOKENS": tokens, "HEAD": block(channels // heads, 16), "PRECISION": precision()}
 
 
 def attend(
     projected: Tensor, x: Tensor, terms: Tensor, v_bias: Tensor, out: Tensor, pads: int, heads: int, pooling: int
 ) -> None:
     """Writes y, (B, T, h, w, C), from projected (tokens and the padding class, 3C) and x, (B, T, H, W, C)."""
-    numbers, tile = _sizes(x, terms, pads, heads, pooling)
+    numbers, tile = _arguments(x, terms, pads, heads, pooling)
     launch(
         _queries, (out.shape[0] * out.shape[2] * out.shape[3] * heads * cdiv(x.shape[1], tile["TOKENS"]),),
         projected, terms, v_bias, x, x, out, out, out, *numbers, *x.shape[2:4], pooling, **tile, BACKWARD=False,
@@ -199,7 +202,7 @@ def attend_backward(
     pads: int, heads: int, pooling: int,
 ) -> None:  # fmt: skip
     """Writes (dq', dk', dv) of the tokens, (tokens, 3C), and (dk', dv) of the padding class at each position."""
-    numbers, tile = _sizes(x, terms, pads, heads, pooling)
+    numbers, tile = _arguments(x, terms, pads, heads, pooling)
     classes, keys, positions = numbers[:3]
     lines = x.shape[0] * positions * heads
     logarithms = x.new_empty(lines * classes, dtype=torch.float32)

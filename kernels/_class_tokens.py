@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch
+from ._launch import block, cdiv, launch, sizes
 from ._math import rounded, standardise, standardise_backward
 
 EPS = tl.constexpr(1e-5)  # torch.nn.functional.layer_norm
@@ -90,9 +90,9 @@ def normalise_backward(
         tl.store(x_grad + target * channels + c[None, :], g, mask=real)
 
 
-def row_tile(channels: int, size: int) -> dict[str, int]:
+def row_tile(x: Tensor) -> dict[str, int]:
     """Tile of the element-wise kernels, which hold whole tokens."""
-    return {"ROWS": ROWS[size], "CHANNELS": block(channels, 16, 1 << 20)}
+    return {"ROWS": sizes(ROWS, x), "CHANNELS": block(x.shape[-1], 16, 1 << 20)}
 
 
 def normed_tokens(
@@ -103,7 +103,7 @@ def normed_tokens(
     tokens = batch * classes * (height // pooling) * (width // pooling)
     rows = tokens + (pads > 0)
     normed = x.new_empty(rows, channels)
-    tile = row_tile(channels, x.element_size())
+    tile = row_tile(x)
     launch(
         normalise, (cdiv(rows, tile["ROWS"]),),
         x, padding, norm_weight, norm_bias, normed, tokens, rows, height, width, channels, pooling, **tile,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._map_tiles import halo_pixels, map_tile, tile_pixels
 from ._math import dot
 
@@ -129,7 +129,7 @@ def cost_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     batch, classes, height, width, channels = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
     out = grad.new_empty(batch, classes * prompts, height * width)
-    tile = COST_TILES[grad.element_size()]
+    tile = sizes(COST_TILES, grad)
     rows, columns = map_tile(height, width, size, tile["HALO"], tile["PIXELS"])
     halo = block((rows + size - 1) * (columns + size - 1), most=tile["HALO"])
     together = tile["HALO"] // halo if prompts == 1 else 1
@@ -147,7 +147,7 @@ def weight_gradient(grad: Tensor, cost: Tensor, weight: Tensor) -> tuple[Tensor,
     """(B, T, H, W, C), (B, T · P, H · W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
     batch, classes, height, width, channels = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
-    tile = WEIGHT_TILES[grad.element_size()]
+    tile = sizes(WEIGHT_TILES, grad)
     taps = block(size * size + 1, most=tile["TAPS"])
     rows = cdiv(size * size + 1, taps) * taps
     outputs = block(channels, most=tile["CHANNELS"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+Sizes = TypeVar("Sizes")
 
 # Set by the ahead-of-time checks: called instead of a launch, with (kernel, arguments, constants, options).
 recorder: Callable[[Any, tuple[Any, ...], dict[str, Any], dict[str, int]], None] | None = None
+recorded_generation = 0  # which GPUs they compile for, see `generation`
 
 
 def launch(
@@ -26,6 +31,24 @@ def launch(
         recorder(kernel, arguments, constants, options)
         return
     kernel[grid](*arguments, **constants, **options)
+
+
+@functools.cache
+def generation(index: int) -> int:
+    """The youngest matrix instructions of a GPU: 80 for mma.sync (Ampere, Ada, GeForce Blackwell), whose sums a thread
+    keeps in registers next to the operands, 90 for Hopper's wgmma, 100 for tcgen05 (data-centre Blackwell)."""
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+def sizes(table: Mapping[Any, Sizes], x: Tensor) -> Sizes:
+    """The entry of a table of block sizes for tensors like `x`: by bytes of an element, or by (bytes of an element,
+    `generation`) where a generation has one of its own. No search: the first call compiles one variant."""
+    size = x.element_size()
+    if x.is_cuda or recorder is not None:
+        own = (size, generation(x.get_device()) if recorder is None else recorded_generation)
+        return table.get(own, table[size])
+    return table[size]  # Triton's interpreter
 
 
 def block(size: int, least: int = 16, most: int = 128) -> int:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block
+from ._launch import block, sizes
 from ._math import dot
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
@@ -24,10 +24,9 @@ WIDE = 128  # channels that it reads at a time for the statistics
 
 def tiles(tokens: Tensor, out: int, sums: int = 1) -> dict[str, int]:
     """Rows, columns and channels of a program that holds `sums` blocks (ROWS, OUT), its warps and pipeline stages."""
-    size = tokens.element_size()
     columns = block(out, most=1024)
-    rows = min(64, max(16, SUMS[size] // sums // columns))
-    channels = min(64, max(16, ENTRIES[size] // columns))
+    rows = min(64, max(16, sizes(SUMS, tokens) // sums // columns))
+    channels = min(64, max(16, sizes(ENTRIES, tokens) // columns))
     # Two chunks of the projection lie in shared memory at a time: three stages, but two where Hopper's products of 64
     # rows keep one chunk more. Where they are too large for a consumer card, one chunk does.
     return {
@@ -36,7 +35,7 @@ def tiles(tokens: Tensor, out: int, sums: int = 1) -> dict[str, int]:
         "CHANNELS": channels,
         "WIDE": block(tokens.shape[-1], most=WIDE),
         "warps": 8,
-        "stages": 2 if rows == 64 or channels * columns * size > 32768 else 3,
+        "stages": 2 if rows == 64 or channels * columns * tokens.element_size() > 32768 else 3,
     }
 
 

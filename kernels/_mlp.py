@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot, standardise, standardise_backward
 
 EPS = tl.constexpr(1e-5)  # torch.nn.functional.layer_norm
@@ -27,9 +27,11 @@ CHANNELS = 256  # the widest rows that a program holds
 
 # Rows and hidden units that a program works on at a time, and its warps, by bytes of an element and by kernel, for up
 # to 128 channels. Two programs of 16-bit elements share a multiprocessor: one's activations run beside the other's
-# products. float32 products do not run on tensor cores unless TF32 is allowed; unrolled they need small tiles.
+# products. Where mma.sync keeps operands and sums in registers, twice the warps hold them without spills. float32
+# products do not run on tensor cores unless TF32 is allowed; unrolled they need small tiles.
 TILES = {
     2: {"forward": (64, 64, 4), "backward": (64, 32, 4), "weights": (32, 64, 4)},
+    (2, 80): {"forward": (64, 64, 8), "backward": (32, 64, 8), "weights": (64, 32, 8)},
     4: {"forward": (32, 32, 8), "backward": (32, 16, 8), "weights": (16, 16, 8)},
 }
 PROGRAMS = 256  # of the weights kernel: two for each multiprocessor, and their parts stay small
@@ -202,7 +204,7 @@ def _backward_weights(
 def _tile(x: Tensor, kernel: str) -> tuple[dict[str, int], int]:
     """Block sizes and warps."""
     channels = block(x.shape[-1], most=CHANNELS)
-    rows, hidden, warps = TILES[x.element_size()][kernel]
+    rows, hidden, warps = sizes(TILES, x)[kernel]
     if channels > 128:
         rows, hidden = max(rows // 2, 16), max(hidden // 2, 16)
     return {"ROWS": rows, "HIDDEN": hidden, "CHANNELS": channels}, warps

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot, rounded, standardise, standardise_backward
 from ._windows import EPS, LOG2E, masked, project, slots, window_tiles
 
@@ -221,7 +221,7 @@ def _through_attention(
     tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
     grad_tokens = torch.empty_like(tokens)
     attended = torch.empty_like(grad) if need_attended else x.new_empty(0)
-    queries = dict(QUERIES[x.element_size()])
+    queries = dict(sizes(QUERIES, x))
     warps = queries.pop("warps")
     launch(
         _attend_backward, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot, rounded
 
 EPS = 1e-5  # torch.nn.functional.layer_norm
@@ -134,7 +134,7 @@ def project(
 
 def projection_tile(x: Tensor) -> tuple[dict[str, int], int]:
     """Tile sizes of a projection, no wider than the channels, and the warps of a program."""
-    tile = dict(TILES[x.element_size()])
+    tile = dict(sizes(TILES, x))
     warps = tile.pop("warps")
     for name in ("COLUMNS", "CHANNELS"):
         tile[name] = block(x.shape[-1], most=tile[name])

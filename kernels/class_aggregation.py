@@ -33,7 +33,7 @@ from torch import Tensor
 from ._class_resize import class_aggregation_resize, class_aggregation_resize_backward
 from ._class_softmax import attend, attend_backward
 from ._class_tokens import normalise_backward, normed_tokens, pooled, row_tile
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot, rounded
 
 __all__ = [
@@ -208,9 +208,10 @@ def _linear(
             tl.store(target + channels, dv, mask=mask)
 
 
-def _group_tile(keys: int, channels: int, heads: int, size: int) -> tuple[int, dict[str, int]]:
+def _group_tile(x: Tensor, keys: int, heads: int) -> tuple[int, dict[str, int]]:
     """Channels of a program's heads, and the tile."""
-    tile = TILES[size]
+    tile = sizes(TILES, x)
+    channels = x.shape[-1]
     head_channels = channels // heads
     together = max(1, min(heads, tile["GROUP"] // head_channels, GROUP_HEADS))
     return together * head_channels, {
@@ -227,7 +228,7 @@ def _attend(
 ) -> None:  # fmt: skip
     batch, classes, height, width, channels = x.shape
     positions = (height // pooling) * (width // pooling)
-    group_channels, tile = _group_tile(classes + (pads > 0), channels, heads, x.element_size())
+    group_channels, tile = _group_tile(x, classes + (pads > 0), heads)
     launch(
         _linear, (batch * positions * cdiv(channels, group_channels),),
         normed, x, terms, weight, v_bias, grad, out, pad_out,
@@ -283,7 +284,7 @@ def class_aggregation_attention_backward(
     dropped = height % pooling or width % pooling  # tokens that no mean holds
     x_grad = torch.zeros_like(x) if dropped else torch.empty_like(x)
     padding_grad = torch.zeros_like(padding_token) if not pads else torch.empty_like(padding_token)
-    tile = row_tile(channels, x.element_size())
+    tile = row_tile(x)
     programs = cdiv(rows, tile["ROWS"])
     sums = x.new_empty(2, programs if parameters else 0, channels, dtype=torch.float32)
     launch(

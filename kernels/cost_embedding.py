@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cost_embedding_backward import cost_gradient, weight_gradient
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._map_tiles import halo_pixels, map_tile, tile_pixels
 from ._math import dot
 from .cost_volume import EPS, cost_volume, cost_volume_backward
@@ -216,7 +216,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     classes, prompts = text.shape[-3:-1]
     outputs, size = weight.shape[0], weight.shape[-1]
     out = image.new_empty(batch, classes, height, width, outputs)
-    tile = TILES[image.element_size()]
+    tile = sizes(TILES, image)
     rows, columns = map_tile(height, width, size, HALO, tile["ITEMS"])
     pixels = block(rows * columns, most=tile["ITEMS"])
     together = block(outputs, most=tile["OUTPUTS"])
@@ -228,7 +228,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
         classes * prompts * channels if text.dim() == 4 else 0, rows, columns,
         SIZE=size, TAPS=block(size * size, most=tile["TAPS"]), HALO=HALO, COLUMNS=COLUMNS, ITEMS=items,
         PIXELS=pixels, OUTPUTS=together, BLOCKS=cdiv(outputs, together), CHANNELS=tile["CHANNELS"],
-        ONE_PROMPT=prompts == 1, PRECISION=precision(), **OPTIONS[image.element_size()],
+        ONE_PROMPT=prompts == 1, PRECISION=precision(), **sizes(OPTIONS, image),
     )  # fmt: skip
     return out
 

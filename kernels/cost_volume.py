@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, precision
+from ._launch import cdiv, launch, precision, sizes
 from ._math import dot
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
@@ -117,7 +117,7 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     batch, patches, channels = image.shape
     prompts = text.shape[-2]
     cost = image.new_empty(batch, prompts, patches)
-    tile = TILES[image.element_size()]
+    tile = sizes(TILES, image)
     launch(
         _forward, (batch * cdiv(patches, tile["ROWS"]) * cdiv(prompts, tile["ROWS"]),),
         image, text, cost, prompts, patches, channels, prompts * channels if text.dim() == 3 else 0,
@@ -134,7 +134,7 @@ def cost_volume_backward(
     batch, patches, channels = image.shape
     prompts = text.shape[-2]
     own = text.dim() == 3
-    tile = TILES[image.element_size()]
+    tile = sizes(TILES, image)
     norms = []
     for side in (image, text):
         rows = side.numel() // channels

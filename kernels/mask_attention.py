@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot
 
 # Queries and keys of a tile by bytes of an element. Where small tiles are few, they spread the work over more
@@ -167,9 +167,9 @@ def _scores(
     _score(q, k, scores, tl.program_id(0), queries, keys, channels, scale, QUERIES, KEYS, CHANNELS, PRECISION)
 
 
-def _tile(sizes: dict[int, dict[str, dict[str, int]]], q: Tensor, copies: int, width: int = 64) -> dict[str, int]:
+def _tile(tiles: dict[int, dict[str, dict[str, int]]], q: Tensor, copies: int, width: int = 64) -> dict[str, int]:
     """Sizes of a tile where each query of `q` (B, T, D) is in `copies` tiles, for heads of `width` channels."""
-    few, many = sizes[q.element_size()].values()
+    few, many = sizes(tiles, q).values()
     tile = few if q.shape[0] * copies * cdiv(q.shape[1], few["QUERIES"]) <= FEW else many
     return tile if width <= 64 else tile | {"KEYS": tile["KEYS"] // 2}  # shared memory holds no more
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision
+from ._launch import block, cdiv, launch, precision, sizes
 from ._math import dot, rounded
 from ._spatial_aggregation_backward import window_attention_backward  # noqa: F401
 from ._windows import LOG2E, masked, project, projection_tile, slots, window_tiles
@@ -109,7 +109,7 @@ def window_attention(
     rows = batch * classes * height * width
     tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
     attended = x.new_empty(rows, channels)
-    queries = dict(QUERIES[x.element_size()])
+    queries = dict(sizes(QUERIES, x))
     warps = queries.pop("warps")
     launch(
         _attend, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),

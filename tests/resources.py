@@ -57,10 +57,11 @@ def specialised(argument: Any) -> tuple[str, Any, bool]:
     return "i64" if abs(argument) >= 2**31 else "i32", None, argument % 16 == 0
 
 
-def requests(operator: str) -> dict[str, tuple[Any, ...]]:
-    """What the launchers of `operator` launch: name and dtype -> (module, kernel, signature, constants, divisible,
-    options)."""
+def requests(operator: str, architecture: int) -> dict[str, tuple[Any, ...]]:
+    """What the launchers of `operator` launch on `architecture`: name and dtype -> (module, kernel, signature,
+    constants, divisible, options)."""
     found: dict[str, tuple[Any, ...]] = {}
+    _launch.recorded_generation = architecture
     backends.refusal = lambda operator, name, *_: None if name == "triton" else "the kernels are looked at"
     for dtype in DTYPES:
 
@@ -122,8 +123,8 @@ def table(operator: str) -> dict[str, dict[str, dict[str, int]]]:
     """Kernel -> architecture -> what it uses, compiled in OVSEG_JOBS processes (by default one a core)."""
     jobs = [
         (label, request, architecture)
-        for label, request in requests(operator).items()
         for architecture in ARCHITECTURES
+        for label, request in requests(operator, architecture).items()
     ]
     result: dict[str, dict[str, dict[str, int]]] = {}
     with ProcessPoolExecutor(int(os.environ.get("OVSEG_JOBS") or os.cpu_count() or 1)) as pool:

@@ -138,9 +138,9 @@ def _attention_rows(function: str, scores_only: bool) -> list[Sample]:
         # Sums over fewer queries and keys can cancel further than bfloat16 holds, in PyTorch's form as in the kernels.
         _row(function, "small", build(classes=6, patches=9), "small"),
         _row(function, "odd", build(batch=2, classes=7, patches=29, channels=15, heads=3), "odd", "batch"),
-        # Likewise, a score alone can cancel to nearly 0; sixteen do not all.
-        _row(function, "one class, one patch", build(batch=16, classes=1, patches=1, heads=1), "one-class", "batch"),
-        _row(function, "heads of one channel", build(classes=5, patches=150, heads=8)),
+        # Likewise, a score alone can cancel to nearly 0; many do not all.
+        _row(function, "one class, one patch", build(batch=64, classes=1, patches=1, heads=1), "one-class", "batch"),
+        _row(function, "heads of one channel", build(batch=3, classes=5, patches=150, heads=8)),
         _row(function, "300 classes", build(classes=300, patches=17, heads=2), "many-classes"),
         _row(function, "no image", build(batch=0), "empty"),
         *(
@@ -164,7 +164,7 @@ SAMPLES = [
         "per-image",
     ),
     _row("cost_volume", "odd", cost_volume(batch=2, classes=5, prompts=3, height=7, width=9, channels=33), "odd"),
-    _row("cost_volume", "one class, one patch", cost_volume(classes=1, height=1, width=1), "one-class"),
+    _row("cost_volume", "one class, one patch", cost_volume(batch=64, classes=1, height=1, width=1), "one-class"),
     _row("cost_volume", "300 classes", cost_volume(classes=300, prompts=2), "many-classes"),
     _row("cost_volume", "no image", cost_volume(batch=0), "empty"),
     *(
@@ -181,7 +181,7 @@ SAMPLES = [
     _row(
         "cost_embedding",
         "small",
-        cost_embedding(classes=2, prompts=2, height=2, width=3, channels=3, out=2, kernel=3),
+        cost_embedding(classes=4, prompts=2, height=2, width=3, channels=3, out=4, kernel=3),
         "small",
     ),
     _row(
@@ -192,8 +192,8 @@ SAMPLES = [
         "batch",
         "per-image",
     ),
-    # Three images, as the only cost's gradient might happen to cancel, and a relative error then says nothing.
-    _row("cost_embedding", "one class, one patch", cost_embedding(batch=3, classes=1, height=1, width=1), "one-class"),
+    # Many images, as the only cost's gradient might happen to cancel, and a relative error then says nothing.
+    _row("cost_embedding", "one class, one patch", cost_embedding(batch=64, classes=1, height=1, width=1), "one-class"),
     _row(
         "cost_embedding",
         "300 classes",
@@ -201,7 +201,7 @@ SAMPLES = [
         "many-classes",
     ),
     _row("cost_embedding", "20 prompts", cost_embedding(classes=2, prompts=20, height=3, width=5, out=17, kernel=5)),
-    _row("cost_embedding", "window of 11", cost_embedding(classes=2, height=3, width=2, kernel=11)),
+    _row("cost_embedding", "window of 11", cost_embedding(classes=6, height=3, width=2, kernel=11)),
     _row("cost_embedding", "window of 1", cost_embedding(height=2, width=20, channels=5, out=130, kernel=1)),
     _row("cost_embedding", "no image", cost_embedding(batch=0), "empty"),
     *(
@@ -278,7 +278,7 @@ SAMPLES = [
     _row(
         "spatial_aggregation",
         "one patch",
-        spatial_aggregation(classes=1, height=1, width=1, heads=1, window=1),
+        spatial_aggregation(batch=16, classes=1, height=1, width=1, heads=1, window=1),
         "one-class",
     ),
     _row(
@@ -303,7 +303,7 @@ SAMPLES = [
     _row(
         "class_aggregation",
         "small",
-        class_aggregation(classes=2, height=2, width=2, channels=4, guidance=2, hidden=5, pad_length=5),
+        class_aggregation(classes=2, height=2, width=2, channels=12, guidance=4, hidden=9, pad_length=5),
         "small",
     ),
     _row(
@@ -314,9 +314,9 @@ SAMPLES = [
             classes=2,
             height=3,
             width=4,
-            channels=4,
-            guidance=2,
-            hidden=5,
+            channels=12,
+            guidance=4,
+            hidden=9,
             pooling=2,
             pad_length=2,
             per_image=True,
@@ -339,7 +339,7 @@ SAMPLES = [
     _row(
         "class_aggregation",
         "one class alone",
-        class_aggregation(classes=1, height=1, width=1, pad_length=0),
+        class_aggregation(batch=16, classes=1, height=1, width=1, pad_length=0),
         "one-class",
     ),
     _row(
@@ -353,7 +353,7 @@ SAMPLES = [
         "class_aggregation",
         "full attention, small",
         class_aggregation(
-            classes=2, height=2, width=2, channels=4, guidance=2, hidden=5, pad_length=5, attention="full"
+            classes=2, height=2, width=2, channels=12, guidance=4, hidden=9, pad_length=5, attention="full"
         ),
         "small",
     ),

@@ -7,7 +7,9 @@ their numbers are right, not whether a GPU takes them, for which see test_resour
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,26 +32,18 @@ FUNCTIONS = sorted({row.function for row in ROWS})
 DIFFERENTIABLE = [row for row in ROWS if row.operator != "label_map"]
 GRADIENTS = {row.function for row in DIFFERENTIABLE}
 
-# Softmax does not see a bias that all its scores share, so these gradients are rounding noise around zero; the noise is
-# compared with the gradient of the same projection's weight.
-# A softmax over one score is 1 whatever the score.
+# Gradients that are zero in exact arithmetic hold rounding noise, which is compared with another gradient of the call.
+# Softmax does not see a bias that all its scores share; one key alone gets all the attention whatever its score. Rows
+# by how their ids begin; the last one that fits counts.
 CANCELLED = {
-    ("spatial_aggregation", "k_bias"): "k_weight",
-    ("mask_attention", "k_bias"): "k_weight",
-    **{
-        ("spatial_aggregation-one patch", name): "v_weight"
-        for name in ("guidance", "q_weight", "q_bias", "k_weight", "k_bias")
-    },
-    **{
-        (f"class_aggregation-full attention, {name}", "k_bias"): "k_weight"
-        for name in ("small", "odd", "300 classes", "no image")
-    },
+    "spatial_aggregation": {"k_bias": "k_weight"},
+    "mask_attention": {"k_bias": "k_weight"},
+    "class_aggregation-full attention": {"k_bias": "k_weight"},
+    **dict.fromkeys(
+        ("spatial_aggregation-one patch", "class_aggregation-one class alone"),
+        dict.fromkeys(("guidance", "q_weight", "q_bias", "k_weight", "k_bias"), "v_weight"),
+    ),
 }
-
-# A norm over four channels and heads of two magnify rounding by what they happen to hold, and where one class stands
-# alone or beside its padding, nearly all of the queries' and keys' gradients cancels. In low precision the gradients of
-# such rows are measured against all of them together.
-MAGNIFYING = {"class_aggregation"}
 
 # Operators that take their inputs as they are under autocast, as PyTorch's own losses take them in float32.
 WITHOUT_AUTOCAST = {"mask_losses"}
@@ -95,19 +89,33 @@ def build(row: Sample, rng: torch.Generator, dtype: torch.dtype) -> tuple[sample
     return call, map_floating(torch.Tensor.double, call)
 
 
-def check_gradients(row: Sample, call: samples.Call, wide: samples.Call, limit: float) -> None:
-    names = [name for name, value in samples.arguments(row.function, call).items() for _ in floating(value)]
-    truths = dict(zip(names, on("torch", gradients)(row, wide), strict=False))
-    magnified = row.operator in MAGNIFYING and row.tags & {"small", "one-class"} and limit > KERNEL[torch.float32] * 3
-    together = torch.stack([truth.norm() for truth in truths.values()]).norm()
-    for name, result, truth in zip(names, gradients(row, call), on("torch", gradients)(row, wide), strict=True):
-        assert result.shape == truth.shape
-        other = CANCELLED.get((row.id, name)) or CANCELLED.get((row.function, name))
-        if magnified or other:
-            scale = together if magnified else truths[other].norm()
-            assert float((result - truth).norm()) <= limit * float(scale), name
-        else:
-            assert relative_error(result, truth) <= limit, name
+def layer(name: str, dtype: torch.dtype) -> str:
+    """Which gradients are compared as one: in low precision those of a layer's weight and bias, and those of the
+    padding class.
+
+    The few numbers of a bias, each a sum over all rows, may happen to nearly vanish, where a relative error says
+    nothing. float32 tells the two apart.
+    """
+    return name if dtype == torch.float32 else re.sub("_(weight|bias|token|guidance)$", "", name)
+
+
+def check_gradients(
+    names: Sequence[str],
+    results: Sequence[torch.Tensor],
+    truths: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    cancelled: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    together: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, result, truth in zip(names, results, truths, strict=True):
+        assert result.shape == truth.shape, name
+        assert result.dtype == dtype, name
+        together.setdefault(layer(name, dtype), []).append((result.double().flatten(), truth.flatten()))
+    parts = {name: [torch.cat(part) for part in zip(*pairs, strict=True)] for name, pairs in together.items()}
+    scales = {layer(name, dtype): parts[layer(other, dtype)][1].norm() for name, other in cancelled.items()}
+    for name, (result, truth) in parts.items():
+        scale = scales.get(name, truth.norm())
+        assert float((result - truth).norm()) <= KERNEL_GRADIENT_FACTOR * KERNEL[dtype] * float(scale), name
 
 
 # In the interpreter the rows of many classes, which are there for the counting, take one precision.
@@ -129,17 +137,28 @@ def test_kernel_follows_float64(row: Sample, dtype: torch.dtype, rng: torch.Gene
         assert ovs.last_backend(row.operator) == "triton"
         assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
         if row in DIFFERENTIABLE and row.operator not in DECIDING:
-            check_gradients(row, call, wide, KERNEL_GRADIENT_FACTOR * KERNEL[dtype])
+            names = [
+                f"{name} {place}".removesuffix(" 0")
+                for name, value in samples.arguments(row.function, call).items()
+                for place, _ in enumerate(floating(value))
+            ]
+            zero = [names for start, names in CANCELLED.items() if row.id.startswith(start)]
+            truths = on("torch", gradients)(row, wide)
+            check_gradients(names, gradients(row, call), truths, dtype, *zero[-1:])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("row", [row for row in ROWS if "odd" in row.tags], ids=row_id)
 def test_layout_of_the_inputs_does_not_matter(row: Sample, layout: str, rng: torch.Generator) -> None:
+    """But for rounding: PyTorch's own products, which project the guidance, may sum another layout in another order."""
     call, _ = build(row, rng, torch.float32)
     rearranged = map_tensors(LAYOUTS[layout], call)
     with ovs.backend("triton"):
         for result, truth in zip(tensors(row.run(rearranged)), tensors(row.run(call)), strict=True):
-            assert torch.equal(result, truth)
+            if row.operator == "label_map":
+                assert torch.equal(result, truth)
+            else:
+                assert relative_error(result, truth) <= KERNEL[torch.float32]
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "odd" in row.tags], ids=row_id)
