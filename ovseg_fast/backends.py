@@ -198,6 +198,15 @@ def explain(device: torch.device | str | None = None) -> Explanation:
     return Explanation(str(where), asked, choices, reasons)
 
 
+def check(device: torch.device) -> None:
+    """Raises RuntimeError where the backend that this thread asks for cannot run on tensors of `device` at all."""
+    found = explain(device)
+    for operator, choice in found.choices.items():
+        if choice is None:
+            reason = found.reasons[operator][found.asked]
+            raise RuntimeError(f"{operator}: the {found.asked} backend was asked for but cannot run: {reason}.")
+
+
 def _checked(name: str, source: str) -> str:
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"{source} must be auto, cuda, triton or torch, got {name!r}.")

@@ -104,6 +104,7 @@ def segment(
         get_preset(preset)
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out must be a folder, {out} is a file.")
+        from . import backends
         from .segmenter import load
 
         segmenter = load(
@@ -112,6 +113,7 @@ def segment(
             device=device,
             max_side=MAX_SIDE if max_side is None else max_side,
         )
+        backends.check(segmenter.device)
         segmenter.embed_text(names, progress=not quiet)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         _fail(error, verbose, BAD_INPUT)
