@@ -1,7 +1,39 @@
-"""What models are trained and evaluated on: class lists."""
+"""What models are trained and evaluated on: class lists, datasets on disk, and what is wrong with them.
+
+Augmentations are in `ovseg_fast.data.augmentation`, which needs torchvision and is imported on use.
+"""
 
 from __future__ import annotations
 
-from .vocabularies import COCO_STUFF, PASCAL_CONTEXT, PASCAL_VOC, VOCABULARIES, Vocabulary
+from .check import Problem, check_dataset, report
+from .datasets import Pair, SegmentationDataset, open_dataset
+from .layouts import LAYOUTS
+from .masks import NO_CLASS, DataError
+from .vocabularies import (
+    ADE20K_150,
+    COCO_STUFF,
+    PASCAL_CONTEXT,
+    PASCAL_VOC,
+    PASCAL_VOC_20B,
+    VOCABULARIES,
+    Vocabulary,
+)
 
-__all__ = ["COCO_STUFF", "PASCAL_CONTEXT", "PASCAL_VOC", "VOCABULARIES", "Vocabulary"]
+__all__ = [
+    "ADE20K_150",
+    "COCO_STUFF",
+    "LAYOUTS",
+    "NO_CLASS",
+    "PASCAL_CONTEXT",
+    "PASCAL_VOC",
+    "PASCAL_VOC_20B",
+    "VOCABULARIES",
+    "DataError",
+    "Pair",
+    "Problem",
+    "SegmentationDataset",
+    "Vocabulary",
+    "check_dataset",
+    "open_dataset",
+    "report",
+]

@@ -1,7 +1,8 @@
 """Class lists of the public benchmarks, with the unseen classes of their zero-shot splits.
 
-The order is the one that Cascade-CLIP's splits count in (Li et al., ICML 2024, arXiv 2406.00670): indices of `unseen`
-and rows of published text embeddings and labels follow it.
+For PASCAL VOC, PASCAL Context and COCO-Stuff the order is the one that Cascade-CLIP's splits count in (Li et al., ICML
+2024, arXiv 2406.00670): indices of `unseen` and rows of published text embeddings and labels follow it. The others are
+in the order of the datasets' own label indices.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ class Vocabulary:
         name: what `VOCABULARIES` and configurations call it.
         classes: T names; a label map holds indices into them.
         unseen: indices of the classes that are never trained on.
+        background: what to prompt with in place of class 0 where that one is "everything else", which no prompt
+            describes; empty where class 0 is a class like the others.
 
     Raises:
         ValueError: an unseen index is repeated or names no class.
@@ -25,6 +28,7 @@ class Vocabulary:
     name: str
     classes: tuple[str, ...]
     unseen: tuple[int, ...] = ()
+    background: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.unseen)) < len(self.unseen) or not set(self.unseen) <= set(range(len(self.classes))):
@@ -36,6 +40,17 @@ class Vocabulary:
     def seen(self) -> tuple[str, ...]:
         """Names of the classes that are trained on, in order."""
         return tuple(name for index, name in enumerate(self.classes) if index not in self.unseen)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The names to prompt a model with: the classes; where there is a background, the others and then its names."""
+        return (*self.classes[1:], *self.background) if self.background else self.classes
+
+    @property
+    def prompt_labels(self) -> tuple[int, ...]:
+        """The class that each of `prompts` counts as, so that `prompt_labels[argmax]` is the predicted class."""
+        classes = range(len(self.classes))
+        return (*classes[1:], *(0 for _ in self.background)) if self.background else tuple(classes)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -84,4 +99,29 @@ COCO_STUFF = Vocabulary(
     unseen=(19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160),
 )
 
-VOCABULARIES = {vocabulary.name: vocabulary for vocabulary in (PASCAL_VOC, PASCAL_CONTEXT, COCO_STUFF)}
+ADE20K_150 = Vocabulary(
+    "ade20k-150",
+    _words(  # the first synonym of each class
+        """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
+        door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
+        armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
+        chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway,
+        case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower,
+        book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine,
+        hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane,
+        dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+        fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag,
+        minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher,
+        screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
+        monitor, bulletin board, shower, radiator, glass, clock, flag"""
+    ),
+)
+
+# The background is what PASCAL Context names besides the 20, whose list begins with them (CAT-Seg, arXiv 2303.11797).
+PASCAL_VOC_20B = Vocabulary(
+    "pascal-voc-20b", ("background", *PASCAL_VOC.classes), background=PASCAL_CONTEXT.classes[len(PASCAL_VOC.classes) :]
+)
+
+VOCABULARIES = {
+    vocabulary.name: vocabulary for vocabulary in (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150)
+}

@@ -1,0 +1,172 @@
+"""What a training image goes through, together with its label map, before it becomes part of a batch.
+
+CAT-Seg (Cho et al., CVPR 2024, arXiv 2303.11797): shorter side to the crop's size, a random crop, SSD's colour
+distortion, a flip. Cascade-CLIP (Li et al., ICML 2024, arXiv 2406.00670): shorter side to 0.5..2 times the crop's size,
+a random crop in which no category covers more than 75 %, a flip, the same distortion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .._torchvision import ensure_importable
+from .masks import NO_CLASS
+
+ensure_importable()
+
+from torchvision import tv_tensors  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
+from torchvision.transforms.v2 import functional as F  # noqa: E402
+
+METHODS = ("catseg", "cascade-clip")
+CROP_TRIES = 10
+
+Augmentation = Callable[[Image.Image | Tensor, Any, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def augmentation(method: str, size: int) -> Augmentation:
+    """The published augmentation of a method.
+
+    Args:
+        method: `catseg` or `cascade-clip`.
+        size: side of the crop in pixels; 384 and 512 as published.
+
+    Returns:
+        A function of an image (PIL, or uint8 (3, H, W)), its labels (H, W) (array or tensor of indices, -1 for no
+        class) and a CPU generator. It gives a uint8 tensor (3, size, size) and int64 labels (size, size). What is drawn
+        depends on the generator alone, and the global random state is left as it was, so that loader processes and
+        a resumed training draw the same. It raises ValueError for an image or labels of another form or size.
+
+    Raises:
+        ValueError: no such method, or size is no whole number of at least 2.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise ValueError(f"size must be a whole number of pixels, at least 2, got {size!r}.")
+    if method == "catseg":
+        steps = [ShorterSide(size), Crop(size, 1.0), *_distortion(), v2.RandomHorizontalFlip()]
+        fill = 128
+    else:
+        steps = [ShorterSide(size, (0.5, 2.0), longer=4), Crop(size, 0.75), v2.RandomHorizontalFlip(), *_distortion()]
+        fill = 0
+    return _Seeded(v2.Compose([*steps, Pad(size, fill)]))
+
+
+class ShorterSide(v2.Transform):
+    """Resize so that the shorter side becomes `size` times a random factor, the longer one at most `longer` times that.
+
+    A base scale of (2048, 512) for crops of 512 means `longer` = 4.
+    """
+
+    def __init__(self, size: int, factors: tuple[float, float] = (1.0, 1.0), longer: float = math.inf) -> None:
+        super().__init__()
+        self.size, self.factors, self.longer = size, factors, longer
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = F.get_size(flat_inputs[0])
+        low, high = self.factors
+        side = self.size * (low + (high - low) * float(torch.rand(())))
+        scale = min(side / min(height, width), self.longer * side / max(height, width))
+        return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+class Crop(v2.Transform):
+    """A random crop of at most `size` x `size`; up to ten are drawn until none of its categories covers too much.
+
+    Args:
+        size: side in pixels; smaller images stay as they are.
+        most: largest share of the labelled pixels that one category may have.
+    """
+
+    def __init__(self, size: int, most: float) -> None:
+        super().__init__()
+        self.size, self.most = size, most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        labels = next(one for one in flat_inputs if isinstance(one, tv_tensors.Mask))
+        height, width = labels.shape[-2:]
+        params: dict[str, Any] = {"height": min(self.size, height), "width": min(self.size, width)}
+        for _ in range(CROP_TRIES):
+            params["top"] = int(torch.randint(height - params["height"] + 1, ()))
+            params["left"] = int(torch.randint(width - params["width"] + 1, ()))
+            if self.most >= 1 or largest_share(F.crop(labels, **params)) <= self.most:
+                break
+        return params
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.crop(inpt, **params)
+
+
+class Pad(v2.Transform):
+    """Fill up to `size` x `size` at the right and the bottom, labels with -1."""
+
+    def __init__(self, size: int, fill: int) -> None:
+        super().__init__()
+        self.size, self.fill = size, fill
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        height, width = F.get_size(inpt)
+        fill = NO_CLASS if isinstance(inpt, tv_tensors.Mask) else self.fill
+        return F.pad(inpt, [0, 0, self.size - width, self.size - height], fill=fill)
+
+
+def largest_share(labels: Tensor) -> float:
+    """Share of the most frequent class among the pixels that have one; 1 where none has."""
+    counts = torch.bincount(labels.as_subclass(Tensor).flatten().clamp(min=NO_CLASS) + 1)[1:]
+    return float(counts.max() / counts.sum()) if counts.sum() else 1.0
+
+
+def _distortion() -> list[v2.Transform]:
+    """SSD's colour distortion, each part with probability 1/2, contrast before or after saturation and hue.
+
+    Not v2.RandomPhotometricDistort: it also exchanges channels, after which no colour has its name any more.
+    """
+
+    def half(**jitter: tuple[float, float]) -> v2.Transform:
+        return v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5)
+
+    brightness = half(brightness=(1 - 32 / 255, 1 + 32 / 255))
+    contrast = half(contrast=(0.5, 1.5))
+    colour = [half(saturation=(0.5, 1.5)), half(hue=(-0.1, 0.1))]  # 18 of OpenCV's 180 steps
+    return [brightness, v2.RandomChoice([v2.Compose([contrast, *colour]), v2.Compose([*colour, contrast])])]
+
+
+class _Seeded:
+    """Runs transforms, which know torch's global random state only, on the numbers of a generator."""
+
+    def __init__(self, transforms: v2.Transform) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: Image.Image | Tensor, labels: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        pixels = _pixels(image)
+        classes = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels)
+        if classes.is_floating_point() or tuple(classes.shape) != tuple(pixels.shape[-2:]):
+            raise ValueError(
+                f"labels must be whole numbers of the image's size {tuple(pixels.shape[-2:])}, got {classes.dtype} of "
+                f"shape {tuple(classes.shape)}."
+            )
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU as well
+            pixels, classes = self.transforms(pixels, tv_tensors.Mask(classes.long()))
+        return pixels.as_subclass(Tensor).contiguous(), classes.as_subclass(Tensor).contiguous()
+
+
+def _pixels(image: Image.Image | Tensor) -> tv_tensors.Image:
+    if isinstance(image, Image.Image):
+        return F.to_image(image.convert("RGB"))
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+        form = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image must be a PIL image or a uint8 tensor (3, H, W), got {form}.")
+    return tv_tensors.Image(image)
