@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..images import ImageError, MissingImageError, load_image
-from .datasets import Pair, SegmentationDataset, check_size, image_files, mask_files
+from .datasets import Pair, SegmentationDataset, fit, image_files, mask_files
 from .masks import DataError, read_mask
 
 KINDS = {
@@ -162,7 +162,7 @@ def _content(dataset: SegmentationDataset, pair: Pair) -> Iterator[Problem]:
         return
     if image is not None:
         try:
-            check_size(pair, image, values)
+            fit(pair, image, values)
         except DataError as error:
             yield Problem(pair.name, error.kind, str(error))
     try:

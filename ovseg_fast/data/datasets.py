@@ -63,19 +63,27 @@ class SegmentationDataset:
         pair = self.pairs[index]
         image = load_image(pair.image)
         values = read_mask(pair.mask)
-        check_size(pair, image, values)
-        return image, self.values.labels(values, pair.mask)
+        return fit(pair, image, values), self.values.labels(values, pair.mask)
 
 
-def check_size(pair: Pair, image: Image.Image, values: np.ndarray) -> None:
-    """Raise a `DataError` of kind `size` unless image and mask have the same size."""
+def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
+    """The image as its mask sees it: upright, or as stored where the mask was drawn without regard to EXIF data.
+
+    Raises:
+        DataError: `size`: image and mask differ in size either way.
+    """
     height, width = values.shape
+    if image.size == (height, width) and height != width:
+        with Image.open(pair.image) as stored:
+            if stored.size == (width, height):
+                image = stored.convert("RGB")
     if image.size != (width, height):
         raise DataError(
             "size",
             f"mask '{pair.mask}' is {width} x {height} pixels, its image '{pair.image}' "
             f"{image.size[0]} x {image.size[1]}; expected the same size.",
         )
+    return image
 
 
 def open_dataset(layout: str, root: str | os.PathLike[str], split: str = "val") -> SegmentationDataset:

@@ -146,6 +146,10 @@ def test_a_long_image_is_held_to_four_times_the_crop(rng) -> None:
     pixels = tv_tensors.Image(pair(rng, 10, 100)[0])
     assert ShorterSide(32, longer=4)(pixels).shape == (3, 13, 128)
     assert ShorterSide(32)(pixels).shape == (3, 32, 320)
+    pixels, labels = torch.zeros(3, 10, 400, dtype=torch.uint8), torch.zeros(10, 400)
+    for method, rows in (("catseg", range(32, 33)), ("cascade-clip", range(1, 8))):
+        _, moved = augmentation(method, 32)(pixels, labels.long(), rng)
+        assert int((moved >= 0).any(1).sum()) in rows
 
 
 def test_no_category_covers_more_than_three_quarters(rng) -> None:

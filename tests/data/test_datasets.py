@@ -17,6 +17,7 @@ from ovseg_fast.data import (
     PASCAL_VOC,
     PASCAL_VOC_20B,
     DataError,
+    check_dataset,
     open_dataset,
 )
 from ovseg_fast.images import ImageError
@@ -332,6 +333,23 @@ def test_reading_a_broken_pair_is_told(own) -> None:
     ]:
         with pytest.raises(error, match=re.escape(sentence)):
             dataset.read(index)
+
+
+@pytest.mark.parametrize("upright", [True, False], ids=["mask of the turned image", "mask of the stored pixels"])
+def test_image_turned_by_its_exif_data_follows_its_mask(own, upright: bool) -> None:
+    file = own.root / "images/a.jpg"
+    with Image.open(file) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # a quarter turn clockwise
+        image.save(file, exif=exif)
+    own.mask("masks/a.png", own.values([0, 1, 2], size=(9, 7) if upright else (7, 9)))
+    with Image.open(file) as image:
+        expected = np.asarray(image)
+    dataset = open_dataset("folder", own.root)
+    image, labels = dataset.read(0)
+    assert image.size == labels.shape[::-1]
+    np.testing.assert_array_equal(np.asarray(image), np.rot90(expected, -1) if upright else expected)
+    assert check_dataset(dataset) == []
 
 
 def test_empty_folders_open(tmp_path: Path) -> None:
