@@ -60,11 +60,14 @@ def check_dataset(dataset: SegmentationDataset, *, progress: bool = False, worke
     named = _Names(dataset)
     problems = [problem for pair in dataset.pairs for problem in named.problems(pair)]
     sound = [pair for pair in dataset.pairs if not named.has_missing(pair)]
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    try:
         # map keeps the order and reads ahead of the bar; decoding leaves Python's lock.
         found = pool.map(lambda pair: list(_content(dataset, pair)), sound)
         for some in tqdm(found, total=len(sound), unit="pair", disable=None if progress else True):
             problems.extend(some)
+    finally:
+        pool.shutdown(cancel_futures=True)  # who interrupts is not made to wait for the rest
     order = {pair.name: index for index, pair in enumerate(dataset.pairs)}
     return sorted(problems, key=lambda problem: order[problem.name])  # stable: within a pair as found
 

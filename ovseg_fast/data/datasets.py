@@ -100,8 +100,9 @@ def open_dataset(layout: str, root: str | os.PathLike[str], split: str = "val") 
             or else is taken whole for any split.
 
     Returns:
-        The dataset. The names of `ade20k-847` and `pascal-context-459` are read from a JSON array or a text file of
-        names in the dataset's folder or in `root`.
+        The dataset. The names of `ade20k-847` and `pascal-context-459` are not in this package: they are read from the
+        dataset's folder or from `root`, out of `ade847.json` or `pc459.json` as the authors of CAT-Seg publish them, or
+        `classes.json` or `classes.txt`; for PASCAL Context also out of its own `labels.txt`.
 
     Raises:
         FileNotFoundError: `root` does not exist, or there is no file of class names.
