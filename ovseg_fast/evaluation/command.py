@@ -20,7 +20,9 @@ BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
     show_default=True,
     help="A checkpoint file (upstream's or this package's), `published` to download, or `random`.",
 )
-@click.option("-d", "--dataset", "layout", required=True, help="The dataset's name, such as ade20k-150 or plain.")
+@click.option(
+    "-d", "--dataset", "layout", required=True, help="The dataset's name, such as ade20k-150, or `folder` for your own."
+)
 @click.option("--root", type=click.Path(path_type=Path), required=True, help="The folder that the dataset lies in.")
 @click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
 @click.option(
@@ -74,6 +76,8 @@ def evaluate_command(
     try:
         get_preset(preset)
         dataset = open_dataset(layout, root, split)
+        if not len(dataset):
+            raise ValueError(f"--root '{root}' holds no image of {layout}, split {split}.")
         from .. import backends
         from ..segmenter import load
         from .evaluate import EvaluationError, evaluate

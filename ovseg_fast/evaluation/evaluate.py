@@ -71,7 +71,7 @@ def evaluate(
     progress: bool = True,
     limit: int | None = None,
     restart: bool = False,
-    save_seconds: float = SAVE_SECONDS,
+    save_seconds: float | None = None,
 ) -> Evaluation:
     """Segment every image of a dataset and compare with its ground truth, at the ground truth's size.
 
@@ -94,7 +94,7 @@ def evaluate(
         progress: show a progress bar with the mIoU so far.
         limit: only the first so many images.
         restart: discard what an earlier run left instead of going on from there.
-        save_seconds: how often that is written.
+        save_seconds: how often that is written, by default every 20 seconds.
 
     Raises:
         ValueError: an argument does not fit, or the dataset is empty.
@@ -115,7 +115,7 @@ def evaluate(
     if partial is not None:
         state.save(partial)  # tells now, not after the first images, where nothing can be written
 
-    skipped = _run(task, state, partial, progress, save_seconds)
+    skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
     if not state.done.any():
         if partial is not None:
             partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class PhotoFolder:
         return load_image(pair.image), np.where(labels == 255, -1, labels)
 
 
-def make_photos(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 52)) -> PhotoFolder:
+def make_photos(folder: Path, count: int, seed: int, size: tuple[int, int] = (48, 52)) -> PhotoFolder:
     """Random photographs and masks; "unicorn" is in no mask, a fifth of the pixels have no class."""
     random = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
@@ -59,5 +60,13 @@ if __name__ == "__main__":
     from ovseg_fast import load
     from ovseg_fast.evaluation.evaluate import evaluate
 
+    class SlowFolder(PhotoFolder):
+        """Leaves the test the time to kill this program before it is done."""
+
+        def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+            time.sleep(0.05)
+            return super().read(index)
+
     photos, weights, result = map(Path, sys.argv[1:])
-    evaluate(load("catseg-tiny", weights=weights, device="cpu"), PhotoFolder(photos), result, save_seconds=0)
+    segmenter = load("catseg-tiny", weights=weights, device="cpu")
+    evaluate(segmenter, SlowFolder(photos), result, mode="whole", save_seconds=0)
