@@ -20,11 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, backends
-from ..data.vocabularies import Vocabulary
 from ..models import CascadeCLIP
 from ..segmenter import MODES, Segmenter
 from ..vocabulary import check_classes
-from .groups import prompts_of, published_groups
+from .groups import prompts_of
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
 from .state import State, fingerprint_of
@@ -46,13 +45,25 @@ class Named(Protocol):
     def name(self) -> str: ...
 
 
+class ClassList(Protocol):
+    """What an evaluation needs of a class list; `data.vocabularies.Vocabulary` is one."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def unseen(self) -> Sequence[int]: ...
+    @property
+    def background(self) -> Sequence[str]:
+        """What is prompted in place of class 0 where that one is "everything else"; else empty."""
+
+
 class Dataset(Protocol):
     """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one."""
 
     @property
     def name(self) -> str: ...
     @property
-    def vocabulary(self) -> Vocabulary: ...
+    def vocabulary(self) -> ClassList: ...
     @property
     def pairs(self) -> Sequence[Named]: ...
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -89,8 +100,8 @@ def evaluate(
         seen: names of those of the dataset's classes that the model was trained on. By default the scores are split as
             the dataset's vocabulary says, if it does, and Cascade-CLIP subtracts its offset from the classes of its
             preset's training set, see `Segmenter.segment`.
-        groups: class -> names that are prompted in its stead and count as it. By default those of published numbers,
-            see `groups.published_groups`; `{}` for none.
+        groups: class -> names that are prompted in its stead and count as it. By default those of the vocabulary's
+            background, if it has one, as for the published PAS-20b; `{}` for none.
         progress: show a progress bar with the mIoU so far.
         limit: only the first so many images.
         restart: discard what an earlier run left instead of going on from there.
@@ -200,18 +211,21 @@ def _task(
         raise ValueError(f"limit must be at least 1 image, got {limit}.")
     if mode not in MODES:
         raise ValueError(f"mode must be 'slide' or 'whole', got {mode!r}.")
-    classes = list(dataset.vocabulary.classes)
+    vocabulary = dataset.vocabulary
+    classes = list(vocabulary.classes)
     if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
         raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
-    names, class_of = prompts_of(classes, published_groups(classes) if groups is None else groups)
+    if groups is None:
+        groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
+    names, class_of = prompts_of(classes, groups)
     names = check_classes(names)
     split, offset = None, {}
     if seen is not None:
         split = [i for i, name in enumerate(classes) if name in seen]
         if isinstance(segmenter.model, CascadeCLIP):
             offset["seen"] = [name for name, position in zip(names, class_of, strict=True) if position in split]
-    elif dataset.vocabulary.unseen:
-        split = [i for i in range(len(classes)) if i not in dataset.vocabulary.unseen]
+    elif vocabulary.unseen:
+        split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
     return _Task(segmenter, dataset, dataset.pairs[:limit], mode, classes, names, class_of, split, offset)
 
 

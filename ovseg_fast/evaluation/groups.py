@@ -1,17 +1,14 @@
-"""Several prompts for one evaluated class, such as the background of PASCAL VOC."""
+"""Several prompts for one evaluated class.
+
+So the background of PASCAL VOC is measured (PAS-20b; CAT-Seg, Cho et al., CVPR 2024): no prompt describes "everything
+else", hence a pixel counts as background when it is given to any of a list of further names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-
-from ..data.vocabularies import PASCAL_CONTEXT, PASCAL_VOC
-
-# PASCAL Context's first 20 classes are PASCAL VOC's, "table" for "diningtable".
-VOC_BACKGROUND: Mapping[str, tuple[str, ...]] = {"background": PASCAL_CONTEXT.classes[20:]}
-"""The background rule of PAS-20b (CAT-Seg, Cho et al., CVPR 2024; after OpenSeg, Ghiasi et al., ECCV 2022): a pixel
-counts as background when it is given to one of the 39 classes of PASCAL Context that PASCAL VOC does not name."""
 
 
 def prompts_of(
@@ -45,9 +42,3 @@ def prompts_of(
         repeated = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"each name must stand for one class, {repeated!r} comes more than once.")
     return names, np.array(index, dtype=np.int64)
-
-
-def published_groups(classes: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    """The groups that published numbers on these classes were made with: PAS-20b's background for the 20 classes of
-    PASCAL VOC and "background", none for any others."""
-    return VOC_BACKGROUND if set(classes) == {*PASCAL_VOC.classes, "background"} else {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ovseg_fast.data.vocabularies import Vocabulary
 from ovseg_fast.images import load_image
 
 CLASSES = ("cat", "grass", "sky", "wall", "unicorn")
@@ -22,13 +22,22 @@ class Pair(NamedTuple):
     mask: Path
 
 
+@dataclass
+class ClassList:
+    """As `data.vocabularies.Vocabulary`."""
+
+    classes: tuple[str, ...]
+    unseen: tuple[int, ...] = ()
+    background: tuple[str, ...] = ()
+
+
 class PhotoFolder:
     """`NAME.png` and `NAME_mask.png`, 255 where there is no class."""
 
     name = "photo folder"
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary | None = None) -> None:
-        self.vocabulary = vocabulary or Vocabulary("photos", CLASSES)
+    def __init__(self, folder: Path) -> None:
+        self.vocabulary = ClassList(CLASSES)
         self.pairs = [
             Pair(mask.stem.removesuffix("_mask"), Path(str(mask).replace("_mask", "")), mask)
             for mask in sorted(folder.glob("*_mask.png"))

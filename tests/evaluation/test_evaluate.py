@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 import ovseg_fast as ovs
-from evaluation.photo_folder import CLASSES, PhotoFolder, make_photos
-from ovseg_fast.data.vocabularies import PASCAL_VOC, Vocabulary
+from evaluation.photo_folder import CLASSES, ClassList, PhotoFolder, make_photos
 from ovseg_fast.evaluation.evaluate import EvaluationError, evaluate
 from ovseg_fast.evaluation.results import Evaluation
 from ovseg_fast.evaluation.state import StateError
@@ -58,7 +57,7 @@ def test_numbers(segmenter, photos, mode):
 
 
 def test_seen_and_unseen_by_the_vocabulary_or_by_the_caller(segmenter, photos):
-    photos.vocabulary = Vocabulary("photos", CLASSES, unseen=(1, 4))
+    photos.vocabulary = ClassList(CLASSES, unseen=(1, 4))
     iou = run(segmenter, photos).scores.iou
     by_vocabulary = run(segmenter, photos).metrics
     assert by_vocabulary["miou_seen"] == pytest.approx(iou[[0, 2, 3]].mean())
@@ -96,10 +95,11 @@ def test_a_group_counts_as_its_class(segmenter, photos):
     assert result.settings["groups"] == {"sky": ["ceiling", "floor"]}
 
 
-def test_the_background_of_pascal_voc_is_the_default(segmenter, photos):
-    photos.vocabulary = Vocabulary("pascal-voc-20b", (*PASCAL_VOC.classes, "background"))
-    result = run(segmenter, photos, limit=1)
-    assert len(result.settings["groups"]["background"]) == 39
+def test_the_background_of_the_class_list_is_a_group(segmenter, photos):
+    photos.vocabulary = ClassList(("background", *CLASSES[1:]), background=("ceiling", "floor"))
+    result, same = run(segmenter, photos), run(segmenter, photos, groups={"background": ["ceiling", "floor"]})
+    assert result.settings["groups"] == {"background": ["ceiling", "floor"]}
+    assert result.scores.predicted.tolist() == same.scores.predicted.tolist()
     assert run(segmenter, photos, limit=1, groups={}).settings["groups"] == {}
 
 
@@ -330,7 +330,7 @@ def test_earlier_results_are_kept(segmenter, photos, tmp_path):
 
 
 def test_the_json_says_how_it_was_made(segmenter, photos, tmp_path):
-    photos.vocabulary = Vocabulary("photos", CLASSES, unseen=(1,))
+    photos.vocabulary = ClassList(CLASSES, unseen=(1,))
     result = run(segmenter, photos, tmp_path / "result.json")
     stored = json.loads((tmp_path / "result.json").read_text())
     assert stored["format"] == "ovseg-fast evaluation"
@@ -347,7 +347,7 @@ def test_the_json_says_how_it_was_made(segmenter, photos, tmp_path):
 
 
 def test_the_table(segmenter, photos):
-    photos.vocabulary = Vocabulary("photos", (*CLASSES[:4], "a" * 60), unseen=(1,))
+    photos.vocabulary = ClassList((*CLASSES[:4], "a" * 60), unseen=(1,))
     result = run(segmenter, photos)
     lines = result.table().splitlines()
     assert lines[0] == "catseg-tiny on photo folder, mode whole: 3 images"
