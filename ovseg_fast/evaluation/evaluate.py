@@ -58,7 +58,10 @@ class ClassList(Protocol):
 
 
 class Dataset(Protocol):
-    """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one."""
+    """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one.
+
+    Where it has an `image_folder` too, this tells datasets with the same names of images apart.
+    """
 
     @property
     def name(self) -> str: ...
@@ -159,6 +162,11 @@ class _Task:
     split: list[int] | None  # indices of the seen classes
     offset: dict[str, Any]  # the argument `seen` of `Segmenter.segment`, where one is given
 
+    @property
+    def folder(self) -> str | None:
+        folder = getattr(self.dataset, "image_folder", None)
+        return None if folder is None else os.path.abspath(folder)
+
     def fingerprint(self) -> dict[str, str]:
         return fingerprint_of(
             self.segmenter.model,
@@ -168,6 +176,7 @@ class _Task:
                 "seen classes": [self.split, self.offset],
                 "mode": self.mode,
                 "dataset": self.dataset.name,
+                "folder": str(self.folder),
                 "images": [pair.name for pair in self.pairs],
             },
         )
@@ -182,6 +191,7 @@ class _Task:
         settings: dict[str, Any] = {
             "model": model.preset or type(model).__name__,
             "dataset": self.dataset.name,
+            "image_folder": self.folder,
             "mode": self.mode,
             "templates": list(self.segmenter.templates),
             "groups": {name: prompted for name, prompted in members.items() if prompted != [name]},

@@ -19,8 +19,8 @@ RULES = {
     "miou_nonzero_union": "mean IoU over the classes in the ground truth or predicted, as mmsegmentation takes it",
     "pixel_accuracy": "share of the labelled pixels that are right",
     "mean_accuracy": "mean over the classes that the ground truth holds of the share of their pixels that are right",
-    "miou_seen": "miou over the classes that were trained on",
-    "miou_unseen": "miou over the classes that were not trained on",
+    "miou_seen": "miou over the classes that were trained on, told by name",
+    "miou_unseen": "miou over the classes that were not trained on, told by name",
     "hiou": "harmonic mean of miou_seen and miou_unseen",
 }
 _TITLES = {

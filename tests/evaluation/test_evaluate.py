@@ -279,6 +279,7 @@ def test_restart_discards_what_was_done(segmenter, tmp_path):
         ({"seen": ["cat"]}, "seen classes"),
         ({"groups": {"sky": ["cloud"]}}, "classes"),
         ({"weights": True}, "weights"),
+        ({"folder": "elsewhere"}, "folder"),
     ],
 )
 def test_the_state_of_another_evaluation_is_refused(segmenter, tmp_path, change, word):
@@ -287,6 +288,8 @@ def test_the_state_of_another_evaluation_is_refused(segmenter, tmp_path, change,
         run(segmenter, StopsAt(tmp_path / "photos", 2), tmp_path / "result.json", save_seconds=0)
     before = (tmp_path / "result.partial.npz").read_bytes()
     other = ovs.Segmenter(ovs.build("catseg-tiny")) if change.pop("weights", False) else segmenter
+    if folder := change.pop("folder", None):
+        photos.image_folder = folder
     with pytest.raises(StateError) as caught:
         run(other, photos, tmp_path / "result.json", **change)
     message = str(caught.value)
