@@ -1,0 +1,128 @@
+"""`ovseg-fast evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+FAILED = 1  # exit code: some or all images could not be evaluated
+BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
+
+
+@click.command("evaluate")
+@click.argument("preset", metavar="MODEL")
+@click.option(
+    "-w",
+    "--weights",
+    default="published",
+    show_default=True,
+    help="A checkpoint file (upstream's or this package's), `published` to download, or `random`.",
+)
+@click.option(
+    "-d", "--dataset", "layout", required=True, help="The dataset's name, such as ade20k-150, or `folder` for your own."
+)
+@click.option("--root", type=click.Path(path_type=Path), required=True, help="The folder that the dataset lies in.")
+@click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
+@click.option(
+    "--mode",
+    type=click.Choice(["slide", "whole"]),
+    default="slide",
+    show_default=True,
+    help="Sliding windows as published, or the resized image in one pass.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .json file for the result.  [default: out/MODEL_DATASET_SPLIT_MODE.json]",
+)
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option(
+    "--resume/--restart",
+    default=True,
+    show_default=True,
+    help="Go on where a stopped or killed run came to, or discard that.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no table.")
+@click.pass_obj
+def evaluate_command(
+    verbose: bool | None,
+    preset: str,
+    weights: str,
+    layout: str,
+    root: Path,
+    split: str,
+    mode: str,
+    out: Path | None,
+    device: str | None,
+    limit: int | None,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Measure MODEL on a dataset: mIoU, per-class IoU, seen and unseen classes, pixel accuracy.
+
+    \b
+    ovseg-fast evaluate catseg-vitb --dataset ade20k-150 --root datasets/
+
+    A run that was stopped or killed goes on when it is started again. Pairs that cannot be used are named and left
+    out; the exit code is then 1.
+    """
+    from ..data.datasets import open_dataset
+    from ..models.presets import get_preset
+
+    try:
+        get_preset(preset)
+        dataset = open_dataset(layout, root, split)
+        if not len(dataset):
+            raise ValueError(f"--root '{root}' holds no image of {layout}, split {split}.")
+        from .. import backends
+        from ..segmenter import load
+        from .evaluate import EvaluationError, evaluate
+
+        segmenter = load(preset, weights=None if weights == "random" else weights, device=device)
+        backends.check(segmenter.device)
+        target = Path("out", f"{preset}_{layout}_{split}_{mode}.json") if out is None else out
+        try:
+            result = evaluate(
+                segmenter,
+                dataset,
+                target,
+                mode=mode,
+                seen=_trained_on(weights, dataset.vocabulary.classes),
+                progress=not quiet,
+                limit=limit,
+                restart=not resume,
+            )
+        except EvaluationError as error:
+            _fail(error, bool(verbose), FAILED)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        _fail(error, bool(verbose), BAD_INPUT)
+    if not quiet:
+        click.echo(f"{result.table()}\n\n{target}")
+    if result.skipped:
+        total = result.images + len(result.skipped)
+        click.echo(f"ovseg-fast: {len(result.skipped)} of {total} images were left out.", err=True)
+        sys.exit(FAILED)
+
+
+def _trained_on(weights: str, classes: tuple[str, ...]) -> list[str] | None:
+    """Those of the classes that a checkpoint of this package says it was trained on; None where it does not say."""
+    if not Path(weights).is_file():
+        return None
+    from .. import checkpoints
+    from ..vocabulary import prompt_name
+
+    trained = checkpoints.classes(weights)
+    if trained is None:
+        return None
+    known = {prompt_name(name).casefold() for name in trained}
+    return [name for name in classes if prompt_name(name).casefold() in known]
+
+
+def _fail(error: BaseException, verbose: bool, code: int) -> None:
+    text = str(error) or type(error).__name__
+    click.echo(f"ovseg-fast: {text if verbose else text.splitlines()[0]}", err=True)
+    sys.exit(code)

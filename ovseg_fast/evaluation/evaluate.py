@@ -1,0 +1,337 @@
+"""Evaluation of a model on a dataset, image by image, resumable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .. import __version__, backends
+from ..models import CascadeCLIP
+from ..segmenter import MODES, Segmenter
+from ..vocabulary import check_classes
+from .groups import prompts_of
+from .metrics import ConfusionMatrix, Scores
+from .results import Evaluation, Skipped
+from .state import State, fingerprint_of
+
+SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the image at work
+AHEAD = 4  # images read while the model works
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationError(ValueError):
+    """Not one image could be evaluated; the message is one sentence."""
+
+
+class Named(Protocol):
+    """What an evaluation needs of an image and mask pair."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class ClassList(Protocol):
+    """What an evaluation needs of a class list; `data.vocabularies.Vocabulary` is one."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def unseen(self) -> Sequence[int]: ...
+    @property
+    def background(self) -> Sequence[str]:
+        """What is prompted in place of class 0 where that one is "everything else"; else empty."""
+
+
+class Dataset(Protocol):
+    """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one.
+
+    Where it has an `image_folder` too, this tells datasets with the same names of images apart.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocabulary(self) -> ClassList: ...
+    @property
+    def pairs(self) -> Sequence[Named]: ...
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """An RGB image and its (H, W) integer labels, -1 where there is no class. Raises ValueError or OSError for a
+        pair that cannot be used."""
+
+
+def evaluate(
+    segmenter: Segmenter,
+    dataset: Dataset,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    mode: str = "slide",
+    seen: Collection[str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    progress: bool = True,
+    limit: int | None = None,
+    restart: bool = False,
+    save_seconds: float | None = None,
+) -> Evaluation:
+    """Segment every image of a dataset and compare with its ground truth, at the ground truth's size.
+
+    Pixels that the ground truth gives no class (-1) are not counted, nor are classes that it does not hold. A pair that
+    cannot be used (a damaged image, a mask of another size, a label beyond the class list, too large for the memory) is
+    named in a warning and in the result, and left out.
+
+    Args:
+        segmenter: the model; it is left as it is.
+        dataset: pairs of images and ground truth, and the class list.
+        out: a .json file for the result. Next to it, `<name>.partial.npz` keeps what is done; called again with the
+            same arguments after a kill, the evaluation goes on from there, and images that were left out are tried
+            again. A result that was there before is kept under the time it was written. None writes nothing.
+        mode: `"slide"` as all published numbers were made, or `"whole"`.
+        seen: names of those of the dataset's classes that the model was trained on. By default the scores are split as
+            the dataset's vocabulary says, if it does, and Cascade-CLIP subtracts its offset from the classes of its
+            preset's training set, see `Segmenter.segment`.
+        groups: class -> names that are prompted in its stead and count as it. By default those of the vocabulary's
+            background, if it has one, as for the published PAS-20b; `{}` for none.
+        progress: show a progress bar with the mIoU so far.
+        limit: only the first so many images.
+        restart: discard what an earlier run left instead of going on from there.
+        save_seconds: how often that is written, by default every 20 seconds.
+
+    Raises:
+        ValueError: an argument does not fit, or the dataset is empty.
+        state.StateError: the state at `out` is damaged, or of an evaluation with other weights, classes, images, ...
+        EvaluationError: no image could be evaluated.
+        OSError: `out` cannot be written. What the model raises, other than for a lack of memory, comes through.
+    """
+    task = _task(segmenter, dataset, mode, seen, groups, limit)
+    target = None if out is None else _target(out)
+    partial = None if target is None else target.with_name(f"{target.stem}.partial.npz")
+    fingerprint = task.fingerprint()
+    state = None if partial is None or restart else State.load(partial, fingerprint)
+    if state is None:
+        count = len(task.classes)
+        state = State(fingerprint, np.zeros((count, count), np.int64), np.zeros(len(task.pairs), bool))
+    else:
+        logger.info("%s: going on after %d of %d images", partial, state.done.sum(), len(task.pairs))
+    if partial is not None:
+        state.save(partial)  # tells now, not after the first images, where nothing can be written
+
+    skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
+    if not state.done.any():
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise EvaluationError(
+            f"none of the {len(task.pairs)} images of {dataset.name} could be evaluated; the first, {skipped[0].name}: "
+            f"{skipped[0].reason}"
+        )
+    settings = {**task.settings(), "limit": limit, "weights": fingerprint["weights"]}
+    scores = Scores.of(state.matrix, task.split)
+    result = Evaluation(task.classes, scores, int(state.done.sum()), skipped, settings, _versions(), state.seconds)
+    if target is not None and partial is not None:
+        earlier = result.save(target)
+        if earlier is not None:
+            logger.info("the earlier result is now %s", earlier)
+        partial.unlink(missing_ok=True)
+    return result
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is evaluated: T names are prompted, the name at t counts as class `class_of[t]`."""
+
+    segmenter: Segmenter
+    dataset: Dataset
+    pairs: Sequence[Named]
+    mode: str
+    classes: list[str]
+    names: list[str]
+    class_of: np.ndarray
+    split: list[int] | None  # indices of the seen classes
+    offset: dict[str, Any]  # the argument `seen` of `Segmenter.segment`, where one is given
+
+    @property
+    def folder(self) -> str | None:
+        folder = getattr(self.dataset, "image_folder", None)
+        return None if folder is None else os.path.abspath(folder)
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint_of(
+            self.segmenter.model,
+            {
+                "templates": self.segmenter.templates,
+                "classes": [self.classes, self.names, self.class_of.tolist()],
+                "seen classes": [self.split, self.offset],
+                "mode": self.mode,
+                "dataset": self.dataset.name,
+                "folder": str(self.folder),
+                "images": [pair.name for pair in self.pairs],
+            },
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What the result says of how it was made."""
+        model, device = self.segmenter.model, self.segmenter.device
+        members: dict[str, list[str]] = {}
+        for name, position in zip(self.names, self.class_of.tolist(), strict=True):
+            members.setdefault(self.classes[position], []).append(name)
+        operators = {name: backends.last_backend(name) for name in backends.explain(device).choices}
+        settings: dict[str, Any] = {
+            "model": model.preset or type(model).__name__,
+            "dataset": self.dataset.name,
+            "image_folder": self.folder,
+            "mode": self.mode,
+            "templates": list(self.segmenter.templates),
+            "groups": {name: prompted for name, prompted in members.items() if prompted != [name]},
+            "seen": None if self.split is None else [self.classes[i] for i in self.split],
+            "precision": str(model.pixel_mean.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
+            "operators": {name: ran for name, ran in operators.items() if ran is not None},
+        }
+        if isinstance(model, CascadeCLIP):
+            settings["seen_offset"] = model.config.seen_offset
+            settings["seen_offset_of"] = self.offset.get("seen", f"seen classes of {model.config.training_classes}")
+        return settings
+
+
+def _task(
+    segmenter: Segmenter,
+    dataset: Dataset,
+    mode: str,
+    seen: Collection[str] | None,
+    groups: Mapping[str, Sequence[str]] | None,
+    limit: int | None,
+) -> _Task:
+    """Check the arguments of `evaluate` and put them together."""
+    if not len(dataset.pairs):
+        raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    if mode not in MODES:
+        raise ValueError(f"mode must be 'slide' or 'whole', got {mode!r}.")
+    vocabulary = dataset.vocabulary
+    classes = list(vocabulary.classes)
+    if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
+        raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
+    if groups is None:
+        groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
+    names, class_of = prompts_of(classes, groups)
+    names = check_classes(names)
+    split, offset = None, {}
+    if seen is not None:
+        split = [i for i, name in enumerate(classes) if name in seen]
+        if isinstance(segmenter.model, CascadeCLIP):
+            offset["seen"] = [name for name, position in zip(names, class_of, strict=True) if position in split]
+    elif vocabulary.unseen:
+        split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
+    return _Task(segmenter, dataset, dataset.pairs[:limit], mode, classes, names, class_of, split, offset)
+
+
+def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_seconds: float) -> list[Skipped]:
+    """Evaluate what `state` lacks, in place; returns what could not be evaluated."""
+    segmenter = task.segmenter
+    # Counting on the GPU saves the CPU the work; torchmetrics has no frugal way to count on other accelerators.
+    device = segmenter.device if segmenter.device.type == "cuda" else torch.device("cpu")
+    confusion = ConfusionMatrix(len(task.classes), device)
+    confusion.matrix += torch.from_numpy(state.matrix).to(device)
+    class_of = torch.from_numpy(task.class_of).to(device)
+    text = segmenter.embed_text(task.names, progress=progress)
+    left = np.flatnonzero(~state.done).tolist()
+    skipped: list[Skipped] = []
+    bar = tqdm(
+        total=len(task.pairs),
+        initial=len(task.pairs) - len(left),
+        unit="image",
+        disable=None if progress else True,  # None: only on a terminal
+    )
+    began, before = time.monotonic(), state.seconds
+    saved = began
+
+    def save() -> None:
+        state.matrix = confusion.matrix.cpu().numpy()
+        state.seconds = before + time.monotonic() - began
+        bar.set_postfix_str(f"mIoU {100 * Scores.of(state.matrix).miou:.2f}")
+        if partial is not None:
+            state.save(partial)
+
+    with bar:
+        for position, pair in _read_ahead(task.dataset, left):
+            try:
+                image, labels = pair.result()
+                _check(image, labels, len(task.classes))
+                result = segmenter.encode(image, task.mode).segment(task.names, text=text, **task.offset)
+            # Of the model only these come from the image; anything else would come with the next one too.
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                skipped.append(Skipped(task.pairs[position].name, " ".join(str(error).split()) or repr(error)))
+                bar.clear()
+                logger.warning("%s is left out: %s", *skipped[-1])
+            else:
+                confusion.update(class_of[torch.from_numpy(result.labels).to(device).long()], labels)
+                state.done[position] = True
+            bar.update()
+            if time.monotonic() - saved >= save_seconds:
+                save()
+                saved = time.monotonic()
+        save()
+    return skipped
+
+
+def _read_ahead(
+    dataset: Dataset, indices: Iterable[int]
+) -> Iterator[tuple[int, Future[tuple[Image.Image, np.ndarray]]]]:
+    """Pairs in order, read by one thread while the model works; a future raises what reading raised."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[tuple[int, Future[tuple[Image.Image, np.ndarray]]]] = deque()
+        for index in indices:
+            waiting.append((index, reader.submit(dataset.read, index)))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+
+def _check(image: Image.Image, labels: np.ndarray, classes: int) -> None:
+    """Raises ValueError for a ground truth that does not fit its image or the class list."""
+    if labels.shape != (image.height, image.width):
+        shape = " x ".join(map(str, labels.shape))
+        raise ValueError(f"its mask is {shape} pixels, its image {image.height} x {image.width} (H x W).")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"its mask holds {labels.dtype} values, expected integers.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= classes:
+        wrong = high if high >= classes else low
+        raise ValueError(
+            f"its mask holds label {wrong} in {np.count_nonzero(labels == wrong)} pixels, beyond the {classes} classes."
+        )
+
+
+def _target(out: str | os.PathLike[str]) -> Path:
+    path = Path(out)
+    if path.suffix != ".json":
+        raise ValueError(f"out must be a file ending in .json, got '{path}'.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"out must be a file, '{path}' is a folder.")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    versions = {"ovseg-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchmetrics", "open_clip_torch", "numpy", "pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # installed otherwise than by a package manager
+            versions[name] = "unknown"
+    return versions

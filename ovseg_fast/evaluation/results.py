@@ -1,0 +1,169 @@
+"""The result of an evaluation: as numbers, as JSON, as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..files import write_whole
+from .metrics import Scores
+
+FORMAT, VERSION = "ovseg-fast evaluation", 1
+RULES = {
+    "miou": "mean IoU over the classes that the ground truth holds, as detectron2 takes it",
+    "miou_nonzero_union": "mean IoU over the classes in the ground truth or predicted, as mmsegmentation takes it",
+    "pixel_accuracy": "share of the labelled pixels that are right",
+    "mean_accuracy": "mean over the classes that the ground truth holds of the share of their pixels that are right",
+    "miou_seen": "miou over the classes that were trained on, told by name",
+    "miou_unseen": "miou over the classes that were not trained on, told by name",
+    "hiou": "harmonic mean of miou_seen and miou_unseen",
+}
+_TITLES = {
+    "miou": "mIoU",
+    "miou_nonzero_union": "mIoU, also classes only predicted",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean class accuracy",
+    "miou_seen": "mIoU seen",
+    "miou_unseen": "mIoU unseen",
+    "hiou": "hIoU",
+}
+
+
+class Skipped(NamedTuple):
+    """An image that is not in the numbers, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The numbers of a model on a dataset.
+
+    Attributes:
+        classes: C names. scores: see `metrics.Scores`; all ratios in 0..1.
+        images: how many are in the numbers. skipped: those that are not, by name, and why.
+        settings: model, weights, dataset, mode, groups and what else the numbers depend on.
+        versions: of the packages. seconds: what the images took, reading included.
+        finished: local time, ISO 8601.
+    """
+
+    classes: list[str]
+    scores: Scores
+    images: int
+    skipped: list[Skipped]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    finished: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The scores by name: `miou`, `miou_nonzero_union`, `pixel_accuracy`, `mean_accuracy`, and where there is a
+        split `miou_seen`, `miou_unseen`, `hiou`. NaN where no class counts."""
+        split = ("miou_seen", "miou_unseen", "hiou")
+        return {name: getattr(self.scores, name) for name in RULES if self.scores.seen is not None or name not in split}
+
+    @property
+    def absent(self) -> list[str]:
+        """Names of the classes that the ground truth does not hold, so that they are in no mean."""
+        return [name for name, present in zip(self.classes, self.scores.present, strict=True) if not present]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON takes it; null where a number has no meaning."""
+        scores = self.scores
+        rows = []
+        for i, name in enumerate(self.classes):
+            row = {
+                "name": name,
+                "iou": _number(scores.iou[i]),
+                "accuracy": _number(scores.accuracy[i]),
+                "pixels": int(scores.truth[i]),
+                "predicted_pixels": int(scores.predicted[i]),
+                "correct_pixels": int(scores.correct[i]),
+                "counted": bool(scores.present[i]),
+            }
+            rows.append(row if scores.seen is None else row | {"seen": bool(scores.seen[i])})
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "finished": self.finished,
+            "metrics": {name: _number(value) for name, value in self.metrics.items()},
+            "rules": {name: RULES[name] for name in self.metrics}
+            | {"absent": "a class without a pixel of ground truth is in no mean; pixels without a class count nowhere"},
+            "images": {"evaluated": self.images, "skipped": [item._asdict() for item in self.skipped]},
+            "absent_classes": self.absent,
+            "settings": self.settings,
+            "versions": self.versions,
+            "seconds": round(self.seconds, 3),
+            "classes": rows,
+        }
+
+    def save(self, path: Path) -> Path | None:
+        """Write the JSON, whole or not at all. A file that was there is kept under the time it was written.
+
+        Returns:
+            Where the earlier file is now, or None where there was none.
+
+        Raises:
+            OSError: it cannot be written; what was there is as it was.
+        """
+        earlier = None
+        if path.is_file():
+            written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%dT%H-%M-%S.%f")
+            earlier = path.with_name(f"{path.stem}.{written}{path.suffix}")
+            write_whole(earlier, lambda file: shutil.copy2(path, file))
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        return earlier
+
+    def table(self) -> str:
+        """All of it as plain text: percentages, one line a class."""
+        scores, settings = self.scores, self.settings
+        lines = [
+            f"{settings['model']} on {settings['dataset']}, mode {settings['mode']}: {self.images} images"
+            + (f", {len(self.skipped)} skipped" if self.skipped else ""),
+            "",
+        ]
+        width = max(map(_columns, ["class", *self.classes, *_TITLES.values()]))
+        heads = ["IoU %", "accuracy %", "pixels %"] + ([] if scores.seen is None else ["split"])
+        lines.append(_row("class", width, heads))
+        total = max(int(scores.truth.sum()), 1)
+        for i, name in enumerate(self.classes):
+            # "-": not in the mean. The IoU of a class that is only predicted is 0 and in the JSON.
+            iou = _percent(scores.iou[i]) if scores.present[i] else "-"
+            cells = [iou, _percent(scores.accuracy[i]), f"{100 * scores.truth[i] / total:.2f}"]
+            lines.append(_row(name, width, cells if scores.seen is None else [*cells, _split(scores.seen[i])]))
+        lines.append("")
+        lines += [_row(_TITLES[name], width, [_percent(value)]) for name, value in self.metrics.items()]
+        lines += ["", f"means over {int(scores.present.sum())} of {len(self.classes)} classes"]
+        if self.absent:
+            lines.append(f"not counted, for the ground truth does not hold them: {', '.join(self.absent)}")
+        lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def _split(seen: bool) -> str:
+    return "seen" if seen else "unseen"
+
+
+def _columns(name: str) -> int:
+    return min(len(name), 40)
+
+
+def _row(name: str, width: int, cells: list[str]) -> str:
+    short = name if len(name) <= width else name[: width - 1] + "…"
+    return f"{short:<{width}}" + "".join(f"  {cell:>10}" for cell in cells)
