@@ -117,6 +117,24 @@ def test_info(tmp_path):
         assert word in result.stdout
 
 
+def test_check_names_what_is_wrong_with_a_dataset(photo, tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    photo.rename(tmp_path / "data/images/photo.png")
+    mask = np.zeros((60, 90), np.uint8)
+    Image.fromarray(mask).save(tmp_path / "data/masks/photo.png")
+    (tmp_path / "data/classes.txt").write_text("cat\ndog\n")
+    result = run("check", "folder", "data", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "1 pairs: no problem found.\n")
+    mask[3, 4] = 7
+    Image.fromarray(mask).save(tmp_path / "data/masks/photo.png")
+    result = run("check", "folder", "data", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "photo" in result.stdout and "7" in result.stdout
+    refused(run("check", "folder", "missing", cwd=tmp_path), "missing")
+    refused(run("check", "folders", "data", cwd=tmp_path), "folders", "ade20k-150")
+
+
 def test_help_and_version(tmp_path):
     assert "segment" in run("--help", cwd=tmp_path).stdout
     assert "--classes-file" in run("segment", "--help", cwd=tmp_path).stdout

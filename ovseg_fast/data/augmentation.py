@@ -25,7 +25,7 @@ from torchvision import tv_tensors  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 from torchvision.transforms.v2 import functional as F  # noqa: E402
 
-METHODS = ("catseg", "cascade-clip")
+METHODS = ("cat-seg", "cascade-clip")
 CROP_TRIES = 10
 
 Augmentation = Callable[[Image.Image | Tensor, Any, torch.Generator], tuple[Tensor, Tensor]]
@@ -35,7 +35,7 @@ def augmentation(method: str, size: int) -> Augmentation:
     """The published augmentation of a method.
 
     Args:
-        method: `catseg` or `cascade-clip`.
+        method: `cat-seg` or `cascade-clip`.
         size: side of the crop in pixels; 384 and 512 as published.
 
     Returns:
@@ -51,7 +51,7 @@ def augmentation(method: str, size: int) -> Augmentation:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ValueError(f"size must be a whole number of pixels, at least 2, got {size!r}.")
-    if method == "catseg":
+    if method == "cat-seg":
         steps = [ShorterSide(size), Crop(size, 1.0), *_distortion(), v2.RandomHorizontalFlip()]
         fill = 128
     else:

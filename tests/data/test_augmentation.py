@@ -101,7 +101,7 @@ def test_catseg_brings_the_shorter_side_to_the_crop(rng) -> None:
     labels = torch.arange(50)[:, None].expand(50, 90)
     pixels, _ = pair(rng, 50, 90)
     for _ in range(10):
-        _, cropped = augmentation("catseg", 100)(pixels, labels, rng)
+        _, cropped = augmentation("cat-seg", 100)(pixels, labels, rng)
         assert torch.equal(cropped[:, 0].unique(), torch.arange(50)) and torch.equal(
             cropped[0], cropped[0, :1].expand(100)
         )
@@ -147,7 +147,7 @@ def test_a_long_image_is_held_to_four_times_the_crop(rng) -> None:
     assert ShorterSide(32, longer=4)(pixels).shape == (3, 13, 128)
     assert ShorterSide(32)(pixels).shape == (3, 32, 320)
     pixels, labels = torch.zeros(3, 10, 400, dtype=torch.uint8), torch.zeros(10, 400)
-    for method, rows in (("catseg", range(32, 33)), ("cascade-clip", range(1, 8))):
+    for method, rows in (("cat-seg", range(32, 33)), ("cascade-clip", range(1, 8))):
         _, moved = augmentation(method, 32)(pixels, labels.long(), rng)
         assert int((moved >= 0).any(1).sum()) in rows
 
@@ -189,12 +189,12 @@ def test_distortion_changes_colours_but_never_exchanges_channels(rng, method: st
 
 
 def test_bad_input_is_refused(rng) -> None:
-    with pytest.raises(ValueError, match="method must be one of catseg, cascade-clip, got 'sed'"):
+    with pytest.raises(ValueError, match="method must be one of cat-seg, cascade-clip, got 'sed'"):
         augmentation("sed", 32)
     for size in (1, 2.5, True):
         with pytest.raises(ValueError, match=f"size must be a whole number of pixels, at least 2, got {size}"):
-            augmentation("catseg", size)
-    augment = augmentation("catseg", 32)
+            augmentation("cat-seg", size)
+    augment = augmentation("cat-seg", 32)
     pixels, labels = pair(rng)
     with pytest.raises(
         ValueError, match=r"image must be a PIL image or a uint8 tensor \(3, H, W\), got torch.float32 of"
