@@ -1,17 +1,19 @@
 """How the procedural world looks: colours, patterns, shapes and materials, drawn by signed distances.
 
-Every edge is anti-aliased: a pixel is covered by its distance to the edge, clipped to half a pixel on both sides. Lengths
-are in pixels; `unit` is the length of one pixel of a 96 × 96 picture, so that a larger picture shows the same, larger.
+Every edge is anti-aliased: a pixel is covered by its distance to the edge, clipped to half a pixel on both sides.
+Lengths are in pixels; `unit` is the length of one pixel of a 96 × 96 picture, so that a larger picture shows the same,
+larger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 35),
@@ -225,7 +227,7 @@ def _to_line(position: Field, spacing: float) -> Field:
 
 
 def _noise(shape: tuple[int, ...], grain: tuple[float, float], rng: np.random.Generator) -> Field:
-    """White noise of unit variance whose grains are (height, width) pixels large; rows and columns are shifted by chance."""
+    """White noise of unit variance whose grains are (height, width) pixels large, at a random offset."""
     rows, columns = (
         ((np.arange(side) + rng.uniform(0, size)) / max(size, 1)).astype(np.int32)
         for side, size in zip(shape, grain, strict=True)

@@ -1,9 +1,9 @@
 """A procedural world: endless scenes of patterned shapes on grounds, with masks and captions, all from a seed.
 
 Every object is described by three words, colour × pattern × shape ("red striped circle"), and so is every ground by
-colour × material ("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*: scenes
-for training never show them, though each of their words, and each pair of their words, occurs in seen ones. A model that
-names them has understood the words one by one.
+colour × material ("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*:
+scenes for training never show them, though each of their words, and each pair of an object's words, occurs in seen
+ones. A model that names them has understood the words one by one.
 
 The split is a fixed rule on the positions of the words in their lists and does not depend on the seed.
 """
@@ -45,9 +45,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "water": ("waves",),
 }
 
-_PREFIXES = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ", "an image of ")
-_SUFFIXES = ("", "", "", " in the scene", ".")
-_ON = ("on", "over", "in front of")
+PREFIXES = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ", "an image of ")
+SUFFIXES = ("", "", "", " in the scene", ".")
+ON = ("on", "over", "in front of")
+ARTICLES = ("a", "an")
 
 OBJECTS = tuple(product(COLOURS, PATTERNS, SHAPES))
 GROUNDS = tuple(product(GROUND_COLOURS, MATERIALS))
@@ -200,14 +201,15 @@ class World:
         return places
 
 
-def phrase(label: int, rng: np.random.Generator) -> str:
-    """A class in other words: synonyms, and for objects either order of colour and pattern."""
+def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:
+    """A class in other words: synonyms, and for objects an article and either order of colour and pattern."""
     words = list(OBJECTS[label]) if label < FIRST_GROUND else list(GROUNDS[label - FIRST_GROUND])
     words = [_say(word, rng) for word in words]
     if label < FIRST_GROUND:
         if rng.random() < 0.3:
             words[0], words[1] = words[1], words[0]
-        words.insert(0, "an" if words[0][0] in "aeiou" else "a")
+        if article:
+            words.insert(0, ARTICLES[words[0][0] in "aeiou"])
     return " ".join(words)
 
 
@@ -217,8 +219,8 @@ def describe(labels: list[int], rng: np.random.Generator) -> str:
     grounds = [phrase(label, rng) for label in labels if label >= FIRST_GROUND]
     text = ", ".join(objects[:-1]) + (" and " if len(objects) > 1 else "") + (objects[-1] if objects else "")
     if grounds:
-        text = f"{text} {_pick(_ON, rng)} {grounds[0]}" if text else grounds[0]
-    return _pick(_PREFIXES, rng) + text + _pick(_SUFFIXES, rng)
+        text = f"{text} {_pick(ON, rng)} {grounds[0]}" if text else grounds[0]
+    return _pick(PREFIXES, rng) + text + _pick(SUFFIXES, rng)
 
 
 def _captions(ground: int, regions: tuple[Region, ...], rng: np.random.Generator) -> tuple[str, ...]:

@@ -1,0 +1,422 @@
+"""Trains a tiny CLIP on the image-caption pairs of the procedural world, from a seed, on a CPU.
+
+    python -m ovseg_fast.training.clip_pretraining --out build/clip --steps 40000
+
+Each step draws whole scenes with their captions, and crops around single objects and pieces of ground with captions of
+those alone. A batch of crops holds each class at most once, so that about half of all the classes that differ from a
+class in one word are in it as hard negatives, and none of its texts is a second right answer.
+
+Two contrastive losses are added for each kind of picture: the plain one of CLIP (Radford et al., 2021, arXiv
+2103.00020) on the class token, and the patch-aligned one of PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994) on the
+dense features of `ImageEncoder.dense_features`, which segmentation reads: there a text is compared with every patch and
+the patches are averaged by how well they fit. Both need captions only, no masks.
+
+Every random number is drawn from the seed and the step, so a run that is resumed goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._torchvision import ensure_importable
+from ..data._world_drawing import COLOURS, GROUND_COLOURS, MATERIALS, PATTERNS, SHAPES
+from ..data.vocabularies import Vocabulary
+from ..data.world import ARTICLES, ON, PREFIXES, SUFFIXES, SYNONYMS, WORLD, Scene, World, describe, phrase
+from ..files import write_whole
+from ..models.catseg import PIXEL_MEAN, PIXEL_STD
+from ..models.clip import CLIP, Block, ImageEncoder
+from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES, fill_templates, tokenize
+
+CLIP_TOKENS = 49408  # of CLIP's tokenizer
+TINY_WORLD: dict[str, Any] = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
+}
+TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.pt"
+SHARPNESS = 10.0  # of the average over patches, in units of cosine
+MAX_LOGIT_SCALE = math.log(100)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """How the tiny CLIP is trained.
+
+    Attributes:
+        seed: of the world, the initial weights and all else. steps: of the optimiser.
+        scenes: whole scenes a step. crops: most crops a step, cut from the same scenes. crop_size: their side.
+        lr: peak learning rate, reached after `warmup` steps, then a cosine to zero. weight_decay: of matrices.
+        dense_weight: of the patch-aligned loss against the plain one.
+        forget: probability with which a word of a caption is replaced by the unknown one, which is so trained too.
+        checkpoint_every, evaluate_every: in steps. evaluation_scenes: fresh ones for the zero-shot segmentation.
+    """
+
+    seed: int = 0
+    steps: int = 40_000
+    scenes: int = 24
+    crops: int = 64
+    crop_size: int = 48
+    lr: float = 1e-3
+    warmup: int = 500
+    weight_decay: float = 0.05
+    dense_weight: float = 1.0
+    forget: float = 0.02
+    checkpoint_every: int = 200
+    evaluate_every: int = 1000
+    evaluation_scenes: int = 100
+
+
+class KnownTokens:
+    """The few of CLIP's tokens that the world's captions are made of; all others share one row, the unknown token.
+
+    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's own tokenizer stays in use, and the order of the
+    tokens is kept, so that the end token is still the largest.
+
+    Attributes: `ids` (K,) int64, ascending; row i + 1 of the small table belongs to `ids[i]`, row 0 to all others.
+    """
+
+    def __init__(self) -> None:
+        words = [*COLOURS, *GROUND_COLOURS, *PATTERNS, *SHAPES, *MATERIALS]
+        words += [word for synonyms in SYNONYMS.values() for word in synonyms]
+        words += [template.replace("{}", "") for template in TEMPLATES]
+        words += [*PREFIXES, *SUFFIXES, *ON, *ARTICLES, "and", ",", "a, a", "."]
+        tokens = tokenize([[word] for word in dict.fromkeys(words) if word.strip()])
+        # What follows the end token is zero, which is also a token of its own, "!".
+        self.ids = tokens.unique()[1:] if not (tokens[:, 0, 1] == 0).any() else tokens.unique()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> rows of the small table (...)."""
+        position = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)
+        return torch.where(self.ids[position] == tokens, position + 1, 0)
+
+
+def expand_embedding(ids: Tensor, rows: Tensor) -> Tensor:
+    """(K,) token ids and (1 + K, D) rows, the first for all other tokens -> the whole table (49408, D)."""
+    table = rows[0].repeat(CLIP_TOKENS, 1)
+    table[ids] = rows[1:]
+    return table
+
+
+def compact_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The reverse of `expand_embedding`, exactly: (49408, D) -> ids (K,) and rows (1 + K, D)."""
+    values, counts = table.unique(dim=0, return_counts=True)
+    rest = values[counts.argmax()]
+    ids = (table != rest).any(1).nonzero()[:, 0]
+    return ids, torch.cat([rest[None], table[ids]])
+
+
+def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, Any] | None = None) -> CLIP:
+    """Train, or go on with training.
+
+    Args:
+        out: folder, made where it is missing. It gets `checkpoint.pt`, from which the same call goes on, and at the end
+            `clip.pt`, in open_clip's layout, which `ovseg_fast.build(..., clip_pretrained=...)` takes.
+        clip_config: as open_clip's model configurations; `TINY_WORLD` by default.
+
+    Returns:
+        the trained CLIP, with the whole token table.
+
+    Raises:
+        ValueError: the checkpoint in `out` was made with other settings.
+    """
+    ensure_importable()
+    from open_clip import ClipLoss
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dict(clip_config or TINY_WORLD)
+    known = KnownTokens()
+    model = _small_model(settings, known, config.seed)
+    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
+    step, history = _resume(folder / CHECKPOINT, config, settings, model, optimizer, schedule)
+    world, loss_of = World(config.seed), ClipLoss()
+    started, first = time.monotonic(), step
+    losses: list[float] = []
+
+    def save() -> None:
+        state = {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "config": _resumable(config, settings),
+            "history": history,
+        }
+        write_whole(folder / CHECKPOINT, lambda path: torch.save(state, path))
+
+    while step < config.steps:
+        model.train()
+        rng = np.random.default_rng([config.seed, 1, step])
+        total = torch.zeros(())
+        for pixels, captions in training_batches(world, step, config, rng):
+            tokens = known.rows(tokenize([[caption] for caption in captions])[:, 0])
+            total = total + _loss(model, pixels, _forget(tokens, config.forget, len(known), rng), config, loss_of)
+        optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        step += 1
+        losses.append(total.item())
+        last = step == config.steps
+        if step % config.evaluate_every == 0 or last:
+            record = {"step": step, "loss": float(np.mean(losses[-config.evaluate_every :]))}
+            record |= evaluate(model, config, known)
+            history.append(record)
+            logger.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        elif step % 50 == 0:
+            pace = (time.monotonic() - started) / (step - first)
+            left = (config.steps - step) * pace / 3600
+            logger.info("step %d  loss %.3f  %.2f s a step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
+        if step % config.checkpoint_every == 0 or last:
+            save()
+    model.text.token_embedding = torch.nn.Embedding.from_pretrained(
+        expand_embedding(known.ids, model.text.token_embedding.weight.detach()), freeze=False
+    )
+    write_whole(folder / WEIGHTS, lambda path: torch.save(to_open_clip(model), path))
+    return model
+
+
+def training_batches(
+    world: World, step: int, config: PretrainingConfig, rng: np.random.Generator
+) -> list[tuple[Tensor, list[str]]]:
+    """Pictures (B, 3, h, w) in 0..255 and their captions: of whole scenes, and of crops of them."""
+    scenes = [world.scene(step * config.scenes + i) for i in range(config.scenes)]
+    whole = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+    crops, captions = object_crops(scenes, config.crops, config.crop_size, rng)
+    return [(whole, [scene.captions[0] for scene in scenes]), (crops, captions)]
+
+
+def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    """Crops around single objects and pieces of ground, no two of the same class.
+
+    Returns:
+        (B, 3, size, size) in 0..255 with B of at most `most`, and B captions.
+    """
+    from PIL import Image
+
+    boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
+    for scene in scenes:
+        for region in scene.regions:
+            left, top, right, bottom = region.box
+            side = min(max(right - left, bottom - top) * rng.uniform(0.9, 1.5), min(scene.labels.shape))
+            boxes.setdefault(region.label, (scene, _square(left + right, top + bottom, side, scene)))
+        for _ in range(4):
+            side = rng.uniform(20, 48)
+            box = _square(*rng.uniform(0, 2 * scene.labels.shape[0], 2), side, scene)
+            left, top, right, bottom = (round(edge) for edge in box)
+            if (scene.labels[top:bottom, left:right] == scene.ground).mean() > 0.85:
+                boxes.setdefault(scene.ground, (scene, box))
+                break
+    labels = list(boxes)
+    rng.shuffle(labels)
+    pictures, captions = [], []
+    for label in labels[:most]:
+        scene, box = boxes[label]
+        crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        pictures.append(np.asarray(crop))
+        captions.append(_crop_caption(label, scene, rng))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float(), captions
+
+
+def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, h, w) in 0..255 -> class token (B, E) and value-only dense features (B, S, E), of unit length."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    tokens, _ = visual.embed((pixels - mean) / std, "bicubic")
+    *stack, last = (cast(Block, block) for block in visual.transformer.resblocks)
+    for block in stack:
+        tokens = block(tokens)
+    whole, dense = last(tokens)[:, 0], last.dense(tokens)[:, 1:]
+    return F.normalize(visual.project(whole), dim=-1), F.normalize(visual.project(dense), dim=-1)
+
+
+def patch_aligned(dense: Tensor, text: Tensor) -> Tensor:
+    """Dense features (B, S, E) and texts (T, E), of unit length -> similarities (B, T): over the patches, those that
+    fit a text best count most."""
+    cosine = torch.einsum("bse,te->bts", dense, text)
+    return ((SHARPNESS * cosine).softmax(-1) * cosine).sum(-1)
+
+
+@torch.no_grad()
+def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None = None) -> dict[str, float]:
+    """Accuracy of finding the caption of a held-out crop, and zero-shot segmentation of fresh scenes.
+
+    Args:
+        known: for a model in training, whose token table is still small.
+
+    Returns:
+        `retrieval` by the class token and `dense_retrieval` by patches, of crops of seen classes among their captions
+        (about as many as `config.crops`); `seen` and `unseen` mIoU over all classes of the world, by cosine alone.
+    """
+    model.eval()
+    fresh = World(config.seed + 1_000_003)
+    rows = known.rows if known else (lambda tokens: tokens)
+    scenes = [fresh.scene(index) for index in range(2 * config.scenes)]
+    crops, captions = object_crops(scenes, config.crops, config.crop_size, np.random.default_rng(0))
+    text = F.normalize(model.text(rows(tokenize([[caption] for caption in captions])[:, 0])), dim=-1)
+    whole, dense = encode(model.visual, crops)
+    right = torch.arange(len(crops))
+    found = [(similarity.argmax(1) == right).float().mean().item() for similarity in (whole @ text.t(),)]
+    found += [(patch_aligned(dense, text).argmax(1) == right).float().mean().item()]
+    prompts = fill_templates(WORLD.classes, CATSEG_TEMPLATES)
+    class_text = F.normalize(model.text(rows(tokenize(prompts)[:, 0])), dim=-1)
+    confusion = np.zeros((len(WORLD.classes),) * 2, np.int64)
+    for index in range(config.evaluation_scenes):
+        scene = fresh.scene(index, split="test")
+        confusion += _confusion(zero_shot(model.visual, scene.image, class_text), scene.labels, len(confusion))
+    seen, unseen = mean_iou(confusion, WORLD)
+    return {"retrieval": found[0], "dense_retrieval": found[1], "seen": seen, "unseen": unseen}
+
+
+@torch.no_grad()
+def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -> np.ndarray[Any, Any]:
+    """The baseline: each pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    _, dense = encode(visual, pixels)
+    grid = (image.shape[0] // visual.patch, image.shape[1] // visual.patch)
+    maps = (dense @ text.t()).transpose(1, 2).unflatten(2, grid)
+    maps = F.interpolate(maps, image.shape[:2], mode="bilinear", align_corners=False)
+    return cast("np.ndarray[Any, Any]", maps[0].argmax(0).numpy())
+
+
+def mean_iou(confusion: np.ndarray[Any, Any], vocabulary: Vocabulary) -> tuple[float, float]:
+    """Mean IoU of seen and of unseen classes, of a confusion matrix (T true, T predicted); absent ones do not count."""
+    right = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - right
+    iou = np.where(confusion.sum(1) > 0, right / np.maximum(union, 1), np.nan)
+    unseen = np.isin(np.arange(len(iou)), vocabulary.unseen)
+    return float(np.nanmean(iou[~unseen])), float(np.nanmean(iou[unseen]))
+
+
+def to_open_clip(model: CLIP) -> dict[str, Tensor]:
+    """The state dict in open_clip's layout: q, k and v in one matrix, the text encoder at the top."""
+    state = dict(model.state_dict())
+    joined = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("text.")
+        if name.endswith(("k_proj_weight", "v_proj_weight")):
+            continue
+        if name.endswith("q_proj_weight"):
+            stem = name.removesuffix("q_proj_weight")
+            full = stem if name.startswith("visual.") else "text." + stem
+            tensor = torch.cat([state[f"{full}{part}_proj_weight"] for part in "qkv"])
+            name = stem + "in_proj_weight"
+        joined[name] = tensor.detach().clone()
+    return joined
+
+
+def _loss(model: CLIP, pixels: Tensor, rows: Tensor, config: PretrainingConfig, loss_of: Any) -> Tensor:
+    text = F.normalize(model.text(rows), dim=-1)
+    whole, dense = encode(model.visual, pixels)
+    scale = model.logit_scale.exp()
+    logits, right = scale * patch_aligned(dense, text), torch.arange(len(text))
+    aligned = (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
+    return cast(Tensor, loss_of(whole, text, scale)) + config.dense_weight * aligned
+
+
+def _forget(rows: Tensor, probability: float, end: int, rng: np.random.Generator) -> Tensor:
+    """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
+    forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
+    return rows.masked_fill(forgotten & (rows < end - 1), 0)
+
+
+def _crop_caption(label: int, scene: Scene, rng: np.random.Generator) -> str:
+    chance = rng.random()
+    if chance < 0.4:
+        return TEMPLATES[int(rng.integers(len(TEMPLATES)))].replace("{}", phrase(label, rng, article=False))
+    return describe([label], rng)
+
+
+def _square(twice_x: float, twice_y: float, side: float, scene: Scene) -> tuple[float, float, float, float]:
+    """A square around a middle, moved to lie in the picture."""
+    height, width = scene.labels.shape
+    left = min(max(twice_x / 2 - side / 2, 0), width - side)
+    top = min(max(twice_y / 2 - side / 2, 0), height - side)
+    return left, top, left + side, top + side
+
+
+def _small_model(settings: dict[str, Any], known: KnownTokens, seed: int) -> CLIP:
+    small = settings | {"text_cfg": settings["text_cfg"] | {"vocab_size": 1 + len(known)}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(small)
+
+
+def _groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
+    free = [p for name, p in model.named_parameters() if p.dim() < 2 or "embedding" in name]
+    decayed = [p for name, p in model.named_parameters() if not (p.dim() < 2 or "embedding" in name)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def _learning_rate(step: int, config: PretrainingConfig) -> float:
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _resumable(config: PretrainingConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between the parts of a run."""
+    free = ("checkpoint_every", "evaluate_every", "evaluation_scenes")
+    return {name: value for name, value in asdict(config).items() if name not in free} | {"clip": settings}
+
+
+def _resume(
+    path: Path, config: PretrainingConfig, settings: dict[str, Any], model: CLIP, optimizer: Any, schedule: Any
+) -> tuple[int, list[dict[str, float]]]:
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, weights_only=True)
+    wanted = _resumable(config, settings)
+    changed = [name for name in wanted if state["config"].get(name) != wanted[name]]
+    if changed:
+        raise ValueError(
+            f"'{path}' was made with another {', '.join(changed)}; use the same settings to go on, or another folder."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    logger.info("going on from step %d of '%s'", state["step"], path)
+    return state["step"], state["history"]
+
+
+def _confusion(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any, Any]:
+    pairs = labels.astype(np.int64) * classes + predicted
+    return np.bincount(pairs.ravel(), minlength=classes**2).reshape(classes, classes)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="folder for the weights")
+@click.option("--steps", default=PretrainingConfig.steps, show_default=True)
+@click.option("--seed", default=PretrainingConfig.seed, show_default=True)
+@click.option("--lr", default=PretrainingConfig.lr, show_default=True)
+@click.option("--evaluate-every", default=PretrainingConfig.evaluate_every, show_default=True)
+def main(out: Path, **settings: Any) -> None:
+    """Train the tiny CLIP of the procedural world; the same command goes on where it was stopped."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    pretrain(PretrainingConfig(**settings), out)
+
+
+if __name__ == "__main__":
+    main()
