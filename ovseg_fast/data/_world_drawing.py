@@ -142,19 +142,18 @@ MATERIALS: dict[str, Callable[[Field, Field, float, np.random.Generator], Field]
 }
 
 
-def draw_ground(
-    size: int, colour: str, material: str, unit: float, jitter: float, rng: np.random.Generator
-) -> NDArray[np.float32]:
+def draw_ground(size: int, colour: str, material: str, unit: float, jitter: float, rng: np.random.Generator) -> Field:
     """A whole picture (size, size, 3) in 0..255 of one ground."""
     y, x = np.ogrid[:size, :size]
     shift = rng.uniform(0, 100, 2) * unit
     x, y = np.broadcast_arrays((x + shift[0]).astype(np.float32), (y + shift[1]).astype(np.float32))
+    tone = _tone(GROUND_COLOURS[colour], jitter / 2, rng)
     brightness = MATERIALS[material](x, y, unit * rng.uniform(0.85, 1.15), rng)
-    return brightness.astype(np.float32)[..., None] * _tone(GROUND_COLOURS[colour], jitter / 2, rng)
+    return brightness.astype(np.float32)[..., None] * tone
 
 
 def draw_object(
-    canvas: NDArray[np.float32],
+    canvas: Field,
     centre: tuple[float, float],
     radius: float,
     words: tuple[str, str, str],
@@ -196,14 +195,16 @@ def draw_object(
     return window, cover > 0.5
 
 
-def light(canvas: NDArray[np.float32], lighting: float, noise: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+def light(
+    canvas: Field, lighting: float, noise: float, rng: np.random.Generator, grain: np.random.Generator
+) -> NDArray[np.uint8]:
     """A picture (H, W, 3) in 0..255 under light that falls off to one side, with the noise of a camera."""
     height, width = canvas.shape[:2]
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, lighting)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
     slope = (1 + strength * (np.cos(angle) * x + np.sin(angle) * y)).astype(np.float32)
     lit = canvas * slope[..., None]
-    lit += rng.uniform(0, noise) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    lit += rng.uniform(0, noise) * grain.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(lit + 0.5, 0, 255).astype(np.uint8)
 
 

@@ -11,7 +11,7 @@ The split is a fixed rule on the positions of the words in their lists and does 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,12 @@ PREFIXES = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ",
 SUFFIXES = ("", "", "", " in the scene", ".")
 ON = ("on", "over", "in front of")
 ARTICLES = ("a", "an")
+
+# Every piece that captions are put together from.
+_PIECES = chain(
+    COLOURS, GROUND_COLOURS, PATTERNS, SHAPES, MATERIALS, *SYNONYMS.values(), ARTICLES, PREFIXES, SUFFIXES, ON
+)
+WORDS = tuple(dict.fromkeys(piece.strip() for piece in (*_PIECES, "and", "a, a") if piece.strip()))
 
 OBJECTS = tuple(product(COLOURS, PATTERNS, SHAPES))
 GROUNDS = tuple(product(GROUND_COLOURS, MATERIALS))
@@ -157,16 +163,17 @@ class World:
             raise ValueError(f"size must be at least 32 pixels, got {size}.")
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
-        rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
+        # How many numbers a texture takes depends on the size: from a stream of its own, or the rest would change too.
+        rng, grain = (np.random.default_rng([self.seed, SPLITS.index(split), index, part]) for part in range(2))
         ground, objects = self._contents(split, rng)
         unit, hard = size / BASE_SIZE, self.difficulty
-        canvas = draw_ground(size, *GROUNDS[ground - FIRST_GROUND], unit, hard.jitter, rng)
+        canvas = draw_ground(size, *GROUNDS[ground - FIRST_GROUND], unit, hard.jitter, grain)
         labels = np.full((size, size), ground, np.int32)
         for label, (x, y, radius) in zip(objects, self._places(len(objects), rng), strict=False):
             placed = (x * unit, y * unit), radius * unit
             window, covered = draw_object(canvas, *placed, OBJECTS[label], unit, hard.jitter, rng)
             labels[window][covered] = label
-        image = light(canvas, hard.lighting, hard.noise, rng)
+        image = light(canvas, hard.lighting, hard.noise, rng, grain)
         regions = _visible(labels, objects, unit)
         return Scene(image, labels, WORLD.classes, ground, regions, _captions(ground, regions, rng))
 

@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torchvision import ensure_importable
-from ..data._world_drawing import COLOURS, GROUND_COLOURS, MATERIALS, PATTERNS, SHAPES
 from ..data.vocabularies import Vocabulary
-from ..data.world import ARTICLES, ON, PREFIXES, SUFFIXES, SYNONYMS, WORLD, Scene, World, describe, phrase
+from ..data.world import WORDS, WORLD, Scene, World, describe, phrase
 from ..files import write_whole
 from ..models.catseg import PIXEL_MEAN, PIXEL_STD
 from ..models.clip import CLIP, Block, ImageEncoder
@@ -91,13 +90,9 @@ class KnownTokens:
     """
 
     def __init__(self) -> None:
-        words = [*COLOURS, *GROUND_COLOURS, *PATTERNS, *SHAPES, *MATERIALS]
-        words += [word for synonyms in SYNONYMS.values() for word in synonyms]
-        words += [template.replace("{}", "") for template in TEMPLATES]
-        words += [*PREFIXES, *SUFFIXES, *ON, *ARTICLES, "and", ",", "a, a", "."]
-        tokens = tokenize([[word] for word in dict.fromkeys(words) if word.strip()])
-        # What follows the end token is zero, which is also a token of its own, "!".
-        self.ids = tokens.unique()[1:] if not (tokens[:, 0, 1] == 0).any() else tokens.unique()
+        words = [*WORDS, *(template.replace("{}", "") for template in TEMPLATES)]
+        tokens = tokenize([[word] for word in words]).unique()
+        self.ids = tokens[tokens > 0]  # zeros follow the end token
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -171,7 +166,7 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
             tokens = known.rows(tokenize([[caption] for caption in captions])[:, 0])
             total = total + _loss(model, pixels, _forget(tokens, config.forget, len(known), rng), config, loss_of)
         optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -224,7 +219,8 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
             boxes.setdefault(region.label, (scene, _square(left + right, top + bottom, side, scene)))
         for _ in range(4):
             side = rng.uniform(20, 48)
-            box = _square(*rng.uniform(0, 2 * scene.labels.shape[0], 2), side, scene)
+            x, y = rng.uniform(0, 2 * scene.labels.shape[0], 2)
+            box = _square(x, y, side, scene)
             left, top, right, bottom = (round(edge) for edge in box)
             if (scene.labels[top:bottom, left:right] == scene.ground).mean() > 0.85:
                 boxes.setdefault(scene.ground, (scene, box))
@@ -301,12 +297,13 @@ def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -
 
 
 def mean_iou(confusion: np.ndarray[Any, Any], vocabulary: Vocabulary) -> tuple[float, float]:
-    """Mean IoU of seen and of unseen classes, of a confusion matrix (T true, T predicted); absent ones do not count."""
-    right = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - right
-    iou = np.where(confusion.sum(1) > 0, right / np.maximum(union, 1), np.nan)
+    """Mean IoU of seen and of unseen classes, of a confusion matrix (T true, T predicted); absent ones do not
+    count, and without any it is NaN."""
+    right, present = confusion.diagonal(), confusion.sum(1) > 0
+    iou = right / np.maximum(confusion.sum(0) + confusion.sum(1) - right, 1)
     unseen = np.isin(np.arange(len(iou)), vocabulary.unseen)
-    return float(np.nanmean(iou[~unseen])), float(np.nanmean(iou[unseen]))
+    seen_iou, unseen_iou = (iou[present & chosen] for chosen in (~unseen, unseen))
+    return tuple(float(part.mean()) if len(part) else math.nan for part in (seen_iou, unseen_iou))  # type: ignore[return-value]
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
