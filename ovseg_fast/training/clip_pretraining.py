@@ -9,7 +9,8 @@ class in one word are in it as hard negatives, and none of its texts is a second
 Two contrastive losses are added for each kind of picture: the plain one of CLIP (Radford et al., 2021, arXiv
 2103.00020) on the class token, and the patch-aligned one of PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994) on the
 dense features of `ImageEncoder.dense_features`, which segmentation reads: there a text is compared with every patch and
-the patches are averaged by how well they fit. Both need captions only, no masks.
+the patches are averaged by how well they fit. Both need captions only; masks are never looked at, though the world
+knows where to cut the crops.
 
 Every random number is drawn from the seed and the step, so a run that is resumed goes on as if never stopped.
 """
@@ -30,12 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torchvision import ensure_importable
+from ..data._world_crops import TEMPLATES, object_crops
 from ..data.vocabularies import Vocabulary
-from ..data.world import WORDS, WORLD, Scene, World, describe, phrase
+from ..data.world import WORDS, WORLD, World
 from ..files import write_whole
 from ..models.catseg import PIXEL_MEAN, PIXEL_STD
 from ..models.clip import CLIP, Block, ImageEncoder
-from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES, fill_templates, tokenize
+from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
 
 CLIP_TOKENS = 49408  # of CLIP's tokenizer
 TINY_WORLD: dict[str, Any] = {
@@ -44,7 +46,6 @@ TINY_WORLD: dict[str, Any] = {
     "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16},
     "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
 }
-TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.pt"
 SHARPNESS = 10.0  # of the average over patches, in units of cosine
 MAX_LOGIT_SCALE = math.log(100)
@@ -203,39 +204,6 @@ def training_batches(
     return [(whole, [scene.captions[0] for scene in scenes]), (crops, captions)]
 
 
-def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-    """Crops around single objects and pieces of ground, no two of the same class.
-
-    Returns:
-        (B, 3, size, size) in 0..255 with B of at most `most`, and B captions.
-    """
-    from PIL import Image
-
-    boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
-    for scene in scenes:
-        for region in scene.regions:
-            left, top, right, bottom = region.box
-            side = min(max(right - left, bottom - top) * rng.uniform(0.9, 1.5), min(scene.labels.shape))
-            boxes.setdefault(region.label, (scene, _square(left + right, top + bottom, side, scene)))
-        for _ in range(4):
-            side = rng.uniform(20, 48)
-            x, y = rng.uniform(0, 2 * scene.labels.shape[0], 2)
-            box = _square(x, y, side, scene)
-            left, top, right, bottom = (round(edge) for edge in box)
-            if (scene.labels[top:bottom, left:right] == scene.ground).mean() > 0.85:
-                boxes.setdefault(scene.ground, (scene, box))
-                break
-    labels = list(boxes)
-    rng.shuffle(labels)
-    pictures, captions = [], []
-    for label in labels[:most]:
-        scene, box = boxes[label]
-        crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-        pictures.append(np.asarray(crop))
-        captions.append(_crop_caption(label, scene, rng))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float(), captions
-
-
 def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures (B, 3, h, w) in 0..255 -> class token (B, E) and value-only dense features (B, S, E), of unit length."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
@@ -302,8 +270,11 @@ def mean_iou(confusion: np.ndarray[Any, Any], vocabulary: Vocabulary) -> tuple[f
     right, present = confusion.diagonal(), confusion.sum(1) > 0
     iou = right / np.maximum(confusion.sum(0) + confusion.sum(1) - right, 1)
     unseen = np.isin(np.arange(len(iou)), vocabulary.unseen)
-    seen_iou, unseen_iou = (iou[present & chosen] for chosen in (~unseen, unseen))
-    return tuple(float(part.mean()) if len(part) else math.nan for part in (seen_iou, unseen_iou))  # type: ignore[return-value]
+
+    def mean(chosen: np.ndarray[Any, Any]) -> float:
+        return float(iou[chosen].mean()) if chosen.any() else math.nan
+
+    return mean(present & ~unseen), mean(present & unseen)
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
@@ -336,21 +307,6 @@ def _forget(rows: Tensor, probability: float, end: int, rng: np.random.Generator
     """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
     forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
     return rows.masked_fill(forgotten & (rows < end - 1), 0)
-
-
-def _crop_caption(label: int, scene: Scene, rng: np.random.Generator) -> str:
-    chance = rng.random()
-    if chance < 0.4:
-        return TEMPLATES[int(rng.integers(len(TEMPLATES)))].replace("{}", phrase(label, rng, article=False))
-    return describe([label], rng)
-
-
-def _square(twice_x: float, twice_y: float, side: float, scene: Scene) -> tuple[float, float, float, float]:
-    """A square around a middle, moved to lie in the picture."""
-    height, width = scene.labels.shape
-    left = min(max(twice_x / 2 - side / 2, 0), width - side)
-    top = min(max(twice_y / 2 - side / 2, 0), height - side)
-    return left, top, left + side, top + side
 
 
 def _small_model(settings: dict[str, Any], known: KnownTokens, seed: int) -> CLIP:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from ovseg_fast.data.world import WORLD, World
+from ovseg_fast.data import _world_crops
+from ovseg_fast.data._world_crops import object_crops
+from ovseg_fast.data.world import FIRST_GROUND, WORLD, World
 from ovseg_fast.models.catseg import CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
@@ -165,15 +167,24 @@ def test_forgotten_words_leave_start_and_end() -> None:
     assert 0.15 < (some != rows).sum() / (rows > 0).sum() < 0.45 * 4 / 6 + 0.1
 
 
-def test_crops_show_different_classes_and_their_captions_name_them(rng: torch.Generator) -> None:
+def test_crops_show_different_classes_and_their_captions_name_them(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = World(int(torch.randint(1000, (), generator=rng)))
     scenes = [world.scene(index) for index in range(12)]
-    crops, captions = pretraining.object_crops(scenes, 64, 48, np.random.default_rng(0))
+    crops, captions = object_crops(scenes, 64, 48, np.random.default_rng(0))
     assert crops.shape == (len(captions), 3, 48, 48)
     assert 20 < len(captions) <= 64
-    assert len(pretraining.object_crops(scenes, 5, 48, np.random.default_rng(0))[1]) == 5
-    present = set().union(*(np.unique(scene.labels).tolist() for scene in scenes))
-    assert len(captions) <= len(present)
+    assert len(object_crops(scenes, 5, 48, np.random.default_rng(0))[1]) == 5
+
+    # Pictures of the labels themselves show what a crop is of.
+    scenes = [dataclasses.replace(s, image=np.repeat(s.labels[..., None], 3, 2).astype(np.uint8)) for s in scenes]
+    monkeypatch.setattr(_world_crops, "_crop_caption", lambda label, *_: str(label))
+    crops, labels = object_crops(scenes, 64, 48, np.random.default_rng(0))
+    assert len(set(labels)) == len(labels)
+    for crop, label in zip(crops, map(int, labels), strict=True):
+        shown = (crop[0].round() == label).float().mean()
+        assert shown > (0.7 if label >= FIRST_GROUND else 0.08)
 
 
 def test_patch_aligned_similarity() -> None:
