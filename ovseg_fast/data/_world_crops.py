@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from PIL import Image
@@ -13,12 +15,17 @@ from .world import Scene, describe, phrase
 TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # what segmentation will ask with
 
 
-def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-    """Crops around single objects and pieces of ground, no two of the same class.
+class Crops(NamedTuple):
+    """B pictures (B, 3, size, size) in 0..255 with their captions, and (S, B) bool: which of the S scenes that they
+    were cut from show what a caption names."""
 
-    Returns:
-        (B, 3, size, size) in 0..255 with B of at most `most`, and B captions.
-    """
+    pictures: Tensor
+    captions: list[str]
+    shown: Tensor
+
+
+def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> Crops:
+    """At most `most` crops around single objects and pieces of ground, no two of the same class."""
     boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
     for scene in scenes:
         for region in scene.regions:
@@ -41,7 +48,10 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
         crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
         pictures.append(np.asarray(crop))
         captions.append(_crop_caption(label, scene, rng))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float(), captions
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    things = [{scene.ground, *(region.label for region in scene.regions)} for scene in scenes]
+    shown = torch.tensor([[label in named for label in labels[:most]] for named in things])
+    return Crops(stacked, captions, shown)
 
 
 def _crop_caption(label: int, scene: Scene, rng: np.random.Generator) -> str:

@@ -6,11 +6,12 @@ Each step draws whole scenes with their captions, and crops around single object
 those alone. A batch of crops holds each class at most once, so that about half of all the classes that differ from a
 class in one word are in it as hard negatives, and none of its texts is a second right answer.
 
-Two contrastive losses are added for each kind of picture: the plain one of CLIP (Radford et al., 2021, arXiv
-2103.00020) on the class token, and the patch-aligned one of PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994) on the
-dense features of `ImageEncoder.dense_features`, which segmentation reads: there a text is compared with every patch and
-the patches are averaged by how well they fit. Both need captions only; masks are never looked at, though the world
-knows where to cut the crops.
+Two kinds of contrastive loss are added. The plain one of CLIP (Radford et al., 2021, arXiv 2103.00020) compares class
+tokens with captions. The patch-aligned one, after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), works on the
+dense features of `ImageEncoder.dense_features`, which segmentation reads: a text is compared with every patch and the
+patches are averaged by how well they fit. It compares the captions of single things with the crops, and with the whole
+scenes, of which several may be right. Where in a scene a thing lies is never told; masks are not looked at, though the
+world knows where to cut the crops.
 
 Every random number is drawn from the seed and the step, so a run that is resumed goes on as if never stopped.
 """
@@ -22,7 +23,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import click
 import numpy as np
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torchvision import ensure_importable
-from ..data._world_crops import TEMPLATES, object_crops
+from ..data._world_crops import TEMPLATES, Crops, object_crops
 from ..data.vocabularies import Vocabulary
 from ..data.world import WORDS, WORLD, World
 from ..files import write_whole
@@ -133,9 +134,6 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
     Raises:
         ValueError: the checkpoint in `out` was made with other settings.
     """
-    ensure_importable()
-    from open_clip import ClipLoss
-
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     settings = dict(clip_config or TINY_WORLD)
@@ -144,7 +142,7 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
     step, history = _resume(folder / CHECKPOINT, config, settings, model, optimizer, schedule)
-    world, loss_of = World(config.seed), ClipLoss()
+    world = World(config.seed)
     started, first = time.monotonic(), step
     losses: list[float] = []
 
@@ -162,10 +160,12 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
     while step < config.steps:
         model.train()
         rng = np.random.default_rng([config.seed, 1, step])
-        total = torch.zeros(())
-        for pixels, captions in training_batches(world, step, config, rng):
-            tokens = known.rows(tokenize([[caption] for caption in captions])[:, 0])
-            total = total + _loss(model, pixels, _forget(tokens, config.forget, len(known), rng), config, loss_of)
+        batch = training_batch(world, step, config, rng)
+        rows = [
+            _forget(known.rows(tokenize([[caption] for caption in captions])[:, 0]), config.forget, len(known), rng)
+            for captions in (batch.captions, batch.crops.captions)
+        ]
+        total = batch_loss(model, batch, rows[0], rows[1], config)
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -194,14 +194,54 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
     return model
 
 
-def training_batches(
-    world: World, step: int, config: PretrainingConfig, rng: np.random.Generator
-) -> list[tuple[Tensor, list[str]]]:
-    """Pictures (B, 3, h, w) in 0..255 and their captions: of whole scenes, and of crops of them."""
+class Batch(NamedTuple):
+    """S whole scenes (S, 3, 96, 96) in 0..255 with their captions, and crops of them."""
+
+    scenes: Tensor
+    captions: list[str]
+    crops: Crops
+
+
+def training_batch(world: World, step: int, config: PretrainingConfig, rng: np.random.Generator) -> Batch:
+    """What a step is trained on."""
     scenes = [world.scene(step * config.scenes + i) for i in range(config.scenes)]
-    whole = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
-    crops, captions = object_crops(scenes, config.crops, config.crop_size, rng)
-    return [(whole, [scene.captions[0] for scene in scenes]), (crops, captions)]
+    pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+    crops = object_crops(scenes, config.crops, config.crop_size, rng)
+    return Batch(pixels, [scene.captions[0] for scene in scenes], crops)
+
+
+def batch_loss(model: CLIP, batch: Batch, rows: Tensor, crop_rows: Tensor, config: PretrainingConfig) -> Tensor:
+    """The sum of the contrastive losses of a batch.
+
+    Args:
+        rows, crop_rows: (S, 77) and (B, 77) tokens of the captions, for the model's token table.
+    """
+    ensure_importable()
+    from open_clip import ClipLoss
+
+    contrast, scale = ClipLoss(), model.logit_scale.exp()
+    text, phrases = (F.normalize(model.text(tokens), dim=-1) for tokens in (rows, crop_rows))
+    whole, dense = encode(model.visual, batch.scenes)
+    crop, crop_dense = encode(model.visual, batch.crops.pictures)
+    plain = contrast(whole, text, scale) + contrast(crop, phrases, scale)
+    each = torch.eye(len(phrases), dtype=torch.bool)
+    aligned = soft_contrast(scale * patch_aligned(crop_dense, phrases), each)
+    aligned = aligned + soft_contrast(scale * patch_aligned(dense, phrases), batch.crops.shown)
+    return cast(Tensor, plain + config.dense_weight * aligned)
+
+
+def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
+    """The contrastive loss where a picture may have several right texts, and a text several pictures.
+
+    Args:
+        logits: (S, B). right: (S, B) bool; rows and columns without a right answer do not count.
+    """
+    losses = []
+    for one_way, answers in ((logits, right), (logits.t(), right.t())):
+        count = answers.sum(1)
+        log = (one_way.log_softmax(1) * answers).sum(1)[count > 0]
+        losses.append(-(log / count[count > 0]).mean())
+    return (losses[0] + losses[1]) / 2
 
 
 def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +277,7 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
     fresh = World(config.seed + 1_000_003)
     rows = known.rows if known else (lambda tokens: tokens)
     scenes = [fresh.scene(index) for index in range(2 * config.scenes)]
-    crops, captions = object_crops(scenes, config.crops, config.crop_size, np.random.default_rng(0))
+    crops, captions, _ = object_crops(scenes, config.crops, config.crop_size, np.random.default_rng(0))
     text = F.normalize(model.text(rows(tokenize([[caption] for caption in captions])[:, 0])), dim=-1)
     whole, dense = encode(model.visual, crops)
     right = torch.arange(len(crops))
@@ -292,15 +332,6 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
             name = stem + "in_proj_weight"
         joined[name] = tensor.detach().clone()
     return joined
-
-
-def _loss(model: CLIP, pixels: Tensor, rows: Tensor, config: PretrainingConfig, loss_of: Any) -> Tensor:
-    text = F.normalize(model.text(rows), dim=-1)
-    whole, dense = encode(model.visual, pixels)
-    scale = model.logit_scale.exp()
-    logits, right = scale * patch_aligned(dense, text), torch.arange(len(text))
-    aligned = (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
-    return cast(Tensor, loss_of(whole, text, scale)) + config.dense_weight * aligned
 
 
 def _forget(rows: Tensor, probability: float, end: int, rng: np.random.Generator) -> Tensor:

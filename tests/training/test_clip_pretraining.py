@@ -38,14 +38,10 @@ def settings(**changes: Any) -> PretrainingConfig:
 
 def fixed_loss(model: CLIP, config: PretrainingConfig) -> float:
     """The loss on pictures that no training step sees."""
-    from open_clip import ClipLoss
-
-    total = 0.0
+    batch = pretraining.training_batch(World(99_999), 0, config, np.random.default_rng(0))
+    tokens = (tokenize([[caption] for caption in part])[:, 0] for part in (batch.captions, batch.crops.captions))
     with torch.no_grad():
-        for pixels, captions in pretraining.training_batches(World(99), 0, config, np.random.default_rng(0)):
-            tokens = tokenize([[caption] for caption in captions])[:, 0]
-            total += pretraining._loss(model, pixels, tokens, config, ClipLoss()).item()
-    return total
+        return pretraining.batch_loss(model, batch, *tokens, config).item()
 
 
 def test_loss_on_fresh_pictures_falls(tmp_path: Path, rng: torch.Generator) -> None:
@@ -63,14 +59,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     config = settings(seed=int(torch.randint(1000, (), generator=rng)))
     whole = pretrain(config, tmp_path / "whole", SMALL).state_dict()
 
-    batches = pretraining.training_batches
+    batch = pretraining.training_batch
 
     def power_cut(world: World, step: int, *rest: Any) -> Any:
         if step == stop:
             raise KeyboardInterrupt
-        return batches(world, step, *rest)
+        return batch(world, step, *rest)
 
-    monkeypatch.setattr(pretraining, "training_batches", power_cut)
+    monkeypatch.setattr(pretraining, "training_batch", power_cut)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, tmp_path / "cut", SMALL)
     assert not (tmp_path / "cut" / "clip.pt").exists()
@@ -127,9 +123,9 @@ def test_every_token_of_a_caption_is_known(rng: torch.Generator) -> None:
     assert len(known) < 200
     world = World(int(torch.randint(1000, (), generator=rng)))
     for step in range(5):
-        for _, captions in pretraining.training_batches(world, step, settings(), np.random.default_rng(step)):
-            tokens = tokenize([[caption] for caption in captions])
-            assert (known.rows(tokens) == 0).eq(tokens == 0).all()
+        batch = pretraining.training_batch(world, step, settings(), np.random.default_rng(step))
+        tokens = tokenize([[caption] for caption in (*batch.captions, *batch.crops.captions)])
+        assert (known.rows(tokens) == 0).eq(tokens == 0).all()
     names = tokenize([[name] for name in WORLD.classes])
     assert (known.rows(names) == 0).eq(names == 0).all()
 
@@ -172,7 +168,7 @@ def test_crops_show_different_classes_and_their_captions_name_them(
 ) -> None:
     world = World(int(torch.randint(1000, (), generator=rng)))
     scenes = [world.scene(index) for index in range(12)]
-    crops, captions = object_crops(scenes, 64, 48, np.random.default_rng(0))
+    crops, captions, _ = object_crops(scenes, 64, 48, np.random.default_rng(0))
     assert crops.shape == (len(captions), 3, 48, 48)
     assert 20 < len(captions) <= 64
     assert len(object_crops(scenes, 5, 48, np.random.default_rng(0))[1]) == 5
@@ -180,11 +176,14 @@ def test_crops_show_different_classes_and_their_captions_name_them(
     # Pictures of the labels themselves show what a crop is of.
     scenes = [dataclasses.replace(s, image=np.repeat(s.labels[..., None], 3, 2).astype(np.uint8)) for s in scenes]
     monkeypatch.setattr(_world_crops, "_crop_caption", lambda label, *_: str(label))
-    crops, labels = object_crops(scenes, 64, 48, np.random.default_rng(0))
+    crops, labels, shown_in = object_crops(scenes, 64, 48, np.random.default_rng(0))
     assert len(set(labels)) == len(labels)
     for crop, label in zip(crops, map(int, labels), strict=True):
-        shown = (crop[0].round() == label).float().mean()
-        assert shown > (0.7 if label >= FIRST_GROUND else 0.08)
+        part = (crop[0].round() == label).float().mean()
+        assert part > (0.7 if label >= FIRST_GROUND else 0.08)
+    for scene, row in zip(scenes, shown_in, strict=True):
+        things = {str(scene.ground), *(str(region.label) for region in scene.regions)}
+        assert things & set(labels) == {label for label, is_shown in zip(labels, row, strict=True) if is_shown}
 
 
 def test_patch_aligned_similarity() -> None:
@@ -197,6 +196,24 @@ def test_patch_aligned_similarity() -> None:
             weights = torch.exp(pretraining.SHARPNESS * cosine)
             expected[b, t] = (weights * cosine).sum() / weights.sum()
     torch.testing.assert_close(pretraining.patch_aligned(dense, text), expected)
+
+
+def test_soft_contrast_is_clips_loss_where_one_answer_is_right() -> None:
+    from open_clip import ClipLoss
+
+    pictures, texts = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale = torch.tensor(7.0)
+    result = pretraining.soft_contrast(scale * pictures @ texts.t(), torch.eye(6, dtype=torch.bool))
+    torch.testing.assert_close(result, ClipLoss()(pictures, texts, scale))
+
+
+def test_soft_contrast_with_several_answers_and_with_none() -> None:
+    logits = torch.randn(2, 3, dtype=torch.float64)
+    right = torch.tensor([[True, True, False], [True, False, False]])  # the last text fits no picture
+    rows, columns = logits.log_softmax(1), logits.log_softmax(0)
+    by_picture = (-(rows[0, 0] + rows[0, 1]) / 2 - rows[1, 0]) / 2
+    by_text = (-(columns[0, 0] + columns[1, 0]) / 2 - columns[0, 1]) / 2
+    torch.testing.assert_close(pretraining.soft_contrast(logits, right), (by_picture + by_text) / 2)
 
 
 def test_mean_iou_counts_present_classes_only() -> None:
