@@ -16,7 +16,7 @@ TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # w
 
 
 class Crops(NamedTuple):
-    """B pictures (B, 3, size, size) in 0..255 with their captions, and (S, B) bool: which of the S scenes that they
+    """B pictures (B, 3, size, size) uint8 with their captions, and (S, B) bool: which of the S scenes that they
     were cut from show what a caption names."""
 
     pictures: Tensor
@@ -48,7 +48,7 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
         crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
         pictures.append(np.asarray(crop))
         captions.append(_crop_caption(label, scene, rng))
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     things = [{scene.ground, *(region.label for region in scene.regions)} for scene in scenes]
     shown = torch.tensor([[label in named for label in labels[:most]] for named in things])
     return Crops(stacked, captions, shown)

@@ -32,15 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torchvision import ensure_importable
-from ..data._world_crops import TEMPLATES, Crops, object_crops
+from ..data._world_crops import object_crops
 from ..data.vocabularies import Vocabulary
-from ..data.world import WORDS, WORLD, World
+from ..data.world import WORLD, World
 from ..files import write_whole
-from ..models.catseg import PIXEL_MEAN, PIXEL_STD
-from ..models.clip import CLIP, Block, ImageEncoder
+from ..models.clip import CLIP, ImageEncoder
 from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
+from ._contrast import encode, patch_aligned, soft_contrast
+from ._known_tokens import CLIP_TOKENS, KnownTokens, expand_embedding
 
-CLIP_TOKENS = 49408  # of CLIP's tokenizer
 TINY_WORLD: dict[str, Any] = {
     "embed_dim": 64,
     "quick_gelu": True,
@@ -48,7 +48,6 @@ TINY_WORLD: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
 }
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.pt"
-SHARPNESS = 10.0  # of the average over patches, in units of cosine
 MAX_LOGIT_SCALE = math.log(100)
 
 logger = logging.getLogger(__name__)
@@ -82,51 +81,21 @@ class PretrainingConfig:
     evaluation_scenes: int = 100
 
 
-class KnownTokens:
-    """The few of CLIP's tokens that the world's captions are made of; all others share one row, the unknown token.
-
-    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's own tokenizer stays in use, and the order of the
-    tokens is kept, so that the end token is still the largest.
-
-    Attributes: `ids` (K,) int64, ascending; row i + 1 of the small table belongs to `ids[i]`, row 0 to all others.
-    """
-
-    def __init__(self) -> None:
-        words = [*WORDS, *(template.replace("{}", "") for template in TEMPLATES)]
-        tokens = tokenize([[word] for word in words]).unique()
-        self.ids = tokens[tokens > 0]  # zeros follow the end token
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def rows(self, tokens: Tensor) -> Tensor:
-        """Token ids (...) -> rows of the small table (...)."""
-        position = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)
-        return torch.where(self.ids[position] == tokens, position + 1, 0)
-
-
-def expand_embedding(ids: Tensor, rows: Tensor) -> Tensor:
-    """(K,) token ids and (1 + K, D) rows, the first for all other tokens -> the whole table (49408, D)."""
-    table = rows[0].repeat(CLIP_TOKENS, 1)
-    table[ids] = rows[1:]
-    return table
-
-
-def compact_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The reverse of `expand_embedding`, exactly: (49408, D) -> ids (K,) and rows (1 + K, D)."""
-    values, counts = table.unique(dim=0, return_counts=True)
-    rest = values[counts.argmax()]
-    ids = (table != rest).any(1).nonzero()[:, 0]
-    return ids, torch.cat([rest[None], table[ids]])
-
-
-def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, Any] | None = None) -> CLIP:
+def pretrain(
+    config: PretrainingConfig,
+    out: str | Path,
+    clip_config: dict[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+) -> CLIP:
     """Train, or go on with training.
 
     Args:
         out: folder, made where it is missing. It gets `checkpoint.pt`, from which the same call goes on, and at the end
             `clip.pt`, in open_clip's layout, which `ovseg_fast.build(..., clip_pretrained=...)` takes.
         clip_config: as open_clip's model configurations; `TINY_WORLD` by default.
+        device: what it is trained on. workers: processes that draw scenes ahead; they change nothing else.
 
     Returns:
         the trained CLIP, with the whole token table.
@@ -138,11 +107,10 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     settings = dict(clip_config or TINY_WORLD)
     known = KnownTokens()
-    model = _small_model(settings, known, config.seed)
+    model = _small_model(settings, known, config.seed).to(device)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
     step, history = _resume(folder / CHECKPOINT, config, settings, model, optimizer, schedule)
-    world = World(config.seed)
     started, first = time.monotonic(), step
     losses: list[float] = []
 
@@ -157,15 +125,12 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
         }
         write_whole(folder / CHECKPOINT, lambda path: torch.save(state, path))
 
-    while step < config.steps:
+    batches = torch.utils.data.DataLoader(
+        Batches(config), batch_size=None, sampler=range(step, config.steps), num_workers=workers
+    )
+    for batch in batches:
         model.train()
-        rng = np.random.default_rng([config.seed, 1, step])
-        batch = training_batch(world, step, config, rng)
-        rows = [
-            _forget(known.rows(tokenize([[caption] for caption in captions])[:, 0]), config.forget, len(known), rng)
-            for captions in (batch.captions, batch.crops.captions)
-        ]
-        total = batch_loss(model, batch, rows[0], rows[1], config)
+        total = batch_loss(model, batch, config)
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -195,71 +160,57 @@ def pretrain(config: PretrainingConfig, out: str | Path, clip_config: dict[str, 
 
 
 class Batch(NamedTuple):
-    """S whole scenes (S, 3, 96, 96) in 0..255 with their captions, and crops of them."""
+    """What a step is trained on.
+
+    Attributes:
+        scenes: (S, 3, 96, 96) uint8, whole scenes. text: (S, 77) tokens of their captions, as rows of the small table.
+        crops: (B, 3, h, h) uint8. phrases: (B, 77) tokens of their captions. shown: as in `Crops`.
+    """
 
     scenes: Tensor
-    captions: list[str]
-    crops: Crops
+    text: Tensor
+    crops: Tensor
+    phrases: Tensor
+    shown: Tensor
 
 
-def training_batch(world: World, step: int, config: PretrainingConfig, rng: np.random.Generator) -> Batch:
-    """What a step is trained on."""
-    scenes = [world.scene(step * config.scenes + i) for i in range(config.scenes)]
-    pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
-    crops = object_crops(scenes, config.crops, config.crop_size, rng)
-    return Batch(pixels, [scene.captions[0] for scene in scenes], crops)
+class Batches(torch.utils.data.Dataset[Batch]):
+    """The batch of each step, always the same one, whichever process makes it."""
+
+    def __init__(self, config: PretrainingConfig) -> None:
+        self.config, self.world, self.known = config, World(config.seed), KnownTokens()
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        count = self.config.scenes
+        rng = np.random.default_rng([self.config.seed, 1, step])
+        scenes = [self.world.scene(step * count + i) for i in range(count)]
+        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
+        crops = object_crops(scenes, self.config.crops, self.config.crop_size, rng)
+        text, phrases = (
+            self.known.forget(self.known.encode(captions), self.config.forget, rng)
+            for captions in ([scene.captions[0] for scene in scenes], crops.captions)
+        )
+        return Batch(pixels, text, crops.pictures, phrases, crops.shown)
 
 
-def batch_loss(model: CLIP, batch: Batch, rows: Tensor, crop_rows: Tensor, config: PretrainingConfig) -> Tensor:
-    """The sum of the contrastive losses of a batch.
-
-    Args:
-        rows, crop_rows: (S, 77) and (B, 77) tokens of the captions, for the model's token table.
-    """
+def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
+    """The sum of the contrastive losses of a batch."""
     ensure_importable()
     from open_clip import ClipLoss
 
+    batch = Batch(*(tensor.to(model.visual.proj.device) for tensor in batch))
     contrast, scale = ClipLoss(), model.logit_scale.exp()
-    text, phrases = (F.normalize(model.text(tokens), dim=-1) for tokens in (rows, crop_rows))
+    text, phrases = (F.normalize(model.text(tokens), dim=-1) for tokens in (batch.text, batch.phrases))
     whole, dense = encode(model.visual, batch.scenes)
-    crop, crop_dense = encode(model.visual, batch.crops.pictures)
+    crop, crop_dense = encode(model.visual, batch.crops)
     plain = contrast(whole, text, scale) + contrast(crop, phrases, scale)
-    each = torch.eye(len(phrases), dtype=torch.bool)
+    each = torch.eye(len(phrases), dtype=torch.bool, device=scale.device)
     aligned = soft_contrast(scale * patch_aligned(crop_dense, phrases), each)
-    aligned = aligned + soft_contrast(scale * patch_aligned(dense, phrases), batch.crops.shown)
+    aligned = aligned + soft_contrast(scale * patch_aligned(dense, phrases), batch.shown)
     return cast(Tensor, plain + config.dense_weight * aligned)
-
-
-def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
-    """The contrastive loss where a picture may have several right texts, and a text several pictures.
-
-    Args:
-        logits: (S, B). right: (S, B) bool; rows and columns without a right answer do not count.
-    """
-    losses = []
-    for one_way, answers in ((logits, right), (logits.t(), right.t())):
-        count = answers.sum(1)
-        log = (one_way.log_softmax(1) * answers).sum(1)[count > 0]
-        losses.append(-(log / count[count > 0]).mean())
-    return (losses[0] + losses[1]) / 2
-
-
-def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, h, w) in 0..255 -> class token (B, E) and value-only dense features (B, S, E), of unit length."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    tokens, _ = visual.embed((pixels - mean) / std, "bicubic")
-    *stack, last = (cast(Block, block) for block in visual.transformer.resblocks)
-    for block in stack:
-        tokens = block(tokens)
-    whole, dense = last(tokens)[:, 0], last.dense(tokens)[:, 1:]
-    return F.normalize(visual.project(whole), dim=-1), F.normalize(visual.project(dense), dim=-1)
-
-
-def patch_aligned(dense: Tensor, text: Tensor) -> Tensor:
-    """Dense features (B, S, E) and texts (T, E), of unit length -> similarities (B, T): over the patches, those that
-    fit a text best count most."""
-    cosine = torch.einsum("bse,te->bts", dense, text)
-    return ((SHARPNESS * cosine).softmax(-1) * cosine).sum(-1)
 
 
 @torch.no_grad()
@@ -274,17 +225,20 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
         (about as many as `config.crops`); `seen` and `unseen` mIoU over all classes of the world, by cosine alone.
     """
     model.eval()
-    fresh = World(config.seed + 1_000_003)
-    rows = known.rows if known else (lambda tokens: tokens)
+    fresh, device = World(config.seed + 1_000_003), model.visual.proj.device
     scenes = [fresh.scene(index) for index in range(2 * config.scenes)]
     crops, captions, _ = object_crops(scenes, config.crops, config.crop_size, np.random.default_rng(0))
-    text = F.normalize(model.text(rows(tokenize([[caption] for caption in captions])[:, 0])), dim=-1)
-    whole, dense = encode(model.visual, crops)
-    right = torch.arange(len(crops))
+
+    def embed(prompts: list[str]) -> Tensor:
+        tokens = known.encode(prompts) if known else tokenize([[prompt] for prompt in prompts])[:, 0]
+        return F.normalize(model.text(tokens.to(device)), dim=-1)
+
+    text = embed(captions)
+    whole, dense = encode(model.visual, crops.to(device))
+    right = torch.arange(len(crops), device=device)
     found = [(similarity.argmax(1) == right).float().mean().item() for similarity in (whole @ text.t(),)]
     found += [(patch_aligned(dense, text).argmax(1) == right).float().mean().item()]
-    prompts = fill_templates(WORLD.classes, CATSEG_TEMPLATES)
-    class_text = F.normalize(model.text(rows(tokenize(prompts)[:, 0])), dim=-1)
+    class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, CATSEG_TEMPLATES)])
     confusion = np.zeros((len(WORLD.classes),) * 2, np.int64)
     for index in range(config.evaluation_scenes):
         scene = fresh.scene(index, split="test")
@@ -296,12 +250,12 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
 @torch.no_grad()
 def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -> np.ndarray[Any, Any]:
     """The baseline: each pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    _, dense = encode(visual, pixels)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    _, dense = encode(visual, pixels.to(text.device))
     grid = (image.shape[0] // visual.patch, image.shape[1] // visual.patch)
     maps = (dense @ text.t()).transpose(1, 2).unflatten(2, grid)
     maps = F.interpolate(maps, image.shape[:2], mode="bilinear", align_corners=False)
-    return cast("np.ndarray[Any, Any]", maps[0].argmax(0).numpy())
+    return cast("np.ndarray[Any, Any]", maps[0].argmax(0).cpu().numpy())
 
 
 def mean_iou(confusion: np.ndarray[Any, Any], vocabulary: Vocabulary) -> tuple[float, float]:
@@ -332,12 +286,6 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
             name = stem + "in_proj_weight"
         joined[name] = tensor.detach().clone()
     return joined
-
-
-def _forget(rows: Tensor, probability: float, end: int, rng: np.random.Generator) -> Tensor:
-    """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
-    forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
-    return rows.masked_fill(forgotten & (rows < end - 1), 0)
 
 
 def _small_model(settings: dict[str, Any], known: KnownTokens, seed: int) -> CLIP:
@@ -371,7 +319,7 @@ def _resume(
 ) -> tuple[int, list[dict[str, float]]]:
     if not path.exists():
         return 0, []
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     wanted = _resumable(config, settings)
     changed = [name for name in wanted if state["config"].get(name) != wanted[name]]
     if changed:
@@ -395,11 +343,13 @@ def _confusion(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], cl
 @click.option("--steps", default=PretrainingConfig.steps, show_default=True)
 @click.option("--seed", default=PretrainingConfig.seed, show_default=True)
 @click.option("--lr", default=PretrainingConfig.lr, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--workers", default=0, show_default=True, help="processes that draw scenes ahead")
 @click.option("--evaluate-every", default=PretrainingConfig.evaluate_every, show_default=True)
-def main(out: Path, **settings: Any) -> None:
+def main(out: Path, device: str, workers: int, **settings: Any) -> None:
     """Train the tiny CLIP of the procedural world; the same command goes on where it was stopped."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    pretrain(PretrainingConfig(**settings), out)
+    pretrain(PretrainingConfig(**settings), out, device=device, workers=workers)
 
 
 if __name__ == "__main__":

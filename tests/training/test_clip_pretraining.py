@@ -16,11 +16,13 @@ from click.testing import CliRunner
 from ovseg_fast.data import _world_crops
 from ovseg_fast.data._world_crops import object_crops
 from ovseg_fast.data.world import FIRST_GROUND, WORLD, World
-from ovseg_fast.models.catseg import CATSeg
+from ovseg_fast.models.catseg import PIXEL_MEAN, PIXEL_STD, CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
 from ovseg_fast.training import clip_pretraining as pretraining
-from ovseg_fast.training.clip_pretraining import KnownTokens, PretrainingConfig, pretrain
+from ovseg_fast.training._contrast import SHARPNESS, encode, patch_aligned, soft_contrast
+from ovseg_fast.training._known_tokens import KnownTokens, compact_embedding, expand_embedding
+from ovseg_fast.training.clip_pretraining import Batches, PretrainingConfig, pretrain
 from ovseg_fast.vocabulary import tokenize
 
 SMALL: dict[str, Any] = {
@@ -38,10 +40,12 @@ def settings(**changes: Any) -> PretrainingConfig:
 
 def fixed_loss(model: CLIP, config: PretrainingConfig) -> float:
     """The loss on pictures that no training step sees."""
-    batch = pretraining.training_batch(World(99_999), 0, config, np.random.default_rng(0))
-    tokens = (tokenize([[caption] for caption in part])[:, 0] for part in (batch.captions, batch.crops.captions))
+    batch = Batches(dataclasses.replace(config, seed=99_999, forget=0))[0]
+    ids = torch.cat([torch.zeros(1, dtype=torch.int64), KnownTokens().ids])  # back to CLIP's tokens
     with torch.no_grad():
-        return pretraining.batch_loss(model, batch, *tokens, config).item()
+        return pretraining.batch_loss(
+            model, batch._replace(text=ids[batch.text], phrases=ids[batch.phrases]), config
+        ).item()
 
 
 def test_loss_on_fresh_pictures_falls(tmp_path: Path, rng: torch.Generator) -> None:
@@ -59,14 +63,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     config = settings(seed=int(torch.randint(1000, (), generator=rng)))
     whole = pretrain(config, tmp_path / "whole", SMALL).state_dict()
 
-    batch = pretraining.training_batch
+    make = Batches.__getitem__
 
-    def power_cut(world: World, step: int, *rest: Any) -> Any:
+    def power_cut(self: Batches, step: int) -> Any:
         if step == stop:
             raise KeyboardInterrupt
-        return batch(world, step, *rest)
+        return make(self, step)
 
-    monkeypatch.setattr(pretraining, "training_batch", power_cut)
+    monkeypatch.setattr(Batches, "__getitem__", power_cut)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, tmp_path / "cut", SMALL)
     assert not (tmp_path / "cut" / "clip.pt").exists()
@@ -78,6 +82,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert [record["step"] for record in history[1]] == [3, 6]
     for name in ("retrieval", "dense_retrieval", "seen", "unseen"):
         assert [record[name] for record in history[0]] == [record[name] for record in history[1]]
+
+
+def test_batches_drawn_by_other_processes_are_the_same(tmp_path: Path) -> None:
+    here, there = (pretrain(settings(steps=3), tmp_path / str(n), SMALL, workers=n).state_dict() for n in (0, 2))
+    assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -95,9 +104,7 @@ def test_weights_are_those_of_open_clip_and_of_our_models(tmp_path: Path) -> Non
     pixels = torch.rand(2, 3, 96, 96) * 255
     with torch.no_grad():
         torch.testing.assert_close(loaded.text(tokens), trained.text(tokens))
-        for ours, theirs in zip(
-            pretraining.encode(trained.visual, pixels), pretraining.encode(loaded.visual, pixels), strict=True
-        ):
+        for ours, theirs in zip(encode(trained.visual, pixels), encode(loaded.visual, pixels), strict=True):
             torch.testing.assert_close(ours, theirs)
     config = dataclasses.replace(get_preset("catseg-tiny").config, clip=SMALL, guidance_blocks=(0, 0))
     model = CATSeg(config, tmp_path / "clip.pt")
@@ -108,8 +115,8 @@ def test_features_are_those_of_the_encoder() -> None:
     """`encode` gives CLIP's class token and the dense features that CAT-Seg reads."""
     model = CLIP(SMALL)
     pixels = torch.rand(2, 3, 96, 96) * 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pretraining.PIXEL_MEAN, pretraining.PIXEL_STD))
-    whole, dense = pretraining.encode(model.visual, pixels)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    whole, dense = encode(model.visual, pixels)
     expected, _, _ = model.visual.dense_features((pixels - mean) / std, ())
     torch.testing.assert_close(dense, F.normalize(expected[:, 1:], dim=-1))
     tokens, _ = model.visual.embed((pixels - mean) / std, "bicubic")
@@ -121,11 +128,13 @@ def test_features_are_those_of_the_encoder() -> None:
 def test_every_token_of_a_caption_is_known(rng: torch.Generator) -> None:
     known = KnownTokens()
     assert len(known) < 200
-    world = World(int(torch.randint(1000, (), generator=rng)))
+    batches = Batches(settings(seed=int(torch.randint(1000, (), generator=rng)), forget=0))
     for step in range(5):
-        batch = pretraining.training_batch(world, step, settings(), np.random.default_rng(step))
-        tokens = tokenize([[caption] for caption in (*batch.captions, *batch.crops.captions)])
-        assert (known.rows(tokens) == 0).eq(tokens == 0).all()
+        batch = batches[step]
+        for rows in (batch.text, batch.phrases):
+            length = rows.argmax(-1) + 1
+            assert ((rows > 0).sum(-1) == length).all()  # nothing unknown up to the end token
+            assert (rows.amax(-1) == len(known)).all()
     names = tokenize([[name] for name in WORLD.classes])
     assert (known.rows(names) == 0).eq(names == 0).all()
 
@@ -144,12 +153,12 @@ def test_small_and_whole_table_give_the_same_text(rng: torch.Generator) -> None:
     known = KnownTokens()
     small = pretraining._small_model(SMALL, known, 0)
     whole = copy.deepcopy(small)
-    table = pretraining.expand_embedding(known.ids, small.text.token_embedding.weight.detach())
+    table = expand_embedding(known.ids, small.text.token_embedding.weight.detach())
     whole.text.token_embedding = torch.nn.Embedding.from_pretrained(table)
     tokens = tokenize([["a photo of a red striped zebra in the scene"]])[:, 0]
     with torch.no_grad():
         torch.testing.assert_close(small.text(known.rows(tokens)), whole.text(tokens))
-    ids, rows = pretraining.compact_embedding(table)
+    ids, rows = compact_embedding(table)
     assert torch.equal(ids, known.ids)
     assert torch.equal(rows, small.text.token_embedding.weight)
 
@@ -157,9 +166,9 @@ def test_small_and_whole_table_give_the_same_text(rng: torch.Generator) -> None:
 def test_forgotten_words_leave_start_and_end() -> None:
     known = KnownTokens()
     rows = known.rows(tokenize([["a red striped circle"]] * 50)[:, 0])
-    forgotten = pretraining._forget(rows, 1.0, len(known), np.random.default_rng(0))
+    forgotten = known.forget(rows, 1.0, np.random.default_rng(0))
     assert torch.equal(forgotten > 0, (rows == len(known)) | (rows == len(known) - 1))
-    some = pretraining._forget(rows, 0.3, len(known), np.random.default_rng(0))
+    some = known.forget(rows, 0.3, np.random.default_rng(0))
     assert 0.15 < (some != rows).sum() / (rows > 0).sum() < 0.45 * 4 / 6 + 0.1
 
 
@@ -193,9 +202,9 @@ def test_patch_aligned_similarity() -> None:
     for b in range(2):
         for t in range(3):
             cosine = dense[b] @ text[t]
-            weights = torch.exp(pretraining.SHARPNESS * cosine)
+            weights = torch.exp(SHARPNESS * cosine)
             expected[b, t] = (weights * cosine).sum() / weights.sum()
-    torch.testing.assert_close(pretraining.patch_aligned(dense, text), expected)
+    torch.testing.assert_close(patch_aligned(dense, text), expected)
 
 
 def test_soft_contrast_is_clips_loss_where_one_answer_is_right() -> None:
@@ -203,7 +212,7 @@ def test_soft_contrast_is_clips_loss_where_one_answer_is_right() -> None:
 
     pictures, texts = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
     scale = torch.tensor(7.0)
-    result = pretraining.soft_contrast(scale * pictures @ texts.t(), torch.eye(6, dtype=torch.bool))
+    result = soft_contrast(scale * pictures @ texts.t(), torch.eye(6, dtype=torch.bool))
     torch.testing.assert_close(result, ClipLoss()(pictures, texts, scale))
 
 
@@ -213,7 +222,7 @@ def test_soft_contrast_with_several_answers_and_with_none() -> None:
     rows, columns = logits.log_softmax(1), logits.log_softmax(0)
     by_picture = (-(rows[0, 0] + rows[0, 1]) / 2 - rows[1, 0]) / 2
     by_text = (-(columns[0, 0] + columns[1, 0]) / 2 - columns[0, 1]) / 2
-    torch.testing.assert_close(pretraining.soft_contrast(logits, right), (by_picture + by_text) / 2)
+    torch.testing.assert_close(soft_contrast(logits, right), (by_picture + by_text) / 2)
 
 
 def test_mean_iou_counts_present_classes_only() -> None:
@@ -233,7 +242,7 @@ def test_zero_shot_reads_each_patch() -> None:
     model = CLIP(SMALL).eval()
     image = World(1).scene(0).image
     with torch.no_grad():
-        _, dense = pretraining.encode(model.visual, torch.from_numpy(image).permute(2, 0, 1)[None].float())
+        _, dense = encode(model.visual, torch.from_numpy(image).permute(2, 0, 1)[None].float())
     labels = pretraining.zero_shot(model.visual, image, dense[0, [0, 35]])
     assert labels.shape == (96, 96)
     assert labels[0, 0] == 0
@@ -242,7 +251,9 @@ def test_zero_shot_reads_each_patch() -> None:
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(pretraining, "pretrain", lambda config, out: calls.append((config, out)))
-    result = CliRunner().invoke(pretraining.main, ["--out", str(tmp_path), "--steps", "7", "--seed", "3"])
+    monkeypatch.setattr(pretraining, "pretrain", lambda *arguments, **options: calls.append((*arguments, options)))
+    result = CliRunner().invoke(
+        pretraining.main, ["--out", str(tmp_path), "--steps", "7", "--seed", "3", "--workers", "2"]
+    )
     assert result.exit_code == 0, result.output
-    assert calls == [(PretrainingConfig(steps=7, seed=3), tmp_path)]
+    assert calls == [(PretrainingConfig(steps=7, seed=3), tmp_path, {"device": "cpu", "workers": 2})]
