@@ -29,6 +29,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .._torchvision import ensure_importable
@@ -47,7 +48,7 @@ TINY_WORLD: dict[str, Any] = {
     "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16},
     "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
 }
-CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.pt"
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100)
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def pretrain(
 
     Args:
         out: folder, made where it is missing. It gets `checkpoint.pt`, from which the same call goes on, and at the end
-            `clip.pt`, in open_clip's layout, which `ovseg_fast.build(..., clip_pretrained=...)` takes.
+            `clip.safetensors`, in open_clip's layout, which `ovseg_fast.build(..., clip_pretrained=...)` takes.
         clip_config: as open_clip's model configurations; `TINY_WORLD` by default.
         device: what it is trained on. workers: processes that draw scenes ahead; they change nothing else.
 
@@ -155,7 +156,7 @@ def pretrain(
     model.text.token_embedding = torch.nn.Embedding.from_pretrained(
         expand_embedding(known.ids, model.text.token_embedding.weight.detach()), freeze=False
     )
-    write_whole(folder / WEIGHTS, lambda path: torch.save(to_open_clip(model), path))
+    write_whole(folder / WEIGHTS, lambda path: save_file(to_open_clip(model), path))
     return model
 
 
@@ -284,7 +285,7 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
             full = stem if name.startswith("visual.") else "text." + stem
             tensor = torch.cat([state[f"{full}{part}_proj_weight"] for part in "qkv"])
             name = stem + "in_proj_weight"
-        joined[name] = tensor.detach().clone()
+        joined[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return joined
 
 

@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     monkeypatch.setattr(Batches, "__getitem__", power_cut)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, tmp_path / "cut", SMALL)
-    assert not (tmp_path / "cut" / "clip.pt").exists()
+    assert not (tmp_path / "cut" / "clip.safetensors").exists()
     monkeypatch.undo()
     torch.manual_seed(stop)  # whatever else happened meanwhile
     resumed = pretrain(config, tmp_path / "cut", SMALL).state_dict()
@@ -99,7 +99,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_weights_are_those_of_open_clip_and_of_our_models(tmp_path: Path) -> None:
     trained = pretrain(settings(steps=2), tmp_path, SMALL)
-    loaded = CLIP(SMALL, tmp_path / "clip.pt")  # open_clip loads it, strictly
+    loaded = CLIP(SMALL, tmp_path / "clip.safetensors")  # open_clip loads it, strictly
     tokens = tokenize([["a crimson banded disc"], ["a photo of a cat"]])[:, 0]
     pixels = torch.rand(2, 3, 96, 96) * 255
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_weights_are_those_of_open_clip_and_of_our_models(tmp_path: Path) -> Non
         for ours, theirs in zip(encode(trained.visual, pixels), encode(loaded.visual, pixels), strict=True):
             torch.testing.assert_close(ours, theirs)
     config = dataclasses.replace(get_preset("catseg-tiny").config, clip=SMALL, guidance_blocks=(0, 0))
-    model = CATSeg(config, tmp_path / "clip.pt")
+    model = CATSeg(config, tmp_path / "clip.safetensors")
     torch.testing.assert_close(model.clip.visual.proj, trained.visual.proj)
 
 
