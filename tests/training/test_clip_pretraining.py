@@ -53,7 +53,7 @@ def test_loss_on_fresh_pictures_falls(tmp_path: Path, rng: torch.Generator) -> N
     before = pretrain(settings(seed=seed, steps=0), tmp_path / "none", SMALL)
     after = pretrain(settings(seed=seed, steps=60, lr=2e-3, warmup=5, evaluate_every=60), tmp_path / "some", SMALL)
     config = settings(seed=seed)
-    assert fixed_loss(after, config) < 0.9 * fixed_loss(before, config)
+    assert fixed_loss(after, config) < 0.95 * fixed_loss(before, config)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
