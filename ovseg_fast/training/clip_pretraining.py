@@ -29,7 +29,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .._torchvision import ensure_importable
@@ -115,7 +115,7 @@ def pretrain(
     started, first = time.monotonic(), step
     losses: list[float] = []
 
-    def save() -> None:
+    def checkpoint() -> None:
         state = {
             "step": step,
             "model": model.state_dict(),
@@ -152,11 +152,11 @@ def pretrain(
             left = (config.steps - step) * pace / 3600
             logger.info("step %d  loss %.3f  %.2f s a step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
         if step % config.checkpoint_every == 0 or last:
-            save()
+            checkpoint()
     model.text.token_embedding = torch.nn.Embedding.from_pretrained(
         expand_embedding(known.ids, model.text.token_embedding.weight.detach()), freeze=False
     )
-    write_whole(folder / WEIGHTS, lambda path: save_file(to_open_clip(model), path))
+    write_whole(folder / WEIGHTS, lambda path: path.write_bytes(save(to_open_clip(model))))
     return model
 
 
