@@ -1,0 +1,46 @@
+"""What contrastive pretraining compares: class tokens or patches with texts."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.catseg import PIXEL_MEAN, PIXEL_STD
+from ..models.clip import Block, ImageEncoder
+
+SHARPNESS = 10.0  # of the average over patches, in units of cosine
+
+
+def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, h, w) in 0..255 -> class token (B, E) and value-only dense features (B, S, E), of unit length."""
+    mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    tokens, _ = visual.embed((pixels - mean) / std, "bicubic")
+    *stack, last = (cast(Block, block) for block in visual.transformer.resblocks)
+    for block in stack:
+        tokens = block(tokens)
+    whole, dense = last(tokens)[:, 0], last.dense(tokens)[:, 1:]
+    return F.normalize(visual.project(whole), dim=-1), F.normalize(visual.project(dense), dim=-1)
+
+
+def patch_aligned(dense: Tensor, text: Tensor) -> Tensor:
+    """Dense features (B, S, E) and texts (T, E), of unit length -> similarities (B, T): over the patches, those that
+    fit a text best count most."""
+    cosine = torch.einsum("bse,te->bts", dense, text)
+    return ((SHARPNESS * cosine).softmax(-1) * cosine).sum(-1)
+
+
+def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
+    """The contrastive loss where a picture may have several right texts, and a text several pictures.
+
+    Args:
+        logits: (S, B). right: (S, B) bool; rows and columns without a right answer do not count.
+    """
+    losses = []
+    for one_way, answers in ((logits, right), (logits.t(), right.t())):
+        count = answers.sum(1)
+        log = (one_way.log_softmax(1) * answers).sum(1)[count > 0]
+        losses.append(-(log / count[count > 0]).mean())
+    return (losses[0] + losses[1]) / 2

@@ -1,0 +1,60 @@
+"""The small token table of a model that knows few words, and the whole one that takes any."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data._world_crops import TEMPLATES
+from ..data.world import WORDS
+from ..vocabulary import tokenize
+
+CLIP_TOKENS = 49408  # of CLIP's tokenizer
+
+
+class KnownTokens:
+    """The few of CLIP's tokens that the world's captions are made of; all others share one row, the unknown token.
+
+    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's own tokenizer stays in use, and the order of the
+    tokens is kept, so that the end token is still the largest.
+
+    Attributes: `ids` (K,) int64, ascending; row i + 1 of the small table belongs to `ids[i]`, row 0 to all others.
+    """
+
+    def __init__(self) -> None:
+        words = [*WORDS, *(template.replace("{}", "") for template in TEMPLATES)]
+        tokens = tokenize([[word] for word in words]).unique()
+        self.ids = tokens[tokens > 0]  # zeros follow the end token
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> rows of the small table (...)."""
+        position = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)
+        return torch.where(self.ids[position] == tokens, position + 1, 0)
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """B captions -> rows (B, 77)."""
+        return self.rows(tokenize([[caption] for caption in captions])[:, 0])
+
+    def forget(self, rows: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
+        """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
+        forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
+        return rows.masked_fill(forgotten & (rows < len(self) - 1), 0)
+
+
+def expand_embedding(ids: Tensor, rows: Tensor) -> Tensor:
+    """(K,) token ids and (1 + K, D) rows, the first for all other tokens -> the whole table (49408, D)."""
+    table = rows[0].repeat(CLIP_TOKENS, 1)
+    table[ids] = rows[1:]
+    return table
+
+
+def compact_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The reverse of `expand_embedding`, exactly: (49408, D) -> ids (K,) and rows (1 + K, D)."""
+    values, counts = table.unique(dim=0, return_counts=True)
+    rest = values[counts.argmax()]
+    ids = (table != rest).any(1).nonzero()[:, 0]
+    return ids, torch.cat([rest[None], table[ids]])
