@@ -1,4 +1,4 @@
-"""The command line: `ovseg-fast segment` and `ovseg-fast info`."""
+"""The command line: `ovseg-fast segment`, `train`, `evaluate`, `check` and `info`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from . import __version__
+from .evaluation.command import evaluate_command
+from .training.command import train_command
 
 FAILED = 1  # exit code: some or all images could not be segmented
 BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
@@ -143,6 +145,38 @@ def info() -> None:
     from .info import report
 
     click.echo(report())
+
+
+main.add_command(train_command)
+main.add_command(evaluate_command)
+
+
+@main.command()
+@click.argument("layout")
+@click.argument("root", type=click.Path(path_type=Path))
+@click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.pass_obj
+def check(verbose: bool, layout: str, root: Path, split: str, quiet: bool) -> None:
+    """Read every image and mask of a dataset and name what is broken or does not fit.
+
+    \b
+    ovseg-fast check ade20k-150 datasets/ --split train
+    ovseg-fast check folder my_data/
+
+    The exit code is 1 where something was found.
+    """
+    from .data.check import check_dataset, report
+    from .data.datasets import open_dataset
+
+    try:
+        dataset = open_dataset(layout, root, split)
+        problems = check_dataset(dataset, progress=not quiet)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(error, verbose, BAD_INPUT)
+    click.echo(f"{len(dataset)} pairs: {report(problems)}")
+    if problems:
+        sys.exit(FAILED)
 
 
 def _output_stems(images: list[Path]) -> dict[Path, str]:

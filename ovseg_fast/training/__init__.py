@@ -1,0 +1,1 @@
+"""Training: what is trained, on which labels, how fast it moves, and the loop around it."""

@@ -1,0 +1,174 @@
+"""What a training run is told, as a TOML file.
+
+    model = "catseg-vitb"
+    out = "runs/catseg"
+    clip_pretrained = "openai"
+    steps = 80000
+    batch = 4
+    precision = "bf16"
+
+    [data]
+    layout = "coco-stuff"
+    root = "datasets"
+
+    [validation]
+    layout = "ade20k-150"
+    root = "datasets"
+    limit = 200
+
+Everything but `model`, `out`, `steps` and `data` may be left out; the rest defaults to what the method published.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
+
+from ..models.presets import get_preset
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by accelerate's names
+FREE_ON_RESUME = frozenset(
+    {"out", "steps", "workers", "log_every", "checkpoint_every", "evaluate_every", "validation", "pictures"}
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A dataset: `layout`, `root` and `split` as `data.open_dataset` takes them; `limit`: only its first images."""
+
+    layout: str
+    root: str = "."
+    split: str = ""
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run.
+
+    Attributes:
+        model: a preset's name. out: the folder for checkpoints, logs and pictures.
+        steps: optimiser steps. data: what is trained on; validation: what is evaluated on, if anything.
+        weights: a checkpoint to start from; clip_pretrained: or weights of CLIP alone, see `models.build`.
+        policy: what of CLIP is trained, see `finetuning.set_trainable`; by default as published.
+        seen_only: train on the seen classes of the data's zero-shot split alone; by default as published, which is so
+            for Cascade-CLIP.
+        transductive: from this share of the steps on, Cascade-CLIP's unseen pixels get pseudo-labels; None: never.
+        batch: images a step, over all processes and `accumulation` parts, each of which goes forward by itself.
+        crop: side of a training crop in pixels; by default the model's.
+        learning_rate: of the method's optimiser in place of the published one; its groups keep their ratios.
+        warmup: steps of linear warm-up in place of the published ones.
+        precision: `"fp32"`, `"bf16"` or `"fp16"`: that of autocast.
+        seed: of weights that start random, order, augmentation and dropout.
+        workers: processes that read images, for each training process.
+        log_every, checkpoint_every, evaluate_every: in steps; pictures: validation images drawn at each evaluation.
+    """
+
+    model: str
+    out: str
+    steps: int
+    data: DataConfig
+    validation: DataConfig | None = None
+    weights: str | None = None
+    clip_pretrained: str | None = None
+    policy: str | None = None
+    seen_only: bool | None = None
+    transductive: float | None = None
+    batch: int = 4
+    accumulation: int = 1
+    crop: int | None = None
+    learning_rate: float | None = None
+    warmup: int | None = None
+    precision: str = "fp32"
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 20
+    checkpoint_every: int = 1000
+    evaluate_every: int = 5000
+    pictures: int = 4
+
+    def __post_init__(self) -> None:
+        get_preset(self.model)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        for name in ("steps", "batch", "accumulation", "log_every", "checkpoint_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch must be a multiple of accumulation, {self.accumulation}, got {self.batch}.")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.weights is not None and self.clip_pretrained is not None:
+            raise ValueError("weights and clip_pretrained exclude each other: weights hold those of CLIP.")
+
+
+def read_config(path: str | os.PathLike[str]) -> TrainingConfig:
+    """The configuration in a TOML file. Paths in it are relative to the folder where the command runs.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError, TypeError: no TOML, a key that is unknown or missing, a value of another type or out of range; the
+            sentence names the file and the key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no configuration file '{file}'.")
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"'{file}' is no UTF-8 text, expected a TOML file.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"'{file}' is no TOML file: {error}.") from None
+    try:
+        return _build(TrainingConfig, values, "")
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"in '{file}': {error}") from None
+
+
+def check_resumable(saved: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Raises ValueError, naming the keys, where a run with `config` would not go on as the saved one began."""
+    now = dataclasses.asdict(config)
+    changed = [name for name in now if name not in FREE_ON_RESUME and saved.get(name) != now[name]]
+    if changed:
+        parts = ", ".join(f"{name} {saved.get(name)!r} is now {now[name]!r}" for name in changed)
+        raise ValueError(
+            f"out holds a run with another configuration ({parts}); change it back, choose another out, or start anew "
+            "with --restart."
+        )
+
+
+def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    types = get_type_hints(kind)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ValueError(f"unknown key {where}{unknown[0]}; there are {', '.join(where + name for name in types)}.")
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"{where}{field.name} is missing.")
+    return kind(**{name: _value(types[name], value, where + name) for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    kinds = tuple(each for each in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if each is not NoneType)
+    if dataclasses.is_dataclass(kinds[0]):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} must be a table [{name}], got {value!r}.")
+        return _build(kinds[0], value, f"{name}.")
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join(
+            {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[k] for k in kinds
+        )
+        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+    return value

@@ -1,0 +1,74 @@
+"""Configuration files of training runs: read whole, or refused with the key's name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ovseg_fast.training.config import DataConfig, TrainingConfig, check_resumable, read_config
+
+SMALLEST = 'model = "catseg-tiny"\nout = "run"\nsteps = 3\n[data]\nlayout = "coco-stuff"\n'
+
+
+def read(tmp_path, text: str) -> TrainingConfig:
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    return read_config(tmp_path / "run.toml")
+
+
+def test_what_is_left_out_has_its_default(tmp_path):
+    expected = TrainingConfig(model="catseg-tiny", out="run", steps=3, data=DataConfig("coco-stuff"))
+    assert read(tmp_path, SMALLEST) == expected
+
+
+def test_every_key_is_read(tmp_path):
+    text = SMALLEST.replace("steps = 3", 'steps = 3\nlearning_rate = 1\nprecision = "bf16"\nseen_only = true')
+    config = read(tmp_path, text + 'root = "there"\nlimit = 7\n[validation]\nlayout = "ade20k-150"\n')
+    assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
+    assert config.precision == "bf16" and config.seen_only is True
+    assert config.data == DataConfig("coco-stuff", "there", limit=7)
+    assert config.validation == DataConfig("ade20k-150")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("steps = 3\n", "", "steps is missing"),
+        ("steps = 3", 'steps = "3"', "steps must be a whole number, got '3'"),
+        ("steps = 3", "steps = true", "steps must be a whole number, got True"),
+        ("steps = 3", "steps = 0", "steps must be at least 1, got 0"),
+        ("steps = 3", "steps = 3\nstep = 4", "unknown key step;"),
+        ("steps = 3", "steps = 3\nbatch = 5\naccumulation = 2", "batch must be a multiple of accumulation, 2, got 5"),
+        ("steps = 3", 'steps = 3\nprecision = "int8"', "precision must be one of fp32, bf16, fp16, got 'int8'"),
+        ("steps = 3", "steps = 3\nlearning_rate = -1", "learning_rate must be above 0, got -1"),
+        ("steps = 3", 'steps = 3\nweights = "a"\nclip_pretrained = "b"', "weights and clip_pretrained exclude"),
+        ("catseg-tiny", "resnet", "name must be one of catseg-vitb"),
+        ('layout = "coco-stuff"', 'layouts = "coco-stuff"', "unknown key data.layouts;"),
+        ('[data]\nlayout = "coco-stuff"', 'data = "coco-stuff"', r"data must be a table \[data\], got 'coco-stuff'"),
+        ("steps = 3", "steps = ", "is no TOML file"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, old, new, words):
+    assert old in SMALLEST
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
+        read(tmp_path, SMALLEST.replace(old, new))
+    assert "run.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no configuration file .*missing\.toml"):
+        read_config(tmp_path / "missing.toml")
+    (tmp_path / "latin.toml").write_bytes(b'model = "\xe9"')
+    with pytest.raises(ValueError, match="no UTF-8"):
+        read_config(tmp_path / "latin.toml")
+
+
+def test_a_run_goes_on_only_as_it_began():
+    config = TrainingConfig(model="catseg-tiny", out="run", steps=3, data=DataConfig("coco-stuff"))
+    saved = dataclasses.asdict(config)
+    check_resumable(saved, dataclasses.replace(config, steps=9, out="moved", workers=0))
+    with pytest.raises(ValueError, match="batch 4 is now 8") as caught:
+        check_resumable(saved, dataclasses.replace(config, batch=8))
+    assert "--restart" in str(caught.value)
+    with pytest.raises(ValueError, match="data"):
+        check_resumable(saved, dataclasses.replace(config, data=DataConfig("ade20k-150")))

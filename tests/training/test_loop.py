@@ -1,0 +1,182 @@
+"""Training runs: what they leave, that they go on as if they had not been stopped, alone and in several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ovseg_fast as ovs
+from ovseg_fast import checkpoints
+from ovseg_fast.training import loop
+from ovseg_fast.training.config import DataConfig, TrainingConfig
+from ovseg_fast.training.loop import CHECKPOINT, WEIGHTS, train
+
+CLASSES = ("red", "green", "blue")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight pictures, each half of one of three colours and half of another, as a plain dataset."""
+    draw = np.random.default_rng(random.getrandbits(32))
+    for part in ("images", "masks"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    for number in range(8):
+        labels = np.repeat(draw.permutation(3)[:2], 48).astype(np.uint8)[None].repeat(96, 0)
+        pixels = np.eye(3)[labels] * 200 + draw.normal(30, 10, (96, 96, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"data/images/{number}.png")
+        Image.fromarray(labels).save(tmp_path / f"data/masks/{number}.png")
+    (tmp_path / "data/classes.txt").write_text("\n".join(CLASSES), encoding="utf-8")
+    return tmp_path
+
+
+def configuration(folder: Path, **changes: object) -> TrainingConfig:
+    data = DataConfig("folder", str(folder / "data"))
+    config = TrainingConfig(
+        model="catseg-tiny", out=str(folder / "run"), steps=4, data=data, workers=0, log_every=2, checkpoint_every=2
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.read(path)[0]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def write(config: TrainingConfig, path: Path) -> Path:
+    """The configuration as the file that `ovseg-fast train` takes."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name not in tables]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def command(*arguments: object, processes: int = 1) -> list[str]:
+    alone = [sys.executable, "-m", "ovseg_fast", "train", *map(str, arguments)]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return alone if processes == 1 else [alone[0], *together, *alone[1:]]
+
+
+@pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
+def test_a_run_learns_and_leaves_what_it_promises(folder, model):
+    config = configuration(
+        folder, model=model, steps=12, learning_rate=2e-3, warmup=2, policy="full", log_every=3, evaluate_every=6,
+        validation=DataConfig("folder", str(folder / "data")), pictures=2,
+    )  # fmt: skip
+    path = train(config, progress=False)
+    assert path == folder / "run" / WEIGHTS
+    told = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in told if "loss" in row]
+    assert len(losses) >= 4
+    assert losses[-1] < losses[0]
+    model = ovs.build(model)
+    checkpoints.load(model, path)
+    assert checkpoints.classes(path) == list(CLASSES)
+    scores = [row for row in told if "miou" in row]
+    assert [row["step"] for row in scores] == [6, 12]
+    assert all(0 <= row["miou"] <= 1 for row in scores)
+    assert sorted(file.name for file in (folder / "run/pictures").iterdir()) == ["step_0000006.png", "step_0000012.png"]
+    assert list((folder / "run/tensorboard").iterdir())
+
+
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder):
+    """Killed at a random moment, twice."""
+    config = configuration(folder, steps=16, batch=2, checkpoint_every=1, policy="full", learning_rate=1e-3)
+    whole = weights(train(dataclasses.replace(config, out=str(folder / "whole")), progress=False))
+    file = write(config, folder / "run.toml")
+    checkpoint = folder / "run" / CHECKPOINT
+    for wait in (1, 6):
+        process = subprocess.Popen(command(file, "--quiet"), env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        while process.poll() is None and (not checkpoint.is_file() or steps_done(checkpoint) < wait):
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "run" / WEIGHTS).exists(), "killed too late to tell anything"
+    assert 6 <= steps_done(checkpoint) < 16
+    result = subprocess.run(command(file, "--quiet"), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert_equal(weights(folder / "run" / WEIGHTS), whole)
+
+
+def steps_done(checkpoint: Path) -> int:
+    return torch.load(checkpoint, weights_only=True)["step"]
+
+
+@pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
+def test_two_processes_train_as_one_does_with_the_same_global_batch(folder, model):
+    """Also where the images of one process show more classes than those of the other."""
+    config = configuration(folder, model=model, steps=2, batch=4, policy="full", warmup=0)
+    start = ovs.build(model)
+    file = folder / "start.safetensors"
+    for module in start.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    checkpoints.save(start, file)
+    results = {}
+    for processes in (1, 2):
+        own = dataclasses.replace(config, weights=str(file), out=str(folder / f"run{processes}"))
+        run = subprocess.run(
+            command(write(own, folder / f"run{processes}.toml"), "--quiet", processes=processes),
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        results[processes] = weights(Path(own.out) / WEIGHTS)
+    began = weights(file)
+    moved = torch.cat([(results[1][name] - began[name]).flatten() for name in began])
+    apart = torch.cat([(results[1][name] - results[2][name]).flatten() for name in began])
+    assert moved.norm() > 0
+    assert apart.norm() <= 0.05 * moved.norm()
+
+
+def test_a_run_is_refused_with_one_sentence(folder):
+    config = configuration(folder, steps=1, batch=2)
+    train(config, progress=False)
+    with pytest.raises(ValueError, match=r"batch 2 is now 4.*--restart"):
+        train(dataclasses.replace(config, batch=4), progress=False)
+    train(dataclasses.replace(config, batch=4), progress=False, restart=True)
+    (folder / "run" / CHECKPOINT).write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' is no checkpoint of a run, or damaged; --restart"):
+        train(config, progress=False)
+    with pytest.raises(ValueError, match="transductive needs unseen classes"):
+        train(dataclasses.replace(config, out=str(folder / "other"), transductive=0.5), progress=False)
+    for mask in (folder / "data/masks").iterdir():
+        mask.unlink()
+    for image in (folder / "data/images").iterdir():
+        image.unlink()
+    with pytest.raises(ValueError, match="holds no image"):
+        train(dataclasses.replace(config, out=str(folder / "other")), progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(folder):
+    config = configuration(folder, steps=6, batch=2, learning_rate=1e-3, checkpoint_every=1, log_every=1)
+    run = loop.Run(config, progress=False)
+    run.prepare(restart=False)
+    step = run._step
+
+    def broken(number, parts):
+        losses = step(number, parts)
+        return {name: loss * float("nan") if number == 3 else loss for name, loss in losses.items()}
+
+    run._step = broken
+    with pytest.raises(FloatingPointError, match=r"nan.* at step 4: lower learning_rate"):
+        run.go()
+    assert steps_done(folder / "run" / CHECKPOINT) == 3
