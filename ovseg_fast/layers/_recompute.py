@@ -1,0 +1,33 @@
+"""Recompute instead of store: for layers whose intermediate results take more memory than time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import backends
+
+
+def recomputes(x: Tensor) -> bool:
+    """Whether to work that way: in training on a CPU. Kernels recompute by themselves, and so may a compiler."""
+    plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and backends.requested() != "triton"
+    return plain and torch.is_grad_enabled()
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, of which a later backward pass finds only `tensors` stored and works out the rest again.
+
+    `function` must draw no random numbers.
+    """
+    if not recomputes(tensors[0]):
+        return function(*tensors)
+    requested = backends.requested()
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), backends.backend(requested)  # the backward pass may run outside the caller's choice
+
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
