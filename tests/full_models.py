@@ -51,6 +51,18 @@ def upstream_trainable(model: CATSeg | CascadeCLIP) -> list[str]:
     return [name for name, (_, parts) in stored if all(own in trainable for own, _ in parts)]
 
 
+def upstream_gradients(model: CATSeg | CascadeCLIP) -> dict[str, Tensor | None]:
+    """Gradients of the trainable parameters under upstream's names and in its shapes; None where there is none."""
+    parameters, stored = dict(model.named_parameters()), upstream_parts(model)
+    gradients: dict[str, Tensor | None] = {}
+    for name in upstream_trainable(model):
+        shape, parts = stored[name]
+        own = [(parameters[part].grad, row) for part, row in parts]
+        found = [grad.reshape(-1) if row is None else grad[row] for grad, row in own if grad is not None]
+        gradients[name] = torch.cat(found).view(shape) if len(found) == len(own) else None
+    return gradients
+
+
 def literal_catseg_loss(
     model: CATSeg, weights: dict[str, Tensor], images: Tensor, labels: Tensor, tokens: Tensor
 ) -> Tensor:
