@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._tiles import tile_size
-from ._recompute import recomputed, recomputes
+from . import _recompute
 
 
 class SpatialBlock(nn.Module):
@@ -54,13 +54,13 @@ class SpatialAggregation(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """(B, T, H, W, C) and guidance (B, H, W, G) -> (B, T, H, W, C)."""
         guidance = self.guidance_norm(guidance)
-        if not recomputes(x):
-            return self._blocks(x, guidance)
-        batch, classes, height, width, _ = x.shape
-        parts = x.split(tile_size(classes, batch * height * width, x.device), 1)
-        return torch.cat([recomputed(self._blocks, part, guidance) for part in parts], 1)
-
-    def _blocks(self, x: Tensor, guidance: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, guidance)
-        return x
+        tiles: tuple[Tensor, ...] = (x,)
+        if _recompute.recomputes(x):  # a tile then goes through both blocks while it is in the cache
+            batch, classes, height, width, _ = x.shape
+            tiles = x.split(tile_size(classes, batch * height * width, x.device), 1)
+        done = []
+        for tile in tiles:
+            for block in self.blocks:
+                tile = _recompute.recomputed(block, tile, guidance)
+            done.append(tile)
+        return done[0] if len(done) == 1 else torch.cat(done, 1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import ovseg_fast as ovs
 from ovseg_fast import backends
-from ovseg_fast.layers import spatial_aggregation, upsampling_decoder
+from ovseg_fast.layers import _recompute
 from ovseg_fast.layers._recompute import recomputed
 from ovseg_fast.layers.cost_aggregator import CostAggregator
 from tolerances import REWRITE_FLOAT64, REWRITE_GRADIENT_FACTOR, relative_error
@@ -55,8 +56,7 @@ def step(aggregator, image, text, *appearance):
 def test_same_results_and_less_held(rng, aggregator, monkeypatch):
     arguments = inputs(rng)
     logits, gradients, kept = step(aggregator, *arguments)
-    for module in (spatial_aggregation, upsampling_decoder):
-        monkeypatch.setattr(module, "recomputed", lambda function, *tensors: function(*tensors))
+    monkeypatch.setattr(_recompute, "recomputes", lambda x: False)
     stored_logits, stored_gradients, stored_kept = step(aggregator, *arguments)
     assert relative_error(logits, stored_logits) <= REWRITE_FLOAT64
     for gradient, stored in zip(gradients, stored_gradients, strict=True):
@@ -92,6 +92,19 @@ def test_the_backward_pass_takes_the_backend_of_the_forward_pass():
         y.sum().backward()
         assert seen == ["torch", "torch"]
         assert backends.requested() == "auto"
+
+
+def test_weights_lent_for_the_forward_pass_alone_are_those_of_the_backward_pass(aggregator, rng):
+    image, text, *appearance = inputs(rng)
+    lent = {name: torch.randn_like(weight, requires_grad=True) for name, weight in aggregator.named_parameters()}
+    logits = functional_call(aggregator, lent, (image, text, appearance, 2))
+    gradients = torch.autograd.grad(logits.square().mean(), [image, *lent.values()])
+    aggregator.load_state_dict(lent)
+    expected = torch.autograd.grad(
+        aggregator(image, text, appearance, 2).square().mean(), [image, *aggregator.parameters()]
+    )
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, other)
 
 
 def test_autocast_is_kept(rng, aggregator):
