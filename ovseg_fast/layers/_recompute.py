@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,19 +19,31 @@ def recomputes(x: Tensor) -> bool:
     return plain and torch.is_grad_enabled()
 
 
-def recomputed(module: nn.Module, *tensors: Tensor) -> Tensor:
-    """`module(*tensors)`, of which a later backward pass finds only `tensors` stored and works out the rest again.
+class _Call(nn.Module):
+    """A method of a module as a module, so that `functional_call` can lend weights to it."""
 
-    The module must draw no random numbers.
+    def __init__(self, owner: nn.Module, method: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.owner, self.method = owner, method
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.method(*tensors)
+
+
+def recomputed(owner: nn.Module, method: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`method(*tensors)`, of which a later backward pass finds only `tensors` stored and works out the rest again.
+
+    The method reads the weights of `owner`, no others, and draws no random numbers.
     """
     if not recomputes(tensors[0]):
-        return module(*tensors)
+        return method(*tensors)
     requested = backends.requested()
+    call = _Call(owner, method)
     # Those of now: torch.func.functional_call may have lent them to the module for the forward pass only.
-    parameters: dict[str, Tensor] = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(call.named_parameters())
 
     def run(*tensors: Tensor) -> Tensor:
-        return functional_call(module, parameters, tensors)
+        return functional_call(call, parameters, tensors)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), backends.backend(requested)  # the backward pass may run outside the caller's choice

@@ -54,13 +54,13 @@ class SpatialAggregation(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """(B, T, H, W, C) and guidance (B, H, W, G) -> (B, T, H, W, C)."""
         guidance = self.guidance_norm(guidance)
-        tiles: tuple[Tensor, ...] = (x,)
-        if _recompute.recomputes(x):  # a tile then goes through both blocks while it is in the cache
-            batch, classes, height, width, _ = x.shape
-            tiles = x.split(tile_size(classes, batch * height * width, x.device), 1)
-        done = []
-        for tile in tiles:
-            for block in self.blocks:
-                tile = _recompute.recomputed(block, tile, guidance)
-            done.append(tile)
-        return done[0] if len(done) == 1 else torch.cat(done, 1)
+        if not _recompute.recomputes(x):
+            return self._blocks(x, guidance)
+        batch, classes, height, width, _ = x.shape
+        tiles = x.split(tile_size(classes, batch * height * width, x.device), 1)
+        return torch.cat([_recompute.recomputed(self, self._blocks, tile, guidance) for tile in tiles], 1)
+
+    def _blocks(self, x: Tensor, guidance: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, guidance)
+        return x
