@@ -70,7 +70,7 @@ PUBLISHED = {
         schedule="poly",
         end=1e-6,
         warmup=1500,
-        warmup_start=1e-6,
+        warmup_start=1e-6,  # read as a learning rate, as the end of the decay is
         batch=16,
     ),
 }
