@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._tiles import tile_size
+from ._recompute import recomputed
 
 
 class DecoderStage(nn.Module):
@@ -87,8 +88,12 @@ class UpsamplingDecoder(nn.Module):
         batch, classes, height, width, _ = x.shape
         logits = []
         for tile in x.split(tile_size(classes, batch * height * width, x.device), 1):
-            for stage, term in zip(stages, terms, strict=True):
-                tile = stage(tile, term)
-            maps = self.head(tile.flatten(0, 1).permute(0, 3, 1, 2))
-            logits.append(maps.squeeze(1).unflatten(0, (batch, -1)))
+            logits.append(recomputed(self, self._decode, tile, *terms))
         return torch.cat(logits, 1)
+
+    def _decode(self, x: Tensor, *terms: Tensor) -> Tensor:
+        """Logits (B, t, 4H, 4W) of a tile of classes, with each stage's guidance term."""
+        for stage, term in zip(self.stages, terms, strict=True):
+            x = stage(x, term)
+        maps = self.head(x.flatten(0, 1).permute(0, 3, 1, 2))
+        return maps.squeeze(1).unflatten(0, (x.shape[0], -1))

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.cascade_head import CascadeHead
 from .clip import CLIP, ImageEncoder
+from .losses import NO_CLASS, check_labels, share_of_masks
 from .windows import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's statistics of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
+FOCAL_WEIGHT, DICE_WEIGHT = 100.0, 1.0  # in the training loss
 MAX_ASPECT = 32  # beyond this, sliding windows over one picture run into the hundreds
 
 
@@ -237,6 +239,35 @@ class CascadeCLIP(nn.Module):
             TypeError, ValueError: images or text have another dtype or shape.
         """
         return resize(self.decode(self.encode_image(images), text), *images.shape[-2:])
+
+    def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The published training loss: 100 × sigmoid focal loss + 1 × dice loss of the summed masks.
+
+        As published, the classes are the seen ones only (`training.labels.seen_labels`), and pixels of no class count
+        as negatives of every class. The masks are resized from the encoder's grid to the labels, map by map; neither
+        they nor one-hot targets are ever held at that size. (The published code goes by way of 512 × 512, which is the
+        labels' size there.) Both terms are divided by the number of ground-truth masks; its mean over all processes
+        counts where `torch.distributed` is initialised, and all of them must then call this together.
+
+        Args:
+            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch.
+            labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, is no class.
+            text: (T, E) unit-length embeddings of the classes trained on.
+
+        Returns:
+            Scalars `"focal"` and `"dice"`, weighted, and their sum `"loss"`.
+
+        Raises:
+            TypeError, ValueError: images, labels or text have another dtype or shape.
+        """
+        check_labels(labels, images)
+        masks = self.decode(self.encode_image(images), text)
+        terms = ops.mask_losses(masks, labels, terms=("focal", "dice"), ignore=NO_CLASS)
+        share = share_of_masks(labels, masks.shape[1])
+        if share is not None:
+            terms = {name: term * share for name, term in terms.items()}
+        losses = {"focal": FOCAL_WEIGHT * terms["focal"], "dice": DICE_WEIGHT * terms["dice"]}
+        return losses | {"loss": losses["focal"] + losses["dice"]}
 
     def scores(self, score_map: Tensor) -> Tensor:
         """Scores (T, H, W) in 0..1 from `ops.score_map`: softmax over the classes, as published."""

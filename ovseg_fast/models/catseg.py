@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..layers.cost_aggregator import CostAggregator
 from .clip import CLIP
+from .losses import NO_CLASS, check_labels
 from .windows import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's statistics of RGB in 0..255
@@ -177,6 +179,27 @@ class CATSeg(nn.Module):
             TypeError, ValueError: images or text have another dtype or shape.
         """
         return self.decode(self.encode_image(images), text, class_pooling)
+
+    def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The published training loss: binary cross-entropy, mean over all images, classes and pixels.
+
+        As published, pixels of no class are not left out: they count as negatives of every class. The logits are
+        resized to the labels, map by map; neither they nor one-hot targets are ever held at that size.
+
+        Args:
+            images: (B, 3, h, w) uint8, or float in 0..1, RGB, any size.
+            labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, is no class.
+            text: (T, P, E) unit-length embeddings, made with gradients where the text encoder is to be trained.
+
+        Returns:
+            Scalars `"bce"` and `"loss"`, which are the same.
+
+        Raises:
+            TypeError, ValueError: images, labels or text have another dtype or shape.
+        """
+        check_labels(labels, images)
+        bce = ops.mask_losses(self(images, text), labels, ignore=NO_CLASS)["bce"]
+        return {"bce": bce, "loss": bce}
 
     def scores(self, score_map: Tensor) -> Tensor:
         """Scores (T, H, W) in 0..1 from `ops.score_map`: the probabilities themselves."""
