@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ._world_drawing import COLOURS, GROUND_COLOURS, MATERIALS, PATTERNS, SHAPES, draw_ground, draw_object, light
 from .vocabularies import Vocabulary
@@ -262,3 +263,39 @@ def _say(word: str, rng: np.random.Generator) -> str:
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]
+
+
+class Numbered(NamedTuple):
+    """A scene's name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class WorldScenes:
+    """The first scenes of a world as a dataset, read like a `datasets.SegmentationDataset`.
+
+    Args:
+        split: `"train"` or `"test"`, see `World.scene`. pairs: the scenes' numbers as names, in order.
+        size: side of a scene in pixels.
+    """
+
+    split: str
+    pairs: tuple[Numbered, ...]
+    seed: int = 0
+    size: int = BASE_SIZE
+    name = "world"
+    vocabulary = WORLD
+
+    @classmethod
+    def first(cls, count: int, split: str, seed: int = 0) -> WorldScenes:
+        """The first `count` scenes of a split."""
+        return cls(split, tuple(Numbered(str(index)) for index in range(count)), seed)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[Image.Image, NDArray[np.int32]]:
+        """An RGB image and its labels (H, W)."""
+        scene = World(self.seed).scene(int(self.pairs[index].name), self.size, self.split)
+        return Image.fromarray(scene.image), scene.labels

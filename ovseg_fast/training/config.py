@@ -40,7 +40,10 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset: `layout`, `root` and `split` as `data.open_dataset` takes them; `limit`: only its first images."""
+    """A dataset: `layout`, `root` and `split` as `data.open_dataset` takes them; `limit`: only its first images.
+
+    The layout `world` is the procedural world, which needs no root; its splits are `train` and `test`.
+    """
 
     layout: str
     root: str = "."

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ..data.augmentation import augmentation
 from ..data.datasets import SegmentationDataset
+from ..data.world import WorldScenes
 
 
 def stream(*numbers: int) -> int:
@@ -22,7 +23,7 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
     Each pass over the dataset has an order of its own.
     """
 
-    def __init__(self, dataset: SegmentationDataset, method: str, side: int, seed: int) -> None:
+    def __init__(self, dataset: SegmentationDataset | WorldScenes, method: str, side: int, seed: int) -> None:
         self.dataset, self.augment, self.seed = dataset, augmentation(method, side), seed
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:

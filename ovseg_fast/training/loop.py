@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from .. import checkpoints
 from ..data.datasets import SegmentationDataset, open_dataset
+from ..data.world import WorldScenes
 from ..evaluation.evaluate import evaluate
 from ..files import write_whole
 from ..models import CascadeCLIP, CATSeg, build
@@ -36,6 +37,7 @@ from .optimizer import PUBLISHED, Hyperparameters, build_optimizer, build_schedu
 from .pictures import save_comparison
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
+WORLD_SCENES = 100_000  # of the procedural world, where the configuration sets no limit
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,8 @@ class Objective(nn.Module):
             return self.model.loss(images, seen_labels(labels, len(self.tokens), self.unseen), self._embed(self.seen))
         text = self._embed(list(range(len(self.tokens))))
         with torch.no_grad():
-            logits = self.model.decode(self.model.encode_image(images), text)
+            features: Any = self.model.encode_image(images)
+            logits = self.model.decode(features, text)
         return self.model.loss(images, pseudo_labels(logits, labels, self.unseen), text)
 
 
@@ -240,7 +243,7 @@ class Run:
             rows = []
             for index in range(min(self.config.pictures, len(dataset))):
                 image, labels = dataset.read(index)
-                rows.append((image, labels, segmenter.segment(image, names).labels))
+                rows.append((image, labels, segmenter.encode(image).segment(names).labels))
             if rows:
                 (self.out / "pictures").mkdir(exist_ok=True)
                 save_comparison(self.out / "pictures" / f"step_{step:07}.png", rows, names)
@@ -248,8 +251,10 @@ class Run:
         return scores
 
 
-def open_data(config: DataConfig, split: str) -> SegmentationDataset:
+def open_data(config: DataConfig, split: str) -> SegmentationDataset | WorldScenes:
     """The dataset of a configuration; `split` where that names none. Raises ValueError where it holds no image."""
+    if config.layout == "world":
+        return WorldScenes.first(config.limit or WORLD_SCENES, config.split or {"val": "test"}.get(split, split))
     dataset = open_dataset(config.layout, config.root, config.split or split)
     if not len(dataset):
         raise ValueError(f"the dataset {config.layout} in '{config.root}' holds no image.")

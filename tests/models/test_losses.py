@@ -22,7 +22,7 @@ from full_models import (
 from ovseg_fast.checkpoints import to_upstream
 from ovseg_fast.models import CascadeCLIP, get_preset
 from ovseg_fast.training.finetuning import set_trainable
-from ovseg_fast.training.labels import seen_labels
+from ovseg_fast.training.labels import seen_classes, seen_labels
 from parity import fill
 from tolerances import (
     CANCELLED_FLOAT64,
@@ -328,7 +328,7 @@ def test_cascade_training_step_is_the_published_one():
     labels = seen_labels(labels, 20, goldens.facts["novel"])
     with torch.no_grad():
         text = model.text_from_prompts(model.encode_text(goldens.tokens(20).unsqueeze(1)))
-    losses = model.loss(images, labels, text[training.seen_classes(20, goldens.facts["novel"])])
+    losses = model.loss(images, labels, text[seen_classes(20, goldens.facts["novel"])])
     losses["loss"].backward()
     facts = goldens.facts["full_train"]
     assert relative_error(losses["focal"], facts["decode.loss_mask"]) <= GOLDEN_LOSS

@@ -15,6 +15,7 @@ import samples
 from counterparts import assert_rewrite
 from goldens import ATTENTION, DEVICE, cascade_inputs, cascade_queries, filled, golden, to_operator
 from ovseg_fast import ops
+from test_kernels import check_gradients
 from test_operators import gradients
 from tolerances import GOLDEN_OUTPUT, KERNEL, KERNEL_GRADIENT_FACTOR, REWRITE_FLOAT64, relative_error
 
@@ -130,10 +131,12 @@ def test_large_tiles_give_what_small_ones_give(
         monkeypatch.setattr(kernels, "FEW", few)
         call = row.build(torch.Generator().manual_seed(int(rng.initial_seed())), dtype, DEVICE)
         with ovs.backend("triton"):
-            results.append([*samples.tensors(row.run(call)), *gradients(row, call)])
-    names = ["output", "scores", *samples.arguments("mask_attention", call)]
-    for name, small, large in zip(names, *results, strict=False):
-        assert relative_error(large, small) <= KERNEL[dtype], name
+            results.append((samples.tensors(row.run(call)), gradients(row, call)))
+    (small, small_slopes), (large, large_slopes) = results
+    for result, expected in zip(large, small, strict=True):
+        assert relative_error(result, expected) <= KERNEL[dtype]
+    names = list(samples.arguments("mask_attention", call))[: len(small_slopes)]
+    check_gradients(names, large_slopes, [slope.double() for slope in small_slopes], dtype)
 
 
 def test_without_scores_none_are_computed(rng: torch.Generator) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 import ovseg_fast as ovs
 from ovseg_fast import checkpoints
+from ovseg_fast.data.world import WORLD
 from ovseg_fast.training import loop
 from ovseg_fast.training.config import DataConfig, TrainingConfig
 from ovseg_fast.training.loop import CHECKPOINT, WEIGHTS, train
@@ -145,6 +146,26 @@ def test_two_processes_train_as_one_does_with_the_same_global_batch(folder, mode
     apart = torch.cat([(results[1][name] - results[2][name]).flatten() for name in began])
     assert moved.norm() > 0
     assert apart.norm() <= 0.05 * moved.norm()
+
+
+def test_the_procedural_world_trains_on_seen_classes_alone(tmp_path):
+    """Cascade-CLIP's published protocol; then with pseudo-labels of the unseen ones."""
+    config = TrainingConfig(
+        model="cascade-clip-tiny", out=str(tmp_path / "run"), steps=2, data=DataConfig("world", limit=5), workers=0,
+        validation=DataConfig("world", limit=2), pictures=1, transductive=0.5, batch=2, log_every=1,
+    )  # fmt: skip
+    run = loop.Run(config, progress=False)
+    run.prepare(restart=False)
+    calls = []
+    loss = run.model.loss
+    run.model.loss = lambda images, labels, text: calls.append((labels, text)) or loss(images, labels, text)
+    path = run.go()
+    assert checkpoints.classes(path) == list(WORLD.seen)
+    (labels, text), (all_labels, all_text) = calls
+    assert len(text) == len(WORLD.seen) and len(all_text) == len(WORLD.classes)
+    assert labels.max() < len(WORLD.seen) and all_labels.max() < len(WORLD.classes)
+    told = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert 0 <= told[-1]["miou_unseen"] <= 1
 
 
 def test_a_run_is_refused_with_one_sentence(folder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ovseg_fast as ovs
+from ovseg_fast.training.finetuning import set_trainable
 from ovseg_fast.training.optimizer import (
     PUBLISHED,
     build_optimizer,
@@ -17,7 +18,6 @@ from ovseg_fast.training.optimizer import (
     method,
     parameter_groups,
     poly,
-    set_trainable,
 )
 
 
