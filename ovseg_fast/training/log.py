@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import write_whole
+
 
 class Log:
     """Losses and scores of a run, told by its main process.
@@ -28,6 +30,8 @@ class Log:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.writer = None if out is None else _tensorboard(out / "tensorboard", first)
+        if out is not None:
+            _keep_until(out / "log.jsonl", first)
 
     def __enter__(self) -> Log:
         return self
@@ -75,6 +79,15 @@ class Log:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{of}/{name}", value, step)
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Drop what an earlier run told of steps that are now done again."""
+    if not file.is_file():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(file, lambda target: target.write_text("".join(kept), encoding="utf-8"))
 
 
 def _tensorboard(folder: Path, first: int) -> Any:

@@ -68,31 +68,25 @@ class Objective(nn.Module):
     """A model with the texts of its classes: images and labels in, the published loss out.
 
     Args:
-        model: on its device. tokens: (T, P, 77) of all classes. unseen: indices of those that are not trained on.
-
-    Where no weight of the text encoder is trained, texts are encoded once.
+        model: on its device. prompts: of all classes, as tokens (T, P, 77) where the text encoder is trained, else as
+            their embeddings (T, P, E). unseen: indices of the classes that are not trained on.
     """
 
-    def __init__(self, model: CATSeg | CascadeCLIP, tokens: Tensor, unseen: tuple[int, ...]) -> None:
+    def __init__(self, model: CATSeg | CascadeCLIP, prompts: Tensor, unseen: tuple[int, ...]) -> None:
         super().__init__()
-        self.model, self.tokens, self.unseen = model, tokens, unseen
-        self.seen = seen_classes(len(tokens), unseen)
-        self.text: Tensor | None = None
-        if not any(parameter.requires_grad for parameter in model.text_encoder.parameters()):
-            with torch.no_grad():
-                self.text = model.text_from_prompts(model.encode_text(tokens))
+        self.model, self.prompts, self.unseen = model, prompts, unseen
+        self.seen = seen_classes(len(prompts), unseen)
 
     def _embed(self, classes: list[int]) -> Tensor:
-        if self.text is not None:
-            return self.text[classes]
-        return self.model.text_from_prompts(self.model.encode_text(self.tokens[classes]))
+        prompts = self.prompts[classes]
+        return self.model.text_from_prompts(prompts if prompts.is_floating_point() else self.model.encode_text(prompts))
 
     def forward(self, images: Tensor, labels: Tensor, transductive: bool = False) -> dict[str, Tensor]:
         """(B, 3, s, s) uint8 and (B, s, s) indices of all classes -> named losses. Transductively, all classes are
         trained on, the unseen ones by labels that the model gives now."""
         if not transductive:
-            return self.model.loss(images, seen_labels(labels, len(self.tokens), self.unseen), self._embed(self.seen))
-        text = self._embed(list(range(len(self.tokens))))
+            return self.model.loss(images, seen_labels(labels, len(self.prompts), self.unseen), self._embed(self.seen))
+        text = self._embed(list(range(len(self.prompts))))
         with torch.no_grad():
             features: Any = self.model.encode_image(images)
             logits = self.model.decode(features, text)
@@ -129,14 +123,20 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         saved = None if restart or not (self.out / CHECKPOINT).is_file() else self._read_checkpoint()
         self.first = 0 if saved is None else int(saved["step"])
+        if saved is not None:
+            model.load_state_dict(saved["model"])
         set_trainable(model, self.config.policy)
         model.to(accelerator.device).train()
-        prompts = fill_templates([prompt_name(name) for name in self.classes], Segmenter(model).templates)
-        objective = Objective(model, tokenize(prompts).to(accelerator.device), self.unseen)
+        segmenter = Segmenter(model)
+        if any(parameter.requires_grad for parameter in model.text_encoder.parameters()):
+            prompts = fill_templates([prompt_name(name) for name in self.classes], segmenter.templates)
+            texts = tokenize(prompts).to(accelerator.device)
+        else:
+            texts = segmenter.embed_text(self.classes, progress=self.progress)
+        objective = Objective(model, texts, self.unseen)
         optimizer = build_optimizer(model, self.settings)
         self.schedule = build_schedule(optimizer, self.settings, self.config.steps)
         if saved is not None:
-            model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         if saved is not None and accelerator.scaler is not None:
