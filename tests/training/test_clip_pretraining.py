@@ -81,7 +81,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     history = [torch.load(tmp_path / name / "checkpoint.pt")["history"] for name in ("whole", "cut")]
     assert [record["step"] for record in history[1]] == [3, 6]
     for name in ("retrieval", "dense_retrieval", "seen", "unseen"):
-        assert [record[name] for record in history[0]] == [record[name] for record in history[1]]
+        # No number where the few scenes hold no such class, in both.
+        np.testing.assert_equal([record[name] for record in history[0]], [record[name] for record in history[1]])
 
 
 def test_batches_drawn_by_other_processes_are_the_same(tmp_path: Path) -> None:
