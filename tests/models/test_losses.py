@@ -19,6 +19,7 @@ from full_models import (
     upstream_gradients,
     upstream_trainable,
 )
+from loss_of_one import loss_of_one
 from ovseg_fast.checkpoints import to_upstream
 from ovseg_fast.models import CascadeCLIP, get_preset
 from ovseg_fast.training.finetuning import set_trainable
@@ -242,16 +243,6 @@ def test_losses_are_shared_by_the_mean_number_of_masks(rng, monkeypatch):
         assert float(halves[0][name] + halves[1][name]) / 2 == pytest.approx(float(loss), rel=1e-6)  # counts: float32
 
 
-def _loss_of_one(rank, store, state, images, labels, text, results):
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = ovs.build("cascade-clip-tiny").double().eval()
-    model.load_state_dict(state)
-    with torch.no_grad():
-        losses = model.loss(images[rank::2], labels[rank::2], text)
-    results[rank] = {name: float(loss) for name, loss in losses.items()}
-    distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_the_mean_over_processes_is_the_loss_of_all_images(rng, tmp_path):
     model = ovs.build("cascade-clip-tiny").double().eval()
@@ -261,7 +252,7 @@ def test_the_mean_over_processes_is_the_loss_of_all_images(rng, tmp_path):
     with multiprocessing.Manager() as manager:
         results = manager.dict()
         arguments = (tmp_path / "store", model.state_dict(), images, labels, text, results)
-        multiprocessing.spawn(_loss_of_one, arguments, nprocs=2)
+        multiprocessing.spawn(loss_of_one, arguments, nprocs=2)
         found = [results[rank] for rank in range(2)]
     for name, loss in expected.items():
         assert (found[0][name] + found[1][name]) / 2 == pytest.approx(float(loss), rel=1e-6)
