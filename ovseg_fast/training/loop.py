@@ -2,8 +2,9 @@
 
 Nothing of a step depends on the steps before but weights and optimiser: image order, augmentation and dropout follow
 from the seed and the step's number. So a checkpoint holds weights, optimiser and a number, and a run that was killed
-goes on as if it had not been. Several processes share each global batch; the sum of their gradients is that of one
-process with the whole batch, but for rounding.
+goes on as if it had not been: bit by bit where sums keep their order, as on a CPU with as many threads. Several
+processes share each global batch; the sum of their gradients is that of one process with the whole batch, but for
+rounding.
 """
 
 from __future__ import annotations
