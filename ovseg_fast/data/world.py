@@ -95,7 +95,7 @@ class Difficulty:
     """
 
     objects: tuple[int, int] = (2, 4)
-    diameter: tuple[float, float] = (30, 54)
+    diameter: tuple[float, float] = (34, 58)
     overlap: float = 0.25
     siblings: float = 0.3
     jitter: float = 15
