@@ -38,16 +38,12 @@ from ..data.vocabularies import Vocabulary
 from ..data.world import WORLD, World
 from ..files import write_whole
 from ..models.clip import CLIP, ImageEncoder
+from ..models.presets import TINY_WORLD
+from ..token_tables import expand_embedding
 from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
 from ._contrast import encode, patch_aligned, soft_contrast
-from ._known_tokens import CLIP_TOKENS, KnownTokens, expand_embedding
+from ._known_tokens import KnownTokens
 
-TINY_WORLD: dict[str, Any] = {
-    "embed_dim": 64,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
-}
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100)
 

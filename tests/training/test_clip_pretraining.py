@@ -19,9 +19,10 @@ from ovseg_fast.data.world import FIRST_GROUND, WORLD, World
 from ovseg_fast.models.catseg import PIXEL_MEAN, PIXEL_STD, CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
+from ovseg_fast.token_tables import compact_embedding, expand_embedding
 from ovseg_fast.training import clip_pretraining as pretraining
 from ovseg_fast.training._contrast import SHARPNESS, encode, patch_aligned, soft_contrast
-from ovseg_fast.training._known_tokens import KnownTokens, compact_embedding, expand_embedding
+from ovseg_fast.training._known_tokens import KnownTokens
 from ovseg_fast.training.clip_pretraining import Batches, PretrainingConfig, pretrain
 from ovseg_fast.vocabulary import tokenize
 
