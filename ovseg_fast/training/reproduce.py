@@ -19,15 +19,12 @@ from statistics import mean, stdev
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from safetensors.torch import save
-from tqdm import tqdm
 
 from .. import checkpoints
 from ..data.world import WORLD, WorldScenes
 from ..evaluation.evaluate import evaluate
-from ..evaluation.metrics import ConfusionMatrix
 from ..files import write_whole
 from ..models import build
 from ..models.clip import CLIP, PACKAGED, TINY_CLIP
@@ -36,7 +33,7 @@ from ..segmenter import load
 from ..token_tables import compact
 from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
 from .clip_pretraining import WEIGHTS as CLIP_WEIGHTS
-from .clip_pretraining import PretrainingConfig, pretrain, zero_shot
+from .clip_pretraining import PretrainingConfig, pretrain, zero_shot_scores
 from .config import read_config, read_toml
 from .loop import train
 
@@ -102,11 +99,7 @@ def baseline(clip: CLIP, dataset: WorldScenes) -> dict[str, float]:
     """Scores of the tiny CLIP alone: each pixel the class of highest cosine."""
     prompts = fill_templates(WORLD.classes, CATSEG_TEMPLATES)
     text = torch.nn.functional.normalize(clip.text(tokenize(prompts)[:, 0]), dim=-1)
-    confusion = ConfusionMatrix(len(WORLD.classes))
-    for index in tqdm(range(len(dataset)), desc=BASELINE, disable=None):
-        image, labels = dataset.read(index)
-        confusion.update(torch.from_numpy(zero_shot(clip.visual, np.asarray(image), text)), labels)
-    scores = confusion.scores([index for index in range(len(WORLD.classes)) if index not in WORLD.unseen])
+    scores = zero_shot_scores(clip.visual, text, dataset)
     return {name: float(getattr(scores, name)) for name in MEASURED}
 
 
