@@ -17,7 +17,8 @@ OPERATORS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # From the user down to the kernels; a module may import from its own level and from those further down.
 LEVELS = (
     ("cli",),
-    ("info",),
+    ("demo",),
+    ("info", "_demo_page"),
     ("segmenter", "training", "evaluation", "accelerate"),
     ("checkpoints",),
     ("checkpoint_files", "upstream_names"),
@@ -27,7 +28,7 @@ LEVELS = (
     ("ops",),
     ("backends",),
     ("kernels", "native"),
-    ("_torchvision", "files"),
+    ("_torchvision", "files", "_command"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
