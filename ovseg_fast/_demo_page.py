@@ -67,69 +67,63 @@ def page(
         an RGB image: a first row with scene, truth, prediction, wrong pixels and key; then for each shown name its
         costs, all on one scale, and its scores, on the scale 0..1, with their ranges.
     """
-    colours = palette(len(result.classes))
-    side = MIN_SIDE if max(result.image.size) <= MIN_SIDE else max(result.image.size)
-    if MIN_SIDE % max(result.image.size):
-        side = max(result.image.size) * -(
-            -MIN_SIDE // max(result.image.size)
-        )  # a whole step, so that borders stay even
-    width, height = (round(side * length / max(result.image.size)) for length in result.image.size)
+    colours = [tuple(colour) for colour in palette(len(result.classes)).tolist()]
+    longest = max(result.image.size)
+    side = longest * -(-MIN_SIDE // longest)  # a whole step, so that borders stay even
+    width, height = (length * side // longest for length in result.image.size)
 
     counted = truth >= 0
     wrong = counted & (result.labels != truth)
     share = f"{100 * wrong.sum() / counted.sum():.1f} % of the pixels" if counted.any() else "no pixel can be judged"
-    present = [index for index in range(len(colours)) if (truth == index).any() or (result.labels == index).any()]
-    entries = [(tuple(colours[index].tolist()), result.classes[index]) for index in present]
+    present = sorted({*truth[counted].tolist(), *result.labels.ravel().tolist()})
+    entries = [(colours[index], result.classes[index]) for index in present]
     if not counted.all():
         entries.append((HATCH, UNNAMED))
-    first = [
-        Panel(result.image, "Scene"),
-        Panel(_coloured(result.image, truth, result.classes), "Truth"),
-        Panel(_coloured(result.image, result.labels, result.classes), "Prediction"),
-        Panel(_errors(result.image, wrong, counted), "Wrong pixels", share),
-        Panel(key(entries, width, height), "Names"),
+    rows = [
+        [
+            Panel(result.image, "Scene"),
+            Panel(_coloured(result.image, truth, result.classes), "Truth"),
+            Panel(_coloured(result.image, result.labels, result.classes), "Prediction"),
+            Panel(_errors(result.image, wrong, counted), "Wrong pixels", note=share),
+            Panel(key(entries, width, height), "Names"),
+        ]
     ]
-    rows: list[list[Panel]] = [first]
     low, high = float(costs[list(shown)].min()), float(costs[list(shown)].max())
     for start in range(0, len(shown), COLUMNS):
         block = shown[start : start + COLUMNS]
         rows.append(
             [
                 Panel(
-                    cost_map(costs[i], low, high),
-                    result.classes[i],
-                    f"cosine {costs[i].min():.2f} to {costs[i].max():.2f}",
-                    tuple(colours[i].tolist()),
+                    cost_map(costs[i], low, high), result.classes[i], notes[i], _range("cosine", costs[i]), colours[i]
                 )
                 for i in block
             ]
         )
-        scores = result.scores
-        rows.append(
-            [
-                Panel(cost_map(scores[i], 0, 1), notes[i], f"score {scores[i].min():.2f} to {scores[i].max():.2f}")
-                for i in block
-            ]
-        )
+        rows.append([Panel(cost_map(result.scores[i], 0, 1), note=_range("score", result.scores[i])) for i in block])
     return panels(rows, title, subtitle, side)
+
+
+def _range(what: str, values: NDArray[np.float32]) -> str:
+    return f"{what} {values.min():.2f} to {values.max():.2f}"
 
 
 def _coloured(image: Image.Image, labels: NDArray[np.int32], names: Sequence[str]) -> Image.Image:
     """The names' colours over the image, hatched where there is no name."""
     known = np.where(labels < 0, len(names), labels)
-    picture = overlay(image, known, [*names, UNNAMED], alpha=0.6, legend=False)
-    return _hatched(picture, image, labels < 0)
+    # Over grey levels: the objects' own colours would change those of the names.
+    picture = overlay(image.convert("L"), known, [*names, UNNAMED], alpha=0.75, legend=False)
+    return _hatched(picture, labels < 0)
 
 
 def _errors(image: Image.Image, wrong: NDArray[np.bool_], counted: NDArray[np.bool_]) -> Image.Image:
     """A pale image with the wrong pixels in red, hatched where nothing is known."""
     pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, PAPER), 0.6)
     pale.paste(WRONG, mask=Image.fromarray(np.uint8(220) * wrong))
-    return _hatched(pale, image, ~counted)
+    return _hatched(pale, ~counted)
 
 
-def _hatched(picture: Image.Image, image: Image.Image, where: NDArray[np.bool_]) -> Image.Image:
-    step = max(2, max(image.size) // 32)
+def _hatched(picture: Image.Image, where: NDArray[np.bool_]) -> Image.Image:
+    step = max(2, max(picture.size) // 32)
     rows, columns = np.indices(where.shape)
     lines = (rows + columns) % (2 * step) < step
     picture.paste(PAPER, mask=Image.fromarray(np.uint8(255) * where))

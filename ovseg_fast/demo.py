@@ -12,9 +12,7 @@ from ._command import BAD_INPUT, FAILED, fail
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-
-    from .data.world import Scene
+    from .data.world import Scene, World
     from .evaluation.metrics import Scores
     from .segmenter import Segmenter
 
@@ -247,11 +245,15 @@ def _table(
     for name, classes, here, split, iou in zip(names, meant, shown, splits, scores.iou, strict=True):
         said = [WORLD.classes[label] for label in here or (classes if len(classes) == 1 else ())]
         text = name if not said or said == [name] else f"{name} ({', '.join(said)})"
-        rows.append((text, split, _percent(iou) if here else "not in the scene" if classes else "no truth"))
-    width = max(len(text) for text, _, _ in (*rows, ("class", "", "")))
-    lines = [f"{text:<{width}}  {split:<6}  {iou:>8}" for text, split, iou in [("class", "split", "IoU"), *rows]]
-    lines += ["", f"mIoU {_percent(scores.miou)}"]
-    return lines
+        remark = "" if here else "not in the scene" if classes else "not of this world"
+        rows.append((text, split, _percent(iou) if here else "-", remark))
+    width = max(len(row[0]) for row in (*rows, ("class",)))
+    table = [("class", "split", "IoU", ""), *rows]
+    lines = [f"{text:<{width}}  {split:<6}  {iou:>7}  {remark}".rstrip() for text, split, iou, remark in table]
+    mean = f"mIoU {_percent(scores.miou)}"
+    if not scores.present.any():
+        mean = "There is no mIoU: none of the names is in the scene. --scene makes one of your own words."
+    return [*lines, "", mean]
 
 
 def _percent(ratio: float) -> str:

@@ -139,12 +139,13 @@ class Panel(NamedTuple):
     """A picture on a page.
 
     Attributes:
-        image: scaled to the page's panel size. title: above it. note: below it.
+        image: scaled to the page's panel size. title, subtitle: two lines above it. note: a line below it.
         colour: of a small square before the title, or None.
     """
 
     image: Image.Image
     title: str = ""
+    subtitle: str = ""
     note: str = ""
     colour: tuple[int, ...] | None = None
 
@@ -153,7 +154,7 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
     """Put pictures side by side on a page, all of one size, with what is written at them.
 
     Args:
-        rows: at least one panel in all. Rows may differ in length.
+        rows: at least one panel in all. Rows may differ in length; one without any title moves up to the row above.
         title, subtitle: two lines at the top of the page.
         side: longer side of a panel in pixels. The first image tells the aspect ratio.
 
@@ -172,37 +173,43 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
     width, height = (max(1, round(side * length / max(first.size))) for length in first.size)
     size = max(11, round(side / 15))
     font, large = ImageFont.load_default(size), ImageFont.load_default(round(1.5 * size))
-    line, gap, margin = round(1.7 * size), size, 2 * size
+    line, gap, margin = round(1.6 * size), size, 2 * size
     columns = max(map(len, rows))
-    heights = [height + line * (any(panel.title for panel in row) + any(panel.note for panel in row)) for row in rows]
-    header = (round(2.4 * size) if title else 0) + (line if subtitle else 0)
-    header += gap // 2 if header else 0
-    page = Image.new(
-        "RGB",
-        (2 * margin + columns * (width + gap) - gap, 2 * margin + header + sum(heights) + gap * (len(rows) - 1)),
-        PAPER,
-    )
+    page_width = 2 * margin + columns * (width + gap) - gap
+
+    # Where each text and each row goes, from the top down; then the page is as high as that.
+    header, y = [], margin
+    for text, ink, its_font, room in ((title, INK, large, round(1.6 * line)), (subtitle, FAINT, font, line)):
+        if text:
+            header.append((y + room // 2, text, ink, its_font))
+            y += room
+    tops = []
+    for index, row in enumerate(rows):
+        lines = [any(panel.title for panel in row), any(panel.subtitle for panel in row)]
+        y += 2 * gap if index and any(lines) else gap // 2
+        tops.append((y, y + lines[0] * line, y + sum(lines) * line))  # of title, subtitle and image
+        y = tops[-1][2] + height + any(panel.note for panel in row) * line
+
+    page = Image.new("RGB", (page_width, y + margin), PAPER)
     draw = ImageDraw.Draw(page)
-    inner = page.width - 2 * margin
-    if title:
-        draw.text((margin, margin), _fit(title, large, inner), INK, large, anchor="lt")
-    if subtitle:
-        draw.text((margin, margin + header - gap // 2 - line), _fit(subtitle, font, inner), FAINT, font, anchor="lt")
-    top = margin + header
-    for row, row_height in zip(rows, heights, strict=True):
-        titled = any(panel.title for panel in row)
+    for middle, text, ink, its_font in header:
+        draw.text((margin, middle), _fit(text, its_font, page_width - 2 * margin), ink, its_font, anchor="lm")
+    for row, (title_top, subtitle_top, image_top) in zip(rows, tops, strict=True):
         for place, panel in enumerate(row):
-            left, below = margin + place * (width + gap), top + line * titled + height
-            if panel.title:
-                text, middle = left, top + line // 2
-                if panel.colour:
-                    draw.rectangle((left, middle - size // 2, left + size - 1, middle + (size - 1) // 2), panel.colour)
-                    text += round(1.5 * size)
-                draw.text((text, middle), _fit(panel.title, font, left + width - text), INK, font, anchor="lm")
-            page.paste(_scale(panel.image, width, height), (left, top + line * titled))
-            if panel.note:
-                draw.text((left, below + line // 2), _fit(panel.note, font, width), FAINT, font, anchor="lm")
-        top += row_height + gap
+            left = margin + place * (width + gap)
+            text_left, middle = left, title_top + line // 2
+            if panel.colour:
+                top = middle - size // 2
+                draw.rectangle((left, top, left + size - 1, top + size - 1), panel.colour)
+                text_left += round(1.5 * size)
+            for text, x, y, ink in (
+                (panel.title, text_left, middle, INK),
+                (panel.subtitle, left, subtitle_top + line // 2, FAINT),
+                (panel.note, left, image_top + height + line // 2, FAINT),
+            ):
+                if text:
+                    draw.text((x, y), _fit(text, font, left + width - x), ink, font, anchor="lm")
+            page.paste(_scale(panel.image, width, height), (left, image_top))
     return page
 
 
@@ -212,7 +219,7 @@ def key(entries: Sequence[tuple[tuple[int, ...], str]], width: int, height: int)
     What does not fit is cut: a name with an ellipsis, further entries with their number.
     """
     size = max(11, round(max(width, height) / 15))
-    font, line = ImageFont.load_default(size), round(1.55 * size)
+    font, line = ImageFont.load_default(size), round(1.45 * size)
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
     rows = max(1, height // line)
