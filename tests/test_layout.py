@@ -18,7 +18,8 @@ OPERATORS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 LEVELS = (
     ("cli",),
     ("demo",),
-    ("info", "_demo_page"),
+    ("info", "_demo"),
+    ("_demo_page",),
     ("segmenter", "training", "evaluation", "accelerate"),
     ("checkpoints",),
     ("checkpoint_files", "upstream_names"),
