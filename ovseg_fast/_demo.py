@@ -12,7 +12,7 @@ from PIL import Image
 from ._demo_page import cost_maps, page
 from .data.world import WORLD, Scene, World
 from .data.world_words import distractors, meanings, truth, understand_scene
-from .evaluation.metrics import ConfusionMatrix, Scores
+from .evaluation.metrics import ConfusionMatrix
 from .files import write_whole
 from .models import CascadeCLIP
 from .segmenter import Segmenter
