@@ -73,9 +73,8 @@ def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Aske
         labels = [*(region.label for region in scene.regions), scene.ground]
         names = [WORLD.classes[label] for label in labels]
     if typed is None:
-        named = {label for classes in meanings(names) for label in classes}
-        others = distractors(labels, DISTRACTORS, rng)
-        names += [WORLD.classes[label] for label in others if label not in named]
+        known = {label for classes in meanings(names) for label in classes}
+        names += [WORLD.classes[label] for label in distractors(labels, DISTRACTORS, rng, known)]
     else:
         names = typed
     try:

@@ -61,8 +61,9 @@ def truth(labels: NDArray[np.int32], meant: Sequence[Collection[int]]) -> NDArra
     return table[labels]
 
 
-def distractors(labels: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
-    """Up to `count` other classes, each of which differs in a single word from one of `labels`; these take turns."""
+def distractors(labels: Sequence[int], count: int, rng: np.random.Generator, known: Collection[int] = ()) -> list[int]:
+    """Up to `count` classes, neither among `labels` nor `known`, each of which differs in a single word from one of
+    `labels`; these take turns."""
     found: list[int] = []
     words = (*OBJECTS, *GROUNDS)
     for turn in range(count):
@@ -70,7 +71,7 @@ def distractors(labels: Sequence[int], count: int, rng: np.random.Generator) -> 
         near = [
             index
             for index, other in enumerate(words)
-            if index not in (*labels, *found)
+            if index not in (*labels, *known, *found)
             and (index < FIRST_GROUND) == (label < FIRST_GROUND)
             and sum(a != b for a, b in zip(other, words[label], strict=False)) == 1
         ]

@@ -100,6 +100,7 @@ def test_distractors_differ_in_one_word_from_something_and_are_new(rng: torch.Ge
             near = words[labels[turn % 2]]
             assert len(words[index]) == len(near)
             assert sum(a != b for a, b in zip(words[index], near, strict=True)) == 1
+        assert not {*found[:3]} & {*distractors(labels, 6, numbers, known=found[:3])}
 
 
 # Scenes made to order
