@@ -25,6 +25,7 @@ from ovseg_fast.data.world import FIRST_GROUND, GROUNDS, OBJECTS, WORLD, World
 from ovseg_fast.models.cascade_clip import ImageFeatures as CascadeFeatures
 from ovseg_fast.models.catseg import ImageFeatures as CATSegFeatures
 from ovseg_fast.segmentation import Segmentation
+from ovseg_fast.visualize import cost_map
 
 WORDS = [*OBJECTS, *GROUNDS]
 
@@ -351,9 +352,9 @@ def rows(monkeypatch):
         scores = np.random.default_rng(0).uniform(size=(7, *labels.shape)).astype(np.float32)
         image = Image.fromarray(np.random.default_rng(1).integers(256, size=(*labels.shape, 3), dtype=np.uint8))
         names = [f"name {index}" for index in range(7)]
-        costs = scores * 2 - 1
+        costs = (scores * 2 - 1) * np.linspace(0.4, 1, 7, dtype=np.float32)[:, None, None]
         page(Segmentation(image, names, labels, lambda: scores), truth, costs, list("abcdefg"), shown, "t", "s")
-        return taken[0]
+        return *taken[0], costs, scores
 
     return make
 
@@ -363,7 +364,7 @@ def test_truth_and_prediction_have_the_same_colours_and_errors_are_marked(rows) 
     truth[:, 48:], truth[60:] = 1, -1
     labels = np.zeros((96, 96), np.int32)
     labels[:, 32:] = 1
-    (first, *_), (_, _, side) = rows(labels, truth, [0])
+    (first, *_), (_, _, side), *_ = rows(labels, truth, [0])
     assert [panel.title for panel in first] == ["Scene", "Truth", "Prediction", "Wrong pixels", "Names"]
     assert side == 192 and first[4].image.size == (192, 192)
     known, predicted, errors = (np.asarray(first[place].image).astype(int) for place in (1, 2, 3))
@@ -377,20 +378,22 @@ def test_truth_and_prediction_have_the_same_colours_and_errors_are_marked(rows) 
 
 
 def test_each_shown_name_has_its_costs_on_one_scale_and_its_scores(rows) -> None:
-    labels = np.zeros((96, 96), np.int32)
-    page_rows, (title, subtitle, _) = rows(labels, labels, [0, 1, 2, 3, 4, 6])
-    assert (title, subtitle) == ("t", "s")
-    assert [len(row) for row in page_rows] == [5, 5, 5, 1, 1]
-    costs = [*page_rows[1], *page_rows[3]]
-    assert [(panel.title, panel.subtitle) for panel in costs] == [
-        *(("name 0", "a"), ("name 1", "b"), ("name 2", "c"), ("name 3", "d"), ("name 4", "e"), ("name 6", "g"))
-    ]
-    assert all(panel.note.startswith("cosine -1.00 to 1.00") for panel in costs)
-    assert len({panel.colour for panel in costs}) == 6
-    scores = [*page_rows[2], *page_rows[4]]
-    assert all(panel.note == "score 0.00 to 1.00" and not panel.title for panel in scores)
-    for cost, score in zip(costs, scores, strict=True):  # the same numbers but for scale and offset
-        assert np.abs(np.asarray(cost.image).astype(int) - np.asarray(score.image)).max() <= 1
+    labels, shown = np.zeros((96, 96), np.int32), [0, 1, 2, 3, 5]
+    for further in ([], [4]):
+        shown = sorted([*shown, *further])
+        page_rows, (title, subtitle, _), costs, scores = rows(labels, labels, shown)
+        assert (title, subtitle) == ("t", "s")
+        assert [len(row) for row in page_rows] == [5, 5, 5] + [1, 1] * len(further)
+        low, high = float(costs[shown].min()), float(costs[shown].max())  # name 6, the widest, is not shown
+        above = [panel for row in page_rows[1::2] for panel in row]
+        below = [panel for row in page_rows[2::2] for panel in row]
+        assert len({panel.colour for panel in above}) == len(shown)
+        for index, cost, score in zip(shown, above, below, strict=True):
+            assert (cost.title, cost.subtitle) == (f"name {index}", "abcdefg"[index])
+            assert cost.note == f"cosine {costs[index].min():.2f} to {costs[index].max():.2f}"
+            assert score == (score.image, "", "", "score 0.00 to 1.00", None)
+            assert np.array_equal(cost.image, cost_map(costs[index], low, high))
+            assert np.array_equal(score.image, cost_map(scores[index], 0, 1))
 
 
 # Light, and how commands end
