@@ -74,7 +74,8 @@ def page(
 
     counted = truth >= 0
     wrong = counted & (result.labels != truth)
-    share = f"{100 * wrong.sum() / counted.sum():.1f} % of the pixels" if counted.any() else "no pixel can be judged"
+    judged = "pixels" if counted.all() else "named pixels"
+    share = f"{100 * wrong.sum() / counted.sum():.1f} % of the {judged}" if counted.any() else "no pixel can be judged"
     present = sorted({*truth[counted].tolist(), *result.labels.ravel().tolist()})
     entries = [(colours[index], result.classes[index]) for index in present]
     if not counted.all():

@@ -22,6 +22,7 @@ from .data.vocabularies import VOCABULARIES
 from .files import write_whole
 from .models import CascadeCLIP, CATSeg, get_preset
 from .ops.spatial_aggregation import window_layout
+from .token_tables import compact, expand
 from .upstream_names import (
     CASCADE_EMPTY_WEIGHT,
     CASCADE_RULES,
@@ -80,12 +81,15 @@ def to_upstream(model: Model) -> dict[str, Tensor]:
     return state | _derived_buffers(model)
 
 
-def save(model: Model, path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> None:
+def save(
+    model: Model, path: str | os.PathLike[str], classes: Sequence[str] | None = None, *, half: bool = False
+) -> None:
     """Save a model in this package's own format, whole or not at all.
 
     Args:
         path: a file ending in `.safetensors`.
         classes: names of the T classes that the model was trained on, to be kept with it.
+        half: in float16, which takes half the space and rounds the weights.
 
     Raises:
         ValueError, TypeError: `path` ends otherwise, `classes` are no names, or `model` is something else.
@@ -101,8 +105,10 @@ def save(model: Model, path: str | os.PathLike[str], classes: Sequence[str] | No
         metadata["classes"] = json.dumps(check_classes(classes), ensure_ascii=False)
     tensors: dict[str, Tensor] = {}
     storages = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in compact(model.state_dict()).items():
         tensor = tensor.cpu().contiguous()
+        if half and tensor.is_floating_point():
+            tensor = tensor.half()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
         storages.add(storage)
@@ -136,6 +142,10 @@ def load(model: Model, path: str | os.PathLike[str]) -> dict[str, str]:
     """
     layout, own = _upstream_layout(model), own_layout(_shapes(model.state_dict()))
     state, metadata = read(path)
+    try:
+        state = expand(state)
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is damaged: {error}") from error
     if metadata.get("format") == FORMAT:
         _check_metadata(metadata, model, path)
         layout = own
@@ -161,7 +171,7 @@ def classes(path: str | os.PathLike[str]) -> list[str] | None:
 
 
 def download(preset_name: str) -> Path:
-    """The published weights of a preset, from the Hugging Face hub or, once fetched, from its cache.
+    """The weights of a preset: those in this package, or the published ones from the Hugging Face hub or its cache.
 
     The hub's own settings hold, such as `HF_HOME` for the cache and `HF_HUB_OFFLINE=1` for using nothing but it.
 
@@ -170,6 +180,8 @@ def download(preset_name: str) -> Path:
         ConnectionError: the file is not in the cache and cannot be downloaded.
     """
     preset = get_preset(preset_name)
+    if preset.packaged is not None:
+        return preset.packaged
     file = preset.weights_file
     if file is None:
         where = ", whose authors share theirs elsewhere" if preset.method == "cascade-clip" else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends
-from .models.presets import PRESETS
+from .models.presets import PRESETS, Preset
 
 _PACKAGES = (
     "open_clip_torch",
@@ -31,16 +31,19 @@ def report() -> str:
         + [(name, _version(name)) for name in _PACKAGES],
         "devices": _devices(),
         "native library": [("libovseg", _native())],
-        "models": [
-            (preset.name, f"{preset.note}; {'published weights' if preset.weights_file else 'weights from a file'}")
-            for preset in PRESETS.values()
-        ],
+        "models": [(preset.name, f"{preset.note}; {_weights(preset)}") for preset in PRESETS.values()],
     }
     width = max(len(name) for rows in sections.values() for name, _ in rows)
     blocks = [
         "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows)]) for title, rows in sections.items()
     ]
     return "\n\n".join([*blocks, *_operators()])
+
+
+def _weights(preset: Preset) -> str:
+    if preset.packaged is not None:
+        return "weights in this package"
+    return "published weights" if preset.weights_file else "weights from a file"
 
 
 def _version(package: str) -> str:

@@ -49,8 +49,9 @@ def load(
 
     Args:
         name: a preset: `catseg-vitb`, `catseg-vitl`, `cascade-clip-vitb`, ... (`ovseg-fast info` lists them).
-        weights: `"published"` downloads what the method's authors publish, once; a path loads a checkpoint in
-            upstream's layout or this package's own; None keeps random weights.
+        weights: `"published"` downloads what the method's authors publish, once, or takes what comes with this package
+            (the tiny models); a path loads a checkpoint in upstream's layout or this package's own; None keeps random
+            weights.
         device: where to run; by default a GPU where there is one.
         max_side: largest accepted side of an image in pixels.
         attention: what plain attention runs on, `"sdpa"` or `"xformers"`, see `build`.

@@ -24,6 +24,7 @@ from ovseg_fast.cli import main
 from ovseg_fast.data.world import FIRST_GROUND, GROUNDS, OBJECTS, WORLD, World
 from ovseg_fast.models.cascade_clip import ImageFeatures as CascadeFeatures
 from ovseg_fast.models.catseg import ImageFeatures as CATSegFeatures
+from ovseg_fast.models.presets import get_preset
 from ovseg_fast.segmentation import Segmentation
 from ovseg_fast.visualize import cost_map
 
@@ -131,6 +132,16 @@ def test_alone_it_asks_for_everything_in_a_scene_with_unseen_things(demo, rng) -
     assert result.stdout.splitlines()[-1].startswith("The weights of this model are random")
     for name in ("demo", "demo_scene", "demo_overlay", "demo_labels"):
         assert str(Path("out/demo", f"{name}.png")) in result.stdout.splitlines()
+
+
+@pytest.mark.skipif(get_preset("catseg-tiny").packaged is None, reason="the package holds no weights of catseg-tiny")
+def test_without_any_option_the_packaged_model_finds_unseen_things(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["demo"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "random" not in result.stdout
+    unseen = [float(iou[:-2]) for split, iou, _ in table(result.stdout).values() if split == "unseen" and iou != "-"]
+    assert len(unseen) >= 2 and np.mean(unseen) > 50
 
 
 def test_files(demo) -> None:
@@ -372,7 +383,7 @@ def test_truth_and_prediction_have_the_same_colours_and_errors_are_marked(rows) 
     assert not np.array_equal(known[:58, 34:46], predicted[:58, 34:46])
     red = (errors[..., 0] > errors[..., 1] + 100) & (errors[..., 0] > errors[..., 2] + 100)
     assert np.array_equal(red, (labels != truth) & (truth >= 0))
-    assert first[3].note == f"{100 * 16 / 96:.1f} % of the pixels"
+    assert first[3].note == f"{100 * 16 / 96:.1f} % of the named pixels"
     for picture in (known, errors):  # hatched
         assert {tuple(colour) for colour in picture[60:].reshape(-1, 3)} == {(255, 255, 255), _demo_page.HATCH}
 

@@ -22,14 +22,14 @@ LEVELS = (
     ("_demo_page",),
     ("segmenter", "training", "evaluation", "accelerate"),
     ("checkpoints",),
-    ("checkpoint_files", "upstream_names"),
+    ("upstream_names",),
     ("models",),
     ("layers",),
     ("segmentation", "visualize", "images", "vocabulary", "data"),
     ("ops",),
     ("backends",),
     ("kernels", "native"),
-    ("_torchvision", "files", "_command"),
+    ("checkpoint_files", "token_tables", "_torchvision", "files", "weights", "_command"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

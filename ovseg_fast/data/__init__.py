@@ -16,8 +16,10 @@ from .vocabularies import (
     PASCAL_VOC,
     PASCAL_VOC_20B,
     VOCABULARIES,
+    WORLD,
     Vocabulary,
 )
+from .world import World, WorldScenes
 
 __all__ = [
     "ADE20K_150",
@@ -28,11 +30,14 @@ __all__ = [
     "PASCAL_VOC",
     "PASCAL_VOC_20B",
     "VOCABULARIES",
+    "WORLD",
     "DataError",
     "Pair",
     "Problem",
     "SegmentationDataset",
     "Vocabulary",
+    "World",
+    "WorldScenes",
     "check_dataset",
     "open_dataset",
     "report",

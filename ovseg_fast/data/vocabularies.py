@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ._world_classes import NAMES, UNSEEN
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -122,6 +124,9 @@ PASCAL_VOC_20B = Vocabulary(
     "pascal-voc-20b", ("background", *PASCAL_VOC.classes), background=PASCAL_CONTEXT.classes[len(PASCAL_VOC.classes) :]
 )
 
+WORLD = Vocabulary("world", NAMES, UNSEEN)  # the procedural one, see `data.world`
+
 VOCABULARIES = {
-    vocabulary.name: vocabulary for vocabulary in (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150)
+    vocabulary.name: vocabulary
+    for vocabulary in (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150, WORLD)
 }

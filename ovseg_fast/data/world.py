@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ._world_classes import FIRST_GROUND, GROUNDS, OBJECTS
 from ._world_drawing import COLOURS, GROUND_COLOURS, MATERIALS, PATTERNS, SHAPES, draw_ground, draw_object, light
-from .vocabularies import Vocabulary
+from .vocabularies import WORLD
 
 BASE_SIZE = 96  # pixels; lengths of `Difficulty` are at this size
 SPLITS = ("train", "test")
@@ -59,27 +60,8 @@ _PIECES = chain(
 )
 WORDS = tuple(dict.fromkeys(piece.strip() for piece in (*_PIECES, "and", "a, a") if piece.strip()))
 
-OBJECTS = tuple(product(COLOURS, PATTERNS, SHAPES))
-GROUNDS = tuple(product(GROUND_COLOURS, MATERIALS))
-FIRST_GROUND = len(OBJECTS)  # class indices: objects first, then grounds
-
-
-def _make_vocabulary() -> Vocabulary:
-    words = [*OBJECTS, *GROUNDS]
-    lists = (list(COLOURS), list(PATTERNS), list(SHAPES)), (list(GROUND_COLOURS), list(MATERIALS))
-    unseen = []
-    for index, name in enumerate(words):
-        positions = [words.index(word) for word, words in zip(name, lists[index >= FIRST_GROUND], strict=True)]
-        # As in a Latin square: one combination of four, spread evenly over every word and over every pair of words.
-        if sum(positions) % 4 == 0:
-            unseen.append(index)
-    return Vocabulary("world", tuple(" ".join(name) for name in words), tuple(unseen))
-
-
-WORLD = _make_vocabulary()
-_UNSEEN = frozenset(WORLD.unseen)
 _POOLS = {
-    "train": [index for index in range(len(WORLD.classes)) if index not in _UNSEEN],
+    "train": [index for index in range(len(WORLD.classes)) if index not in WORLD.unseen],
     "test": list(range(len(WORLD.classes))),
 }
 
@@ -300,9 +282,13 @@ def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
 
 
 class Numbered(NamedTuple):
-    """A scene's name."""
+    """A scene's name: split, seed of the world and number, `"test-0-17"`."""
 
     name: str
+
+    @property
+    def number(self) -> int:
+        return int(self.name.rpartition("-")[2])
 
 
 @dataclass(frozen=True)
@@ -310,7 +296,7 @@ class WorldScenes:
     """The first scenes of a world as a dataset, read like a `datasets.SegmentationDataset`.
 
     Args:
-        split: `"train"` or `"test"`, see `World.scene`. pairs: the scenes' numbers as names, in order.
+        split: `"train"` or `"test"`, see `World.scene`. pairs: names of the scenes, in order. seed: of the world.
         size: side of a scene in pixels.
     """
 
@@ -324,12 +310,12 @@ class WorldScenes:
     @classmethod
     def first(cls, count: int, split: str, seed: int = 0) -> WorldScenes:
         """The first `count` scenes of a split."""
-        return cls(split, tuple(Numbered(str(index)) for index in range(count)), seed)
+        return cls(split, tuple(Numbered(f"{split}-{seed}-{index}") for index in range(count)), seed)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.int32]]:
         """An RGB image and its labels (H, W)."""
-        scene = World(self.seed).scene(int(self.pairs[index].name), self.size, self.split)
+        scene = World(self.seed).scene(self.pairs[index].number, self.size, self.split)
         return Image.fromarray(scene.image), scene.labels

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .._command import BAD_INPUT, FAILED, fail
+
+if TYPE_CHECKING:
+    from ..data.datasets import SegmentationDataset
+
+WORLD_SCENES = 500  # of the procedural world, where no limit is given
 
 
 @click.command("evaluate")
@@ -20,10 +26,15 @@ from .._command import BAD_INPUT, FAILED, fail
     help="A checkpoint file (upstream's or this package's), `published` to download, or `random`.",
 )
 @click.option(
-    "-d", "--dataset", "layout", required=True, help="The dataset's name, such as ade20k-150, or `folder` for your own."
+    "-d",
+    "--dataset",
+    "layout",
+    required=True,
+    help="The dataset's name, such as ade20k-150; `folder` for your own, `world` for the procedural world.",
 )
-@click.option("--root", type=click.Path(path_type=Path), required=True, help="The folder that the dataset lies in.")
+@click.option("--root", type=click.Path(path_type=Path), help="The folder that the dataset lies in; `world` has none.")
 @click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the procedural world.")
 @click.option(
     "--mode",
     type=click.Choice(["slide", "whole"]),
@@ -52,8 +63,9 @@ def evaluate_command(
     preset: str,
     weights: str,
     layout: str,
-    root: Path,
+    root: Path | None,
     split: str,
+    seed: int,
     mode: str,
     out: Path | None,
     device: str | None,
@@ -65,16 +77,25 @@ def evaluate_command(
 
     \b
     ovseg-fast evaluate catseg-vitb --dataset ade20k-150 --root datasets/
+    ovseg-fast evaluate catseg-tiny --dataset world --seed 1
 
     A run that was stopped or killed goes on when it is started again. Pairs that cannot be used are named and left
     out; the exit code is then 1.
     """
     from ..data.datasets import open_dataset
+    from ..data.world import WorldScenes
     from ..models.presets import get_preset
 
     try:
         get_preset(preset)
-        dataset = open_dataset(layout, root, split)
+        dataset: SegmentationDataset | WorldScenes
+        if layout == "world":
+            split = "test" if split == "val" else split
+            dataset = WorldScenes.first(limit or WORLD_SCENES, split, seed)
+        elif root is None:
+            raise ValueError(f"--root must be the folder that {layout} lies in.")
+        else:
+            dataset = open_dataset(layout, root, split)
         if not len(dataset):
             raise ValueError(f"--root '{root}' holds no image of {layout}, split {split}.")
         from .. import backends

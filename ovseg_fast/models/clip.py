@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._torchvision import ensure_importable
+from ..checkpoint_files import read
 from ..ops._attention import plain_attention
+from ..token_tables import expand
 
+PACKAGED = Path(__file__).parent.parent / "weights"  # what comes with this package
+TINY_CLIP = "world"  # the tag of the tiny CLIP among it, which knows the procedural world
 TEXT_BATCH = 256  # prompts encoded at a time
 
 
@@ -228,7 +232,8 @@ class CLIP(nn.Module):
     Args:
         config: a name of open_clip's (`"ViT-B-16-quickgelu"`), or a dict as open_clip's model configurations have it
             (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`).
-        pretrained: weights by open_clip's own tag (`"openai"`, downloaded) or a checkpoint file; None for random ones.
+        pretrained: weights by open_clip's own tag (`"openai"`, downloaded) or a checkpoint file; `"world"` for those of
+            the tiny CLIP that comes with this package (`presets.TINY_WORLD`); None for random ones.
 
     Raises:
         ValueError: open_clip knows no such name, or the model is no plain CLIP vision transformer with a causal text
@@ -271,7 +276,9 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
     settings = dict(known if isinstance(config, str) else config)
     custom_text = settings.pop("custom_text", False)
     model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
-    if pretrained is not None:
+    if pretrained == TINY_CLIP:
+        model.load_state_dict(expand(read(PACKAGED / "clip-tiny.safetensors")[0]))
+    elif pretrained is not None:
         open_clip.load_checkpoint(model, str(pretrained))
     return model
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..layers.cascade_head import DecoderLayer
 from ..ops._attention import prepare_attention
+from ..token_tables import CLIP_TOKENS
 from .cascade_clip import CascadeCLIP, CascadeCLIPConfig
 from .catseg import CATSeg, CATSegConfig
-from .clip import SplitAttention
+from .clip import PACKAGED, SplitAttention
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,19 @@ class Preset:
         """`"cat-seg"` or `"cascade-clip"`."""
         return "cat-seg" if isinstance(self.config, CATSegConfig) else "cascade-clip"
 
+    @property
+    def packaged(self) -> Path | None:
+        """The file of its weights where they come with this package."""
+        file = PACKAGED / f"{self.name}.safetensors"
+        return file if file.is_file() else None
 
-def _tiny_clip(image_size: int, patch: int, layers: int) -> dict[str, Any]:
-    return {
-        "embed_dim": 32,
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": image_size,
-            "patch_size": patch,
-            "width": 48,
-            "layers": layers,
-            "head_width": 16,
-        },
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
 
+TINY_WORLD: dict[str, Any] = {  # the CLIP of the procedural world
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
+}
 
 _ALL = (
     Preset("catseg-vitb", CATSegConfig(), "model_base.pth", "CAT-Seg, CLIP ViT-B/16 at 384"),
@@ -73,30 +72,37 @@ _ALL = (
     Preset(
         "catseg-tiny",
         CATSegConfig(
-            clip=_tiny_clip(96, 8, 4),
+            clip=TINY_WORLD,
             image_size=96,
-            guidance_blocks=(0, 2),
+            guidance_blocks=(1, 3),
             channels=32,
             guidance=32,
             heads=2,
             window=6,
-            pad_length=16,
+            pad_length=32,
             decoder_appearance=(32, 16),
             decoder_guidance=(16, 8),
             decoder_channels=(32, 16),
-            slide_canvas=160,
+            slide_canvas=128,
             slide_window=96,
         ),
         None,
-        "CAT-Seg, small, untrained",
+        "CAT-Seg, small, trained on the procedural world",
     ),
     Preset(
         "cascade-clip-tiny",
         CascadeCLIPConfig(
-            clip=_tiny_clip(64, 8, 6), image_size=96, prompts=4, stages=((1, 2), (3, 4)), heads=4, hidden=64, stride=80
+            clip=TINY_WORLD,
+            image_size=96,
+            prompts=4,
+            stages=((1, 2), (3, 4)),
+            heads=4,
+            hidden=128,
+            stride=80,
+            training_classes="world",
         ),
         None,
-        "Cascade-CLIP, small, untrained",
+        "Cascade-CLIP, small, trained on the procedural world",
     ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
@@ -114,7 +120,8 @@ def build(name: str, *, clip_pretrained: str | Path | None = None, attention: st
 
     Args:
         name: a preset, such as `"catseg-vitb"`.
-        clip_pretrained: start CLIP from open_clip's weights of that tag (`"openai"`, downloaded) or from a file.
+        clip_pretrained: start CLIP from open_clip's weights of that tag (`"openai"`, downloaded), from a file, or, as
+            `"world"`, from those of the tiny CLIP that come with this package.
         attention: what plain attention runs on, that of CLIP's encoders and of mask attention's PyTorch form: `"sdpa"`,
             PyTorch's own, or `"xformers"`, its memory-efficient kernels.
 

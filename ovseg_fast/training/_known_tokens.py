@@ -10,8 +10,6 @@ from ..data._world_crops import TEMPLATES
 from ..data.world import WORDS
 from ..vocabulary import tokenize
 
-CLIP_TOKENS = 49408  # of CLIP's tokenizer
-
 
 class KnownTokens:
     """The few of CLIP's tokens that the world's captions are made of; all others share one row, the unknown token.
@@ -43,18 +41,3 @@ class KnownTokens:
         """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
         forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
         return rows.masked_fill(forgotten & (rows < len(self) - 1), 0)
-
-
-def expand_embedding(ids: Tensor, rows: Tensor) -> Tensor:
-    """(K,) token ids and (1 + K, D) rows, the first for all other tokens -> the whole table (49408, D)."""
-    table = rows[0].repeat(CLIP_TOKENS, 1)
-    table[ids] = rows[1:]
-    return table
-
-
-def compact_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The reverse of `expand_embedding`, exactly: (49408, D) -> ids (K,) and rows (1 + K, D)."""
-    values, counts = table.unique(dim=0, return_counts=True)
-    rest = values[counts.argmax()]
-    ids = (table != rest).any(1).nonzero()[:, 0]
-    return ids, torch.cat([rest[None], table[ids]])

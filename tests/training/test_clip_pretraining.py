@@ -19,9 +19,10 @@ from ovseg_fast.data.world import FIRST_GROUND, WORLD, World
 from ovseg_fast.models.catseg import PIXEL_MEAN, PIXEL_STD, CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
+from ovseg_fast.token_tables import compact_embedding, expand_embedding
 from ovseg_fast.training import clip_pretraining as pretraining
 from ovseg_fast.training._contrast import SHARPNESS, encode, patch_aligned, soft_contrast
-from ovseg_fast.training._known_tokens import KnownTokens, compact_embedding, expand_embedding
+from ovseg_fast.training._known_tokens import KnownTokens
 from ovseg_fast.training.clip_pretraining import Batches, PretrainingConfig, pretrain
 from ovseg_fast.vocabulary import tokenize
 
@@ -224,18 +225,6 @@ def test_soft_contrast_with_several_answers_and_with_none() -> None:
     by_picture = (-(rows[0, 0] + rows[0, 1]) / 2 - rows[1, 0]) / 2
     by_text = (-(columns[0, 0] + columns[1, 0]) / 2 - columns[0, 1]) / 2
     torch.testing.assert_close(soft_contrast(logits, right), (by_picture + by_text) / 2)
-
-
-def test_mean_iou_counts_present_classes_only() -> None:
-    confusion = np.zeros((len(WORLD.classes),) * 2, np.int64)
-    seen = [index for index in range(len(WORLD.classes)) if index not in WORLD.unseen][:3]
-    unseen = WORLD.unseen[0]
-    confusion[seen[0], seen[0]] = 6  # IoU 6 / (6 + 2)
-    confusion[seen[1], seen[0]] = 2  # IoU 0
-    confusion[unseen, unseen], confusion[unseen, seen[2]] = 3, 1  # IoU 3 / 4; the third seen class is absent
-    assert pretraining.mean_iou(confusion, WORLD) == pytest.approx(((6 / 8 + 0) / 2, 3 / 4))
-    confusion[unseen] = 0
-    assert np.isnan(pretraining.mean_iou(confusion, WORLD)[1])
 
 
 def test_zero_shot_reads_each_patch() -> None:
