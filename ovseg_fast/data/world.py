@@ -24,7 +24,7 @@ from ._world_drawing import COLOURS, GROUND_COLOURS, MATERIALS, PATTERNS, SHAPES
 from .vocabularies import WORLD
 
 BASE_SIZE = 96  # pixels; lengths of `Difficulty` are at this size
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "all")
 WANTED_ATTEMPTS = 50  # at a scene in which every wanted object finds a place
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -63,6 +63,7 @@ WORDS = tuple(dict.fromkeys(piece.strip() for piece in (*_PIECES, "and", "a, a")
 _POOLS = {
     "train": [index for index in range(len(WORLD.classes)) if index not in WORLD.unseen],
     "test": list(range(len(WORLD.classes))),
+    "all": list(range(len(WORLD.classes))),
 }
 
 
@@ -137,7 +138,8 @@ class World:
 
         Args:
             index: 0, 1, 2, ... without end. size: side in pixels.
-            split: `"train"`, seen combinations only, or `"test"`, all of them. The two share no scene.
+            split: `"train"`, seen combinations only; `"test"`, all of them; `"all"`, all too, for what is trained on
+                captions. They share no scene.
 
         Raises:
             ValueError: `index` is negative, `size` is under 32, or there is no such split.

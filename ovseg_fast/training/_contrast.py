@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.catseg import PIXEL_MEAN, PIXEL_STD
 from ..models.clip import Block, ImageEncoder
 
-SHARPNESS = 10.0  # of the average over patches, in units of cosine
+SHARPNESS = 5.0  # of the average over patches: higher, and few patches of a thing learn its name; lower, and its surroundings do
 
 
 def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:

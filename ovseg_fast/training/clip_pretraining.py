@@ -57,6 +57,8 @@ class PretrainingConfig:
 
     Attributes:
         seed: of the world, the initial weights and all else. steps: of the optimiser.
+        split: of the world, see `World.scene`. A CLIP that has read of all combinations, as one from the web has read of
+            nearly everything, is what both methods expect; `"train"` makes one that has read of the seen ones alone.
         scenes: whole scenes a step. crops: most crops a step, cut from the same scenes. crop_size: their side.
         lr: peak learning rate, reached after `warmup` steps, then a cosine to zero. weight_decay: of matrices.
         dense_weight: of the patch-aligned loss against the plain one.
@@ -66,6 +68,7 @@ class PretrainingConfig:
 
     seed: int = 0
     steps: int = 40_000
+    split: str = "all"
     scenes: int = 24
     crops: int = 64
     crop_size: int = 48
@@ -184,7 +187,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         count = self.config.scenes
         rng = np.random.default_rng([self.config.seed, 1, step])
-        scenes = [self.world.scene(step * count + i) for i in range(count)]
+        scenes = [self.world.scene(step * count + i, split=self.config.split) for i in range(count)]
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
         crops = object_crops(scenes, self.config.crops, self.config.crop_size, rng)
         text, phrases = (
