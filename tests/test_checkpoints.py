@@ -671,8 +671,8 @@ def test_download_finds_the_cached_file_without_network(tmp_path: Path, environm
 def test_presets_without_published_weights() -> None:
     with pytest.raises(ValueError, match="no weights of cascade-clip-vitb, whose authors share theirs elsewhere"):
         checkpoints.download("cascade-clip-vitb")
-    with pytest.raises(ValueError, match="no weights of catseg-tiny; pass a file"):
-        checkpoints.download("catseg-tiny")
+    with pytest.raises(ValueError, match="no weights of cascade-clip-vitb-voc"):
+        checkpoints.download("cascade-clip-vitb-voc")
     with pytest.raises(ValueError, match="name must be one of catseg-vitb"):
         checkpoints.download("catseg-vits")
 

@@ -20,14 +20,14 @@ LEVELS = (
     ("info",),
     ("segmenter", "training", "evaluation", "accelerate"),
     ("checkpoints",),
-    ("checkpoint_files", "upstream_names"),
+    ("upstream_names",),
     ("models",),
     ("layers",),
     ("segmentation", "visualize", "images", "vocabulary", "data"),
     ("ops",),
     ("backends",),
     ("kernels", "native"),
-    ("_torchvision", "files"),
+    ("checkpoint_files", "token_tables", "_torchvision", "files", "weights"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -89,7 +89,8 @@ def test_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:
     kernels = {f"ovseg_fast/{path.relative_to(tree).as_posix()}" for path in (tree / "kernels").rglob("*.py")}
     assert "ovseg_fast/kernels/__init__.py" in kernels
     content = {name for name in names if ".dist-info/" not in name}
-    assert content == modules | kernels | {"ovseg_fast/py.typed"}
+    weights = {path.relative_to(tree).as_posix() for path in (tree / "ovseg_fast" / "weights").iterdir()}
+    assert content == modules | kernels | weights | {"ovseg_fast/py.typed"}
     assert "ovseg-fast = ovseg_fast.cli:main" in scripts
 
 

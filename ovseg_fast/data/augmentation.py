@@ -31,12 +31,16 @@ CROP_TRIES = 10
 Augmentation = Callable[[Image.Image | Tensor, Any, torch.Generator], tuple[Tensor, Tensor]]
 
 
-def augmentation(method: str, size: int) -> Augmentation:
+def augmentation(
+    method: str, size: int, *, scales: tuple[float, float] | None = None, distortion: bool = True
+) -> Augmentation:
     """The published augmentation of a method.
 
     Args:
         method: `cat-seg` or `cascade-clip`.
         size: side of the crop in pixels; 384 and 512 as published.
+        scales: smallest and largest shorter side before the crop, in units of `size`; by default the published ones.
+        distortion: of colours, as published; without it they keep their names.
 
     Returns:
         A function of an image (PIL, or uint8 (3, H, W)), its labels (H, W) (array or tensor of indices, -1 for no
@@ -45,17 +49,20 @@ def augmentation(method: str, size: int) -> Augmentation:
         a resumed training draw the same. It raises ValueError for an image or labels of another form or size.
 
     Raises:
-        ValueError: no such method, or size is no whole number of at least 2.
+        ValueError: no such method, size is no whole number of at least 2, or scales are not two rising numbers above 0.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ValueError(f"size must be a whole number of pixels, at least 2, got {size!r}.")
+    if scales is not None and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
+        raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {scales!r}.")
+    flip, colours = v2.RandomHorizontalFlip(), _distortion() if distortion else []
     if method == "cat-seg":
-        steps = [ShorterSide(size), Crop(size, 1.0), *_distortion(), v2.RandomHorizontalFlip()]
+        steps = [ShorterSide(size, scales or (1.0, 1.0)), Crop(size, 1.0), *colours, flip]
         fill = 128
     else:
-        steps = [ShorterSide(size, (0.5, 2.0), longer=4), Crop(size, 0.75), v2.RandomHorizontalFlip(), *_distortion()]
+        steps = [ShorterSide(size, scales or (0.5, 2.0), longer=4), Crop(size, 0.75), flip, *colours]
         fill = 0
     return _Seeded(v2.Compose([*steps, Pad(size, fill)]))
 

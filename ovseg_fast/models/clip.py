@@ -277,8 +277,7 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
     custom_text = settings.pop("custom_text", False)
     model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
     if pretrained == TINY_CLIP:
-        state, _ = read(PACKAGED / "clip-tiny.safetensors")
-        model.load_state_dict(expand(state))
+        model.load_state_dict(expand(read(PACKAGED / "clip-tiny.safetensors")[0]))
     elif pretrained is not None:
         open_clip.load_checkpoint(model, str(pretrained))
     return model

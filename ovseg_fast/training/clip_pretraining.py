@@ -34,8 +34,9 @@ from torch import Tensor
 
 from .._torchvision import ensure_importable
 from ..data._world_crops import object_crops
-from ..data.vocabularies import Vocabulary
-from ..data.world import WORLD, World
+from ..data.vocabularies import WORLD
+from ..data.world import World, WorldScenes
+from ..evaluation.metrics import ConfusionMatrix, Scores
 from ..files import write_whole
 from ..models.clip import CLIP, ImageEncoder
 from ..models.presets import TINY_WORLD
@@ -236,12 +237,22 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
     found = [(similarity.argmax(1) == right).float().mean().item() for similarity in (whole @ text.t(),)]
     found += [(patch_aligned(dense, text).argmax(1) == right).float().mean().item()]
     class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, CATSEG_TEMPLATES)])
-    confusion = np.zeros((len(WORLD.classes),) * 2, np.int64)
-    for index in range(config.evaluation_scenes):
-        scene = fresh.scene(index, split="test")
-        confusion += _confusion(zero_shot(model.visual, scene.image, class_text), scene.labels, len(confusion))
-    seen, unseen = mean_iou(confusion, WORLD)
-    return {"retrieval": found[0], "dense_retrieval": found[1], "seen": seen, "unseen": unseen}
+    scores = zero_shot_scores(model.visual, class_text, WorldScenes.first(config.evaluation_scenes, "test", fresh.seed))
+    return {
+        "retrieval": found[0],
+        "dense_retrieval": found[1],
+        "seen": scores.miou_seen,
+        "unseen": scores.miou_unseen,
+    }
+
+
+def zero_shot_scores(visual: ImageEncoder, text: Tensor, dataset: WorldScenes) -> Scores:
+    """Scores of the baseline on a world's scenes; text (T, E) is that of all classes."""
+    confusion = ConfusionMatrix(len(WORLD.classes))
+    for index in range(len(dataset)):
+        image, labels = dataset.read(index)
+        confusion.update(zero_shot(visual, np.array(image), text), labels)
+    return confusion.scores([index for index in range(len(WORLD.classes)) if index not in WORLD.unseen])
 
 
 @torch.no_grad()
@@ -253,19 +264,6 @@ def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -
     maps = (dense @ text.t()).transpose(1, 2).unflatten(2, grid)
     maps = F.interpolate(maps, image.shape[:2], mode="bilinear", align_corners=False)
     return cast("np.ndarray[Any, Any]", maps[0].argmax(0).cpu().numpy())
-
-
-def mean_iou(confusion: np.ndarray[Any, Any], vocabulary: Vocabulary) -> tuple[float, float]:
-    """Mean IoU of seen and of unseen classes, of a confusion matrix (T true, T predicted); absent ones do not
-    count, and without any it is NaN."""
-    right, present = confusion.diagonal(), confusion.sum(1) > 0
-    iou = right / np.maximum(confusion.sum(0) + confusion.sum(1) - right, 1)
-    unseen = np.isin(np.arange(len(iou)), vocabulary.unseen)
-
-    def mean(chosen: np.ndarray[Any, Any]) -> float:
-        return float(iou[chosen].mean()) if chosen.any() else math.nan
-
-    return mean(present & ~unseen), mean(present & unseen)
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
@@ -328,11 +326,6 @@ def _resume(
     schedule.load_state_dict(state["schedule"])
     logger.info("going on from step %d of '%s'", state["step"], path)
     return state["step"], state["history"]
-
-
-def _confusion(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any, Any]:
-    pairs = labels.astype(np.int64) * classes + predicted
-    return np.bincount(pairs.ravel(), minlength=classes**2).reshape(classes, classes)
 
 
 @click.command()

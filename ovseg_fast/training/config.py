@@ -22,13 +22,14 @@ Everything but `model`, `out`, `steps` and `data` may be left out; the rest defa
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from ..models.presets import get_preset
 
@@ -36,6 +37,8 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by accelerate's n
 FREE_ON_RESUME = frozenset(
     {"out", "steps", "workers", "log_every", "checkpoint_every", "evaluate_every", "validation", "pictures"}
 )
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ class TrainingConfig:
         transductive: from this share of the steps on, Cascade-CLIP's unseen pixels get pseudo-labels; None: never.
         batch: images a step, over all processes and `accumulation` parts, each of which goes forward by itself.
         crop: side of a training crop in pixels; by default the model's.
+        scales: smallest and largest shorter side of an image before it is cropped, in units of `crop`, in place of the
+            published ones. distortion: whether colours are distorted, as published.
+        sample_classes: whether a step takes, besides the classes that its images show, only a random number of the
+            others, so that the model learns lists of any length; published training takes all.
         learning_rate: of the method's optimiser in place of the published one; its groups keep their ratios.
+        clip_learning_rate: for CAT-Seg, that of CLIP's own weights, as published a hundredth of `learning_rate`.
         warmup: steps of linear warm-up in place of the published ones.
         precision: `"fp32"`, `"bf16"` or `"fp16"`: that of autocast.
         seed: of weights that start random, order, augmentation and dropout.
@@ -86,7 +94,11 @@ class TrainingConfig:
     batch: int = 4
     accumulation: int = 1
     crop: int | None = None
+    scales: tuple[float, float] | None = None
+    distortion: bool = True
+    sample_classes: bool = False
     learning_rate: float | None = None
+    clip_learning_rate: float | None = None
     warmup: int | None = None
     precision: str = "fp32"
     seed: int = 0
@@ -105,14 +117,27 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.batch % self.accumulation:
             raise ValueError(f"batch must be a multiple of accumulation, {self.accumulation}, got {self.batch}.")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.scales is not None and not 0 < self.scales[0] <= self.scales[1] < math.inf:
+            raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {list(self.scales)}.")
+        for name in ("learning_rate", "clip_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.clip_learning_rate is not None and get_preset(self.model).method != "cat-seg":
+            raise ValueError("clip_learning_rate is CAT-Seg's; Cascade-CLIP's learning_rate is CLIP's own.")
         if self.weights is not None and self.clip_pretrained is not None:
             raise ValueError("weights and clip_pretrained exclude each other: weights hold those of CLIP.")
 
 
 def read_config(path: str | os.PathLike[str]) -> TrainingConfig:
     """The configuration in a TOML file. Paths in it are relative to the folder where the command runs.
+
+    Raises: as `read_toml`.
+    """
+    return read_toml(path, TrainingConfig)
+
+
+def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
+    """A dataclass from a TOML file whose keys are its fields.
 
     Raises:
         FileNotFoundError: no such file.
@@ -133,7 +158,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainingConfig:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"'{file}' is no TOML file: {error}.") from None
     try:
-        return _build(TrainingConfig, values, "")
+        return cast(Config, _build(kind, values, ""))
     except (ValueError, TypeError) as error:
         raise type(error)(f"in '{file}': {error}") from None
 
@@ -167,6 +192,13 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"{name} must be a table [{name}], got {value!r}.")
         return _build(kinds[0], value, f"{name}.")
+    if get_origin(kinds[0]) is tuple:
+        parts = get_args(kinds[0])
+        if not isinstance(value, list) or len(value) != len(parts):
+            raise TypeError(f"{name} must be a list of {len(parts)} numbers, got {value!r}.")
+        return tuple(
+            _value(part, each, f"{name}[{i}]") for i, (part, each) in enumerate(zip(parts, value, strict=True))
+        )
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) not in kinds:

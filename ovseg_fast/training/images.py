@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.augmentation import augmentation
+from ..data.augmentation import Augmentation
 from ..data.datasets import SegmentationDataset
 from ..data.world import WorldScenes
 
@@ -23,8 +23,8 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
     Each pass over the dataset has an order of its own.
     """
 
-    def __init__(self, dataset: SegmentationDataset | WorldScenes, method: str, side: int, seed: int) -> None:
-        self.dataset, self.augment, self.seed = dataset, augmentation(method, side), seed
+    def __init__(self, dataset: SegmentationDataset | WorldScenes, augment: Augmentation, seed: int) -> None:
+        self.dataset, self.augment, self.seed = dataset, augment, seed
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         turn, place = divmod(position, len(self.dataset))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
+from ..data.augmentation import augmentation
 from ..data.datasets import SegmentationDataset, open_dataset
 from ..data.world import WorldScenes
 from ..evaluation.evaluate import evaluate
@@ -71,11 +72,14 @@ class Objective(nn.Module):
     Args:
         model: on its device. prompts: of all classes, as tokens (T, P, 77) where the text encoder is trained, else as
             their embeddings (T, P, E). unseen: indices of the classes that are not trained on.
+        sample_classes: see `TrainingConfig`.
     """
 
-    def __init__(self, model: CATSeg | CascadeCLIP, prompts: Tensor, unseen: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: CATSeg | CascadeCLIP, prompts: Tensor, unseen: tuple[int, ...], sample_classes: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.prompts, self.unseen = model, prompts, unseen
+        self.model, self.prompts, self.unseen, self.sample_classes = model, prompts, unseen, sample_classes
         self.seen = seen_classes(len(prompts), unseen)
 
     def _embed(self, classes: list[int]) -> Tensor:
@@ -86,12 +90,23 @@ class Objective(nn.Module):
         """(B, 3, s, s) uint8 and (B, s, s) indices of all classes -> named losses. Transductively, all classes are
         trained on, the unseen ones by labels that the model gives now."""
         if not transductive:
-            return self.model.loss(images, seen_labels(labels, len(self.prompts), self.unseen), self._embed(self.seen))
+            chosen = self._sample(labels) if self.sample_classes else self.seen
+            left_out = set(range(len(self.prompts))) - set(chosen)
+            return self.model.loss(images, seen_labels(labels, len(self.prompts), left_out), self._embed(chosen))
         text = self._embed(list(range(len(self.prompts))))
         with torch.no_grad():
             features: Any = self.model.encode_image(images)
             logits = self.model.decode(features, text)
         return self.model.loss(images, pseudo_labels(logits, labels, self.unseen), text)
+
+    def _sample(self, labels: Tensor) -> list[int]:
+        """The seen classes that are in the labels, and any number of others, at least one."""
+        shown = set(labels.unique().tolist()).intersection(self.seen)
+        others = [index for index in self.seen if index not in shown]
+        if not others:
+            return self.seen
+        count = int(torch.randint(1, len(others) + 1, ()))
+        return sorted([*shown, *(others[place] for place in torch.randperm(len(others))[:count])])
 
 
 class Run:
@@ -139,7 +154,7 @@ class Run:
             texts = tokenize(prompts).to(accelerator.device)
         else:
             texts = segmenter.embed_text(self.classes, progress=self.progress)
-        objective = Objective(model, texts, self.unseen)
+        objective = Objective(model, texts, self.unseen, self.config.sample_classes)
         optimizer = build_optimizer(model, self.settings)
         self.schedule = build_schedule(optimizer, self.settings, self.config.steps)
         if saved is not None:
@@ -183,7 +198,8 @@ class Run:
             for part in range(config.accumulation)
         ]  # fmt: skip
         side = config.crop or self.model.config.image_size
-        images = TrainingImages(self.dataset, self.method, side, config.seed)
+        augment = augmentation(self.method, side, scales=config.scales, distortion=config.distortion)
+        images = TrainingImages(self.dataset, augment, config.seed)
         loader = DataLoader(
             images, batch_sampler=mine, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"
         )
@@ -273,6 +289,9 @@ def _settings(config: TrainingConfig, method: str) -> Hyperparameters:
         changes["learning_rate"] = config.learning_rate
     if config.warmup is not None:
         changes["warmup"] = config.warmup
+    if config.clip_learning_rate is not None:
+        rate = config.learning_rate or PUBLISHED[method].learning_rate
+        changes["factors"] = (("clip.", config.clip_learning_rate / rate),)
     return replace(PUBLISHED[method], **changes)
 
 

@@ -214,3 +214,27 @@ def test_data_package_needs_no_torchvision() -> None:
     code = "import sys, ovseg_fast.data; print('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@BOTH
+def test_colours_stay_and_sizes_are_chosen(rng, method: str) -> None:
+    """Without distortion, and at a scale of 1, what comes out is a part of the picture or of its mirror image."""
+    pixels, labels = pair(rng, 40, 60)
+    augment = augmentation(method, 40, scales=(1.0, 1.0), distortion=False)
+    for _ in range(6):
+        image, part = augment(pixels, labels, rng)
+        places = [
+            (source[0][..., left : left + 40], source[1][..., left : left + 40])
+            for source in ((pixels, labels), (pixels.flip(-1), labels.flip(-1)))
+            for left in range(21)
+        ]
+        assert any(torch.equal(image, a) and torch.equal(part, b) for a, b in places)
+    larger = augmentation(method, 40, scales=(3.0, 3.0), distortion=False)
+    image, part = larger(torch.full((3, 40, 40), 7, dtype=torch.uint8), torch.arange(1600).view(40, 40) // 160, rng)
+    assert bool((image == 7).all()) and len(part.unique()) < 6  # a third of the picture's height
+
+
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (2.0, 1.0), (1.0,), (1.0, float("inf"))])
+def test_scales_that_are_none(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="scales must be two numbers above 0, the smaller one first"):
+        augmentation("cat-seg", 40, scales=scales)

@@ -227,18 +227,6 @@ def test_soft_contrast_with_several_answers_and_with_none() -> None:
     torch.testing.assert_close(soft_contrast(logits, right), (by_picture + by_text) / 2)
 
 
-def test_mean_iou_counts_present_classes_only() -> None:
-    confusion = np.zeros((len(WORLD.classes),) * 2, np.int64)
-    seen = [index for index in range(len(WORLD.classes)) if index not in WORLD.unseen][:3]
-    unseen = WORLD.unseen[0]
-    confusion[seen[0], seen[0]] = 6  # IoU 6 / (6 + 2)
-    confusion[seen[1], seen[0]] = 2  # IoU 0
-    confusion[unseen, unseen], confusion[unseen, seen[2]] = 3, 1  # IoU 3 / 4; the third seen class is absent
-    assert pretraining.mean_iou(confusion, WORLD) == pytest.approx(((6 / 8 + 0) / 2, 3 / 4))
-    confusion[unseen] = 0
-    assert np.isnan(pretraining.mean_iou(confusion, WORLD)[1])
-
-
 def test_zero_shot_reads_each_patch() -> None:
     """Texts that are the features of two patches are found at these patches."""
     model = CLIP(SMALL).eval()

@@ -22,9 +22,12 @@ def test_what_is_left_out_has_its_default(tmp_path):
 
 
 def test_every_key_is_read(tmp_path):
-    text = SMALLEST.replace("steps = 3", 'steps = 3\nlearning_rate = 1\nprecision = "bf16"\nseen_only = true')
+    text = SMALLEST.replace(
+        "steps = 3", 'steps = 3\nlearning_rate = 1\nprecision = "bf16"\nseen_only = true\nscales = [1, 1.5]'
+    )
     config = read(tmp_path, text + 'root = "there"\nlimit = 7\n[validation]\nlayout = "ade20k-150"\n')
     assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
+    assert config.scales == (1.0, 1.5) and isinstance(config.scales[0], float)
     assert config.precision == "bf16" and config.seen_only is True
     assert config.data == DataConfig("coco-stuff", "there", limit=7)
     assert config.validation == DataConfig("ade20k-150")
@@ -41,6 +44,11 @@ def test_every_key_is_read(tmp_path):
         ("steps = 3", "steps = 3\nbatch = 5\naccumulation = 2", "batch must be a multiple of accumulation, 2, got 5"),
         ("steps = 3", 'steps = 3\nprecision = "int8"', "precision must be one of fp32, bf16, fp16, got 'int8'"),
         ("steps = 3", "steps = 3\nlearning_rate = -1", "learning_rate must be above 0, got -1"),
+        ("steps = 3", "steps = 3\nclip_learning_rate = 0", "clip_learning_rate must be above 0, got 0"),
+        ('"catseg-tiny"', '"cascade-clip-tiny"\nclip_learning_rate = 1.0', "clip_learning_rate is CAT-Seg's"),
+        ("steps = 3", "steps = 3\nscales = [2.0, 1.0]", "scales must be two numbers above 0, the smaller one first"),
+        ("steps = 3", "steps = 3\nscales = [2.0]", "scales must be a list of 2 numbers, got"),
+        ("steps = 3", 'steps = 3\nscales = [1, "2"]', r"scales\[1\] must be a number, got '2'"),
         ("steps = 3", 'steps = 3\nweights = "a"\nclip_pretrained = "b"', "weights and clip_pretrained exclude"),
         ("catseg-tiny", "resnet", "name must be one of catseg-vitb"),
         ('layout = "coco-stuff"', 'layouts = "coco-stuff"', "unknown key data.layouts;"),
