@@ -65,7 +65,9 @@ def plot(runs: Runs) -> pyplot.Figure:
 
 
 def _schedule(schedule: dict[str, Any]) -> str:
-    return f"{schedule['steps']} steps of {schedule['batch']} images at {schedule['learning_rate']:g}"
+    clip = schedule["clip_learning_rate"]
+    rates = f"{schedule['learning_rate']:g}" + (f" (CLIP {clip:g})" if clip else "")
+    return f"{schedule['steps']} steps of {schedule['batch']} images at a learning rate of {rates}"
 
 
 def _spread(found: Sequence[float]) -> str:

@@ -144,7 +144,8 @@ def test_features_are_linear_maps_added(classes, seed, rng):
         pair = torch.cat(torch.broadcast_tensors(dense[:, None], unit[None, :, None, None]), -1)
         weight = torch.cat([aggregator.image_embedding.weight, aggregator.text_embedding.weight], 1)
         embedded = F.linear(pair, weight, aggregator.image_embedding.bias)
-        kept = ops.cost_volume(dense, text).amax((2, 3, 4)).topk(min(classes, 48)).indices.sort().values
+        best = ops.cost_volume(dense, text).amax((2, 3, 4)).topk(min(classes, aggregator.pad_length))
+        kept = best.indices.sort().values
         embedded = embedded[torch.arange(2)[:, None], kept]
         with pytest.MonkeyPatch.context() as patch:
             for operator in ("cost_embedding", "embed_volume"):
@@ -251,7 +252,7 @@ def test_a_killed_command_goes_on_and_repeats_nothing(clip, tmp_path, monkeypatc
 
 def test_a_run_is_the_same_again_and_sees_what_its_siblings_see(clip, monkeypatch):
     seen: dict[str, list[torch.Tensor]] = {}
-    schedule = claims.Schedule(2, 2, 1e-3, 0)
+    schedule = claims.Schedule(2, 2, 1e-3)
     settings = claims.Settings("any", schedule, schedule, scenes=1)
     step = claims.Run._step
 
@@ -276,7 +277,7 @@ def test_a_run_is_the_same_again_and_sees_what_its_siblings_see(clip, monkeypatc
 
 def test_it_refuses_in_one_sentence(clip, tmp_path):
     out = tmp_path / "claims.json"
-    results = claims.Results(out, claims.Settings("of others", *[claims.Schedule(2, 2, 1e-3, 0)] * 2, scenes=2))
+    results = claims.Results(out, claims.Settings("of others", *[claims.Schedule(2, 2, 1e-3)] * 2, scenes=2))
     results.add(record("catseg", 0, 0.5))
     before = out.read_bytes()
     result = run(clip, out)
@@ -302,8 +303,10 @@ def record(name: str, seed: int, score: float, **changes: Any) -> dict[str, Any]
 
 
 def test_table_and_plot_from_made_results(tmp_path):
-    out, schedule = tmp_path / "claims.json", claims.Schedule(30, 4, 2e-3, 0)
-    settings = claims.Settings("0123", schedule, dataclasses.replace(schedule, steps=77), scenes=9)
+    out, schedule = tmp_path / "claims.json", claims.Schedule(30, 4, 2e-3)
+    settings = claims.Settings(
+        "0123", schedule, dataclasses.replace(schedule, steps=77, clip_learning_rate=1e-4), scenes=9
+    )
     results = claims.Results(out, settings)
     for seed, score in enumerate((0.30, 0.40, 0.50)):
         results.add(record("catseg", seed, score))
@@ -318,7 +321,8 @@ def test_table_and_plot_from_made_results(tmp_path):
     assert "| features | 12.3 | 6.2 | 8.2 | 1 |" in text
     assert "| spatial only | - | - | - | 0 |" in text
     assert "| NGA (published) | 20.0 | - | 13.3 | 1 |" in text
-    assert "30 steps of 4 images at 0.002" in text and "77 steps" in text and "9 scenes" in text
+    assert "30 steps of 4 images at a learning rate of 0.002, " in text
+    assert "77 steps of 4 images at a learning rate of 0.002 (CLIP 0.0001)" in text and "9 scenes" in text
     for title, variants in COMPARISONS.items():
         assert f"## {title}\n" in text and all(f"\n| {label} | " in text for label in variants)
     with Image.open(out.with_suffix(".png")) as picture:
@@ -331,7 +335,7 @@ def test_table_and_plot_from_made_results(tmp_path):
 
 
 def test_the_estimate_follows_what_runs_took():
-    settings = claims.Settings("any", *[claims.Schedule(100, 4, 1e-3, 0)] * 2, scenes=10)
+    settings = claims.Settings("any", *[claims.Schedule(100, 4, 1e-3)] * 2, scenes=10)
     first = claims.expected_seconds(["catseg", "cascade"], settings, [])
     assert first == pytest.approx(100 * (0.5 + 0.15) + 10 * (0.04 + 0.03))
     twice = [record("catseg", 0, 0.1, training_seconds=100.0, evaluation_seconds=0.8)]
