@@ -30,18 +30,22 @@ from typing import Any
 
 import click
 import torch
+import torch.nn.functional as F
 from claim_forms import VARIANTS, Variant
 from claim_tables import plot, table
+from safetensors import SafetensorError
 
 import ovseg_fast
-from ovseg_fast.data.world import WorldScenes
+from ovseg_fast.data.world import WORLD, WorldScenes
 from ovseg_fast.evaluation.evaluate import evaluate
 from ovseg_fast.files import write_whole
 from ovseg_fast.models.clip import CLIP, TINY_CLIP
 from ovseg_fast.models.presets import get_preset
 from ovseg_fast.segmenter import Segmenter
+from ovseg_fast.training.clip_pretraining import zero_shot_scores
 from ovseg_fast.training.config import DataConfig, TrainingConfig
 from ovseg_fast.training.loop import Run
+from ovseg_fast.vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
 
 FORMAT = "ovseg-fast claims"
 OUT = Path(__file__).resolve().parent / "results" / "claims.json"
@@ -83,7 +87,7 @@ class Settings:
 
 
 class Results:
-    """The file of the finished runs.
+    """The file of the finished runs, and of CLIP alone, `baseline`.
 
     Raises:
         ValueError: `path` holds something else, or runs with other settings than `settings`; None takes what is there.
@@ -91,10 +95,12 @@ class Results:
     """
 
     def __init__(self, path: Path, settings: Settings | None) -> None:
-        self.path, self.runs = path, []
+        self.path = path
+        self.runs: list[dict[str, Any]] = []
+        self.baseline: dict[str, Any] | None = None
         if path.exists() or settings is None:
             content = _read(path)
-            self.settings, self.runs = content["settings"], content["runs"]
+            self.settings, self.baseline, self.runs = content["settings"], content["baseline"], content["runs"]
             if settings is not None:
                 _check_same(path, self.settings, asdict(settings))
         else:
@@ -106,7 +112,7 @@ class Results:
     def add(self, run: dict[str, Any]) -> None:
         """Keep a finished run, on disk too."""
         self.runs.append(run)
-        content = {"format": FORMAT, "settings": self.settings, "runs": self.runs}
+        content = {"format": FORMAT, "settings": self.settings, "baseline": self.baseline, "runs": self.runs}
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -114,7 +120,7 @@ class Results:
     def write_table(self) -> list[Path]:
         """Table and plot of what is there."""
         written = [self.path.with_suffix(".md"), self.path.with_suffix(".png")]
-        text, figure = table(self.settings, self.runs), plot(self.runs)
+        text, figure = table(self.settings, self.baseline, self.runs), plot(self.baseline, self.runs)
         write_whole(written[0], lambda file: file.write_text(text, encoding="utf-8"))
         write_whole(written[1], lambda file: figure.savefig(file, dpi=120))
         return written
@@ -187,15 +193,32 @@ def _foreseen(variant: Variant, settings: Settings) -> float:
     return step * settings.of(variant).steps + scene * settings.scenes
 
 
-def clip_digest(clip: str) -> str:
-    """What tells the weights of a CLIP from others. Raises ValueError or OSError where there are none."""
+def load_clip(clip: str) -> CLIP:
+    """What all variants begin with. Raises ValueError or OSError where it is none."""
     if clip != TINY_CLIP and not Path(clip).is_file():
         raise FileNotFoundError(f"--clip must be {TINY_CLIP!r} or a file with weights of the tiny CLIP, got '{clip}'.")
+    try:
+        return CLIP(get_preset("catseg-tiny").config.clip, clip).eval()
+    except (RuntimeError, SafetensorError):
+        raise ValueError(f"--clip must hold the weights of the tiny CLIP, '{clip}' does not, or is damaged.") from None
+
+
+def clip_digest(clip: CLIP) -> str:
+    """What tells its weights from others."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(CLIP(get_preset("catseg-tiny").config.clip, clip).state_dict().items()):
+    for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def zero_shot(clip: CLIP, settings: Settings) -> dict[str, float | None]:
+    """Scores of that CLIP alone: each pixel the class of highest cosine."""
+    tokens = tokenize(fill_templates(WORLD.classes, CATSEG_TEMPLATES))[:, 0]
+    scenes = WorldScenes.first(settings.scenes, "test", settings.evaluation_world)
+    scores = zero_shot_scores(clip.visual, F.normalize(clip.text(tokens), dim=-1), scenes)
+    return {metric: _number(getattr(scores, metric)) for metric in METRICS}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -258,8 +281,11 @@ def main(
         else:
             catseg = Schedule(catseg_steps, catseg_batch, catseg_rate, catseg_clip_rate)
             cascade = Schedule(cascade_steps, cascade_batch, cascade_rate, warmup=cascade_steps // 20)
-            settings = Settings(clip_digest(clip), catseg, cascade, scenes)
+            model = load_clip(clip)
+            settings = Settings(clip_digest(model), catseg, cascade, scenes)
             results = Results(out, settings)
+            if results.baseline is None:
+                results.baseline = zero_shot(model, settings)
             run_all(only or tuple(VARIANTS), seeds, settings, clip, results, not quiet)
         written = results.write_table()
     except (ValueError, OSError, ArithmeticError) as error:

@@ -240,7 +240,12 @@ def test_a_killed_command_goes_on_and_repeats_nothing(clip, tmp_path, monkeypatc
     assert result.exit_code == 0, result.output
     assert trained[2:] == [("catseg-neither", 1), ("cascade-last", 1)]
     content = json.loads(out.read_text())
-    assert content["runs"][:2] == begun["runs"] and content["settings"] == begun["settings"]
+    assert content["runs"][:2] == begun["runs"]
+    assert {name: content[name] for name in ("settings", "baseline")} == {
+        name: begun[name] for name in ("settings", "baseline")
+    }
+    assert 0 <= content["baseline"]["miou"] <= 1
+    assert str(clip.parent) not in out.read_text()  # it is published
     assert "run 1 of 2: catseg-neither, seed 1; about" in result.output
     assert {file.name for file in out.parent.iterdir()} == {"claims.json", "claims.md", "claims.png"}
     assert str(out.with_suffix(".md")) in result.output and str(out.with_suffix(".png")) in result.output
@@ -278,6 +283,7 @@ def test_a_run_is_the_same_again_and_sees_what_its_siblings_see(clip, monkeypatc
 def test_it_refuses_in_one_sentence(clip, tmp_path):
     out = tmp_path / "claims.json"
     results = claims.Results(out, claims.Settings("of others", *[claims.Schedule(2, 2, 1e-3)] * 2, scenes=2))
+    results.baseline = BASELINE
     results.add(record("catseg", 0, 0.5))
     before = out.read_bytes()
     result = run(clip, out)
@@ -294,7 +300,18 @@ def test_it_refuses_in_one_sentence(clip, tmp_path):
     assert result.exit_code == 1 and "there are no results in" in result.output
     result = run(tmp_path / "no.safetensors", tmp_path / "new.json")
     assert result.exit_code == 1 and "--clip must be 'world' or a file" in result.output
+    for content in (b"", clip.read_bytes()[:-5000]):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        result = run(tmp_path / "bad.safetensors", tmp_path / "new.json")
+        assert result.exit_code == 1 and "does not, or is damaged" in result.output
+    save_file({"weight": torch.zeros(2)}, tmp_path / "bad.safetensors")
+    result = run(tmp_path / "bad.safetensors", tmp_path / "new.json")
+    assert result.exit_code == 1 and "does not, or is damaged" in result.output
+    (tmp_path / "bad.safetensors").unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["claims.json"]
+
+
+BASELINE = {"miou_seen": 0.111, "miou_unseen": 0.077, "hiou": 0.0909}
 
 
 def record(name: str, seed: int, score: float, **changes: Any) -> dict[str, Any]:
@@ -308,19 +325,24 @@ def test_table_and_plot_from_made_results(tmp_path):
         "0123", schedule, dataclasses.replace(schedule, steps=77, clip_learning_rate=1e-4), scenes=9
     )
     results = claims.Results(out, settings)
+    results.baseline = BASELINE
     for seed, score in enumerate((0.30, 0.40, 0.50)):
         results.add(record("catseg", seed, score))
+        results.add(record("catseg-full", 2 - seed, score))
+    results.add(record("catseg-full", 7, 0.9))
     results.add(record("catseg-features", 0, 0.123))
     results.add(record("cascade", 0, 0.2, miou_unseen=None))
     result = CliRunner().invoke(claims.main, ["--out", str(out), "--table"])
     assert result.exit_code == 0, result.output
 
     text = out.with_suffix(".md").read_text()
-    published = "40.0 ± 10.0 | 20.0 ± 5.0 | 26.7 ± 6.7 | 3 |"
+    published = "40.0 ± 10.0 | 20.0 ± 5.0 | 26.7 ± 6.7 |  | 3 |"
     assert text.count(published) == 3 and f"| costs (published) | {published}" in text
-    assert "| features | 12.3 | 6.2 | 8.2 | 1 |" in text
-    assert "| spatial only | - | - | - | 0 |" in text
-    assert "| NGA (published) | 20.0 | - | 13.3 | 1 |" in text
+    assert "| features | 12.3 | 6.2 | 8.2 | -8.8 | 1 |" in text
+    assert "| full | 52.5 ± 26.3 | 26.2 ± 13.1 | 35.0 ± 17.5 | +0.0 ± 10.0 | 4 |" in text
+    assert "| spatial only | - | - | - | - | 0 |" in text
+    assert "| NGA (published) | 20.0 | - | 13.3 |  | 1 |" in text
+    assert "mIoU seen 11.1, mIoU unseen 7.7, hIoU 9.1." in text
     assert "30 steps of 4 images at a learning rate of 0.002, " in text
     assert "77 steps of 4 images at a learning rate of 0.002 (CLIP 0.0001)" in text and "9 scenes" in text
     for title, variants in COMPARISONS.items():
@@ -328,10 +350,10 @@ def test_table_and_plot_from_made_results(tmp_path):
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.size[0] > 1000
 
-    figure = claim_tables.plot(results.runs)
+    figure = claim_tables.plot(BASELINE, results.runs)
     assert [axis.get_title() for axis in figure.axes] == list(COMPARISONS)
     heights = [[round(bar.get_height(), 1) for bar in axis.patches] for axis in figure.axes]
-    assert heights == [[12.3, 6.2, 40.0, 20.0], [40.0, 20.0], [40.0, 20.0], [20.0], [20.0]]
+    assert heights == [[12.3, 6.2, 40.0, 20.0], [40.0, 20.0], [40.0, 20.0, 52.5, 26.2], [20.0], [20.0]]
 
 
 def test_the_estimate_follows_what_runs_took():
