@@ -71,10 +71,12 @@ class Settings:
     """What the results depend on, besides variant and seed.
 
     Attributes:
-        clip: digest of the weights that all variants begin with. scenes: how many are evaluated.
+        clip: digest of the weights that all variants begin with. models: of the sizes of the published models.
+        scenes: how many are evaluated.
     """
 
     clip: str
+    models: str
     catseg: Schedule
     cascade: Schedule
     scenes: int
@@ -212,6 +214,12 @@ def clip_digest(clip: CLIP) -> str:
     return digest.hexdigest()[:16]
 
 
+def models_digest() -> str:
+    """What tells the sizes of the published models from others."""
+    configs = [repr(get_preset(name).config) for name in sorted({variant.preset for variant in VARIANTS.values()})]
+    return hashlib.sha256("\n".join(configs).encode()).hexdigest()[:16]
+
+
 @torch.no_grad()
 def zero_shot(clip: CLIP, settings: Settings) -> dict[str, float | None]:
     """Scores of that CLIP alone: each pixel the class of highest cosine."""
@@ -282,11 +290,11 @@ def main(
             catseg = Schedule(catseg_steps, catseg_batch, catseg_rate, catseg_clip_rate)
             cascade = Schedule(cascade_steps, cascade_batch, cascade_rate, warmup=cascade_steps // 20)
             model = load_clip(clip)
-            settings = Settings(clip_digest(model), catseg, cascade, scenes)
+            settings = Settings(clip_digest(model), models_digest(), catseg, cascade, scenes)
             results = Results(out, settings)
             if results.baseline is None:
                 results.baseline = zero_shot(model, settings)
-            run_all(only or tuple(VARIANTS), seeds, settings, clip, results, not quiet)
+            run_all(tuple(dict.fromkeys(only)) or tuple(VARIANTS), seeds, settings, clip, results, not quiet)
         written = results.write_table()
     except (ValueError, OSError, ArithmeticError) as error:
         click.echo(f"claims: {error}", err=True)

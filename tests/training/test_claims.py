@@ -228,7 +228,7 @@ def test_a_killed_command_goes_on_and_repeats_nothing(clip, tmp_path, monkeypatc
         trained.append((name, seed))
         return record(name, seed, 0.1 * len(trained))
 
-    only = ("--only", "catseg-neither", "--only", "cascade-last", "--seeds", "2")
+    only = ("--only", "catseg-neither", "--only", "cascade-last", "--only", "catseg-neither", "--seeds", "2")
     monkeypatch.setattr(claims, "run_one", train)
     assert run(clip, out, *only).exit_code != 0
     assert trained == [("catseg-neither", 0), ("cascade-last", 0)]
@@ -258,7 +258,7 @@ def test_a_killed_command_goes_on_and_repeats_nothing(clip, tmp_path, monkeypatc
 def test_a_run_is_the_same_again_and_sees_what_its_siblings_see(clip, monkeypatch):
     seen: dict[str, list[torch.Tensor]] = {}
     schedule = claims.Schedule(2, 2, 1e-3)
-    settings = claims.Settings("any", schedule, schedule, scenes=1)
+    settings = claims.Settings("any", "any", schedule, schedule, scenes=1)
     step = claims.Run._step
 
     def spy(self: Any, number: int, parts: Any) -> Any:
@@ -282,7 +282,7 @@ def test_a_run_is_the_same_again_and_sees_what_its_siblings_see(clip, monkeypatc
 
 def test_it_refuses_in_one_sentence(clip, tmp_path):
     out = tmp_path / "claims.json"
-    results = claims.Results(out, claims.Settings("of others", *[claims.Schedule(2, 2, 1e-3)] * 2, scenes=2))
+    results = claims.Results(out, claims.Settings("of others", "any", *[claims.Schedule(2, 2, 1e-3)] * 2, scenes=2))
     results.baseline = BASELINE
     results.add(record("catseg", 0, 0.5))
     before = out.read_bytes()
@@ -357,7 +357,7 @@ def test_table_and_plot_from_made_results(tmp_path):
 
 
 def test_the_estimate_follows_what_runs_took():
-    settings = claims.Settings("any", *[claims.Schedule(100, 4, 1e-3)] * 2, scenes=10)
+    settings = claims.Settings("any", "any", *[claims.Schedule(100, 4, 1e-3)] * 2, scenes=10)
     first = claims.expected_seconds(["catseg", "cascade"], settings, [])
     assert first == pytest.approx(100 * (0.5 + 0.15) + 10 * (0.04 + 0.03))
     twice = [record("catseg", 0, 0.1, training_seconds=100.0, evaluation_seconds=0.8)]
