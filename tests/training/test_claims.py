@@ -322,7 +322,7 @@ def record(name: str, seed: int, score: float, **changes: Any) -> dict[str, Any]
 def test_table_and_plot_from_made_results(tmp_path):
     out, schedule = tmp_path / "claims.json", claims.Schedule(30, 4, 2e-3)
     settings = claims.Settings(
-        "0123", schedule, dataclasses.replace(schedule, steps=77, clip_learning_rate=1e-4), scenes=9
+        "0123", "any", schedule, dataclasses.replace(schedule, steps=77, clip_learning_rate=1e-4), scenes=9
     )
     results = claims.Results(out, settings)
     results.baseline = BASELINE
