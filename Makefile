@@ -8,10 +8,10 @@ RESULTS ?= build/benchmarks.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test slow lint bench gpu demo clean
+.PHONY: help venv test slow lint bench gpu demo reproduce clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/installed ## virtual environment in .venv with the package (editable) and its tools; PYTHON=... chooses the Python
 
@@ -44,23 +44,11 @@ gpu: ## on a machine with a GPU: build, test every operator on it, time it, writ
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
-demo: venv $(DEMO)/cat.png $(DEMO)/made_up_weights.pth ## segment a photograph from the command line
-	$(BIN)/ovseg-fast segment $(DEMO)/cat.png --classes "cat, grass, wall, sofa" --model catseg-vitb \
-		--weights $(DEMO)/made_up_weights.pth --out $(DEMO)/out
-	@echo
-	@echo "The weights of this demo are made up: random numbers in the layout of the published checkpoint. The picture"
-	@echo "shows that everything runs, from the file to the overlay; it is not a good segmentation."
-	@echo "Written to $(DEMO)/out:"
-	@ls $(DEMO)/out
+demo: venv ## segment a scene with classes that the model was never trained on, by words
+	$(BIN)/ovseg-fast demo --out $(DEMO)
 
-# scikit-image's own photograph of a cat, which comes with its wheel.
-$(DEMO)/cat.png: | venv
-	@mkdir -p $(@D)
-	$(BIN)/python -c 'import sys; from PIL import Image; from skimage.data import chelsea; Image.fromarray(chelsea()).save(sys.argv[1])' $@
-
-$(DEMO)/made_up_weights.pth: tests/parity/make_weights.py | venv
-	@mkdir -p $(@D)
-	$(BIN)/python tests/parity/make_weights.py catseg-vitb $@
+reproduce: venv ## train the tiny models of the package again and measure them: hours on a CPU; goes on where it was stopped
+	$(BIN)/python -m ovseg_fast.training.reproduce --out build/reproduce --workers 1
 
 clean: ## remove everything that make made, the virtual environment too
 	rm -rf $(VENV) build dist ovseg_fast.egg-info ovseg_fast/libovseg.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The command line: `ovseg-fast segment`, `train`, `evaluate`, `check` and `info`."""
+"""The command line: `ovseg-fast segment`, `train`, `evaluate`, `demo`, `check` and `info`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import click
 
 from . import __version__
+from ._command import BAD_INPUT, FAILED, fail, sentence
+from .demo import demo_command
 from .evaluation.command import evaluate_command
 from .training.command import train_command
-
-FAILED = 1  # exit code: some or all images could not be segmented
-BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -118,7 +117,7 @@ def segment(
         backends.check(segmenter.device)
         segmenter.embed_text(names, progress=not quiet)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        _fail(error, verbose, BAD_INPUT)
+        fail(error, verbose, BAD_INPUT)
 
     failures = 0
     stems = _output_stems(images)
@@ -129,7 +128,7 @@ def segment(
             written = _write(result, out, stems[path], kinds, alpha)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             failures += 1
-            bar.write(f"ovseg-fast: {_sentence(error, verbose)}", file=sys.stderr)
+            bar.write(f"ovseg-fast: {sentence(error, verbose)}", file=sys.stderr)
             continue
         if not quiet:
             bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written))}", file=sys.stdout)
@@ -149,6 +148,7 @@ def info() -> None:
 
 main.add_command(train_command)
 main.add_command(evaluate_command)
+main.add_command(demo_command)
 
 
 @main.command()
@@ -173,7 +173,7 @@ def check(verbose: bool, layout: str, root: Path, split: str, quiet: bool) -> No
         dataset = open_dataset(layout, root, split)
         problems = check_dataset(dataset, progress=not quiet)
     except (ValueError, TypeError, OSError) as error:
-        _fail(error, verbose, BAD_INPUT)
+        fail(error, verbose, BAD_INPUT)
     click.echo(f"{len(dataset)} pairs: {report(problems)}")
     if problems:
         sys.exit(FAILED)
@@ -206,14 +206,3 @@ def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: flo
             result.save(path)
         written.append(path)
     return written
-
-
-def _sentence(error: BaseException, verbose: bool) -> str:
-    """An error in one line; checkpoints list every key on further lines, which only --verbose shows."""
-    text = str(error) or type(error).__name__
-    return text if verbose else text.splitlines()[0]
-
-
-def _fail(error: BaseException, verbose: bool, code: int) -> None:
-    click.echo(f"ovseg-fast: {_sentence(error, verbose)}", err=True)
-    sys.exit(code)

@@ -295,7 +295,8 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _published_templates(model: CATSeg | CascadeCLIP) -> tuple[str, ...]:
     if isinstance(model, CATSeg):
         return CATSEG_TEMPLATES
-    return CASCADE_VOC_TEMPLATES if model.config.training_classes == "pascal-voc" else CASCADE_TEMPLATES
+    one = model.config.training_classes in ("pascal-voc", "world")  # VOC as published; `world` because it is small
+    return CASCADE_VOC_TEMPLATES if one else CASCADE_TEMPLATES
 
 
 def _check_mode(mode: str) -> None:

@@ -1,4 +1,4 @@
-"""Label maps as pictures: colours, overlays with a legend, label images."""
+"""Label maps and maps of numbers as pictures: colours, overlays with a legend, cost maps, pages of panels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 SPREAD = 1024  # so many colours are chosen to lie far apart; further ones only differ
 CALM = 32  # the first ones are neither dark nor glaring, so that a photograph shows through
 LEGEND_MIN_SIDE = 320  # a picture whose longer side is shorter is enlarged when it gets a legend
-PAPER, INK = (255, 255, 255), (35, 35, 40)
+PAPER, INK, FAINT = (255, 255, 255), (35, 35, 40), (110, 110, 118)
+# Cost maps from low to high: ever lighter, so that they can be read without telling colours apart.
+GRADIENT = ((24, 18, 62), (52, 60, 140), (28, 118, 158), (52, 170, 132), (164, 214, 84), (255, 240, 130))
 
 
 def palette(n: int) -> np.ndarray:
@@ -105,6 +107,134 @@ def label_image(labels: ArrayLike, n: int) -> Image.Image:
     return image
 
 
+def cost_map(values: ArrayLike, low: float | None = None, high: float | None = None) -> Image.Image:
+    """A map of numbers, such as the costs or the scores of one class, as colours from dark blue to light yellow.
+
+    Args:
+        values: (H, W) finite numbers.
+        low, high: what the first and the last colour stand for; by default the least and the greatest value. Give the
+            same to several maps to compare them.
+
+    Returns:
+        An RGB image, W pixels wide and H high. Values outside low..high get the colour of the nearer end.
+
+    Raises:
+        ValueError: `values` is not two-dimensional, empty or not finite, or `low` is above `high`.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"values must have shape (H, W) with no size zero, got {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError("values must be finite, got NaN or infinite ones.")
+    low, high = float(array.min() if low is None else low), float(array.max() if high is None else high)
+    if not low <= high:
+        raise ValueError(f"low must not be above high, got {low} and {high}.")
+    place = np.clip((array - low) / (high - low), 0, 1) if high > low else np.full(array.shape, 0.5)
+    stops = np.linspace(0, 1, len(GRADIENT))
+    channels = [np.interp(place, stops, [colour[i] for colour in GRADIENT]) for i in range(3)]
+    return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
+
+
+class Panel(NamedTuple):
+    """A picture on a page.
+
+    Attributes:
+        image: scaled to the page's panel size. title, subtitle: two lines above it. note: a line below it.
+        colour: of a small square before the title, or None.
+    """
+
+    image: Image.Image
+    title: str = ""
+    subtitle: str = ""
+    note: str = ""
+    colour: tuple[int, ...] | None = None
+
+
+def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "", side: int = 192) -> Image.Image:
+    """Put pictures side by side on a page, all of one size, with what is written at them.
+
+    Args:
+        rows: at least one panel in all. Rows may differ in length; one without any title moves up to the row above.
+        title, subtitle: two lines at the top of the page.
+        side: longer side of a panel in pixels. The first image tells the aspect ratio.
+
+    Returns:
+        An RGB image. What is written is cut with an ellipsis where it is wider than its panel.
+
+    Raises:
+        ValueError: there is no panel, or `side` is under 32.
+    """
+    rows = [row for row in rows if row]
+    if not rows:
+        raise ValueError("rows must hold at least one panel, got none.")
+    if side < 32:
+        raise ValueError(f"side must be at least 32 pixels, got {side}.")
+    first = rows[0][0].image
+    width, height = (max(1, round(side * length / max(first.size))) for length in first.size)
+    size = max(11, round(side / 15))
+    font, large = ImageFont.load_default(size), ImageFont.load_default(round(1.5 * size))
+    line, gap, margin = round(1.6 * size), size, 2 * size
+    columns = max(map(len, rows))
+    page_width = 2 * margin + columns * (width + gap) - gap
+
+    # Where each text and each row goes, from the top down; then the page is as high as that.
+    header, y = [], margin
+    for text, ink, its_font, room in ((title, INK, large, round(1.6 * line)), (subtitle, FAINT, font, line)):
+        if text:
+            header.append((y + room // 2, text, ink, its_font))
+            y += room
+    tops = []
+    for index, row in enumerate(rows):
+        lines = [any(panel.title for panel in row), any(panel.subtitle for panel in row)]
+        y += 2 * gap if index and any(lines) else gap // 2
+        tops.append((y, y + lines[0] * line, y + sum(lines) * line))  # of title, subtitle and image
+        y = tops[-1][2] + height + any(panel.note for panel in row) * line
+
+    page = Image.new("RGB", (page_width, y + margin), PAPER)
+    draw = ImageDraw.Draw(page)
+    for middle, text, ink, its_font in header:
+        draw.text((margin, middle), _fit(text, its_font, page_width - 2 * margin), ink, its_font, anchor="lm")
+    for row, (title_top, subtitle_top, image_top) in zip(rows, tops, strict=True):
+        for place, panel in enumerate(row):
+            left = margin + place * (width + gap)
+            text_left, middle = left, title_top + line // 2
+            if panel.colour:
+                top = middle - size // 2
+                draw.rectangle((left, top, left + size - 1, top + size - 1), panel.colour)
+                text_left += round(1.5 * size)
+            for text, x, y, ink in (
+                (panel.title, text_left, middle, INK),
+                (panel.subtitle, left, subtitle_top + line // 2, FAINT),
+                (panel.note, left, image_top + height + line // 2, FAINT),
+            ):
+                if text:
+                    draw.text((x, y), _fit(text, font, left + width - x), ink, font, anchor="lm")
+            page.paste(_scale(panel.image, width, height), (left, image_top))
+    return page
+
+
+def key(entries: Sequence[tuple[tuple[int, ...], str]], width: int, height: int) -> Image.Image:
+    """Colours with the names that they stand for, one a line, as a picture of that size in pixels.
+
+    What does not fit is cut: a name with an ellipsis, further entries with their number.
+    """
+    size = max(11, round(max(width, height) / 15))
+    font, line = ImageFont.load_default(size), round(1.45 * size)
+    image = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    rows = max(1, height // line)
+    shown = list(entries) if len(entries) <= rows else list(entries)[: rows - 1]
+    for place, (colour, name) in enumerate(shown):
+        top = place * line
+        draw.rectangle((0, top, size - 1, top + size - 1), colour)
+        text = round(1.5 * size)
+        draw.text((text, top + size // 2), _fit(" ".join(name.split()), font, width - text), INK, font, anchor="lm")
+    if len(shown) < len(entries):
+        more = f"+ {len(entries) - len(shown)} more"
+        draw.text((round(1.5 * size), len(shown) * line + size // 2), more, FAINT, font, anchor="lm")
+    return image
+
+
 def check_labels(labels: ArrayLike, n: int) -> np.ndarray:
     """(H, W) int32 labels, checked to lie in 0..n-1.
 
@@ -179,6 +309,14 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
         fits = font.getlength(text[:middle].rstrip() + "…") <= width
         low, high = (middle, high) if fits else (low, middle)
     return text[:low].rstrip() + "…"
+
+
+def _scale(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image.convert("RGB")
+    # Whole steps keep pixels and borders sharp; anything else would make them uneven.
+    sharp = width % image.width == 0 and height % image.height == 0
+    return image.convert("RGB").resize((width, height), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
 
 
 def _percent(share: float) -> str:

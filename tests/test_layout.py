@@ -17,7 +17,9 @@ OPERATORS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 # From the user down to the kernels; a module may import from its own level and from those further down.
 LEVELS = (
     ("cli",),
-    ("info",),
+    ("demo",),
+    ("info", "_demo"),
+    ("_demo_page",),
     ("segmenter", "training", "evaluation", "accelerate"),
     ("checkpoints",),
     ("upstream_names",),
@@ -27,7 +29,7 @@ LEVELS = (
     ("ops",),
     ("backends",),
     ("kernels", "native"),
-    ("checkpoint_files", "token_tables", "_torchvision", "files", "weights"),
+    ("checkpoint_files", "token_tables", "_torchvision", "files", "weights", "_command"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from ovseg_fast import visualize
-from ovseg_fast.visualize import check_labels, label_image, overlay, palette
+from ovseg_fast.visualize import GRADIENT, Panel, check_labels, cost_map, key, label_image, overlay, palette, panels
 
 NAMES = [
     "cat",
@@ -339,3 +339,130 @@ def test_ellipsis_keeps_as_much_as_fits() -> None:
         if cut != text:
             longer = text[: len(cut)] + "…"
             assert font.getlength(longer) > width
+
+
+# Cost maps and pages
+
+
+def luminance(pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(pixels, dtype=float) @ (0.2126, 0.7152, 0.0722)
+
+
+def test_cost_map_is_lighter_where_values_are_higher() -> None:
+    values = np.random.normal(size=(20, 30))
+    picture = cost_map(values)
+    assert picture.mode == "RGB" and picture.size == (30, 20)
+    order = np.argsort(values.ravel())
+    light = luminance(np.asarray(picture)).ravel()[order]
+    assert (np.diff(light) > -1.5).all()  # colours are rounded
+    assert tuple(np.asarray(picture).reshape(-1, 3)[order[0]]) == GRADIENT[0]
+    assert tuple(np.asarray(picture).reshape(-1, 3)[order[-1]]) == GRADIENT[-1]
+
+
+def test_cost_maps_on_one_scale_can_be_compared() -> None:
+    values = np.random.uniform(-0.5, 0.5, (2, 8, 9))
+    low, high = float(values.min()), float(values.max())
+    apart = [np.asarray(cost_map(part, low, high)) for part in values]
+    assert np.array_equal(np.concatenate(apart), np.asarray(cost_map(values.reshape(16, 9))))
+    clipped = np.asarray(cost_map([[-9.0, 9.0]], low, high))
+    assert clipped.tolist() == [[list(GRADIENT[0]), list(GRADIENT[-1])]]
+
+
+def test_cost_map_of_one_value_is_one_colour_of_the_middle() -> None:
+    colours = np.unique(np.asarray(cost_map(np.full((3, 4), 0.7))).reshape(-1, 3), axis=0)
+    assert len(colours) == 1
+    assert luminance(GRADIENT[0]) < luminance(colours)[0] < luminance(GRADIENT[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((np.zeros((2, 3, 4)),), r"\(H, W\).*got \(2, 3, 4\)"),
+        ((np.zeros((0, 4)),), r"got \(0, 4\)"),
+        ((np.array([[0.0, np.nan]]),), "finite"),
+        ((np.array([[0.0, np.inf]]),), "finite"),
+        ((np.zeros((2, 3)), 1.0, 0.0), "low must not be above high, got 1.0 and 0.0"),
+        ((np.zeros((2, 3)), float("nan"), 0.0), "low must not be above high, got nan"),
+    ],
+)
+def test_bad_cost_maps(arguments: tuple, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        cost_map(*arguments)
+
+
+def find(page: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """The box of a colour, all of which must have it."""
+    rows, columns = np.nonzero((np.asarray(page) == colour).all(-1))
+    box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    assert len(rows) == (box[2] - box[0]) * (box[3] - box[1])
+    return box
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 30), (120, 90)), ((96, 96), (120, 120)), ((300, 600), (60, 120))])
+def test_panels_have_one_size_and_what_is_written_lies_between_them(written: Written, size, expected) -> None:
+    colours = [(200, 10 * i, 20) for i in range(8)]
+    plain = [Image.new("RGB", size, colour) for colour in colours]
+    rows = [
+        [Panel(plain[0], "first"), Panel(plain[1], "second", "more", "a note"), Panel(plain[2])],
+        [Panel(image, f"title {i}", "sub", "x to y", (1, 2, 3 + i)) for i, image in enumerate(plain[3:5])],
+        [Panel(image, note="below") for image in plain[5:]],
+    ]
+    page = panels(rows, "A title", "and a line below", side=120)
+    boxes = [find(page, colour) for colour in colours]
+    assert {(right - left, bottom - top) for left, top, right, bottom in boxes} == {expected}
+    assert [box[1] for box in boxes[:3]] == [boxes[0][1]] * 3  # a row is level
+    assert [box[0] for box in boxes[:3]] == [box[0] for box in boxes[5:]]  # a column upright
+    assert boxes[3][0] == boxes[0][0]
+    assert len(written.swatches) == 2
+    everything = [box for _, box in written.texts] + [box for box, _ in written.swatches]
+    for left, top, right, bottom in everything:
+        assert 0 <= left < right <= page.width and 0 <= top < bottom <= page.height
+        for panel in boxes:
+            assert right <= panel[0] or left >= panel[2] or bottom <= panel[1] or top >= panel[3]
+    for i, one in enumerate(everything):
+        for two in everything[:i]:
+            assert one[2] <= two[0] or two[2] <= one[0] or one[3] <= two[1] or two[3] <= one[1]
+
+
+def test_long_titles_end_at_their_panel(written: Written) -> None:
+    long = "a name that is far too long for any panel"
+    panels([[Panel(Image.new("RGB", (50, 50)), long, long, long, (1, 2, 3))]], long, long, side=100)
+    assert len(written.texts) == 5
+    assert all(text.endswith("…") and len(text) > 5 for text, _ in written.texts)
+    assert {box[2] <= 13 + 100 + 22 for _, box in written.texts} == {True}
+
+
+def test_panels_enlarged_by_whole_steps_stay_sharp() -> None:
+    pixels = np.random.randint(0, 2, (20, 20), dtype=np.uint8) * 255
+    page = np.asarray(panels([[Panel(Image.fromarray(pixels))]], side=60).convert("L"))
+    expected = pixels.repeat(3, 0).repeat(3, 1)
+    places = [
+        (y, x)
+        for y in range(page.shape[0] - 59)
+        for x in range(page.shape[1] - 59)
+        if np.array_equal(page[y : y + 60, x : x + 60], expected)
+    ]
+    assert len(places) == 1
+
+
+def test_bad_pages() -> None:
+    for rows in ([], [[]], [[], []]):
+        with pytest.raises(ValueError, match="at least one panel, got none"):
+            panels(rows)
+    with pytest.raises(ValueError, match="side must be at least 32 pixels, got 31"):
+        panels([[Panel(photograph(5, 5))]], side=31)
+
+
+def test_key_holds_what_fits_and_counts_the_rest(written: Written) -> None:
+    entries = [((10 * i, 200, 30), f"name {i}") for i in range(20)]
+    image = key(entries[:5], 192, 192)
+    assert image.size == (192, 192)
+    assert [text for text, _ in written.texts] == [f"name {i}" for i in range(5)]
+    assert [colour for _, colour in written.swatches] == [colour for colour, _ in entries[:5]]
+    written.texts.clear()
+    written.swatches.clear()
+    key(entries, 192, 192)
+    shown = len(written.swatches)
+    assert 5 < shown < 20 and written.texts[-1][0] == f"+ {20 - shown} more"
+    for left, top, right, bottom in [box for _, box in written.texts] + [box for box, _ in written.swatches]:
+        assert 0 <= left < right <= 192 and 0 <= top < bottom <= 192

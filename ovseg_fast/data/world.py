@@ -10,6 +10,7 @@ The split is a fixed rule on the positions of the words in their lists and does 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from .vocabularies import WORLD
 
 BASE_SIZE = 96  # pixels; lengths of `Difficulty` are at this size
 SPLITS = ("train", "test")
+WANTED_ATTEMPTS = 50  # at a scene in which every wanted object finds a place
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "red": ("crimson", "scarlet"),
@@ -140,15 +142,40 @@ class World:
         Raises:
             ValueError: `index` is negative, `size` is under 32, or there is no such split.
         """
-        if index < 0:
-            raise ValueError(f"index must not be negative, got {index}.")
-        if size < 32:
-            raise ValueError(f"size must be at least 32 pixels, got {size}.")
+        _check_number(index, size)
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
         # How many numbers a texture takes depends on the size: from a stream of its own, or the rest would change too.
         rng, grain = (np.random.default_rng([self.seed, SPLITS.index(split), index, part]) for part in range(2))
-        ground, objects = self._contents(split, rng)
+        return self._draw(*self._contents(split, rng), size, rng, grain)
+
+    def scene_of(self, labels: Sequence[int], index: int = 0, size: int = BASE_SIZE) -> Scene:
+        """A scene of just these classes, every one of them visible.
+
+        Args:
+            labels: indices into the classes of one ground and at least one object, in any order.
+            index: 0, 1, 2, ... give other places, sizes and tones. size: side in pixels.
+
+        Raises:
+            ValueError: other labels, `index` is negative, `size` is under 32, or the objects are too many to be seen
+                together.
+        """
+        _check_number(index, size)
+        objects = [label for label in labels if 0 <= label < FIRST_GROUND]
+        grounds = [label for label in labels if FIRST_GROUND <= label < len(WORLD.classes)]
+        if len(objects) + len(grounds) < len(labels) or len(grounds) != 1 or not objects:
+            raise ValueError(f"labels must be those of one ground and at least one object, got {list(labels)}.")
+        for attempt in range(WANTED_ATTEMPTS):
+            parts = (self.seed, len(SPLITS), index, attempt)  # beside the streams of the splits
+            rng, grain = (np.random.default_rng([*parts, part]) for part in range(2))
+            scene = self._draw(grounds[0], objects, size, rng, grain)
+            if {region.label for region in scene.regions} == set(objects):
+                return scene
+        raise ValueError(f"{len(objects)} objects are too many to be seen together in a scene.")
+
+    def _draw(
+        self, ground: int, objects: list[int], size: int, rng: np.random.Generator, grain: np.random.Generator
+    ) -> Scene:
         unit, hard = size / BASE_SIZE, self.difficulty
         canvas = draw_ground(size, *GROUNDS[ground - FIRST_GROUND], unit, hard.jitter, grain)
         labels = np.full((size, size), ground, np.int32)
@@ -189,6 +216,13 @@ class World:
                     places.append((float(x), float(y), float(radius)))
                     break
         return places
+
+
+def _check_number(index: int, size: int) -> None:
+    if index < 0:
+        raise ValueError(f"index must not be negative, got {index}.")
+    if size < 32:
+        raise ValueError(f"size must be at least 32 pixels, got {size}.")
 
 
 def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .._command import BAD_INPUT, FAILED, fail
+
 if TYPE_CHECKING:
     from ..data.datasets import SegmentationDataset
 
-FAILED = 1  # exit code: some or all images could not be evaluated
-BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
 WORLD_SCENES = 500  # of the procedural world, where no limit is given
 
 
@@ -117,9 +117,9 @@ def evaluate_command(
                 restart=not resume,
             )
         except EvaluationError as error:
-            _fail(error, bool(verbose), FAILED)
+            fail(error, verbose, FAILED)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        _fail(error, bool(verbose), BAD_INPUT)
+        fail(error, verbose, BAD_INPUT)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")
     if result.skipped:
@@ -140,9 +140,3 @@ def _trained_on(weights: str, classes: tuple[str, ...]) -> list[str] | None:
         return None
     known = {prompt_name(name).casefold() for name in trained}
     return [name for name in classes if prompt_name(name).casefold() in known]
-
-
-def _fail(error: BaseException, verbose: bool, code: int) -> None:
-    text = str(error) or type(error).__name__
-    click.echo(f"ovseg-fast: {text if verbose else text.splitlines()[0]}", err=True)
-    sys.exit(code)

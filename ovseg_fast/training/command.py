@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-FAILED = 1  # exit code: the run stopped
-BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
+from .._command import BAD_INPUT, FAILED, fail
 
 
 @click.command("train")
@@ -34,16 +32,10 @@ def train_command(verbose: bool | None, config: Path, restart: bool, quiet: bool
         run = Run(settings, progress=not quiet)
         run.prepare(restart)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        _fail(error, bool(verbose), BAD_INPUT)
+        fail(error, verbose, BAD_INPUT)
     try:
         path = run.go()
     except (ArithmeticError, ValueError, OSError, RuntimeError) as error:
-        _fail(error, bool(verbose), FAILED)
+        fail(error, verbose, FAILED)
     if run.accelerator.is_main_process and not quiet:
         click.echo(str(path))
-
-
-def _fail(error: BaseException, verbose: bool, code: int) -> None:
-    text = str(error) or type(error).__name__
-    click.echo(f"ovseg-fast: {text if verbose else text.splitlines()[0]}", err=True)
-    sys.exit(code)
