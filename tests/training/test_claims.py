@@ -358,11 +358,12 @@ def test_table_and_plot_from_made_results(tmp_path):
 
 def test_the_estimate_follows_what_runs_took():
     settings = claims.Settings("any", "any", *[claims.Schedule(100, 4, 1e-3)] * 2, scenes=10)
-    first = claims.expected_seconds(["catseg", "cascade"], settings, [])
-    assert first == pytest.approx(100 * (0.5 + 0.15) + 10 * (0.04 + 0.03))
-    twice = [record("catseg", 0, 0.1, training_seconds=100.0, evaluation_seconds=0.8)]
-    assert claims.expected_seconds(["cascade"], settings, twice) == pytest.approx(2 * (100 * 0.15 + 10 * 0.03))
-    assert claims.expected_seconds(["catseg", "catseg"], settings, twice) == pytest.approx(201.6)
+    (step, scene), (cascade_step, cascade_scene) = claims.SECONDS["cat-seg"], claims.SECONDS["cascade-clip"]
+    catseg, cascade = 100 * step + 10 * scene, 100 * cascade_step + 10 * cascade_scene
+    assert claims.expected_seconds(["catseg", "cascade"], settings, []) == pytest.approx(catseg + cascade)
+    twice = [record("catseg", 0, 0.1, training_seconds=2 * catseg - 1, evaluation_seconds=1.0)]
+    assert claims.expected_seconds(["cascade"], settings, twice) == pytest.approx(2 * cascade)
+    assert claims.expected_seconds(["catseg", "catseg"], settings, twice) == pytest.approx(4 * catseg)
     assert claims.expected_seconds([], settings, twice) == 0
 
 
