@@ -73,7 +73,8 @@ class TrainingConfig:
         sample_classes: whether a step takes, besides the classes that its images show, only a random number of the
             others, so that the model learns lists of any length; published training takes all.
         learning_rate: of the method's optimiser in place of the published one; its groups keep their ratios.
-        clip_learning_rate: for CAT-Seg, that of CLIP's own weights, as published a hundredth of `learning_rate`.
+        clip_learning_rate: that of CLIP's own weights, in place of the published share of the rest's, which is a
+            hundredth for CAT-Seg and a tenth for Cascade-CLIP.
         warmup: steps of linear warm-up in place of the published ones.
         precision: `"fp32"`, `"bf16"` or `"fp16"`: that of autocast.
         seed: of weights that start random, order, augmentation and dropout.
@@ -122,8 +123,6 @@ class TrainingConfig:
         for name in ("learning_rate", "clip_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        if self.clip_learning_rate is not None and get_preset(self.model).method != "cat-seg":
-            raise ValueError("clip_learning_rate is CAT-Seg's; Cascade-CLIP's learning_rate is CLIP's own.")
         if self.weights is not None and self.clip_pretrained is not None:
             raise ValueError("weights and clip_pretrained exclude each other: weights hold those of CLIP.")
 

@@ -35,7 +35,7 @@ from .finetuning import set_trainable
 from .images import TrainingImages, stream
 from .labels import pseudo_labels, seen_classes, seen_labels
 from .log import Log
-from .optimizer import PUBLISHED, Hyperparameters, build_optimizer, build_schedule, method
+from .optimizer import PUBLISHED, Hyperparameters, build_optimizer, build_schedule, method, with_clip_rate
 from .pictures import save_comparison
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
@@ -284,15 +284,14 @@ def open_data(config: DataConfig, split: str) -> SegmentationDataset | WorldScen
 
 
 def _settings(config: TrainingConfig, method: str) -> Hyperparameters:
-    changes: dict[str, Any] = {}
+    settings = PUBLISHED[method]
     if config.learning_rate is not None:
-        changes["learning_rate"] = config.learning_rate
+        settings = replace(settings, learning_rate=config.learning_rate)
     if config.warmup is not None:
-        changes["warmup"] = config.warmup
+        settings = replace(settings, warmup=config.warmup)
     if config.clip_learning_rate is not None:
-        rate = config.learning_rate or PUBLISHED[method].learning_rate
-        changes["factors"] = (("clip.", config.clip_learning_rate / rate),)
-    return replace(PUBLISHED[method], **changes)
+        settings = with_clip_rate(settings, config.clip_learning_rate)
+    return settings
 
 
 def _accelerator(config: TrainingConfig) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,17 @@ PUBLISHED = {
         batch=16,
     ),
 }
+
+
+def with_clip_rate(settings: Hyperparameters, rate: float) -> Hyperparameters:
+    """The same with another learning rate for CLIP's own weights; that of all others stays."""
+    factors = dict(settings.factors)
+    if "clip." in factors:  # CAT-Seg, where the rest has the factor 1
+        return replace(settings, factors=tuple((factors | {"clip.": rate / settings.learning_rate}).items()))
+    scale = settings.learning_rate / rate  # Cascade-CLIP, where CLIP has
+    return replace(
+        settings, learning_rate=rate, factors=tuple((name, factor * scale) for name, factor in factors.items())
+    )
 
 
 def method(model: CATSeg | CascadeCLIP) -> str:

@@ -18,6 +18,7 @@ from ovseg_fast.training.optimizer import (
     method,
     parameter_groups,
     poly,
+    with_clip_rate,
 )
 
 
@@ -96,6 +97,21 @@ def test_own_settings_replace_the_published_ones():
     settings = replace(PUBLISHED["cat-seg"], learning_rate=1e-3, weight_decay=0.0, factors=())
     (group,) = build_optimizer(model, settings).param_groups
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0)
+
+
+@pytest.mark.parametrize("method", ["cat-seg", "cascade-clip"])
+def test_clip_learns_at_a_rate_of_its_own(method):
+    model = ovs.build("catseg-tiny" if method == "cat-seg" else "cascade-clip-tiny")
+    set_trainable(model, "full")
+    own = ("clip.",) if method == "cat-seg" else ("image_encoder.clip.", "text_encoder.")
+    before = settings_of(model)
+    groups = parameter_groups(model, with_clip_rate(PUBLISHED[method], 5e-4))
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if name.startswith(own):
+            assert rates[id(parameter)] == pytest.approx(5e-4), name
+        elif not name.startswith(("image_encoder.norm_", "image_encoder.proj_layers")):  # as CLIP's own
+            assert rates[id(parameter)] == pytest.approx(before[name][0]), name
 
 
 def test_nothing_to_train():
