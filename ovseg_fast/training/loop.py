@@ -110,9 +110,14 @@ class Objective(nn.Module):
 
 
 class Run:
-    """One process of a training run: `prepare`, then `go`. Arguments and errors as `train`."""
+    """One process of a training run: `prepare`, then `go`. Arguments and errors as `train`.
 
-    def __init__(self, config: TrainingConfig, *, progress: bool = True) -> None:
+    A `model` of one's own takes the place of the one that `config` would build.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, *, progress: bool = True, model: CATSeg | CascadeCLIP | None = None
+    ) -> None:
         self.config, self.out = config, Path(config.out)
         self.accelerator = _accelerator(config)
         self.progress = progress and self.accelerator.is_main_process
@@ -122,7 +127,7 @@ class Run:
         self.part = config.batch // share  # images that go forward at a time
         self.dataset = open_data(config.data, "train")
         torch.manual_seed(config.seed)
-        self.model = build(config.model, clip_pretrained=config.clip_pretrained)
+        self.model = model or build(config.model, clip_pretrained=config.clip_pretrained)
         if config.weights is not None:
             checkpoints.load(self.model, config.weights)
         self.method = method(self.model)
