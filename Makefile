@@ -8,7 +8,7 @@ RESULTS ?= build/benchmarks.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test slow lint bench gpu demo reproduce clean
+.PHONY: help venv test slow lint bench gpu demo reproduce claims clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ demo: venv ## segment a scene with classes that the model was never trained on, 
 
 reproduce: venv ## train the tiny models of the package again and measure them: hours on a CPU; goes on where it was stopped
 	$(BIN)/python -m ovseg_fast.training.reproduce --out build/reproduce --workers 1
+
+claims: venv ## the claims of both papers, tested small: about two hours of a core; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims.py
 
 clean: ## remove everything that make made, the virtual environment too
 	rm -rf $(VENV) build dist ovseg_fast.egg-info ovseg_fast/libovseg.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

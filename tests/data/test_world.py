@@ -95,7 +95,8 @@ def test_same_scene_in_another_process(rng: torch.Generator) -> None:
 
 def test_seed_index_and_split_each_give_another_scene(rng: torch.Generator) -> None:
     seed = draw_seed(rng)
-    scenes = [World(seed).scene(3), World(seed + 1).scene(3), World(seed).scene(4), World(seed).scene(3, split="test")]
+    scenes = [World(seed).scene(3), World(seed + 1).scene(3), World(seed).scene(4)]
+    scenes += [World(seed).scene(3, split=split) for split in ("test", "all")]
     assert not any(same(a, b) for a, b in combinations(scenes, 2))
 
 
@@ -128,7 +129,8 @@ def test_scenes_for_training_show_and_say_nothing_unseen(rng: torch.Generator) -
 
 def test_training_scenes_show_every_seen_class_and_test_scenes_every_class(rng: torch.Generator) -> None:
     world = World(draw_seed(rng))
-    for split, expected in (("train", len(WORLD.seen)), ("test", len(WORLD.classes))):
+    sizes = {"train": len(WORLD.seen), "test": len(WORLD.classes), "all": len(WORLD.classes)}
+    for split, expected in sizes.items():
         found: set[int] = set()
         for index in range(3000):
             found |= set(np.unique(world.scene(index, size=32, split=split).labels).tolist())
@@ -296,5 +298,5 @@ def test_bad_arguments_are_named() -> None:
         World(0).scene(-2)
     with pytest.raises(ValueError, match=r"size must be at least 32 pixels, got 31\."):
         World(0).scene(0, size=31)
-    with pytest.raises(ValueError, match=r"split must be one of train, test, got 'val'\."):
+    with pytest.raises(ValueError, match=r"split must be one of train, test, all, got 'val'\."):
         World(0).scene(0, split="val")
