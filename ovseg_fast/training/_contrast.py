@@ -11,7 +11,8 @@ from torch import Tensor
 from ..models.catseg import PIXEL_MEAN, PIXEL_STD
 from ..models.clip import Block, ImageEncoder
 
-SHARPNESS = 5.0  # of the average over patches: higher, and few patches of a thing learn its name; lower, and its surroundings do
+# Of the average over patches. Higher, and only a few patches of a thing learn its name; lower, and so do those around it.
+SHARPNESS = 5.0
 
 
 def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
