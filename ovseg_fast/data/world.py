@@ -3,7 +3,7 @@
 Every object is described by three words, colour × pattern × shape ("red striped circle"), and so is every ground by
 colour × material ("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*:
 scenes for training never show them, though each of their words, and each pair of an object's words, occurs in seen
-ones. A model that names them has understood the words one by one.
+ones. A model that finds them has not learned them by heart.
 
 The split is a fixed rule on the positions of the words in their lists and does not depend on the seed.
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models.catseg import PIXEL_MEAN, PIXEL_STD
 from ..models.clip import Block, ImageEncoder
 
-# Of the average over patches. Higher, and only a few patches of a thing learn its name; lower, and so do those around it.
+# Of the average over patches. Higher, and few patches of a thing learn its name; lower, and so do those around it.
 SHARPNESS = 5.0
 
 

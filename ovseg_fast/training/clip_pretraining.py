@@ -57,8 +57,8 @@ class PretrainingConfig:
 
     Attributes:
         seed: of the world, the initial weights and all else. steps: of the optimiser.
-        split: of the world, see `World.scene`. Both methods build on a CLIP that has read of everything, as one from the
-            web nearly has; `"train"` makes one that has read of the seen combinations alone.
+        split: of the world, see `World.scene`. Both methods build on a CLIP that has read of everything, or nearly so;
+            `"train"` makes one that has read of the seen combinations alone.
         scenes: whole scenes a step. crops: most crops a step, cut from the same scenes. crop_size: their side.
         lr: peak learning rate, reached after `warmup` steps, then a cosine to zero. weight_decay: of matrices.
         dense_weight: of the patch-aligned loss against the plain one.
