@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -49,6 +50,12 @@ WORLD_SCENES = 500  # of the procedural world, where no limit is given
     help="A .json file for the result.  [default: out/MODEL_DATASET_SPLIT_MODE.json]",
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@click.option(
+    "--seen-offset",
+    type=click.FloatRange(0, 1),
+    help="What Cascade-CLIP subtracts from the probabilities of seen classes, published as 0.1; 0 after transductive "
+    "training.  [default: the model's]",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option(
     "--resume/--restart",
@@ -69,6 +76,7 @@ def evaluate_command(
     mode: str,
     out: Path | None,
     device: str | None,
+    seen_offset: float | None,
     limit: int | None,
     resume: bool,
     quiet: bool,
@@ -87,7 +95,9 @@ def evaluate_command(
     from ..models.presets import get_preset
 
     try:
-        get_preset(preset)
+        method = get_preset(preset).method
+        if seen_offset is not None and method != "cascade-clip":
+            raise ValueError(f"--seen-offset is Cascade-CLIP's, {preset} has none.")
         dataset: SegmentationDataset | WorldScenes
         if layout == "world":
             split = "test" if split == "val" else split
@@ -104,6 +114,9 @@ def evaluate_command(
 
         segmenter = load(preset, weights=None if weights == "random" else weights, device=device)
         backends.check(segmenter.device)
+        if seen_offset is not None:
+            config: Any = segmenter.model.config
+            segmenter.model.config = replace(config, seen_offset=seen_offset)
         target = Path("out", f"{preset}_{layout}_{split}_{mode}.json") if out is None else out
         try:
             result = evaluate(

@@ -125,6 +125,8 @@ def test_resume_and_restart(folder, monkeypatch):
         ((*ARGUMENTS, "--weights", "missing.pth"), ("missing.pth",)),
         ((*ARGUMENTS, *WEIGHTS, "--out", "result.txt"), (".json", "result.txt")),
         ((*ARGUMENTS, *WEIGHTS, "--device", "warp"), ("warp",)),
+        ((*ARGUMENTS, *WEIGHTS, "--seen-offset", "0"), ("--seen-offset is Cascade-CLIP's", "catseg-tiny")),
+        (("--dataset", "photos"), ("--root must be the folder that photos lies in",)),
     ],
 )
 def test_unfit_arguments_are_refused(folder, arguments, words):
@@ -141,3 +143,17 @@ def test_an_unknown_model_is_refused(folder):
 def test_help():
     result = CliRunner().invoke(evaluate_command, ["--help"])
     assert result.exit_code == 0 and "--restart" in result.output and "exit code is then 1" in result.output
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, None])
+def test_the_procedural_world_and_the_offset_of_seen_classes(folder, offset):
+    checkpoints.save(ovs.build("cascade-clip-tiny"), folder / "cascade.safetensors")
+    arguments = ["cascade-clip-tiny", "--dataset", "world", "--seed", "5", "--limit", "2", "-w", "cascade.safetensors"]
+    arguments += [] if offset is None else ["--seen-offset", str(offset)]
+    result = CliRunner().invoke(evaluate_command, [*arguments, "-o", "world.json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((folder / "world.json").read_text())
+    assert stored["images"]["evaluated"] == 2 and stored["settings"]["seen_offset"] == (
+        0.1 if offset is None else offset
+    )
+    assert stored["settings"]["dataset"] == "world"
