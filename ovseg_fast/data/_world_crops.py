@@ -1,4 +1,4 @@
-"""Crops of scenes around single things, with captions of those alone."""
+"""Crops of scenes around single things, and captions of single things."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from PIL import Image
 from torch import Tensor
 
 from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES
+from ._world_classes import GROUNDS, OBJECTS
 from .world import Scene, describe, phrase
 
 TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # what segmentation will ask with
+WORDS = (*OBJECTS, *GROUNDS)  # of each class
+
+
+# Of each class, the five that share all but its last word with it, which is the shape or the material; itself first.
+LAST_WORDS = tuple(
+    tuple(sorted((index for index, other in enumerate(WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
+    for label, words in enumerate(WORDS)
+)
 
 
 class Crops(NamedTuple):
-    """B pictures (B, 3, size, size) uint8 with their captions, and (S, B) bool: which of the S scenes that they
-    were cut from show what a caption names."""
+    """B pictures (B, 3, size, size) uint8, each of a single thing, and the class of that (B,) int64."""
 
     pictures: Tensor
-    captions: list[str]
-    shown: Tensor
+    labels: Tensor
 
 
 def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> Crops:
@@ -42,23 +49,30 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
                 break
     labels = list(boxes)
     rng.shuffle(labels)
-    pictures, captions = [], []
+    pictures = []
     for label in labels[:most]:
         scene, box = boxes[label]
         crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
         pictures.append(np.asarray(crop))
-        captions.append(_crop_caption(label, scene, rng))
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    things = [{scene.ground, *(region.label for region in scene.regions)} for scene in scenes]
-    shown = torch.tensor([[label in named for label in labels[:most]] for named in things])
-    return Crops(stacked, captions, shown)
+    return Crops(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(labels[:most]))
 
 
-def _crop_caption(label: int, scene: Scene, rng: np.random.Generator) -> str:
-    chance = rng.random()
-    if chance < 0.4:
-        return TEMPLATES[int(rng.integers(len(TEMPLATES)))].replace("{}", phrase(label, rng, article=False))
-    return describe([label], rng)
+def class_captions(rng: np.random.Generator) -> list[str]:
+    """A caption of each class alone, in words of its own each time."""
+    captions = []
+    for label in range(len(WORDS)):
+        template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+        plain = rng.random() < 0.4
+        captions.append(template.replace("{}", phrase(label, rng, article=False)) if plain else describe([label], rng))
+    return captions
+
+
+def shown_classes(scenes: list[Scene]) -> Tensor:
+    """(S, T) bool: which of all classes each scene shows."""
+    shown = torch.zeros(len(scenes), len(WORDS), dtype=torch.bool)
+    for row, scene in zip(shown, scenes, strict=True):
+        row[[scene.ground, *(region.label for region in scene.regions)]] = True
+    return shown
 
 
 def _square(twice_x: float, twice_y: float, side: float, scene: Scene) -> tuple[float, float, float, float]:

@@ -45,3 +45,17 @@ def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
         log = (one_way.log_softmax(1) * answers).sum(1)[count > 0]
         losses.append(-(log / count[count > 0]).mean())
     return (losses[0] + losses[1]) / 2
+
+
+def near_contrast(logits: Tensor, right: Tensor, near: Tensor) -> Tensor:
+    """Each right text of a picture against those that nearly say the same and are wrong there.
+
+    In whole scenes the other terms seldom need the last word of a class: few scenes show the same colour and pattern.
+
+    Args:
+        logits: (S, T). right: (S, T) bool. near: (T, N) indices of each text's neighbours, itself first.
+    """
+    wrong_or_self = ~right[:, near]
+    wrong_or_self[..., 0] = True
+    among = logits[:, near].masked_fill(~wrong_or_self, -torch.inf).log_softmax(-1)
+    return -among[..., 0][right].mean()

@@ -2,16 +2,17 @@
 
     python -m ovseg_fast.training.clip_pretraining --out build/clip --steps 40000
 
-Each step draws whole scenes with their captions, and crops around single objects and pieces of ground with captions of
-those alone. A batch of crops holds each class at most once, so that about half of all the classes that differ from a
-class in one word are in it as hard negatives, and none of its texts is a second right answer.
+Each step draws whole scenes with their captions, crops around single objects and pieces of ground, and a caption of
+every class alone. A batch of crops holds each class at most once; all classes that differ from it in one word are among
+the captions as hard negatives.
 
 Two kinds of contrastive loss are added. The plain one of CLIP (Radford et al., 2021, arXiv 2103.00020) compares class
 tokens with captions. The patch-aligned one, after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), works on the
 dense features of `ImageEncoder.dense_features`, which segmentation reads: a text is compared with every patch and the
-patches are averaged by how well they fit. It compares the captions of single things with the crops, and with the whole
-scenes, of which several may be right. Where in a scene a thing lies is never told; masks are not looked at, though the
-world knows where to cut the crops.
+patches are averaged by how well they fit. It compares the captions of single things with the crops and with the whole
+scenes, of which several may be right, and once more those alone that differ in the last word, the shape or the
+material. Where in a scene a thing lies is never told; masks are not looked at, though the world knows where to cut the
+crops.
 
 Every random number is drawn from the seed and the step, so a run that is resumed goes on as if never stopped.
 """
@@ -33,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .._torchvision import ensure_importable
-from ..data._world_crops import object_crops
+from ..data._world_crops import LAST_WORDS, class_captions, object_crops, shown_classes
 from ..data.vocabularies import WORLD
 from ..data.world import World, WorldScenes
 from ..evaluation.metrics import ConfusionMatrix, Scores
@@ -42,7 +43,7 @@ from ..models.clip import CLIP, ImageEncoder
 from ..models.presets import TINY_WORLD
 from ..token_tables import expand_embedding
 from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
-from ._contrast import encode, patch_aligned, soft_contrast
+from ._contrast import encode, near_contrast, patch_aligned, soft_contrast
 from ._known_tokens import KnownTokens
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "clip.safetensors"
@@ -165,14 +166,16 @@ class Batch(NamedTuple):
 
     Attributes:
         scenes: (S, 3, 96, 96) uint8, whole scenes. text: (S, 77) tokens of their captions, as rows of the small table.
-        crops: (B, 3, h, h) uint8. phrases: (B, 77) tokens of their captions. shown: as in `Crops`.
+        shown: (S, T) bool, the classes that each shows.
+        crops: (B, 3, h, h) uint8. labels: (B,) the class of each. phrases: (T, 77) tokens of a caption of each class.
     """
 
     scenes: Tensor
     text: Tensor
-    crops: Tensor
-    phrases: Tensor
     shown: Tensor
+    crops: Tensor
+    labels: Tensor
+    phrases: Tensor
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
@@ -192,9 +195,9 @@ class Batches(torch.utils.data.Dataset[Batch]):
         crops = object_crops(scenes, self.config.crops, self.config.crop_size, rng)
         text, phrases = (
             self.known.forget(self.known.encode(captions), self.config.forget, rng)
-            for captions in ([scene.captions[0] for scene in scenes], crops.captions)
+            for captions in ([scene.captions[0] for scene in scenes], class_captions(rng))
         )
-        return Batch(pixels, text, crops.pictures, phrases, crops.shown)
+        return Batch(pixels, text, shown_classes(scenes), *crops, phrases)
 
 
 def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
@@ -207,43 +210,47 @@ def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
     text, phrases = (F.normalize(model.text(tokens), dim=-1) for tokens in (batch.text, batch.phrases))
     whole, dense = encode(model.visual, batch.scenes)
     crop, crop_dense = encode(model.visual, batch.crops)
-    plain = contrast(whole, text, scale) + contrast(crop, phrases, scale)
-    each = torch.eye(len(phrases), dtype=torch.bool, device=scale.device)
-    aligned = soft_contrast(scale * patch_aligned(crop_dense, phrases), each)
-    aligned = aligned + soft_contrast(scale * patch_aligned(dense, phrases), batch.shown)
+    right = F.one_hot(batch.labels, len(phrases)).bool()
+    plain = contrast(whole, text, scale) + soft_contrast(scale * crop @ phrases.t(), right)
+    aligned = soft_contrast(scale * patch_aligned(crop_dense, phrases), right)
+    in_scenes = scale * patch_aligned(dense, phrases)
+    near = torch.tensor(LAST_WORDS, device=scale.device)
+    aligned = aligned + soft_contrast(in_scenes, batch.shown) + near_contrast(in_scenes, batch.shown, near)
     return cast(Tensor, plain + config.dense_weight * aligned)
 
 
 @torch.no_grad()
 def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None = None) -> dict[str, float]:
-    """Accuracy of finding the caption of a held-out crop, and zero-shot segmentation of fresh scenes.
+    """Accuracy of finding the class of a held-out crop, and zero-shot segmentation of fresh scenes.
 
     Args:
         known: for a model in training, whose token table is still small.
 
     Returns:
-        `retrieval` by the class token and `dense_retrieval` by patches, of crops of seen classes among their captions
-        (about as many as `config.crops`); `seen` and `unseen` mIoU over all classes of the world, by cosine alone.
+        `retrieval` by the class token and `dense_retrieval` by patches, of crops among captions of all classes; `seen`
+        and `unseen` mIoU over all classes of the world, by cosine alone.
     """
     model.eval()
     fresh, device = World(config.seed + 1_000_003), model.visual.proj.device
     scenes = [fresh.scene(index) for index in range(2 * config.scenes)]
-    crops, captions, _ = object_crops(scenes, config.crops, config.crop_size, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    crops, labels = object_crops(scenes, config.crops, config.crop_size, rng)
 
     def embed(prompts: list[str]) -> Tensor:
         tokens = known.encode(prompts) if known else tokenize([[prompt] for prompt in prompts])[:, 0]
         return F.normalize(model.text(tokens.to(device)), dim=-1)
 
-    text = embed(captions)
+    text, right = embed(class_captions(rng)), labels.to(device)
     whole, dense = encode(model.visual, crops.to(device))
-    right = torch.arange(len(crops), device=device)
-    found = [(similarity.argmax(1) == right).float().mean().item() for similarity in (whole @ text.t(),)]
-    found += [(patch_aligned(dense, text).argmax(1) == right).float().mean().item()]
+    by_token, by_patches = (
+        (similarity.argmax(1) == right).float().mean().item()
+        for similarity in (whole @ text.t(), patch_aligned(dense, text))
+    )
     class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, CATSEG_TEMPLATES)])
     scores = zero_shot_scores(model.visual, class_text, WorldScenes.first(config.evaluation_scenes, "test", fresh.seed))
     return {
-        "retrieval": found[0],
-        "dense_retrieval": found[1],
+        "retrieval": by_token,
+        "dense_retrieval": by_patches,
         "seen": scores.miou_seen,
         "unseen": scores.miou_unseen,
     }

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from ovseg_fast.data import _world_crops
-from ovseg_fast.data._world_crops import object_crops
+from ovseg_fast.data._world_crops import LAST_WORDS, class_captions, object_crops, shown_classes
 from ovseg_fast.data.world import FIRST_GROUND, WORLD, World
 from ovseg_fast.models.catseg import PIXEL_MEAN, PIXEL_STD, CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
 from ovseg_fast.token_tables import compact_embedding, expand_embedding
 from ovseg_fast.training import clip_pretraining as pretraining
-from ovseg_fast.training._contrast import SHARPNESS, encode, patch_aligned, soft_contrast
+from ovseg_fast.training._contrast import SHARPNESS, encode, near_contrast, patch_aligned, soft_contrast
 from ovseg_fast.training._known_tokens import KnownTokens
 from ovseg_fast.training.clip_pretraining import Batches, PretrainingConfig, pretrain
 from ovseg_fast.vocabulary import tokenize
@@ -174,27 +173,52 @@ def test_forgotten_words_leave_start_and_end() -> None:
     assert 0.15 < (some != rows).sum() / (rows > 0).sum() < 0.45 * 4 / 6 + 0.1
 
 
-def test_crops_show_different_classes_and_their_captions_name_them(
-    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crops_show_different_classes_and_scenes_what_they_hold(rng: torch.Generator) -> None:
     world = World(int(torch.randint(1000, (), generator=rng)))
     scenes = [world.scene(index) for index in range(12)]
-    crops, captions, _ = object_crops(scenes, 64, 48, np.random.default_rng(0))
-    assert crops.shape == (len(captions), 3, 48, 48)
-    assert 20 < len(captions) <= 64
-    assert len(object_crops(scenes, 5, 48, np.random.default_rng(0))[1]) == 5
+    crops, labels = object_crops(scenes, 64, 48, np.random.default_rng(0))
+    assert crops.shape == (len(labels), 3, 48, 48)
+    assert 20 < len(labels) <= 64
+    assert len(object_crops(scenes, 5, 48, np.random.default_rng(0)).labels) == 5
+    for scene, row in zip(scenes, shown_classes(scenes), strict=True):
+        assert {scene.ground, *(region.label for region in scene.regions)} == set(row.nonzero()[:, 0].tolist())
 
     # Pictures of the labels themselves show what a crop is of.
     scenes = [dataclasses.replace(s, image=np.repeat(s.labels[..., None], 3, 2).astype(np.uint8)) for s in scenes]
-    monkeypatch.setattr(_world_crops, "_crop_caption", lambda label, *_: str(label))
-    crops, labels, shown_in = object_crops(scenes, 64, 48, np.random.default_rng(0))
-    assert len(set(labels)) == len(labels)
-    for crop, label in zip(crops, map(int, labels), strict=True):
+    crops, labels = object_crops(scenes, 64, 48, np.random.default_rng(0))
+    assert len(labels.unique()) == len(labels)
+    for crop, label in zip(crops, labels.tolist(), strict=True):
         part = (crop[0].round() == label).float().mean()
         assert part > (0.7 if label >= FIRST_GROUND else 0.08)
-    for scene, row in zip(scenes, shown_in, strict=True):
-        things = {str(scene.ground), *(str(region.label) for region in scene.regions)}
-        assert things & set(labels) == {label for label, is_shown in zip(labels, row, strict=True) if is_shown}
+
+
+def test_captions_of_classes_name_them_in_changing_words() -> None:
+    first, second = (class_captions(np.random.default_rng(seed)) for seed in range(2))
+    assert len(first) == len(WORLD.classes) and first != second
+    plain = [captions for captions in zip(first, second, WORLD.classes, strict=True) if captions[2] in captions[0]]
+    assert len(plain) > 20  # no synonym, no other order
+    assert any(one != name and name in one for one, _, name in plain)
+
+
+def test_neighbours_share_all_but_the_last_word() -> None:
+    for label, near in enumerate(LAST_WORDS):
+        assert near[0] == label and len(set(near)) == 5
+        words = [WORLD.classes[index] for index in near]
+        stem = WORLD.classes[label].rsplit(" ", 2 if words[0].endswith(("wall", "floor")) else 1)[0]
+        assert all(word.startswith(stem + " ") for word in words)
+
+
+def test_near_contrast_leaves_out_neighbours_that_are_right_too(rng: torch.Generator) -> None:
+    logits = torch.randn(2, 4, dtype=torch.float64, generator=rng)
+    near = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    right = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    expected = [
+        -logits[0, [0, 1]].log_softmax(0)[0],
+        torch.zeros((), dtype=torch.float64),  # 0 and 1 are both right: nothing to tell apart
+        torch.zeros((), dtype=torch.float64),
+        -logits[1, [2, 3]].log_softmax(0)[0],
+    ]
+    torch.testing.assert_close(near_contrast(logits, right, near), torch.stack(expected).mean())
 
 
 def test_patch_aligned_similarity() -> None:
