@@ -137,7 +137,7 @@ def test_rows_and_leading_ones(rng: torch.Generator) -> None:
     for index in range(4):
         assert torch.equal(state[f"backbone.ln_layers.{index}.weight"], model.image_encoder.norm_weight[index])
         assert torch.equal(state[f"backbone.ln_layers.{index}.bias"], model.image_encoder.norm_bias[index])
-    assert state["backbone.prompt_embeddings"].shape == (1, 4, 48)
+    assert state["backbone.prompt_embeddings"].shape == (1, 4, 64)
     layer = "decode_head.cascade_decoders.2.layers.1."
     assert torch.equal(
         state[layer + "self_attn.in_proj_bias"], model.head.decoders[2].layers[1].unused.self_attn_in_proj_bias

@@ -350,7 +350,7 @@ def test_vocabularies(known: Vocabulary, count: int, first: str, last: str, unse
 
 
 def test_order_of_the_vocabularies() -> None:
-    assert set(VOCABULARIES) == {"pascal-voc", "pascal-voc-20b", "pascal-context", "coco-stuff", "ade20k-150"}
+    assert set(VOCABULARIES) == {"pascal-voc", "pascal-voc-20b", "pascal-context", "coco-stuff", "ade20k-150", "world"}
     assert PASCAL_CONTEXT.classes[:20] == tuple("table" if n == "diningtable" else n for n in PASCAL_VOC.classes)
     stuff = COCO_STUFF.classes[80:]
     assert len(stuff) == 91 and list(stuff) == sorted(stuff)

@@ -79,7 +79,7 @@ def test_cascade_clip_subtracts_its_offset_from_what_is_seen(photos):
         assert only.truth.sum() == (photos.read(0)[1] >= 0).sum()
         assert only.predicted.tolist() == np.bincount(alone[photos.read(0)[1] >= 0], minlength=5).tolist()
     assert len({str(value) for value in predicted.values()}) > 1
-    assert result.settings["seen_offset"] == 0.1 and result.settings["seen_offset_of"] == "seen classes of coco-stuff"
+    assert result.settings["seen_offset"] == 0.1 and result.settings["seen_offset_of"] == "seen classes of world"
 
 
 def test_a_group_counts_as_its_class(segmenter, photos):

@@ -109,14 +109,14 @@ def tiny():
 
 
 def test_a_grid_that_is_not_square(tiny):
-    logits = tiny(torch.rand(1, 3, 48, 96), torch.randn(3, 32))
+    logits = tiny(torch.rand(1, 3, 48, 96), torch.randn(3, 64))
     assert logits.shape == (1, 3, 48, 96)
 
 
 def test_gradients_reach_what_the_method_trains(tiny):
     tiny.train()
     with torch.enable_grad():
-        tiny(torch.rand(1, 3, 96, 96), torch.randn(5, 32)).square().mean().backward()
+        tiny(torch.rand(1, 3, 96, 96), torch.randn(5, 64)).square().mean().backward()
     for name, parameter in tiny.named_parameters():
         last_layer = ".layers.2." in name and not (".q." in name or ".k." in name)  # only scores of the last are read
         dead = name.startswith("text_encoder.") or last_layer
@@ -134,7 +134,7 @@ def test_stages_are_aggregated_single_features(tiny):
 
 
 def test_dropout_only_in_training(tiny):
-    images, text = torch.rand(1, 3, 96, 96), torch.randn(5, 32)
+    images, text = torch.rand(1, 3, 96, 96), torch.randn(5, 64)
     assert torch.equal(tiny(images, text), tiny(images, text))
     tiny.train()
     assert not torch.equal(tiny(images, text), tiny(images, text))
@@ -143,10 +143,10 @@ def test_dropout_only_in_training(tiny):
 @pytest.mark.parametrize(
     ("images", "text", "error", "words"),
     [
-        (torch.rand(1, 3, 90, 96), torch.rand(2, 32), ValueError, "multiples of the 8-pixel patch"),
-        (torch.rand(1, 3, 96, 96), torch.rand(2, 1, 32), ValueError, r"text must have shape \(T, 32\)"),
-        (torch.rand(1, 3, 96, 96), torch.rand(0, 32), ValueError, "T of at least 1"),
-        (torch.zeros(1, 3, 96, 96, dtype=torch.bool), torch.rand(2, 32), TypeError, "images must be uint8"),
+        (torch.rand(1, 3, 90, 96), torch.rand(2, 64), ValueError, "multiples of the 8-pixel patch"),
+        (torch.rand(1, 3, 96, 96), torch.rand(2, 1, 64), ValueError, r"text must have shape \(T, 64\)"),
+        (torch.rand(1, 3, 96, 96), torch.rand(0, 64), ValueError, "T of at least 1"),
+        (torch.zeros(1, 3, 96, 96, dtype=torch.bool), torch.rand(2, 64), TypeError, "images must be uint8"),
     ],
 )
 def test_bad_input(tiny, images, text, error, words):

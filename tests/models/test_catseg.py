@@ -127,23 +127,23 @@ def test_vitl():
 
 def test_uint8_and_float_images_agree(tiny):
     images = torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8)
-    text = torch.randn(3, 1, 32)
+    text = torch.randn(3, 1, 64)
     assert relative_error(tiny(images.float() / 255, text), tiny(images, text)) <= GOLDEN_OUTPUT
 
 
 def test_classes_beyond_the_list_length_are_chosen_image_by_image(tiny):
-    images, text = torch.rand(2, 3, 96, 96), torch.nn.functional.normalize(torch.randn(21, 1, 32), dim=-1)
+    images, text = torch.rand(2, 3, 96, 96), torch.nn.functional.normalize(torch.randn(37, 1, 64), dim=-1)
     logits = tiny(images, text)
     volume = ops.cost_volume(tiny.encode_image(images).dense, text)
     for image_logits, scores in zip(logits, volume.amax((2, 3, 4)), strict=True):
-        kept = scores.topk(16).indices.sort().values
-        dropped = torch.tensor([i for i in range(21) if i not in kept.tolist()])
+        kept = scores.topk(32).indices.sort().values
+        dropped = torch.tensor([i for i in range(37) if i not in kept.tolist()])
         assert (image_logits[dropped] == -100).all()
         assert (image_logits[kept] != -100).any(-1).any(-1).all()
 
 
 def test_batch_equals_single_images(tiny):
-    images, text = torch.rand(3, 3, 64, 80), torch.randn(5, 1, 32)
+    images, text = torch.rand(3, 3, 64, 80), torch.randn(5, 1, 64)
     together = tiny(images, text)
     for one, logits in zip(images, together, strict=True):
         assert relative_error(tiny(one[None], text)[0], logits) <= GOLDEN_OUTPUT
@@ -158,21 +158,21 @@ def test_gradients_reach_every_trainable_part_but_the_dead_ones(tiny):
     # The value-only last block never reads its queries and keys; CLIP's temperature is not used at all.
     assert without == {
         "clip.logit_scale",
-        "clip.visual.transformer.resblocks.3.attn.q_proj_weight",
-        "clip.visual.transformer.resblocks.3.attn.k_proj_weight",
+        "clip.visual.transformer.resblocks.5.attn.q_proj_weight",
+        "clip.visual.transformer.resblocks.5.attn.k_proj_weight",
     }
 
 
 @pytest.mark.parametrize(
     ("images", "text", "error", "words"),
     [
-        (torch.rand(3, 96, 96), torch.rand(2, 1, 32), ValueError, r"images must have shape \(B, 3, h, w\)"),
-        (torch.rand(1, 4, 96, 96), torch.rand(2, 1, 32), ValueError, "images must have shape"),
-        (torch.zeros(1, 3, 96, 96, dtype=torch.int64), torch.rand(2, 1, 32), TypeError, "images must be uint8"),
-        (torch.rand(1, 3, 96, 96), torch.rand(2, 32), ValueError, r"text must have shape \(T, 1, 32\)"),
-        (torch.rand(1, 3, 96, 96), torch.rand(2, 2, 32), ValueError, "text must have shape"),
+        (torch.rand(3, 96, 96), torch.rand(2, 1, 64), ValueError, r"images must have shape \(B, 3, h, w\)"),
+        (torch.rand(1, 4, 96, 96), torch.rand(2, 1, 64), ValueError, "images must have shape"),
+        (torch.zeros(1, 3, 96, 96, dtype=torch.int64), torch.rand(2, 1, 64), TypeError, "images must be uint8"),
+        (torch.rand(1, 3, 96, 96), torch.rand(2, 64), ValueError, r"text must have shape \(T, 1, 64\)"),
+        (torch.rand(1, 3, 96, 96), torch.rand(2, 2, 64), ValueError, "text must have shape"),
         (torch.rand(1, 3, 96, 96), torch.rand(2, 1, 31), ValueError, "text must have shape"),
-        (torch.rand(1, 3, 96, 96), torch.rand(0, 1, 32), ValueError, "T of at least 1"),
+        (torch.rand(1, 3, 96, 96), torch.rand(0, 1, 64), ValueError, "T of at least 1"),
     ],
 )
 def test_bad_input(tiny, images, text, error, words):

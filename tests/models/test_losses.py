@@ -125,7 +125,7 @@ def test_catseg_loss_and_gradients_are_the_literal_ones(rng, small_heads, policy
 def test_cascade_losses_and_gradients_are_the_literal_ones(rng, small_heads, policy):
     model = small_model("cascade-clip-tiny", policy)
     images, labels = some_images(rng), some_labels(rng)
-    text = torch.nn.functional.normalize(torch.randn(CLASSES, 32, generator=rng, dtype=torch.float64), dim=-1)
+    text = torch.nn.functional.normalize(torch.randn(CLASSES, 64, generator=rng, dtype=torch.float64), dim=-1)
     losses = model.loss(images, labels, text)
     losses["loss"].backward()
     weights = leaves(model)
@@ -142,7 +142,7 @@ def test_cascade_losses_and_gradients_are_the_literal_ones(rng, small_heads, pol
 def test_every_name_of_no_class_counts_the_same(rng, preset):
     model = small_model(preset, None).eval()
     images, labels = some_images(rng), some_labels(rng)
-    text = torch.randn(CLASSES, *[1] * (preset == "catseg-tiny"), 32, generator=rng, dtype=torch.float64)
+    text = torch.randn(CLASSES, *[1] * (preset == "catseg-tiny"), 64, generator=rng, dtype=torch.float64)
     expected = model.loss(images, labels, text)["loss"]
     for nothing in (-1, 255, CLASSES, -100):
         other = labels.masked_fill((labels < 0) | (labels == 255), nothing)
@@ -154,7 +154,7 @@ def test_every_name_of_no_class_counts_the_same(rng, preset):
 
 def test_class_255_is_a_class_like_any_other(rng):
     model, images = small_model("cascade-clip-tiny", None).eval(), some_images(rng)
-    text = torch.randn(300, 32, generator=rng, dtype=torch.float64)
+    text = torch.randn(300, 64, generator=rng, dtype=torch.float64)
     labels = torch.full((2, 16, 16), 255, dtype=torch.uint8)
     assert model.loss(images, labels, text)["dice"] > 0
     assert model.loss(images, torch.full((2, 16, 16), -1), text)["dice"] == 0
@@ -177,7 +177,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_of_all_classes_at_the_labels_size_is_held(rng, preset):
     model, classes, side = ovs.build(preset), 16, 512
     set_trainable(model)
-    text = torch.randn(classes, *[1] * (preset == "catseg-tiny"), 32, generator=rng)
+    text = torch.randn(classes, *[1] * (preset == "catseg-tiny"), 64, generator=rng)
     labels = torch.randint(-1, classes, (1, side, side), generator=rng)
     with Largest() as largest:
         model.loss(torch.rand(1, 3, 96, 96, generator=rng), labels, text)["loss"].backward()
@@ -201,7 +201,7 @@ BAD_LABELS = [
 @pytest.mark.parametrize("preset", ["catseg-tiny", "cascade-clip-tiny"])
 @pytest.mark.parametrize(("labels", "error", "words"), BAD_LABELS)
 def test_bad_labels(preset, labels, error, words):
-    text = torch.rand(3, 1, 32) if preset == "catseg-tiny" else torch.rand(3, 32)
+    text = torch.rand(3, 1, 64) if preset == "catseg-tiny" else torch.rand(3, 64)
     with pytest.raises(error, match=words):
         ovs.build(preset).loss(torch.rand(1, 3, 96, 96), labels, text)
 
@@ -209,9 +209,9 @@ def test_bad_labels(preset, labels, error, words):
 def test_bad_images_and_text_are_named_too():
     model, labels = ovs.build("catseg-tiny"), torch.zeros(1, 8, 8, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, h, w\)"):
-        model.loss(torch.rand(1, 4, 96, 96), labels, torch.rand(3, 1, 32))
-    with pytest.raises(ValueError, match=r"text must have shape \(T, 1, 32\)"):
-        model.loss(torch.rand(1, 3, 96, 96), labels, torch.rand(3, 32))
+        model.loss(torch.rand(1, 4, 96, 96), labels, torch.rand(3, 1, 64))
+    with pytest.raises(ValueError, match=r"text must have shape \(T, 1, 64\)"):
+        model.loss(torch.rand(1, 3, 96, 96), labels, torch.rand(3, 64))
 
 
 # --- several processes ---
@@ -221,7 +221,7 @@ def uneven_batch(rng):
     """Four images of which two processes get every second one, with few and with many masks."""
     images, labels = some_images(rng, 4), some_labels(rng, 4)
     labels[0], labels[2] = 3, -1
-    return images, labels, torch.randn(CLASSES, 32, generator=rng, dtype=torch.float64)
+    return images, labels, torch.randn(CLASSES, 64, generator=rng, dtype=torch.float64)
 
 
 def masks_in(labels):
