@@ -37,7 +37,7 @@ def test_policies_of_catseg():
     names, everything = trained("catseg-tiny", "attention")
     clip = {name for name in everything if name.startswith("clip.")}
     projections = {name for name in clip if name.endswith(("q_proj_weight", "v_proj_weight"))}
-    assert len(projections) == 2 * (4 + 2)  # image and text blocks
+    assert len(projections) == 2 * (6 + 2)  # image and text blocks
     assert names == everything - clip | projections
     assert not any("positional" in name for name in names)
     assert trained("catseg-tiny", "full")[0] == everything
