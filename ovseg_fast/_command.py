@@ -1,4 +1,4 @@
-"""What all commands share: how they end."""
+"""What commands share: some options, and how they end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ import click
 
 FAILED = 1  # exit code: some or all of the work could not be done
 BAD_INPUT = 2  # exit code: nothing was begun, an argument does not fit
+
+weights_option = click.option(
+    "-w",
+    "--weights",
+    default="published",
+    show_default=True,
+    help="A checkpoint file (upstream's or this package's), `published` to download or, for the tiny models, out of "
+    "this package, or `random`.",
+)
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(["slide", "whole"]),
+    default="slide",
+    show_default=True,
+    help="Sliding windows as published, or the resized image in one pass.",
+)
+device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
 
 
 def sentence(error: BaseException, verbose: bool | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from . import __version__
-from ._command import BAD_INPUT, FAILED, fail, sentence
+from ._command import BAD_INPUT, FAILED, device_option, fail, mode_option, sentence, weights_option
 from .demo import demo_command
 from .evaluation.command import evaluate_command
 from .training.command import train_command
@@ -36,23 +36,11 @@ def main(context: click.Context, verbose: bool) -> None:
     help="Class names from a text file, one a line, or a JSON array. Of synonyms on a line the first is used.",
 )
 @click.option("-m", "--model", "preset", default="catseg-vitb", show_default=True, help="A model; `info` lists them.")
-@click.option(
-    "-w",
-    "--weights",
-    default="published",
-    show_default=True,
-    help="A checkpoint file (upstream's or this package's), `published` to download, or `random`.",
-)
+@weights_option
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder for the results."
 )
-@click.option(
-    "--mode",
-    type=click.Choice(["slide", "whole"]),
-    default="slide",
-    show_default=True,
-    help="Sliding windows as published, or the resized image in one pass.",
-)
+@mode_option
 @click.option(
     "--save",
     "kinds",
@@ -63,7 +51,7 @@ def main(context: click.Context, verbose: bool) -> None:
     help="What to write for each image; give it several times. `labels` is a PNG of class indices.",
 )
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the colours.")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@device_option
 @click.option("--max-side", type=click.IntRange(min=1), help="Largest accepted side of an image.  [default: 16384]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary.")
 @click.pass_obj

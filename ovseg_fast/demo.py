@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ._command import BAD_INPUT, FAILED, fail
+from ._command import BAD_INPUT, FAILED, device_option, fail, mode_option, weights_option
 
 MAX_SIZE = 1536  # pixels
 
@@ -19,13 +19,7 @@ MAX_SIZE = 1536  # pixels
     "--size", type=click.IntRange(32, MAX_SIZE), default=192, show_default=True, help="Side of the scene in pixels."
 )
 @click.option("-m", "--model", "preset", default="catseg-tiny", show_default=True, help="A model; `info` lists them.")
-@click.option(
-    "-w",
-    "--weights",
-    default="published",
-    show_default=True,
-    help="A checkpoint file, `published` (those of the tiny models come with the package), or `random`.",
-)
+@weights_option
 @click.option(
     "-o",
     "--out",
@@ -34,14 +28,8 @@ MAX_SIZE = 1536  # pixels
     show_default=True,
     help="Folder for the results.",
 )
-@click.option(
-    "--mode",
-    type=click.Choice(["slide", "whole"]),
-    default="slide",
-    show_default=True,
-    help="Sliding windows as published, or the resized image in one pass.",
-)
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@mode_option
+@device_option
 @click.pass_obj
 def demo_command(
     verbose: bool | None,

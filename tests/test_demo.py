@@ -24,7 +24,6 @@ from ovseg_fast.cli import main
 from ovseg_fast.data.world import FIRST_GROUND, GROUNDS, OBJECTS, WORLD, World
 from ovseg_fast.models.cascade_clip import ImageFeatures as CascadeFeatures
 from ovseg_fast.models.catseg import ImageFeatures as CATSegFeatures
-from ovseg_fast.models.presets import get_preset
 from ovseg_fast.segmentation import Segmentation
 from ovseg_fast.visualize import cost_map
 
@@ -134,7 +133,6 @@ def test_alone_it_asks_for_everything_in_a_scene_with_unseen_things(demo, rng) -
         assert str(Path("out/demo", f"{name}.png")) in result.stdout.splitlines()
 
 
-@pytest.mark.skipif(get_preset("catseg-tiny").packaged is None, reason="the package holds no weights of catseg-tiny")
 def test_without_any_option_the_packaged_model_finds_unseen_things(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["demo"], catch_exceptions=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .._command import BAD_INPUT, FAILED, fail
+from .._command import BAD_INPUT, FAILED, device_option, fail, mode_option, weights_option
 
 if TYPE_CHECKING:
     from ..data.datasets import SegmentationDataset
@@ -19,13 +19,7 @@ WORLD_SCENES = 500  # of the procedural world, where no limit is given
 
 @click.command("evaluate")
 @click.argument("preset", metavar="MODEL")
-@click.option(
-    "-w",
-    "--weights",
-    default="published",
-    show_default=True,
-    help="A checkpoint file (upstream's or this package's), `published` to download, or `random`.",
-)
+@weights_option
 @click.option(
     "-d",
     "--dataset",
@@ -36,20 +30,14 @@ WORLD_SCENES = 500  # of the procedural world, where no limit is given
 @click.option("--root", type=click.Path(path_type=Path), help="The folder that the dataset lies in; `world` has none.")
 @click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the procedural world.")
-@click.option(
-    "--mode",
-    type=click.Choice(["slide", "whole"]),
-    default="slide",
-    show_default=True,
-    help="Sliding windows as published, or the resized image in one pass.",
-)
+@mode_option
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     help="A .json file for the result.  [default: out/MODEL_DATASET_SPLIT_MODE.json]",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU where there is one]")
+@device_option
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),
