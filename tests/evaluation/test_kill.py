@@ -65,6 +65,7 @@ def test_killed_at_a_random_moment(tmp_path):
     again = photo_folder.PhotoFolder(tmp_path / "photos")
     again.read = lambda index: read.append(index) or photos.read(index)
     segmenter = ovs.load("catseg-tiny", weights=tmp_path / "tiny.safetensors", device="cpu")
+    segmenter.model.double()
     evaluate(segmenter, again, result, mode="whole", progress=False)
     assert IMAGES - before <= len(read) <= IMAGES - before + 1  # the broken one may come twice, no other does
     evaluate(segmenter, photos, tmp_path / "undisturbed.json", mode="whole", progress=False)
