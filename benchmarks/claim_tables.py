@@ -89,7 +89,9 @@ def plot(baseline: dict[str, Any], runs: Runs) -> pyplot.Figure:
 def _schedule(schedule: dict[str, Any]) -> str:
     clip = schedule["clip_learning_rate"]
     rates = f"{schedule['learning_rate']:g}" + (f" (CLIP {clip:g})" if clip else "")
-    return f"{schedule['steps']} steps of {schedule['batch']} images at a learning rate of {rates}"
+    norm = schedule["max_gradient_norm"]
+    clipped = f", gradients clipped to a norm of {norm:g}" if norm else ""
+    return f"{schedule['steps']} steps of {schedule['batch']} images at a learning rate of {rates}{clipped}"
 
 
 def _percent(value: float | None) -> list[float]:

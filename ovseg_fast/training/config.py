@@ -76,6 +76,9 @@ class TrainingConfig:
         clip_learning_rate: that of CLIP's own weights, in place of the published share of the rest's, which is a
             hundredth for CAT-Seg and a tenth for Cascade-CLIP.
         warmup: steps of linear warm-up in place of the published ones.
+        max_gradient_norm: to which all gradients together are clipped, in place of the published norm (0.01 for
+            CAT-Seg, none for Cascade-CLIP). In short trainings of Cascade-CLIP it matters much: its first gradients
+            are so large that AdamW, which remembers squares for a thousand steps, hardly moves afterwards.
         precision: `"fp32"`, `"bf16"` or `"fp16"`: that of autocast.
         seed: of weights that start random, order, augmentation and dropout.
         workers: processes that read images, for each training process.
@@ -101,6 +104,7 @@ class TrainingConfig:
     learning_rate: float | None = None
     clip_learning_rate: float | None = None
     warmup: int | None = None
+    max_gradient_norm: float | None = None
     precision: str = "fp32"
     seed: int = 0
     workers: int = 2
@@ -120,7 +124,7 @@ class TrainingConfig:
             raise ValueError(f"batch must be a multiple of accumulation, {self.accumulation}, got {self.batch}.")
         if self.scales is not None and not 0 < self.scales[0] <= self.scales[1] < math.inf:
             raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {list(self.scales)}.")
-        for name in ("learning_rate", "clip_learning_rate"):
+        for name in ("learning_rate", "clip_learning_rate", "max_gradient_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.weights is not None and self.clip_pretrained is not None:

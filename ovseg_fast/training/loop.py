@@ -223,8 +223,8 @@ class Run:
             for name, loss in losses.items():
                 part = loss.detach() / len(parts)
                 totals[name] = totals[name] + part if name in totals else part
-        if self.settings.clip_norm is not None:
-            accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.clip_norm)
+        if self.settings.max_gradient_norm is not None:
+            accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.max_gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return totals
@@ -284,11 +284,8 @@ def open_data(config: DataConfig, split: str) -> SegmentationDataset | WorldScen
 
 
 def _settings(config: TrainingConfig, method: str) -> Hyperparameters:
-    settings = PUBLISHED[method]
-    if config.learning_rate is not None:
-        settings = replace(settings, learning_rate=config.learning_rate)
-    if config.warmup is not None:
-        settings = replace(settings, warmup=config.warmup)
+    own = {name: getattr(config, name) for name in ("learning_rate", "warmup", "max_gradient_norm")}
+    settings = replace(PUBLISHED[method], **{name: value for name, value in own.items() if value is not None})
     if config.clip_learning_rate is not None:
         settings = with_clip_rate(settings, config.clip_learning_rate)
     return settings

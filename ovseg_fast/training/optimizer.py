@@ -35,7 +35,7 @@ class Hyperparameters:
         no_decay: kinds of parameters without weight decay, of "norm" and "embedding".
         schedule: "cosine", or "poly" with its `power`. end: learning rate that "poly" ends with, whatever the factor.
         warmup: steps of linear warm-up. warmup_start: learning rate that it starts from, whatever the factor.
-        clip_norm: norm to which the gradients of the whole model are clipped together, or None.
+        max_gradient_norm: norm to which the gradients of the whole model are clipped together, or None.
         steps, batch: length of the published training, and images of a step over all processes.
     """
 
@@ -48,7 +48,7 @@ class Hyperparameters:
     end: float = 0.0
     warmup: int = 0
     warmup_start: float = 0.0
-    clip_norm: float | None = None
+    max_gradient_norm: float | None = None
     steps: int = 80_000
     batch: int = 4
 
@@ -60,7 +60,7 @@ PUBLISHED = {
         factors=(("clip.", 0.01),),
         no_decay=("norm", "embedding"),
         schedule="cosine",
-        clip_norm=0.01,
+        max_gradient_norm=0.01,
     ),
     "cascade-clip": Hyperparameters(
         learning_rate=2e-5,

@@ -25,7 +25,7 @@ from goldens import (
 )
 from ovseg_fast import ops
 from ovseg_fast.layers.cost_aggregator import DROPPED_LOGIT, CostAggregator
-from tolerances import GOLDEN_CATSEG_GRADIENT, GOLDEN_OUTPUT, REWRITE_FLOAT64, ZERO_GRADIENT, relative_error
+from tolerances import GOLDEN_CATSEG_GRADIENT, GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
 
 CASE = "catseg_aggregator"
 TRITON = (("t7_pool1", 1), ("t7_p3", 2), ("t171", 2), ("t256", 2))
@@ -121,19 +121,8 @@ def test_golden_gradients() -> None:
     expected = case.facts["t7.grads"]
     assert expected["grad_none"] == []
     assert {layer_name(AGGREGATOR_RULES, name) for name in expected["grad_norm"]} == set(parameters)
-    for name, norm in expected["grad_norm"].items():
-        own = layer_name(AGGREGATOR_RULES, name)
-        gradient = parameters[own].grad
-        assert gradient is not None, name
-        if "swin_block" in name and name.endswith("attn.k.bias"):  # softmax does not see it
-            of_weight = parameters[own.replace("bias", "weight")].grad
-            assert of_weight is not None
-            assert gradient.norm() <= ZERO_GRADIENT * of_weight.norm(), name
-            continue
-        assert abs(gradient.double().norm() - norm) <= GOLDEN_CATSEG_GRADIENT * norm, name
-        direction = case.randn(f"dot.{name}", tuple(gradient.shape)).double()
-        projection = (gradient.double() * direction).sum()
-        assert abs(projection - expected["grad_dot"][name]) <= GOLDEN_CATSEG_GRADIENT * norm, name
+    gradients = {name: parameters[layer_name(AGGREGATOR_RULES, name)].grad for name in expected["grad_norm"]}
+    case.assert_summaries("t7.grads", gradients, GOLDEN_CATSEG_GRADIENT)
 
 
 # --- other sizes ---

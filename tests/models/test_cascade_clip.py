@@ -7,20 +7,21 @@ import pytest
 import torch
 
 import ovseg_fast as ovs
-from full_models import Goldens, full_model
+from full_models import full_model
+from goldens import Golden, golden
 from ovseg_fast import ops
 from parity import fill
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, REWRITE_FLOAT32, relative_error
 
 
 @pytest.fixture(scope="module")
-def goldens() -> Goldens:
-    return Goldens("cascade_clip")
+def goldens() -> Golden:
+    return golden("cascade_clip")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return full_model("cascade-clip-vitb", "keys_cascade_clip_vitb.json", "E")
+    return full_model("cascade-clip-vitb", "cascade_clip_vitb", "E")
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,21 @@ import torch
 from PIL import Image
 
 import ovseg_fast as ovs
-from full_models import Goldens, full_model
+from full_models import full_model
+from goldens import Golden, golden
 from ovseg_fast import ops
 from ovseg_fast.models.windows import resize
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, relative_error
 
 
 @pytest.fixture(scope="module")
-def goldens() -> Goldens:
-    return Goldens("catseg_vitb")
+def goldens() -> Golden:
+    return golden("catseg_vitb")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return full_model("catseg-vitb", "keys_catseg_vitb.json", "C")
+    return full_model("catseg-vitb", "catseg_vitb", "C")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +112,8 @@ def test_slide_with_the_training_pooling(model, text, goldens):
 
 
 def test_vitl():
-    goldens = Goldens("catseg_vitl")
-    model = full_model("catseg-vitl", "keys_catseg_vitl.json", "D")
+    goldens = golden("catseg_vitl")
+    model = full_model("catseg-vitl", "catseg_vitl", "D")
     text = model.encode_text(goldens.tokens(5).unsqueeze(1))
     images = goldens.images("padded.image", 427, 640)
     assert goldens.error("text", text[:, 0]) <= GOLDEN_OUTPUT

@@ -45,6 +45,7 @@ def test_every_key_is_read(tmp_path):
         ("steps = 3", 'steps = 3\nprecision = "int8"', "precision must be one of fp32, bf16, fp16, got 'int8'"),
         ("steps = 3", "steps = 3\nlearning_rate = -1", "learning_rate must be above 0, got -1"),
         ("steps = 3", "steps = 3\nclip_learning_rate = 0", "clip_learning_rate must be above 0, got 0"),
+        ("steps = 3", "steps = 3\nmax_gradient_norm = 0", "max_gradient_norm must be above 0, got 0"),
         ("steps = 3", "steps = 3\nscales = [2.0, 1.0]", "scales must be two numbers above 0, the smaller one first"),
         ("steps = 3", "steps = 3\nscales = [2.0]", "scales must be a list of 2 numbers, got"),
         ("steps = 3", 'steps = 3\nscales = [1, "2"]', r"scales\[1\] must be a number, got '2'"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ovseg_fast as ovs
-from full_models import Goldens, upstream_parts, upstream_trainable
+from full_models import upstream_parts, upstream_trainable
+from goldens import golden
 from ovseg_fast.training.finetuning import POLICIES, published_policy, set_trainable
 
 FULL = [("catseg_vitb", "catseg-vitb", "train.frozen"), ("cascade_clip", "cascade-clip-vitb", "frozen")]
@@ -14,7 +15,7 @@ FULL = [("catseg_vitb", "catseg-vitb", "train.frozen"), ("cascade_clip", "cascad
 
 @pytest.mark.parametrize(("case", "preset", "frozen"), FULL)
 def test_the_published_parameters_are_trained(case, preset, frozen):
-    facts = Goldens(case).facts
+    facts = golden(case).facts
     with torch.device("meta"):
         model = ovs.build(preset)
     set_trainable(model)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from full_models import Goldens
+from goldens import golden
 from ovseg_fast.training.labels import pseudo_labels, seen_classes, seen_labels
 from parity import fill
 
 
 def test_seen_labels_are_the_published_ones():
-    goldens = Goldens("cascade_clip")
+    goldens = golden("cascade_clip")
     labels = np.stack([fill.labels(f"label{i}", 512, 512, 20, "E") for i in range(2)])
     mapped = seen_labels(torch.from_numpy(labels), 20, goldens.facts["novel"])
     assert mapped.dtype == torch.int64

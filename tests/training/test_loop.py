@@ -98,6 +98,18 @@ def test_a_run_learns_and_leaves_what_it_promises(folder, model):
     assert list((folder / "run/tensorboard").iterdir())
 
 
+@pytest.mark.parametrize(("model", "published"), [("catseg-tiny", 0.01), ("cascade-clip-tiny", None)])
+@pytest.mark.parametrize("chosen", [None, 0.5])
+def test_gradients_are_clipped(folder, model, published, chosen, monkeypatch):
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: norms.append(args[1]) or clip(*args, **kwargs)
+    )
+    train(configuration(folder, model=model, steps=2, max_gradient_norm=chosen), progress=False)
+    norm = chosen or published
+    assert norms == ([] if norm is None else [norm, norm])
+
+
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder):
     """Killed at a random moment, twice. With as many threads in each process: sums depend on how they are shared."""
     config = configuration(

@@ -81,7 +81,7 @@ def test_cascade_clip_groups():
 
 def test_published_settings():
     catseg, cascade = PUBLISHED["cat-seg"], PUBLISHED["cascade-clip"]
-    assert (catseg.clip_norm, cascade.clip_norm) == (0.01, None)
+    assert (catseg.max_gradient_norm, cascade.max_gradient_norm) == (0.01, None)
     assert (catseg.steps, catseg.batch, cascade.batch) == (80_000, 4, 16)
     with pytest.raises(FrozenInstanceError):
         catseg.learning_rate = 1.0
