@@ -95,6 +95,15 @@ class Golden:
             projection = float((gradient * direction).sum())
             assert abs(projection - summaries["grad_dot"][parameter]) <= limit * norm, parameter
 
+    def assert_sampled(self, prefix: str, gradients: Mapping[str, Tensor | None], limit: float) -> None:
+        """Check the gradients of which some positions are stored, as `prefix` and the published name."""
+        errors = {
+            name: self.error(prefix + name, gradient)
+            for name, gradient in gradients.items()
+            if gradient is not None and f"{prefix}{name}.stat" in self.store
+        }
+        assert errors and all(error <= limit for error in errors.values()), errors
+
     def leaves(self, op: str) -> dict[str, Tensor]:
         """Inputs, called `in.<name>`, and weights of an operation of `catseg_ops`, all in upstream's layout."""
         prompts = 3 if op.endswith("p3") else 1

@@ -222,7 +222,7 @@ def test_bad_arguments(seg, photo, arguments, error, words):
         ("catseg-huge", {}, ValueError, "name must be one of catseg-vitb"),
         ("catseg-tiny", {"weights": "nowhere.pth"}, FileNotFoundError, "nowhere.pth"),
         ("catseg-tiny", {"weights": None, "device": "tpu9"}, ValueError, "device"),
-        ("cascade-clip-tiny", {}, ValueError, "cascade-clip-tiny"),
+        ("cascade-clip-vitb-voc", {}, ValueError, "no weights of cascade-clip-vitb-voc"),
     ],
 )
 def test_bad_loading(name, arguments, error, words):
