@@ -14,7 +14,7 @@ MAX_SIZE = 1536  # pixels
 @click.command("demo")
 @click.option("-c", "--classes", help='Your own words: "violet spotted plus, striped red square, planks".')
 @click.option("--scene", "wish", help='What to show: "violet spotted plus and red star on water".')
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed, another scene.")
+@click.option("--seed", type=click.IntRange(min=0), default=2, show_default=True, help="Another seed, another scene.")
 @click.option(
     "--size", type=click.IntRange(32, MAX_SIZE), default=192, show_default=True, help="Side of the scene in pixels."
 )

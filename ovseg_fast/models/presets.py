@@ -87,7 +87,7 @@ _ALL = (
             slide_window=96,
         ),
         None,
-        "CAT-Seg, small, for the procedural world",
+        "CAT-Seg, small, trained on the procedural world",
     ),
     Preset(
         "cascade-clip-tiny",
@@ -102,7 +102,7 @@ _ALL = (
             training_classes="world",
         ),
         None,
-        "Cascade-CLIP, small, for the procedural world",
+        "Cascade-CLIP, small, trained on the procedural world",
     ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
