@@ -163,7 +163,9 @@ def test_own_words_count_as_what_they_mean(demo) -> None:
         *("blue dotted circle", "blue dotted triangle", "orange plain square", "orange striped triangle"),
         "grey brick wall",
     }
-    result = demo("--classes", "cat, a tangerine box, the BRICKS, azure wedge, spotted azure disc, red plain star")
+    result = demo(
+        "--seed", 0, "--classes", "cat, a tangerine box, the BRICKS, azure wedge, spotted azure disc, red plain star"
+    )
     assert result.exit_code == 0, result.output
     rows, labels = table(result.stdout), read_labels()
     right = {
