@@ -37,14 +37,14 @@ def test_packaged_weights_are_small_and_say_what_they_were_trained_on() -> None:
     assert read_toml(PACKAGED / "clip-tiny.toml", PretrainingConfig).steps > 1000
 
 
-@pytest.mark.parametrize(("name", "least"), [("catseg-tiny", 0.55), ("cascade-clip-tiny", 0.4)])
-def test_packaged_models_segment_unseen_combinations(name: str, least: float) -> None:
+@pytest.mark.parametrize(("name", "least", "scenes"), [("catseg-tiny", 0.55, 12), ("cascade-clip-tiny", 0.4, 40)])
+def test_packaged_models_segment_unseen_combinations(name: str, least: float, scenes: int) -> None:
     """Far better than the CLIP that they grew from, on a few scenes of a world that no training has seen."""
-    scenes = WorldScenes.first(12, "test", seed=12_345)
-    found = evaluate(ovs.load(name, device="cpu"), scenes, progress=False).metrics
-    alone = baseline(CLIP(TINY_WORLD, "world").eval(), scenes)
+    dataset = WorldScenes.first(scenes, "test", seed=12_345)
+    found = evaluate(ovs.load(name, device="cpu"), dataset, progress=False).metrics
+    alone = baseline(CLIP(TINY_WORLD, "world").eval(), dataset)
     assert found["miou_unseen"] > least
-    assert found["miou_unseen"] > alone["miou_unseen"] + 0.05
+    assert found["miou_unseen"] > alone["miou_unseen"] + 0.1
 
 
 def test_training_starts_from_the_packaged_clip() -> None:
