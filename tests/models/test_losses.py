@@ -66,6 +66,7 @@ def some_labels(rng, batch=2, height=64, width=80):
     """Classes in blocks, some pixels of no class, under several names for it."""
     blocks = torch.randint(-1, CLASSES + 1, (batch, height // 16, width // 16), generator=rng)
     blocks[blocks == CLASSES] = 255
+    blocks[:, 0, :2] = torch.tensor([-1, 255])  # of both names, some for sure
     return blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)
 
 
