@@ -1,0 +1,273 @@
+// Matrix products of a warp on tensor cores: D (16×8) += A (16×K) · B (K×8), K being 32 bytes of numbers.
+//
+// With g = lane / 4 and t = lane % 4, a lane holds
+//     of D         rows g, g, g+8, g+8 and columns 2t, 2t+1, 2t, 2t+1
+//     of A, 16 bit row g, columns 2t, 2t+1; row g+8, the same; row g, columns 2t+8, 2t+9; row g+8, the same
+//     of A, float  row g, column t; row g+8, the same; row g, column t+4; row g+8, the same
+//     of B         as of A's rows g, with columns for rows.
+// 16-bit products are mma.m16n8k16. float32 products are three mma.m16n8k8 of TF32 numbers each: of the leading 11 bits
+// of both factors, and of each factor's lead with the other's rest, which leaves an error of about 2⁻²¹.
+//
+// D's columns 2t and 2t+1 lie in one lane, as A's do in 16 bit: what one product gives is a factor of the next without
+// leaving the lane. For float32 the next product counts its K in another order, t, t+4 standing for 2t, 2t+1; its B is
+// read accordingly (`load_b_chained`, `load_b_by_rows`). The sum does not mind.
+
+#pragma once
+
+#include "tiles.cuh"
+
+namespace ovseg {
+
+struct A {
+    uint32_t word[4];
+};
+
+struct B {
+    uint32_t word[2];
+};
+
+struct D {
+    float value[4];
+};
+
+template <typename T>
+constexpr int K = 32 / int(sizeof(T));  // numbers that one product sums over
+
+// Row and column of a D that a lane's value i is.
+__host__ __device__ constexpr int d_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
+__host__ __device__ constexpr int d_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
+
+// Which row and piece of a tile a lane names to ldmatrix, four 8×16-byte matrices at once, to get
+__host__ __device__ constexpr int a_row(int lane) { return lane & 15; }         // an A
+__host__ __device__ constexpr int a_piece(int lane) { return lane >> 4; }
+__host__ __device__ constexpr int b_row(int lane) { return (lane & 7) + (lane >> 4 << 3); }  // two B
+__host__ __device__ constexpr int b_piece(int lane) { return lane >> 3 & 1; }
+
+#ifndef __CUDACC__
+namespace emulated {
+
+using emulator::Slot;
+
+constexpr int LDMATRIX = 3, PRODUCT = 4;
+
+template <typename T>
+float number(const uint32_t *words, int i) {  // of registers of 16-bit pairs
+    T half;
+    memcpy(&half, reinterpret_cast<const uint16_t *>(words) + i, 2);
+    return to_float(half);
+}
+
+// The product of all lanes' fragments, by the layout above.
+template <typename T>
+void multiply(Slot *slots) {
+    constexpr int k = sizeof(T) == 2 ? 16 : 8;
+    float a[16][k], b[8][k];
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const uint32_t *words = slots[lane].words;
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(T) == 2) {
+                for (int j = 0; j < 2; ++j) a[g + i % 2 * 8][2 * t + i / 2 * 8 + j] = number<T>(words, 2 * i + j);
+            } else {
+                a[g + i % 2 * 8][t + i / 2 * 4] = __uint_as_float(words[i] & 0xffffe000u);  // TF32 has no lower bits
+            }
+        }
+        for (int i = 0; i < 2; ++i) {
+            if constexpr (sizeof(T) == 2) {
+                for (int j = 0; j < 2; ++j) b[g][2 * t + i * 8 + j] = number<T>(words + 4, 2 * i + j);
+            } else {
+                b[g][t + i * 4] = __uint_as_float(words[4 + i] & 0xffffe000u);
+            }
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+            float sum = slots[lane].floats[6 + i];
+            for (int j = 0; j < k; ++j) sum += a[d_row(lane, i)][j] * b[d_column(lane, i)][j];
+            slots[lane].floats[10 + i] = sum;
+        }
+    }
+}
+
+template <typename T>
+void mma(D &d, const A &a, const B &b) {
+    Slot &slot = emulator::slot(PRODUCT + int(sizeof(T)));
+    memcpy(slot.words, a.word, 16);
+    memcpy(slot.words + 4, b.word, 8);
+    memcpy(slot.words + 6, d.value, 16);
+    memcpy(d.value, emulator::meet(multiply<T>)[emulator::lane_index()].words + 10, 16);
+}
+
+inline void ldmatrix(uint32_t *words, const void *address, bool transposed) {
+    emulator::check_aligned(address, 16);
+    emulator::slot(LDMATRIX).address = address;
+    const Slot *slots = emulator::meet();
+    const int g = emulator::lane_index() / 4, t = emulator::lane_index() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const auto row = [&](int r) { return static_cast<const uint16_t *>(slots[8 * i + r].address); };
+        const uint16_t pair[2] = {transposed ? row(2 * t)[g] : row(g)[2 * t],
+                                  transposed ? row(2 * t + 1)[g] : row(g)[2 * t + 1]};
+        memcpy(&words[i], pair, 4);
+    }
+    emulator::slot(LDMATRIX);  // nobody writes the rows again before all have read them
+    emulator::meet();
+}
+
+}  // namespace emulated
+#endif
+
+// Four 8×8 matrices of 16-bit numbers, one row of one of them at each lane's address.
+__device__ __forceinline__ void ldmatrix(uint32_t *words, const void *address) {
+#ifdef __CUDACC__
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(address)))
+                 : "memory");
+#else
+    emulated::ldmatrix(words, address, false);
+#endif
+}
+
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t *words, const void *address) {
+#ifdef __CUDACC__
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(uint32_t(__cvta_generic_to_shared(address)))
+                 : "memory");
+#else
+    emulated::ldmatrix(words, address, true);
+#endif
+}
+
+// A from rows 0..15 of a tile, its K numbers from piece 2 · k on.
+template <typename T, int WIDTH>
+__device__ __forceinline__ A load_a(Tile<T, WIDTH> tile, int k, int lane) {
+    A a;
+    ldmatrix(a.word, tile.piece(a_row(lane), 2 * k + a_piece(lane)));
+    return a;
+}
+
+// Two B from rows 0..7 and 8..15 of a tile that holds Bᵀ.
+template <typename T, int WIDTH>
+__device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
+    uint32_t word[4];
+    ldmatrix(word, tile.piece(b_row(lane), 2 * k + b_piece(lane)));
+    b[0] = {{word[0], word[1]}};
+    b[1] = {{word[2], word[3]}};
+}
+
+// The same for a product whose A comes from `chained`.
+template <typename T, int WIDTH>
+__device__ __forceinline__ void load_b_chained(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
+    if constexpr (sizeof(T) == 2) {
+        load_b(b, tile, k, lane);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const Pair<float> pair = load<float, 2>(tile.at(8 * i + lane / 4, k * K<T> + lane % 4 * 2));
+            b[i] = {{__float_as_uint(pair.value[0]), __float_as_uint(pair.value[1])}};
+        }
+    }
+}
+
+// Two B from columns 0..7 and 8..15, counted from 16 · n, of a tile that holds B: its rows from K · k on. A is `chained`.
+template <typename T, int WIDTH>
+__device__ __forceinline__ void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, int k, int n, int lane) {
+    if constexpr (sizeof(T) == 2) {
+        uint32_t word[4];
+        ldmatrix_transposed(word, tile.piece(k * K<T> + a_row(lane), 2 * n + a_piece(lane)));
+        b[0] = {{word[0], word[1]}};
+        b[1] = {{word[2], word[3]}};
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = k * K<T> + lane % 4 * 2, column = 16 * n + 8 * i + lane / 4;
+            b[i] = {{__float_as_uint(*tile.at(row, column)), __float_as_uint(*tile.at(row + 1, column))}};
+        }
+    }
+}
+
+// The A of step k of a product from the results of another, which lie side by side: A's rows are theirs, and so are its
+// columns.
+template <typename T>
+__device__ __forceinline__ A chained(const D *results, int k) {
+    if constexpr (sizeof(T) == 2) {
+        const D &left = results[2 * k], &right = results[2 * k + 1];
+        return {{packed<T>(left.value[0], left.value[1]), packed<T>(left.value[2], left.value[3]),
+                 packed<T>(right.value[0], right.value[1]), packed<T>(right.value[2], right.value[3])}};
+    } else {
+        const D &d = results[k];
+        return {{__float_as_uint(d.value[0]), __float_as_uint(d.value[2]), __float_as_uint(d.value[1]),
+                 __float_as_uint(d.value[3])}};
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void mma_once(D &d, const A &a, const B &b) {
+#ifdef __CUDACC__
+    float(&x)[4] = d.value;
+#define OVSEG_MMA(SHAPE_AND_FORMATS)                                                                                \
+    asm("mma.sync.aligned." SHAPE_AND_FORMATS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"               \
+        : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])                                                             \
+        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
+    if constexpr (std::is_same_v<T, __half>) {
+        OVSEG_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        OVSEG_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+    } else {
+        OVSEG_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+    }
+#undef OVSEG_MMA
+#else
+    emulated::mma<T>(d, a, b);
+#endif
+}
+
+// The leading bits of a float32 that a TF32 product reads, and the rest: 0 where the number is not finite, and so is the
+// lead that it meets, as 0 · ∞ would be NaN.
+struct Split {
+    uint32_t lead, finite_lead, rest;
+};
+
+__device__ __forceinline__ Split split(uint32_t word) {
+    const uint32_t lead = word & 0xffffe000u;
+    const bool finite = (word & 0x7f800000u) != 0x7f800000u;
+    const float rest = __uint_as_float(word) - __uint_as_float(lead);
+    return {lead, finite ? lead : 0u, finite ? __float_as_uint(rest) : 0u};
+}
+
+// A factor whose splitting is worked out again in each turn of a loop, see `recomputed(int)`.
+template <typename T>
+__device__ __forceinline__ A recomputed(A a) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a.word[i] = uint32_t(recomputed(int(a.word[i])));
+    }
+    return a;
+}
+
+// d += a · b
+template <typename T>
+__device__ __forceinline__ void mma(D &d, const A &a, const B &b) {
+    if constexpr (sizeof(T) == 2) {
+        mma_once<T>(d, a, b);
+    } else {
+        A lead_a, finite_a, rest_a;
+        B lead_b, finite_b, rest_b;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const Split s = split(a.word[i]);
+            lead_a.word[i] = s.lead, finite_a.word[i] = s.finite_lead, rest_a.word[i] = s.rest;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const Split s = split(b.word[i]);
+            lead_b.word[i] = s.lead, finite_b.word[i] = s.finite_lead, rest_b.word[i] = s.rest;
+        }
+        mma_once<T>(d, finite_a, rest_b);
+        mma_once<T>(d, rest_a, finite_b);
+        mma_once<T>(d, lead_a, lead_b);
+    }
+}
+
+}  // namespace ovseg

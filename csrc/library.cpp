@@ -1,0 +1,49 @@
+// What the library tells about itself.
+
+#include "ovseg.h"
+
+#include <cstddef>
+
+#ifdef OVSEG_ARCHITECTURES
+#include <cuda_runtime_api.h>
+#endif
+
+namespace {
+
+#ifdef OVSEG_ARCHITECTURES
+constexpr int ARCHITECTURES[] = {OVSEG_ARCHITECTURES};
+constexpr int COUNT = sizeof(ARCHITECTURES) / sizeof(int);
+#else
+constexpr int ARCHITECTURES[] = {0};
+constexpr int COUNT = 0;
+#endif
+
+}  // namespace
+
+int ovseg_abi_version(void) { return OVSEG_ABI_VERSION; }
+
+const char *ovseg_error_string(int error) {
+    switch (error) {
+        case OVSEG_OK:
+            return "no error";
+        case OVSEG_BAD_DTYPE:
+            return "the kernels take float32, float16 and bfloat16";
+        case OVSEG_UNSUPPORTED_SIZE:
+            return "there is no kernel for these sizes";
+        case OVSEG_MISALIGNED:
+            return "a tensor does not begin at a multiple of 16 bytes";
+        case OVSEG_TOO_LARGE:
+            return "a launch would need more than 2^31 - 1 blocks";
+        default:
+#ifdef OVSEG_ARCHITECTURES
+            return cudaGetErrorString(static_cast<cudaError_t>(error));
+#else
+            return "unknown error";
+#endif
+    }
+}
+
+int ovseg_architectures(int *architectures, int size) {
+    for (int i = 0; i < COUNT && i < size; ++i) architectures[i] = ARCHITECTURES[i];
+    return COUNT;
+}

@@ -1,0 +1,58 @@
+/* The whole interface of the native library: plain C, no torch, no Python.
+ *
+ * The caller allocates every buffer; the library allocates nothing, waits for nothing and never ends the process. A function
+ * queues its kernels on `stream` of GPU `device` and returns OVSEG_OK, an error of its own (negative), or one of the CUDA
+ * runtime (positive); `ovseg_error_string` words it. Tensors are contiguous and aligned to 16 bytes, and all of `dtype`.
+ */
+
+#ifndef OVSEG_H
+#define OVSEG_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define OVSEG_API __attribute__((visibility("default")))
+#else
+#define OVSEG_API
+#endif
+
+#define OVSEG_ABI_VERSION 1
+
+enum { OVSEG_FLOAT32 = 0, OVSEG_FLOAT16 = 1, OVSEG_BFLOAT16 = 2 };
+
+enum {
+    OVSEG_OK = 0,
+    OVSEG_BAD_DTYPE = -1,
+    OVSEG_UNSUPPORTED_SIZE = -2,
+    OVSEG_MISALIGNED = -3,
+    OVSEG_TOO_LARGE = -4
+};
+
+OVSEG_API int ovseg_abi_version(void);
+
+OVSEG_API const char *ovseg_error_string(int error);
+
+/* Writes up to `size` of the architectures that the library was built for (80, 86, ...) and returns how many there are; none
+ * says that it emulates a GPU on the CPU, where tensors are in the CPU's memory and `stream` is nothing. */
+OVSEG_API int ovseg_architectures(int *architectures, int size);
+
+/* One guided shifted-window block, attention and MLP: x, out (batch, classes, height, width, channels); q_term, k_term (batch,
+ * height * width, channels), the guidance's share of queries and keys with their bias; qkv_weight (3 * channels, channels); proj_weight
+ * (channels, channels); fc1_weight (hidden, channels); fc2_weight (channels, hidden). `middle`, like x, takes what the attention half gives, for the
+ * backward pass; null where it is not wanted. channels = 128, heads = 4, window <= 12, hidden a multiple of 32. */
+OVSEG_API int ovseg_spatial_aggregation_fwd(
+    const void *x, const void *q_term, const void *k_term, const void *norm1_weight, const void *norm1_bias,
+    const void *qkv_weight, const void *v_bias, const void *proj_weight, const void *proj_bias, const void *norm2_weight,
+    const void *norm2_bias, const void *fc1_weight, const void *fc1_bias, const void *fc2_weight, const void *fc2_bias,
+    void *out, void *middle, int64_t batch, int64_t classes, int64_t height, int64_t width, int64_t channels,
+    int64_t hidden, int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
