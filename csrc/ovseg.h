@@ -51,6 +51,14 @@ OVSEG_API int ovseg_spatial_aggregation_fwd(
     void *out, void *middle, int64_t batch, int64_t classes, int64_t height, int64_t width, int64_t channels,
     int64_t hidden, int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream);
 
+/* Backward of its window attention: tokens (batch * classes * height * width, 3 * channels), q, k and v of each; grad_attended
+ * (batch * classes * height * width, channels) -> grad_tokens like tokens, and what was attended to, like grad_attended, where that is
+ * not null. */
+OVSEG_API int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad_attended, void *grad_tokens,
+                                            void *attended, int64_t batch, int64_t classes, int64_t height,
+                                            int64_t width, int64_t channels, int64_t heads, int64_t window,
+                                            int64_t shift, int dtype, int device, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

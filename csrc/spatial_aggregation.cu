@@ -9,15 +9,12 @@
 // factors of the next product. Weights stream through a ring of stages. Nothing is written but out and, for training, y.
 
 #include "device/transformer.cuh"
-#include "device/windows.h"
+#include "device/window_attention.cuh"
 
 namespace ovseg {
 namespace {
 
-constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
-constexpr int TOKENS = 144, WARPS = TOKENS / 16, THREADS = 32 * WARPS;
 constexpr int RING = 3;
-constexpr float REGION_MASK = -100.0f * LOG2E;
 
 template <typename T>
 struct Arguments {
@@ -28,13 +25,6 @@ struct Arguments {
     int classes, hidden;
 };
 
-// The window that a block works on. It lies in shared memory, to be read again instead of kept in registers.
-struct Window {
-    int64_t map, image;  // where the class's map begins in x, and the image's in the guidance's share
-    int places[TOKENS];
-    signed char regions[TOKENS];  // -1 beyond the map
-};
-
 template <typename T>
 struct Shared {
     static constexpr int ROWS = TOKENS * C * int(sizeof(T));
@@ -42,98 +32,6 @@ struct Shared {
     static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
     static constexpr int TOTAL = ROWS + 2 * KEYS + RING * STAGE + int(sizeof(Window));
 };
-
-// softmax(q · keysᵀ) · values for a warp's 16 tokens, as factors of the next product. Keys are taken AT_ONCE together,
-// 16-bit ones all; float32 has not the registers for it.
-template <typename T>
-__device__ __forceinline__ void attend(A (&attended)[WIDTH / K<T>], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys,
-                                       Tile<T, WIDTH> values, const signed char *regions, bool plain, int row,
-                                       int lane) {
-    constexpr int AT_ONCE = sizeof(T) == 2 ? TOKENS : TOKENS / 3;
-    const float scale = rsqrtf(float(WIDTH)) * LOG2E;  // the hardware's exponential has base two
-    const int own[2] = {regions[row + d_row(lane, 0)], regions[row + d_row(lane, 2)]};
-    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
-    D sums[WIDTH / 8] = {};
-#pragma unroll 1
-    for (int first = 0; first < TOKENS; first += AT_ONCE) {
-        lane = recomputed(lane);
-        D scores[AT_ONCE / 8];
-#pragma unroll
-        for (int n = 0; n < AT_ONCE / 16; ++n) {
-            scores[2 * n] = scores[2 * n + 1] = {};
-#pragma unroll
-            for (int k = 0; k < WIDTH / K<T>; ++k) {
-                B b[2];
-                load_b_chained(b, keys.rows_from(first + 16 * n), k, lane);
-                const A factor = recomputed<T>(q[k]);
-                mma<T>(scores[2 * n], factor, b[0]);
-                mma<T>(scores[2 * n + 1], factor, b[1]);
-            }
-        }
-        float before[2] = {largest[0], largest[1]};
-#pragma unroll
-        for (int n = 0; n < AT_ONCE / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float &score = scores[n].value[i];
-                score *= scale;
-                if (!plain) {
-                    const int key = regions[first + 8 * n + d_column(lane, i)];
-                    if (key != own[i / 2]) score += REGION_MASK;
-                    if (key < 0) score = -INFINITY;
-                }
-                largest[i / 2] = fmaxf(largest[i / 2], score);
-            }
-        }
-        float base[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            largest[i] = maximum_over_lanes<4>(largest[i]);
-            base[i] = largest[i] == -INFINITY ? 0.0f : largest[i];  // a token that sees nothing attends to nothing
-            const float kept = before[i] == largest[i] ? 1.0f : exp2f(before[i] - largest[i]);
-            total[i] *= kept;
-            if constexpr (AT_ONCE < TOKENS) {
-#pragma unroll
-                for (int n = 0; n < WIDTH / 8; ++n) {
-                    sums[n].value[2 * i] *= kept;
-                    sums[n].value[2 * i + 1] *= kept;
-                }
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < AT_ONCE / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float &score = scores[n].value[i];
-                score = exp2f(score - base[i / 2]);
-                total[i / 2] += score;
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < AT_ONCE / K<T>; ++k) {
-            const A weights = chained<T>(scores, k);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 16; ++n) {
-                B b[2];
-                load_b_by_rows(b, values.rows_from(first), k, n, lane);
-                mma<T>(sums[2 * n], weights, b[0]);
-                mma<T>(sums[2 * n + 1], weights, b[1]);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        total[i] = sum_over_lanes<4>(total[i]);
-        total[i] = total[i] == 0.0f ? 1.0f : 1.0f / total[i];
-    }
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[n].value[i] *= total[i / 2];
-    }
-#pragma unroll
-    for (int k = 0; k < WIDTH / K<T>; ++k) attended[k] = chained<T>(sums, k);
-}
 
 // The weights in the order in which a block multiplies by them.
 template <typename T>
@@ -169,22 +67,10 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
 
     int lane = int(threadIdx.x) % 32;
     const int row = int(threadIdx.x) / 32 * 16;  // the warp's first token
-    const int which = int(blockIdx.x) % a.windows.count();
-    const bool plain = a.windows.plain(which) && a.windows.tokens() == TOKENS;
+    const bool plain = window.find(a.windows, int(blockIdx.x), a.classes);
 
     Stages<RING, Layout::STAGE, Weights<T>> stages(
         stage_memory, Weights<T>{a.qkv_weight, a.proj_weight, a.fc1_weight, a.fc2_weight, a.hidden});
-    for (int token = int(threadIdx.x); token < TOKENS; token += THREADS) {
-        const int place = a.windows.place(which, token);
-        window.places[token] = place;
-        window.regions[token] = static_cast<signed char>(place < 0 ? -1 : a.windows.region(which, token));
-    }
-    if (threadIdx.x == 0) {
-        const int map = int(blockIdx.x) / a.windows.count();
-        const int64_t size = int64_t(a.windows.height) * a.windows.width * C;
-        window.map = map * size;
-        window.image = map / a.classes * size;
-    }
     __syncthreads();
 
     // One of the warp's tokens in maps or images that begin at `first`, or null beyond the map.
@@ -201,7 +87,7 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
 
     const Tile<T, C> rows = Tile<T, C>{row_memory}.rows_from(row);
     const Tile<T, WIDTH> keys{key_memory}, values{value_memory};
-    load_rows(rows, lane, [&](int token) { return token_of(a.x + window.map, token); });
+    load_rows(rows, lane, [&](int token) { return token_of(a.x + window.map * C, token); });
     __syncwarp();
     normalise_rows(rows, a.norm1_weight, a.norm1_bias, lane);
     __syncwarp();
@@ -215,14 +101,14 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
         A q[WIDTH / K<T>];
         project(d, normed, Tile<T, C>{stages.next()}, lane);
         each_pair(d, lane, [&](int token, int column, float &first, float &second) {
-            const Pair<float> share = two_of(a.q_term + window.image, token, head * WIDTH + column);
+            const Pair<float> share = two_of(a.q_term + window.image * C, token, head * WIDTH + column);
             first += share.value[0], second += share.value[1];
         });
 #pragma unroll
         for (int k = 0; k < WIDTH / K<T>; ++k) q[k] = chained<T>(d, k);
         project(d, normed, Tile<T, C>{stages.next()}, lane);
         each_pair(d, lane, [&](int token, int column, float first, float second) {
-            const Pair<float> share = two_of(a.k_term + window.image, token, head * WIDTH + column);
+            const Pair<float> share = two_of(a.k_term + window.image * C, token, head * WIDTH + column);
             store<T, 2>(keys.at(row + token, column),
                         rounded_pair<T>(first + share.value[0], second + share.value[1]));
         });
@@ -241,7 +127,9 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
 #pragma unroll
             for (int k = 0; k < WIDTH / K<T>; ++k) attended[i][k] = attended[i + 1][k];
         }
-        attend(attended[HEADS - 1], q, keys, values, window.regions, plain, row, lane);
+        attend<T>(d, q, keys, values, window, plain, row, lane);
+#pragma unroll
+        for (int k = 0; k < WIDTH / K<T>; ++k) attended[HEADS - 1][k] = chained<T>(d, k);
     }
 
     // Each part's columns of the rows are read by nobody any more: all of n has been multiplied.
@@ -263,16 +151,16 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
         }
         each_pair(d, lane, [&](int token, int column, float first, float second) {
             const int channel = part * STAGE_ROWS + column;
-            const Pair<float> x = two_of(a.x + window.map, token, channel);
+            const Pair<float> x = two_of(a.x + window.map * C, token, channel);
             const Pair<T> bias = load<T, 2>(a.proj_bias + channel);
             store<T, 2>(rows.at(token, channel), rounded_pair<T>(first + to_float(bias.value[0]) + x.value[0],
                                                                  second + to_float(bias.value[1]) + x.value[1]));
         });
     }
     __syncwarp();
-    if (a.middle) store_rows(rows, lane, [&](int token) { return token_of(a.middle + window.map, token); });
+    if (a.middle) store_rows(rows, lane, [&](int token) { return token_of(a.middle + window.map * C, token); });
     residual_mlp<Gelu>(rows, a.norm2_weight, a.norm2_bias, a.fc1_bias, a.fc2_bias, a.hidden, stages, lane);
-    store_rows(rows, lane, [&](int token) { return token_of(a.out + window.map, token); });
+    store_rows(rows, lane, [&](int token) { return token_of(a.out + window.map * C, token); });
 }
 
 }  // namespace
@@ -286,9 +174,8 @@ int ovseg_spatial_aggregation_fwd(const void *x, const void *q_term, const void 
                                   int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t hidden,
                                   int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream) {
     using namespace ovseg;
-    if (channels != C || heads != HEADS || window < 1 || window * window > TOKENS || window > height ||
-        window > width || shift < 0 || shift >= window || hidden % STAGE_ROWS || hidden > INT32_MAX / C ||
-        classes > INT32_MAX || height * width > INT32_MAX) {
+    if (!takes_windows(classes, height, width, channels, heads, window, shift) || hidden < STAGE_ROWS ||
+        hidden % STAGE_ROWS || hidden > INT32_MAX / C) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
     if (!aligned(x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias, norm2_weight,

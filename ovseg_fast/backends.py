@@ -20,7 +20,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import native
+
 BACKENDS = ("cuda", "triton", "torch")  # in order of preference
+LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels"}
+LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
 CAPABILITY = (8, 0)  # the oldest GPUs that the kernels are compiled for
 
@@ -82,7 +86,7 @@ def choose(operator: str, *tensors: Tensor, refusals: Mapping[str, str | None] |
     asked = requested()
     reasons: dict[str, str] = {}
     for name in BACKENDS if asked == "auto" else (asked,):
-        own = (refusals or {}).get(name)
+        own = (refusals or {}).get(name) or (_misaligned(tensors) if name == "cuda" else None)
         reason = own or refusal(operator, name, device.type, device.index, dtype, asked != "auto")
         if reason is None:
             if not torch.compiler.is_compiling():
@@ -101,14 +105,19 @@ def refusal(
     """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None where it can."""
     if name == "torch":
         return None
-    if name == "cuda":
-        return "the native library is not built: this version brings no CUDA C++ kernels"
-    if operator not in operators_with_kernels():
-        return "it has no Triton kernel"
-    if not _triton_installed():
+    if operator not in operators_with_kernels(name):
+        return f"it has no {LANGUAGES[name]} kernel"
+    if name == "triton" and not _triton_installed():
         return "triton is not installed"
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if name == "cuda":
+        capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
+        if reason := native.refusal(device, capability):
+            return reason
+        if forced or operator in native.VERIFIED:
+            return None
+        return "no GPU has verified its CUDA C++ kernels yet; OVSEG_BACKEND=cuda tries them"
     if device == "cuda":
         capability = torch.cuda.get_device_capability(index)
         if capability < CAPABILITY:
@@ -128,7 +137,7 @@ def implementation(operator: str, name: str) -> ModuleType:
     """
     if not operator.startswith("_"):
         _last[operator] = name
-    return import_module(f"ovseg_fast.kernels.{operator}")
+    return import_module(f"{LAUNCHERS[name]}.{operator}")
 
 
 def last_backend(operator: str) -> str | None:
@@ -207,6 +216,17 @@ def check(device: torch.device) -> None:
             raise RuntimeError(f"{operator}: the {found.asked} backend was asked for but cannot run: {reason}.")
 
 
+def _misaligned(tensors: Iterable[Tensor]) -> str | None:
+    """Why kernels that read 16 bytes at a time cannot take these tensors as they are."""
+    if torch.compiler.is_compiling():
+        return None  # no addresses yet; the launchers copy what is not aligned
+    for tensor in tensors:
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        if plain and tensor.is_contiguous() and tensor.data_ptr() % 16:
+            return "a tensor does not begin at a multiple of 16 bytes; give it a .clone()"
+    return None
+
+
 def _checked(name: str, source: str) -> str:
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"{source} must be auto, cuda, triton or torch, got {name!r}.")
@@ -225,10 +245,10 @@ def _triton_installed() -> bool:
     return util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=1)
-def operators_with_kernels() -> tuple[str, ...]:
-    """Names of the operators that have Triton kernels, one module each."""
-    return _modules(import_module("ovseg_fast.kernels").__path__)
+@lru_cache
+def operators_with_kernels(backend: str = "triton") -> tuple[str, ...]:
+    """Names of the operators that have kernels in a backend, one module of launchers each."""
+    return _modules(import_module(LAUNCHERS[backend]).__path__)
 
 
 @lru_cache(maxsize=1)

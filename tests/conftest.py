@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+import emulated
 import ovseg_fast as ovs
+from ovseg_fast import native
 
 if torch.cuda.is_available():
     torch.backends.cudnn.allow_tf32 = False  # PyTorch lowers convolutions, unlike products, by default
@@ -93,3 +96,33 @@ def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once with each backend forced."""
     with ovs.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Path:
+    if emulated.compiler() is None:
+        pytest.skip("there is no C++ compiler to build the emulated CUDA kernels with")
+    return emulated.build()
+
+
+@pytest.fixture
+def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Makes a file the native library for the rest of a test."""
+
+    def forget() -> None:
+        for function in (native.library, native.problem, native.architectures):
+            function.cache_clear()
+
+    def use(path: Path) -> None:
+        monkeypatch.setenv("OVSEG_NATIVE_LIBRARY", str(path))
+        forget()
+
+    yield use
+    forget()
+
+
+@pytest.fixture
+def emulation(use_library: Callable[[Path], None], emulated_library: Path) -> None:
+    """The CUDA C++ kernels run on the CPU, where there is no GPU to run them."""
+    if not torch.cuda.is_available():
+        use_library(emulated_library)

@@ -4,8 +4,8 @@ A row names a public function of `ovseg_fast.ops`, tells itself apart by an id, 
 Numbers are drawn in float32 and then cast, so one seed gives a float32 and a float64 call the very same inputs.
 
 Tags: small (cheap enough for a numerical derivative), odd (sizes that are no multiple of anything), one-class,
-many-classes (300), batch, per-image (text or its guidance differs between the images), empty (no image), bench (the
-published size).
+many-classes (300), batch, per-image (text or its guidance differs between the images), empty (no image), wide (few
+tokens of the published widths, which are all that some CUDA C++ kernels take), bench (the published size).
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ HELPERS = {
 }
 
 PUBLISHED_CATSEG = {"height": 24, "width": 24, "channels": 128, "guidance": 128, "heads": 4}
+WIDE = {"channels": 128, "guidance": 64, "hidden": 64, "heads": 4}
 PUBLISHED_STAGE = {"layers": 3, "prompts": 50, "patches": 1024, "channels": 768, "out": 512}
 PUBLISHED_SLIDE = {
     "map_size": (96, 96),
@@ -288,6 +289,25 @@ SAMPLES = [
         "many-classes",
     ),
     _row("spatial_aggregation", "no image", spatial_aggregation(batch=0, shift=2), "empty"),
+    _row("spatial_aggregation", "wide", spatial_aggregation(classes=2, height=12, width=12, window=12, **WIDE), "wide"),
+    _row(
+        "spatial_aggregation",
+        "wide, shifted, beyond the border",
+        spatial_aggregation(classes=1, height=13, width=14, window=12, shift=6, **WIDE),
+        "wide",
+        "odd",
+        "one-class",
+    ),
+    _row(
+        "spatial_aggregation",
+        "wide, small windows",
+        spatial_aggregation(batch=2, classes=1, height=6, width=5, window=5, shift=2, **WIDE),
+        "wide",
+        "small",
+        "odd",
+        "batch",
+    ),
+    _row("spatial_aggregation", "wide, no image", spatial_aggregation(batch=0, window=4, **WIDE), "wide", "empty"),
     *(
         _row(
             "spatial_aggregation",

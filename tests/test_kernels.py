@@ -1,7 +1,7 @@
-"""What every Triton kernel promises, over the one table of sample inputs.
+"""What every kernel promises, Triton's and CUDA C++ alike, over the one table of sample inputs.
 
-On a machine with a GPU the kernels run there. Elsewhere Triton's interpreter runs them on the CPU: it tells whether
-their numbers are right, not whether a GPU takes them, for which see test_resources.
+On a machine with a GPU the kernels run there. Elsewhere Triton's interpreter and the emulator of csrc run them on the
+CPU: they tell whether their numbers are right, not whether a GPU takes them, for which see test_resources.
 """
 
 from __future__ import annotations
@@ -26,11 +26,39 @@ from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIBRARY_ONLY = {"embed_volume", "guidance_term"}  # a library convolution each, and nothing around it
-OPERATORS = backends.operators_with_kernels()
-ROWS = [row for row in select(without=("bench",)) if row.operator in OPERATORS and row.function not in LIBRARY_ONLY]
-FUNCTIONS = sorted({row.function for row in ROWS})
-DIFFERENTIABLE = [row for row in ROWS if row.operator != "label_map"]
-GRADIENTS = {row.function for row in DIFFERENTIABLE}
+WIDE_ONLY = {"spatial_aggregation"}  # operators whose CUDA C++ kernels take the published widths only
+
+
+def takes(backend: str, row: Sample) -> bool:
+    """Whether a backend's kernels are tried on a row: the wide ones cost Triton's interpreter too much."""
+    if row.operator not in backends.operators_with_kernels(backend) or row.function in LIBRARY_ONLY:
+        return False
+    if backend == "triton":
+        return DEVICE == "cuda" or "wide" not in row.tags
+    return row.operator not in WIDE_ONLY or "wide" in row.tags
+
+
+# Backend and row.
+CASES = [(name, row) for name in ("triton", "cuda") for row in select(without=("bench",)) if takes(name, row)]
+FUNCTIONS = sorted({(name, row.function) for name, row in CASES})
+DIFFERENTIABLE = {row.function for _, row in CASES if row.operator != "label_map"}
+
+
+def cases(*tags: str) -> pytest.MarkDecorator:
+    """Runs a test for every case with one of the tags."""
+    chosen = [pytest.param(name, row, id=f"{name}-{row.id}") for name, row in CASES if row.tags & set(tags)]
+    return pytest.mark.parametrize(("backend", "row"), chosen)
+
+
+def first_row(backend: str, function: str, tag: str) -> Sample:
+    return next(row for name, row in CASES if (name, row.function) == (backend, function) and tag in row.tags)
+
+
+@pytest.fixture(autouse=True)
+def _emulation(request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["backend"] == "cuda":
+        request.getfixturevalue("emulation")
+
 
 # Gradients that are zero in exact arithmetic hold rounding noise, which is compared with another gradient of the call.
 # Softmax does not see a bias that all its scores share; one key alone gets all the attention whatever its score. Rows
@@ -120,23 +148,23 @@ def check_gradients(
 
 # In the interpreter the rows of many classes, which are there for the counting, take one precision.
 PRECISIONS = [
-    pytest.param(row, dtype, id=f"{row.id}-{dtype}")
-    for row in ROWS
+    pytest.param(name, row, dtype, id=f"{name}-{row.id}-{dtype}")
+    for name, row in CASES
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     if DEVICE == "cuda" or dtype == torch.float32 or "many-classes" not in row.tags
 ]
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("row", "dtype"), PRECISIONS)
-def test_kernel_follows_float64(row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(("backend", "row", "dtype"), PRECISIONS)
+def test_kernel_follows_float64(backend: str, row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
     """Results and gradients, out of poisoned memory."""
     call, wide = build(row, rng, dtype)
-    with ovs.backend("triton"):
+    with ovs.backend(backend):
         results = row.run(call)
-        assert ovs.last_backend(row.operator) == "triton"
+        assert ovs.last_backend(row.operator) == backend
         assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
-        if row in DIFFERENTIABLE and row.operator not in DECIDING:
+        if row.function in DIFFERENTIABLE and row.operator not in DECIDING:
             names = [
                 f"{name} {place}".removesuffix(" 0")
                 for name, value in samples.arguments(row.function, call).items()
@@ -148,12 +176,12 @@ def test_kernel_follows_float64(row: Sample, dtype: torch.dtype, rng: torch.Gene
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("row", [row for row in ROWS if "odd" in row.tags], ids=row_id)
-def test_layout_of_the_inputs_does_not_matter(row: Sample, layout: str, rng: torch.Generator) -> None:
+@cases("odd")
+def test_layout_of_the_inputs_does_not_matter(backend: str, row: Sample, layout: str, rng: torch.Generator) -> None:
     """But for rounding: PyTorch's own products, which project the guidance, may sum another layout in another order."""
     call, _ = build(row, rng, torch.float32)
     rearranged = map_tensors(LAYOUTS[layout], call)
-    with ovs.backend("triton"):
+    with ovs.backend(backend):
         for result, truth in zip(tensors(row.run(rearranged)), tensors(row.run(call)), strict=True):
             if row.operator == "label_map":
                 assert torch.equal(result, truth)
@@ -161,27 +189,30 @@ def test_layout_of_the_inputs_does_not_matter(row: Sample, layout: str, rng: tor
                 assert relative_error(result, truth) <= KERNEL[torch.float32]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "odd" in row.tags], ids=row_id)
-def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(row: Sample, rng: torch.Generator) -> None:
+@cases("odd")
+def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(backend: str, row: Sample, rng: torch.Generator) -> None:
     call, _ = build(row, rng, torch.float32)
     before = map_tensors(torch.clone, call)
-    with ovs.backend("triton"):
-        runs = [[*tensors(row.run(call)), *(gradients(row, call) if row in DIFFERENTIABLE else [])] for _ in range(2)]
+    with ovs.backend(backend):
+        runs = [
+            [*tensors(row.run(call)), *(gradients(row, call) if row.function in DIFFERENTIABLE else [])]
+            for _ in range(2)
+        ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(tensors(call), tensors(before), strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_nan_and_infinity_come_out_where_pytorch_has_them(function: str, value: float, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
+def test_nan_and_infinity_come_out_where_pytorch_has_them(backend: str, function: str, value: float, rng: torch.Generator) -> None:
     """One element of one argument at a time, at a random place."""
-    row = next(row for row in ROWS if row.function == function and "odd" in row.tags)
+    row = first_row(backend, function, "odd")
     call, _ = build(row, rng, torch.float32)
     for argument in range(len(floating(call))):
         bad = map_tensors(torch.clone, call)
         target = floating(bad)[argument].view(-1)
         target[torch.randint(target.numel(), (1,), generator=rng)] = value
-        results, truths = (tensors(on(backend, row.run)(bad)) for backend in ("triton", "torch"))
+        results, truths = (tensors(on(name, row.run)(bad)) for name in (backend, "torch"))
         for result, truth in zip(results, truths, strict=True):
             assert torch.equal(result.isfinite(), truth.isfinite()), argument
 
@@ -199,55 +230,58 @@ class CustomCalls(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_custom_operators_pass_opcheck(function: str, rng: torch.Generator) -> None:
+@pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
+def test_custom_operators_pass_opcheck(backend: str, function: str, rng: torch.Generator) -> None:
     """Schema, fake, autograd registration and tracing with dynamic sizes, of forward and backward alike."""
-    row = next(row for row in ROWS if row.function == function and "small" in row.tags)
+    row = first_row(backend, function, "small")
     call, _ = build(row, rng, torch.float32)
-    with ovs.backend("triton"), CustomCalls() as seen:
-        if row in DIFFERENTIABLE:
+    with ovs.backend(backend), CustomCalls() as seen:
+        if function in DIFFERENTIABLE:
             gradients(row, call)
         else:
             row.run(call)
     assert seen.calls
     for operator, arguments in seen.calls.items():
-        differentiable = not operator.name().endswith("_backward") and row in DIFFERENTIABLE
+        differentiable = not operator.name().endswith("_backward") and function in DIFFERENTIABLE
         arguments = map_tensors(torch.Tensor.detach, tuple(arguments))
         for tensor in tensors(arguments):
             tensor.requires_grad_(differentiable and tensor.is_floating_point())
         torch.library.opcheck(operator, arguments, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_compiles_as_one_graph_with_dynamic_sizes(function: str, rng: torch.Generator) -> None:
-    rows = [row for row in ROWS if row.function == function and not row.tags & {"empty", "one-class", "many-classes"}]
+@pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
+def test_compiles_as_one_graph_with_dynamic_sizes(backend: str, function: str, rng: torch.Generator) -> None:
+    left_out = {"empty", "one-class", "many-classes"}
+    rows = [row for case, row in CASES if (case, row.function) == (backend, function) and not row.tags & left_out]
     torch.compiler.reset()
     compiled = torch.compile(getattr(ops, function), fullgraph=True, dynamic=True, backend="aot_eager")
 
     def results_and_gradients(run: Callable[..., Any], call: samples.Call) -> list[torch.Tensor]:
-        leaves = map_floating(lambda tensor: tensor.clone().requires_grad_(function in GRADIENTS), call)
+        leaves = map_floating(lambda tensor: tensor.clone().requires_grad_(function in DIFFERENTIABLE), call)
         results = tensors(run(*leaves[0], **leaves[1]))
-        if function not in GRADIENTS:
+        if function not in DIFFERENTIABLE:
             return results
         total = sum(result.square().sum() for result in results)
         return [*results, *torch.autograd.grad(total, floating(leaves), materialize_grads=True)]
 
-    with ovs.backend("triton"):
+    with ovs.backend(backend):
         for row in rows[:2]:
             call, _ = build(row, rng, torch.float32)
             found, expected = (results_and_gradients(run, call) for run in (compiled, getattr(ops, function)))
             for result, truth in zip(found, expected, strict=True):
                 assert torch.allclose(result, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
-    assert ovs.last_backend(rows[0].operator) == "triton"
+    assert ovs.last_backend(rows[0].operator) == backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("row", [row for row in DIFFERENTIABLE if "small" in row.tags], ids=row_id)
-def test_autocast_gives_what_the_low_precision_gives(row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
+@cases("small")
+def test_autocast_gives_what_the_low_precision_gives(backend: str, row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
+    if row.function not in DIFFERENTIABLE:
+        pytest.skip("labels have no dtype")
     call, _ = build(row, rng, torch.float32)
     expected_dtype = torch.float32 if row.operator in WITHOUT_AUTOCAST else dtype
     low = map_floating(lambda tensor: tensor.to(expected_dtype), call)
-    with ovs.backend("triton"):
+    with ovs.backend(backend):
         expected = row.run(low)
         with torch.autocast(DEVICE, dtype):
             results = row.run(call)
@@ -256,11 +290,11 @@ def test_autocast_gives_what_the_low_precision_gives(row: Sample, dtype: torch.d
         assert torch.equal(result, truth)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(function: str, rng: torch.Generator) -> None:
-    row = next(row for row in ROWS if row.function == function and "small" in row.tags)
+@pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
+def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(backend: str, function: str, rng: torch.Generator) -> None:
+    row = first_row(backend, function, "small")
     call = row.build(rng, torch.float64, DEVICE)
-    with ovs.backend("triton"), pytest.raises(RuntimeError, match=f"{row.operator}: the triton backend .* float64"):
+    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the {backend} backend .* float64"):
         row.run(call)
     with ovs.backend("auto"):
         row.run(call)

@@ -9,7 +9,6 @@
 namespace ovseg {
 
 constexpr float LAYER_NORM_EPS = 1e-5f;  // torch.nn.functional.layer_norm
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr int STAGE_ROWS = 32;  // outputs of a layer, or hidden units of the MLP, in a stage
 
 // The distribution of the Gaussian. erf as in Abramowitz and Stegun, 7.1.26, whose error is 1.5e-7.

@@ -109,7 +109,10 @@ def spatial_aggregation(
     if window > min(height, width):
         raise ValueError(f"spatial_aggregation: window must be at most min(H, W) = {min(height, width)}, got {window}.")
     too_wide = f"window {window} is larger than {WIDEST_WINDOW}" if window > WIDEST_WINDOW else None
-    refusals = {"triton": too_wide or mlp_refusal(x, fc1_weight)}
+    refusals = {
+        "triton": too_wide or mlp_refusal(x, fc1_weight),
+        "cuda": _cuda_refusal(channels, heads, window, fc1_weight.shape[0]),
+    }
     weights = (norm1_weight, norm1_bias, q_weight, k_weight, v_weight, v_bias, proj_weight, proj_bias)
     backend = backends.choose("spatial_aggregation", x, guidance, *weights, refusals=refusals)
     mlp = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -119,6 +122,10 @@ def spatial_aggregation(
     if backend != "torch":
         qkv_weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
         tensors = (x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias)
+        if backend == "cuda":
+            cast = _library.autocast(*tensors, *mlp)
+            keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in cast)
+            return torch.ops.ovseg_fast.spatial_aggregation(*cast, heads, window, shift, keep, backend)[0]
         x = torch.ops.ovseg_fast.window_attention(*_library.autocast(*tensors), heads, window, shift, backend)
         return residual_mlp(x, *mlp, activation="gelu", backend=backend)
 
@@ -158,6 +165,16 @@ def spatial_aggregation(
         return residual_mlp(tokens, *mlp, activation="gelu", backend="torch").view(tile.shape)
 
     return map_tiles(block, x, dim=1, size=tile_size(classes, batch * height * width, x.device))
+
+
+def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | None:
+    """Why the CUDA C++ kernel does not take these sizes; None where it does."""
+    if channels == 128 and heads == 4 and window <= 12 and hidden % 32 == 0:
+        return None
+    return (
+        "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 32, "
+        f"not {channels} channels in {heads} heads, windows of {window} and {hidden} hidden units"
+    )
 
 
 @lru_cache(maxsize=32)
@@ -246,4 +263,50 @@ _library.define(
     f"window_attention_backward(Tensor grad, {TENSORS}, bool[] needs, str backend) -> Tensor[]",
     "spatial_aggregation",
     _backward_fake,
+)
+
+
+# --- the whole block in one kernel: what `window_attention` takes, then the MLP's six -> out, and what the attention half
+# gives where `keep`, for the backward, which goes through both halves ---
+
+MLP_TENSORS = (
+    "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
+)
+
+
+def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if arguments[-1] else 0)
+
+
+def _block_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.heads, ctx.window, ctx.shift, keep, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _block_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, middle = ctx.saved_tensors
+    attention, mlp = tensors[:9], tensors[9:]
+    needs = ctx.needs_input_grad[:15]
+    need_attention, need_mlp = list(needs[:9]), needs[9:]
+    need_sums, need_weights = any(need_mlp[i] for i in (0, 1, 5)), any(need_mlp[2:5])
+    middle_grad, *mlp_grads = torch.ops.ovseg_fast.residual_mlp_backward(
+        grad, middle, *mlp[:5], "gelu", any(need_attention), need_sums, need_weights, ctx.backend
+    )
+    grads = [None] * 9
+    if any(need_attention):
+        grads = torch.ops.ovseg_fast.window_attention_backward(
+            middle_grad, *attention, ctx.heads, ctx.window, ctx.shift, need_attention, ctx.backend
+        )
+    found = (gradient if needed else None for gradient, needed in zip((*grads, *mlp_grads), needs, strict=True))
+    return (*found, *[None] * 5)
+
+
+_library.define(
+    f"spatial_aggregation({TENSORS.partition(', int')[0]}, {MLP_TENSORS}, int heads, int window, int shift, bool keep, "
+    "str backend) -> (Tensor, Tensor)",
+    "spatial_aggregation",
+    _block_fake,
+    backward=_block_backward,
+    setup_context=_block_setup_context,
 )

@@ -1,0 +1,1 @@
+"""Launchers of the CUDA C++ kernels, one module an operator: they allocate what the native library fills."""
