@@ -12,7 +12,8 @@
 namespace ovseg {
 namespace {
 
-constexpr int CHUNK = TOKENS / 3;  // tokens that a warp's 16 are held against at a time
+template <typename T>
+constexpr int CHUNK = sizeof(T) == 2 ? TOKENS / 3 : TOKENS / 9;  // tokens that a warp's 16 are held against at a time
 
 template <typename T>
 struct Arguments {
@@ -98,10 +99,10 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
 
     const float scale = rsqrtf(float(WIDTH));
     {
-        A q[WIDTH / K<T>], grad[WIDTH / K<T>];
+        A own[WIDTH / K<T>];
         D sums[WIDTH / 8];
-        load_factors(q, queries.rows_from(row), lane);
-        const Softmax softmax = attend<T>(sums, q, keys, values, window, plain, row, lane);
+        load_factors(own, queries.rows_from(row), lane);
+        const Softmax softmax = attend<T>(sums, own, keys, values, window, plain, row, lane);
         if (a.attended) store_head(a.attended + window.map * C + head * WIDTH, C, places, sums, lane);
         float delta[2] = {};
 #pragma unroll
@@ -116,18 +117,19 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
             delta[i] = sum_over_lanes<4>(delta[i]);
             if (lane % 4 == 0) found[row + d_row(lane, 2 * i)] = {softmax.base[i], softmax.share[i], delta[i]};
         }
-        load_factors(grad, grads.rows_from(row), lane);
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) sums[n] = {};
 #pragma unroll 1
-        for (int first = 0; first < TOKENS; first += CHUNK) {
+        for (int first = 0; first < TOKENS; first += CHUNK<T>) {
             lane = recomputed(lane);
-            D scores[CHUNK / 8], weight_grads[CHUNK / 8];
-            score<T>(scores, q, keys.rows_from(first), lane);
+            D scores[CHUNK<T> / 8], weight_grads[CHUNK<T> / 8];
+            load_factors(own, queries.rows_from(row), lane);
+            score<T>(scores, own, keys.rows_from(first), lane);
             finish_scores<false>(scores, window, plain, row, first, lane);
-            score<T>(weight_grads, grad, values.rows_from(first), lane);
+            load_factors(own, grads.rows_from(row), lane);
+            score<T>(weight_grads, own, values.rows_from(first), lane);
 #pragma unroll
-            for (int n = 0; n < CHUNK / 8; ++n) {
+            for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float weight = exp2f(scores[n].value[i] - softmax.base[i / 2]) * softmax.share[i / 2];
@@ -140,18 +142,17 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
     }
     __syncthreads();
 
-    A key[WIDTH / K<T>], value[WIDTH / K<T>];
     D key_grads[WIDTH / 8] = {}, value_grads[WIDTH / 8] = {};
-    load_factors(key, keys.rows_from(row), lane);
-    load_factors(value, values.rows_from(row), lane);
 #pragma unroll 1
-    for (int first = 0; first < TOKENS; first += CHUNK) {
+    for (int first = 0; first < TOKENS; first += CHUNK<T>) {
         lane = recomputed(lane);
-        D weights[CHUNK / 8], grad[CHUNK / 8];
-        score<T>(weights, key, queries.rows_from(first), lane);
+        D weights[CHUNK<T> / 8], grad[CHUNK<T> / 8];
+        A own[WIDTH / K<T>];
+        load_factors(own, keys.rows_from(row), lane);
+        score<T>(weights, own, queries.rows_from(first), lane);
         finish_scores<true>(weights, window, plain, row, first, lane);
 #pragma unroll
-        for (int n = 0; n < CHUNK / 8; ++n) {
+        for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Query &query = found[first + 8 * n + d_column(lane, i)];
@@ -159,9 +160,10 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
             }
         }
         add_weighted<T>(value_grads, weights, grads.rows_from(first), lane);
-        score<T>(grad, value, grads.rows_from(first), lane);
+        load_factors(own, values.rows_from(row), lane);
+        score<T>(grad, own, grads.rows_from(first), lane);
 #pragma unroll
-        for (int n = 0; n < CHUNK / 8; ++n) {
+        for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Query &query = found[first + 8 * n + d_column(lane, i)];

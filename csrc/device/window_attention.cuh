@@ -13,9 +13,7 @@ constexpr int TOKENS = 144, THREADS = TOKENS / 16 * 32;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float REGION_MASK = -100.0f * LOG2E;  // published
 
-// Keys that a warp scores at a time. With 16-bit numbers the scores of all fit its registers, beside their factors.
-template <typename T>
-constexpr int AT_ONCE = sizeof(T) == 2 ? TOKENS : TOKENS / 3;
+constexpr int AT_ONCE = TOKENS / 3;  // keys that a warp scores at a time: more would not fit its registers
 
 // The window that a block works on. It lies in shared memory, to be read again instead of kept in registers.
 struct Window {
@@ -107,13 +105,13 @@ struct Softmax {
 template <typename T>
 __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys,
                                           Tile<T, WIDTH> values, const Window &window, bool plain, int row, int lane) {
-    constexpr int COUNT = AT_ONCE<T> / 8;
+    constexpr int COUNT = AT_ONCE / 8;
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     Softmax softmax;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) sums[n] = {};
 #pragma unroll 1
-    for (int first = 0; first < TOKENS; first += AT_ONCE<T>) {
+    for (int first = 0; first < TOKENS; first += AT_ONCE) {
         lane = recomputed(lane);
         D scores[COUNT];
         score<T>(scores, q, keys.rows_from(first), lane);
@@ -128,14 +126,12 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
         for (int i = 0; i < 2; ++i) {
             largest[i] = maximum_over_lanes<4>(largest[i]);
             softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i];  // who sees nothing attends to nothing
-            if constexpr (AT_ONCE<T> < TOKENS) {
-                const float kept = before[i] == largest[i] ? 1.0f : exp2f(before[i] - largest[i]);
-                total[i] *= kept;
+            const float kept = before[i] == largest[i] ? 1.0f : exp2f(before[i] - largest[i]);
+            total[i] *= kept;
 #pragma unroll
-                for (int n = 0; n < WIDTH / 8; ++n) {
-                    sums[n].value[2 * i] *= kept;
-                    sums[n].value[2 * i + 1] *= kept;
-                }
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                sums[n].value[2 * i] *= kept;
+                sums[n].value[2 * i + 1] *= kept;
             }
         }
 #pragma unroll
