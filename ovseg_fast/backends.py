@@ -117,7 +117,7 @@ def refusal(
     if name == "cuda":
         if reason := native.refusal(device, capability):
             return reason
-        if forced or operator in native.VERIFIED and device != "cpu":
+        if forced or (operator in native.VERIFIED and device != "cpu"):
             return None
         if device == "cpu":
             return "on the CPU only the slow emulation of a GPU runs it, and only where forced"

@@ -1,7 +1,7 @@
 """The native library: finds, loads and checks `libovseg.so`, and calls its functions.
 
-The library is built from csrc when the package is installed where nvcc is found. It is looked at when it is first needed,
-never on import. `FUNCTIONS` says what ovseg.h says; a test compares the two.
+The library is built from csrc when the package is installed where nvcc is found. It is looked at when it is first
+needed, never on import. `FUNCTIONS` says what ovseg.h says; a test compares the two.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NativeLibraryError(RuntimeError):
 
 
 def path() -> Path:
-    """Where the library is expected: where the environment variable OVSEG_NATIVE_LIBRARY says, else beside this module."""
+    """Where the library is expected: where the environment variable OVSEG_NATIVE_LIBRARY says, else by this module."""
     return Path(os.environ.get("OVSEG_NATIVE_LIBRARY") or Path(__file__).with_name("libovseg.so"))
 
 
