@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--out FILE] [--minutes 20] [--only WORD] [--skip-tests]
     python benchmarks/gpu.py --smoke     a few small rows through Triton's interpreter, to try this script without a GPU
 
-Forms: "cuda" and "triton" (the kernels), "eager" (the PyTorch form, whose plain attention is SDPA), "compile" (torch.compile of
-it) and, for mask attention where it is installed, "xformers"; each forward, and forward with backward. A form is timed
-only after its result was compared with the float64 PyTorch form. The results are written after every row, so that an
-interrupted run keeps what it measured.
+Forms: "cuda" and "triton" (the kernels), "eager" (the PyTorch form, whose plain attention is SDPA), "compile"
+(torch.compile of it) and, for mask attention where it is installed, "xformers"; each forward, and forward with
+backward. A form is timed only after its result was compared with the float64 PyTorch form. The results are written
+after every row, so that an interrupted run keeps what it measured.
 
 The CUDA C++ kernels are also run under compute-sanitizer on small sizes, and the largest under Nsight Compute, where
 these tools are on PATH.

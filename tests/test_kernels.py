@@ -21,7 +21,7 @@ import samples
 from layouts import LAYOUTS
 from ovseg_fast import backends, ops
 from samples import Sample, floating, map_floating, map_tensors, select, tensors
-from test_operators import assert_same, gradients, row_id
+from test_operators import assert_same, gradients
 from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
