@@ -59,6 +59,16 @@ OVSEG_API int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad
                                             int64_t width, int64_t channels, int64_t heads, int64_t window,
                                             int64_t shift, int dtype, int device, void *stream);
 
+/* Backward of the residual MLP of both aggregation blocks on rows y (rows, channels): grad, y_grad and normed, LN(y), like y; activated,
+ * units_grad (rows, hidden): the activations and the gradient before them, for the weights' gradients, null together with `normed` where
+ * these are not wanted; sums (blocks, 3, channels) in float32, each block's share of the gradients of norm_weight, norm_bias and the last bias, or null. A
+ * block takes 128 rows of 16-bit numbers, 64 of float32. gelu: 1 for GELU, 0 for ReLU. channels = 128, hidden a multiple of 32. */
+OVSEG_API int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_weight, const void *norm_bias,
+                                     const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
+                                     void *y_grad, void *normed, void *activated, void *units_grad, void *sums,
+                                     int64_t rows, int64_t channels, int64_t hidden, int64_t gelu, int dtype,
+                                     int device, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -27,8 +27,6 @@ def build() -> Path:
             ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", "-DOVSEG_EMULATED=ON"],
             ["cmake", "--build", folder],
         ):
-            run = subprocess.run(
-                command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, check=False
-            )
+            run = subprocess.run(command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-3000:]
     return folder / "libovseg-emulated.so"
