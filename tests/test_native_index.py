@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,7 +141,8 @@ def test_results_cover_16_rows_and_8_columns_as_the_manual_says(index: ctypes.CD
 
 def test_ldmatrix_gives_the_factors_of_a_product_as_the_manual_says(index: ctypes.CDLL) -> None:
     """PTX ISA: word i of a lane is of matrix i, word lane % 4 of the 16 bytes of its row lane / 4, which lie where lane
-    8 i + lane / 4 says. In 16 bit and TF32 alike, a product's K are two such pieces."""
+    8 i + lane / 4 says. In 16 bit and TF32 alike, a product's K are two such pieces.
+    """
     places = [numbers(32) for _ in range(4)]
     index.ldmatrix_places(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in places))
     a_row, a_piece, b_row, b_piece = (tensor.tolist() for tensor in places)
@@ -188,3 +191,70 @@ def test_emulator_tells(faults: Path, fault: str) -> None:
     else:
         assert result.returncode == -signal.SIGABRT
         assert result.stderr.startswith(f"emulated CUDA kernel: {TOLD[fault]} (block ")
+
+
+# --- the sanitizers: accesses past a tensor or past shared memory, and undefined arithmetic ---
+
+SANITIZE = "-fsanitize=address,undefined"
+SMALL_CASES = """
+import torch
+import ovseg_fast as ovs
+from samples import floating, map_floating, tensors
+from test_kernels import DIFFERENTIABLE, FUNCTIONS, first_row
+
+for function in [function for backend, function in FUNCTIONS if backend == "cuda"]:
+    row = first_row("cuda", function, "small")
+    for dtype in (torch.float32, torch.bfloat16):
+        call = row.build(torch.Generator().manual_seed(0), dtype, "cpu")
+        with ovs.backend("cuda"):
+            if function not in DIFFERENTIABLE:
+                row.run(call)
+            else:
+                call = map_floating(lambda tensor: tensor.requires_grad_(), call)
+                total = sum(result.float().sum() for result in tensors(row.run(call)))
+                torch.autograd.grad(total, floating(call), allow_unused=True)
+        assert ovs.last_backend(row.operator) == "cuda"
+    print(row.id)
+"""
+
+
+def sanitizer() -> str:
+    """The address sanitizer's library, which has to be loaded before Python's own memory is asked for."""
+    compiler = emulated.compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    path = found.stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip("this compiler brings no libasan.so")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "said"), [(0, ""), (13, "heap-buffer-overflow"), (14, "heap-buffer-overflow")])
+def test_sanitizer_sees_what_is_past_the_end(compile: Callable[..., Path], fault: int, said: str) -> None:
+    """Of shared memory, and of a tensor: that it works with the emulator's fibers."""
+    sanitizer()
+    sources = (SOURCES / "faults.cu", CSRC / "emulator" / "emulator.cpp")
+    program = compile("faults", SANITIZE, "-g1", "-x", "c++", *sources)
+    result = subprocess.run([program, str(fault)], capture_output=True, text=True, check=False)
+    assert (result.returncode != 0) == bool(said) and said in result.stderr
+
+
+@pytest.mark.slow
+def test_small_cases_of_every_kernel_are_clean_under_sanitizers() -> None:
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": sanitizer(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OVSEG_NATIVE_LIBRARY": str(emulated.build(sanitized=True)),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", SMALL_CASES]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert "spatial_aggregation" in result.stdout
+    assert "runtime error" not in result.stderr and "ERROR" not in result.stderr

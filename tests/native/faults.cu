@@ -26,7 +26,9 @@ enum Fault {
     MISALIGNED_LOAD,
     MISALIGNED_COPY,
     PARTIAL_WARP,
-    UNWRITTEN
+    UNWRITTEN,
+    PAST_SHARED,  // from here on the address sanitizer's
+    PAST_GLOBAL
 };
 
 // Each thread takes what the thread opposite has brought: by shared memory, by a copy in the background, by a shuffle.
@@ -56,6 +58,8 @@ __global__ void exchange(const float *in, float *out, Fault fault) {
     } else {
         sum += __shfl_xor_sync(ALL_LANES, in[thread], 1);
     }
+    if (fault == PAST_SHARED) sum += brought[thread + 2 * THREADS];
+    if (fault == PAST_GLOBAL) sum += out[blockIdx.x * THREADS + thread + THREADS];
     if (fault == MISALIGNED_LOAD) sum += load<float, 2>(in + 1).value[0];
     out[blockIdx.x * THREADS + thread] = sum;
 }
