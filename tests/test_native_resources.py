@@ -78,7 +78,7 @@ def test_products_run_on_tensor_cores_and_nothing_goes_through_local_memory(libr
     for kernel, row in found.items():
         for architecture, counts in row.items():
             assert not [name for name in counts if name.startswith(("STL", "LDL"))], (kernel, architecture)
-    with_products = {of_format(kernel)[0] for kernel, row in found.items() if any(row.values())}
+    with_products = {of_format(kernel)[0] for kernel, row in found.items() if any(row.values())}  # nothing else is left
     assert {name.partition(":")[0] for name in with_products} == {
         path.name for path in CSRC.glob("*.cu") if uses_tensor_cores(path)
     }
