@@ -23,7 +23,7 @@ struct Arguments {
     Norms<T> norms;
     const T *projection, *weights;
     T *out;
-    int width;
+    int width, together;  // columns of the projection; layers that are summed
 };
 
 // A block for projections of up to COLUMNS columns.
@@ -83,8 +83,9 @@ __device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int lane
     }
 }
 
+// Without SUMMED a block takes one layer, and has no sum to hold.
 template <typename T, int COLUMNS, bool SUMMED>
-__global__ void __launch_bounds__(THREADS) layer_gather(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 && COLUMNS == 512 && !SUMMED ? 2 : 1) layer_gather(const Arguments<T> a) {
     using Layout = Shape<COLUMNS>;
     constexpr int ROWS = Layout::ROWS, ROW_TILES = Layout::ROW_TILES, COUNT = Layout::STRIP / 8;
     constexpr int WARP_ROWS = ROWS / WARPS, CHANNELS = CHUNK_PIECES * EACH<T>;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(THREADS) layer_gather(const Arguments<T> a) {
     int lane = thread % 32;
     const int tiles = (rows + ROWS - 1) / ROWS, group = int(blockIdx.x) / tiles;
     const int row = int(blockIdx.x) % tiles * ROWS, strip = warp * Layout::STRIP;
-    const int first = SUMMED ? 0 : group, layers = SUMMED ? a.hidden.layers : 1;
+    const int layers = SUMMED ? a.together : 1, first = group * layers;
     const int steps = (channels + K<T> - 1) / K<T>;
     const bool whole = a.hidden.whole;
 
@@ -123,29 +124,26 @@ __global__ void __launch_bounds__(THREADS) layer_gather(const Arguments<T> a) {
         }
         __syncthreads();
 
-        // A thread normalises one piece of each chunk; the next one is on its way meanwhile.
+        // A thread normalises one piece of each chunk, which finding the statistics has brought near; the ring fills meanwhile.
         const int piece_row = thread / CHUNK_PIECES, piece = thread % CHUNK_PIECES;
         const bool normalises = piece_row < ROWS;
         const T *const source = token(layer, normalises ? piece_row : 0);
-        Piece<T> ahead = load_piece(source, piece * EACH<T>, channels, whole);
         D d[ROW_TILES][COUNT] = {};
-        int chunk = 0, step = 0;
+        int step = 0;
         do {
-            lane = recomputed(lane);
-            const Tile<T, CHANNELS> tokens{chunk_memory + chunk % 2 * Layout::CHUNK};
-            const int column = chunk * CHANNELS + piece * EACH<T>;
+            const Tile<T, CHANNELS> tokens{chunk_memory + step / STEPS % 2 * Layout::CHUNK};
+            const int column = step * K<T> + piece * EACH<T>;
             if (normalises) {
                 store(tokens.at(piece_row, piece * EACH<T>),
-                      normalised(ahead, statistics[piece_row], a.norms, layer, column, channels, whole));
+                      normalised(load_piece(source, column, channels, whole), statistics[piece_row], a.norms, layer, column, channels, whole));
             }
-            ahead = load_piece(source, column + CHANNELS, channels, whole);
-            int k = 0;
             do {
+                lane = recomputed(lane);
                 const Tile<T, COLUMNS> projection{stages.next()};
                 if (strip < a.width) {
                     A factors[ROW_TILES];
 #pragma unroll
-                    for (int i = 0; i < ROW_TILES; ++i) factors[i] = load_a_by_rows(tokens.rows_from(16 * i), k, lane);
+                    for (int i = 0; i < ROW_TILES; ++i) factors[i] = load_a_by_rows(tokens.rows_from(16 * i), step % STEPS, lane);
 #pragma unroll
                     for (int n = 0; n < COUNT / 2; ++n) {
                         B b[2];
@@ -157,8 +155,7 @@ __global__ void __launch_bounds__(THREADS) layer_gather(const Arguments<T> a) {
                         }
                     }
                 }
-            } while (++step < steps && ++k < STEPS);
-            ++chunk;
+            } while (++step < steps && step % STEPS);
         } while (step < steps);
 
 #pragma unroll
@@ -195,7 +192,7 @@ __global__ void __launch_bounds__(THREADS) layer_gather(const Arguments<T> a) {
             }
         }
 
-        if (SUMMED && layer + 1 < layers) continue;
+        if (SUMMED && layer + 1 < first + layers) continue;
         T *const map = a.out + int64_t(group) * rows * a.width;
         const bool pairs = a.width % 2 == 0;
 #pragma unroll
@@ -224,8 +221,8 @@ template <int COLUMNS, bool SUMMED, typename T>
 int launch_gather(const Arguments<T> &a, int device, void *stream) {
     using Layout = Shape<COLUMNS>;
     const int64_t tiles = (a.hidden.rows() + Layout::ROWS - 1) / Layout::ROWS;
-    return launch(layer_gather<T, COLUMNS, SUMMED>, SUMMED ? tiles : tiles * a.hidden.layers, THREADS, Layout::TOTAL,
-                  device, stream, a);
+    return launch(layer_gather<T, COLUMNS, SUMMED>, tiles * (a.hidden.layers / a.together), THREADS, Layout::TOTAL, device,
+                  stream, a);
 }
 
 }  // namespace
@@ -246,10 +243,8 @@ int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight,
         const Arguments<T> a{
             patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
             {in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
-            in(projection), in(weights), static_cast<T *>(out), int(width)};
-        if (weights) {
-            return width > 512 ? launch_gather<1024, true>(a, device, stream) : launch_gather<512, true>(a, device, stream);
-        }
-        return width > 512 ? launch_gather<1024, false>(a, device, stream) : launch_gather<512, false>(a, device, stream);
+            in(projection), in(weights), static_cast<T *>(out), int(width), weights ? int(layers) : 1};
+        if (width > 512) return launch_gather<1024, true>(a, device, stream);
+        return weights ? launch_gather<512, true>(a, device, stream) : launch_gather<512, false>(a, device, stream);
     });
 }

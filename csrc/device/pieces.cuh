@@ -28,6 +28,13 @@ __device__ __forceinline__ Piece<T> load_piece(const T *row, int64_t column, int
             if (column + i < count) piece.value[i] = row[column + i];
         }
     }
+#ifdef __CUDACC__
+    // Two 16-bit numbers share a register, whichever way they came.
+    uint32_t words[4];
+    memcpy(words, &piece, 16);
+    asm("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+    memcpy(&piece, words, 16);
+#endif
     return piece;
 }
 
