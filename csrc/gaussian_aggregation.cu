@@ -2,8 +2,8 @@
 //
 //     out = Σ_l w_l f_l;      backward, from the gradient d of out:  df_l = w_l d,  dw_l = Σ <d, f_l>
 //
-// Memory is read and written once, 16 bytes a thread. A warp adds up its share of each dw_l; a second kernel adds the shares.
-// The weights stay on the GPU.
+// Memory is read and written once, 16 bytes a thread. A warp adds up its share of each dw_l; a second kernel adds the
+// shares. The weights stay on the GPU.
 
 #include "device/partial_sums.cuh"
 #include "device/pieces.cuh"
@@ -99,9 +99,10 @@ int ovseg_gaussian_aggregation_bwd(const void *grad, const void *features, const
         constexpr int64_t BLOCK = THREADS * PIECES * EACH<T>;
         const int64_t blocks = (size + BLOCK - 1) / BLOCK;
         if (weights_grad && count != blocks * WARPS) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int error = launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream, static_cast<const T *>(grad),
-                                 static_cast<const T *>(features), static_cast<const T *>(weights),
-                                 static_cast<T *>(features_grad), weights_grad ? shares : nullptr, int(layers), size);
+        const int error = launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream,
+                                 static_cast<const T *>(grad), static_cast<const T *>(features),
+                                 static_cast<const T *>(weights), static_cast<T *>(features_grad),
+                                 weights_grad ? shares : nullptr, int(layers), size);
         if (error || !weights_grad) return error;
         return launch_adding(shares, static_cast<T *>(weights_grad), layers, count, device, stream);
     });

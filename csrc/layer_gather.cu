@@ -1,11 +1,12 @@
-// Layer gather: patch tokens of several encoder blocks in the image-text embedding space, singly or summed over a stage.
+// Layer gather: patch tokens of several encoder blocks, brought into the image-text embedding space; singly, or summed
+// over the layers of a stage.
 //
 //     f_l = z / max(‖z‖, ε),  z = LN_l(LN_shared(h_l[patch])) · P_l;      out_l = f_l   or   out = Σ_l w_l f_l
 //
-// Eight warps own a tile of tokens with all columns of the projection, of which each warp takes a strip: the columns of a
-// token meet once, for its length. Both norms are four numbers a token, found first; tokens are then normalised a few
+// Eight warps own a tile of tokens with all columns of the projection, of which each warp takes a strip: the strips of
+// a token meet once, for its length. Both norms are four numbers a token, found first; tokens are then normalised a few
 // channels at a time, as they enter the product, so that any number of channels will do. The projection streams through
-// a ring of stages, from one layer of a stage to the next without a break. No single layer's map of a stage is stored.
+// a ring of stages, from one layer to the next without a break. No single layer's map is stored where they are summed.
 
 #include "device/patch_tokens.cuh"
 #include "device/transformer.cuh"
@@ -70,22 +71,13 @@ struct Projections {
     }
 };
 
-// A of step k of 16 rows, its numbers in the order in which `load_b_by_rows` counts them.
-template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int lane) {
-    if constexpr (sizeof(T) == 2) {
-        return load_a(tile, k, lane);
-    } else {
-        const Pair<float> upper = load<float, 2>(tile.at(d_row(lane, 0), k * K<T> + d_column(lane, 0)));
-        const Pair<float> lower = load<float, 2>(tile.at(d_row(lane, 2), k * K<T> + d_column(lane, 0)));
-        return {{__float_as_uint(upper.value[0]), __float_as_uint(lower.value[0]), __float_as_uint(upper.value[1]),
-                 __float_as_uint(lower.value[1])}};
-    }
-}
+// Blocks that share a multiprocessor, if only it has the shared memory.
+template <typename T, int COLUMNS, bool SUMMED>
+constexpr int BLOCKS = sizeof(T) == 2 && COLUMNS == 512 && !SUMMED ? 2 : 1;
 
 // Without SUMMED a block takes one layer, and has no sum to hold.
 template <typename T, int COLUMNS, bool SUMMED>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 && COLUMNS == 512 && !SUMMED ? 2 : 1) layer_gather(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gather(const Arguments<T> a) {
     using Layout = Shape<COLUMNS>;
     constexpr int ROWS = Layout::ROWS, ROW_TILES = Layout::ROW_TILES, COUNT = Layout::STRIP / 8;
     constexpr int WARP_ROWS = ROWS / WARPS, CHANNELS = CHUNK_PIECES * EACH<T>;
@@ -124,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 && COLUMNS == 512 && !
         }
         __syncthreads();
 
-        // A thread normalises one piece of each chunk, which finding the statistics has brought near; the ring fills meanwhile.
+        // A thread normalises one piece of a chunk. Finding the statistics has brought it near, and the ring is full.
         const int piece_row = thread / CHUNK_PIECES, piece = thread % CHUNK_PIECES;
         const bool normalises = piece_row < ROWS;
         const T *const source = token(layer, normalises ? piece_row : 0);
@@ -134,8 +126,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 && COLUMNS == 512 && !
             const Tile<T, CHANNELS> tokens{chunk_memory + step / STEPS % 2 * Layout::CHUNK};
             const int column = step * K<T> + piece * EACH<T>;
             if (normalises) {
+                const Piece<T> x = load_piece(source, column, channels, whole);
                 store(tokens.at(piece_row, piece * EACH<T>),
-                      normalised(load_piece(source, column, channels, whole), statistics[piece_row], a.norms, layer, column, channels, whole));
+                      normalised(x, statistics[piece_row], a.norms, layer, column, channels, whole));
             }
             do {
                 lane = recomputed(lane);
@@ -143,7 +136,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 && COLUMNS == 512 && !
                 if (strip < a.width) {
                     A factors[ROW_TILES];
 #pragma unroll
-                    for (int i = 0; i < ROW_TILES; ++i) factors[i] = load_a_by_rows(tokens.rows_from(16 * i), step % STEPS, lane);
+                    for (int i = 0; i < ROW_TILES; ++i) {
+                        factors[i] = load_a_chained(tokens.rows_from(16 * i), step % STEPS, lane);
+                    }
 #pragma unroll
                     for (int n = 0; n < COUNT / 2; ++n) {
                         B b[2];
@@ -214,7 +209,6 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 && COLUMNS == 512 && !
             }
         }
     }
-    wait_for_copies<0>();
 }
 
 template <int COLUMNS, bool SUMMED, typename T>
@@ -245,6 +239,7 @@ int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight,
             {in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
             in(projection), in(weights), static_cast<T *>(out), int(width), weights ? int(layers) : 1};
         if (width > 512) return launch_gather<1024, true>(a, device, stream);
-        return weights ? launch_gather<512, true>(a, device, stream) : launch_gather<512, false>(a, device, stream);
+        if (weights) return launch_gather<512, true>(a, device, stream);
+        return launch_gather<512, false>(a, device, stream);
     });
 }

@@ -1,4 +1,5 @@
-// Backward of the layer gather and of its weighted sum over layers; names are those of layer_gather.cu and patch_tokens.cuh.
+// Backward of the layer gather and of its weighted sum over layers; names are those of layer_gather.cu and of
+// patch_tokens.cuh.
 //
 // From the gradient d of the layer's map, w · d in a sum over layers (w = 1 alone):
 //
@@ -9,8 +10,9 @@
 //     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
 //     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
 //
-// with norm'(h; v̂) = (h − mean(h) − v̂ · mean(h · v̂)) · scale. The three products with P are PyTorch's; around them a warp works
-// on one token in each kernel, and the sums over tokens have a kernel of their own, with a thread for each channel.
+// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's; around them a
+// warp works on one token in each kernel, and the sums over tokens have a kernel of their own, a thread for each
+// channel.
 
 #include "device/partial_sums.cuh"
 #include "device/patch_tokens.cuh"
@@ -19,8 +21,8 @@ namespace ovseg {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int TOGETHER = 32;            // tokens that a thread of `sum_norm_gradients` adds up
-constexpr float SHORTEST = 1e-12f;      // torch.nn.functional.normalize
+constexpr int TOGETHER = 32;        // tokens that a thread of `sum_norm_gradients` adds up
+constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
 
 // What a warp works on: one of `count` rows, or nothing.
 __device__ __forceinline__ int64_t own_row() { return int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; }
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(THREADS) normalise(const PatchTokens<T> hidden
     }
 }
 
-// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row goes to
-// `along`, where that is not null; else each has its own d.
+// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row
+// goes to `along`, where that is not null; else each has its own d.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, const T *weights, float *along,
                                                            int layers, int64_t rows, int width) {
@@ -93,8 +95,8 @@ __global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, 
     }
 }
 
-// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the means for the sums;
-// either may be null.
+// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the
+// means that the sums take; either may be null.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const PatchTokens<T> hidden,
                                                           const Norms<T> norms, const Statistics *statistics,
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const P
     const Statistics found = statistics[place];
     const float share = 1.0f / float(channels);
 
-    // Calls function(x̂, û, h, a, dx) for each of the lane's channels, 0 for h and a past the last one, and stores dx where it is `stored`.
+    // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores what it
+    // returns as dx where `stored`.
     const auto each_channel = [&](bool stored, auto function) {
 #pragma unroll 1
         for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
@@ -183,7 +186,9 @@ __global__ void __launch_bounds__(THREADS) sum_norm_gradients(const T *grad, con
         a_sum += du * x_hat, c_sum += du, g_sum += dy * u_hat, b_sum += dy;
     }
     float *const target = sums + int64_t(chunk) * 4 * channels + channel;
-    target[0] = a_sum, target[channels] = c_sum, target[2 * int64_t(channels)] = g_sum, target[3 * int64_t(channels)] = b_sum;
+    const float all[4] = {a_sum, c_sum, g_sum, b_sum};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) target[int64_t(i) * channels] = all[i];
 }
 
 }  // namespace
@@ -202,7 +207,8 @@ int ovseg_layer_gather_normed_bwd(const void *const *hidden, const void *shared_
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         return launch(normalise<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
                       patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
-                      Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
+                      Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps,
+                               norm_eps},
                       static_cast<T *>(normed), reinterpret_cast<Statistics *>(statistics));
     });
 }
@@ -212,6 +218,7 @@ int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void 
                                   void *stream) {
     using namespace ovseg;
     if (layers < 1 || layers > MOST_LAYERS || width < 1 || width > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
+    if (rows > INT32_MAX) return OVSEG_TOO_LARGE;
     if (!aligned(grad, projected, weights, weights_grad, along)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);

@@ -27,6 +27,7 @@ _RUN = (NUMBER, NUMBER, POINTER)  # dtype, device, stream: the last arguments of
 FUNCTIONS = {
     "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
     "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
+    "ovseg_residual_mlp_bwd": (*[POINTER] * 12, *[SIZE] * 4, *_RUN),
     "ovseg_layer_gather_fwd": (*[POINTER] * 8, *[SIZE] * 8, REAL, REAL, *_RUN),
     "ovseg_layer_gather_normed_bwd": (*[POINTER] * 7, *[SIZE] * 7, REAL, REAL, *_RUN),
     "ovseg_layer_gather_length_bwd": (*[POINTER] * 5, *[SIZE] * 3, *_RUN),

@@ -1,6 +1,8 @@
 // Patch tokens of several encoder blocks, and the two layer norms that they go through:
 //
-//     x̂ = norm(x),  u = a · x̂ + c,  û = norm(u),  y = g_l · û + b_l        norm(x) = (x − mean(x)) / √(var(x) + eps)
+//     x̂ = norm(x),  u = a · x̂ + c,  û = norm(u),  y = g_l · û + b_l
+//
+// with norm(x) = (x − mean(x)) / √(var(x) + eps). A warp reads a token of any length by pieces of 16 bytes, one a lane.
 
 #pragma once
 
@@ -11,8 +13,8 @@ namespace ovseg {
 
 constexpr int MOST_LAYERS = 32;  // whose hidden states one launch takes
 
-// The hidden states of each layer, (batch, tokens, channels) with the last axis contiguous; the last `patches` of the tokens
-// are the patch tokens, of which there are rows() in a layer.
+// The hidden states of each layer, (batch, tokens, channels) with the last axis contiguous; the last `patches` of the
+// tokens are the patch tokens, of which there are rows() in a layer.
 template <typename T>
 struct PatchTokens {
     const T *of_layer[MOST_LAYERS];
@@ -126,10 +128,11 @@ __device__ __forceinline__ Piece<T> normalised(const Piece<T> &x, const Statisti
     return y;
 }
 
-// Whether a launch takes these sizes, and then the tokens that C arguments describe.
+// Whether a launch takes these sizes: an ovseg.h error code.
 inline int check_patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
                               int64_t channels) {
-    if (layers < 1 || layers > MOST_LAYERS || patches < 1 || patches > tokens || channels < 1 || channels > INT32_MAX / 2) {
+    if (layers < 1 || layers > MOST_LAYERS || patches < 1 || patches > tokens || channels < 1 ||
+        channels > INT32_MAX / MOST_LAYERS) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
     if (batch > INT32_MAX / tokens) return OVSEG_TOO_LARGE;
@@ -139,6 +142,7 @@ inline int check_patch_tokens(const void *const *hidden, int64_t layers, int64_t
     return OVSEG_OK;
 }
 
+// The tokens that the arguments of a C function describe.
 template <typename T>
 PatchTokens<T> patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
                             int64_t channels, int64_t batch_stride, int64_t token_stride) {

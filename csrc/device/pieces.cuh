@@ -15,8 +15,8 @@ __host__ __device__ constexpr bool whole_pieces(int64_t count) {
     return count % EACH<T> == 0;
 }
 
-// The piece of a row of `count` numbers that begins at `column`, zeros past the row's end. Rows that are not `whole` pieces
-// are read number by number.
+// The piece of a row of `count` numbers that begins at `column`, zeros past the row's end. Rows that are not `whole`
+// pieces are read number by number.
 template <typename T>
 __device__ __forceinline__ Piece<T> load_piece(const T *row, int64_t column, int64_t count, bool whole) {
     Piece<T> piece{};
