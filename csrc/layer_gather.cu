@@ -215,8 +215,8 @@ template <int COLUMNS, bool SUMMED, typename T>
 int launch_gather(const Arguments<T> &a, int device, void *stream) {
     using Layout = Shape<COLUMNS>;
     const int64_t tiles = (a.hidden.rows() + Layout::ROWS - 1) / Layout::ROWS;
-    return launch(layer_gather<T, COLUMNS, SUMMED>, tiles * (a.hidden.layers / a.together), THREADS, Layout::TOTAL, device,
-                  stream, a);
+    return launch(layer_gather<T, COLUMNS, SUMMED>, tiles * (a.hidden.layers / a.together), THREADS, Layout::TOTAL,
+                  device, stream, a);
 }
 
 }  // namespace
