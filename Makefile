@@ -28,7 +28,7 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 # The CUDA kernels by themselves: pip would hide what is said, and would not see that a kernel has changed. Where there is
 # no nvcc it says so; where one appears later, the file waited for is another.
 $(KERNELS): $(VENV)/installed $(shell find csrc -type f)
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_native --inplace
+	@$(BIN)/python setup.py --quiet build_native --inplace
 	@touch $@
 
 test: lint ## linter, type checker, then all tests but the slow ones

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Command, Distribution, find_packages, setup
@@ -82,7 +83,8 @@ class BuildNative(Command):
     def compile(self, nvcc: str) -> None:
         in_place = self.inplace or self.editable_mode
         target = Path("" if in_place else self.build_lib, "ovseg_fast").resolve()
-        tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
+        folders = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+        tools = {name: shutil.which(name, path=folders) for name in ("cmake", "ninja")}
         if missing := [name for name, path in tools.items() if path is None]:
             sys.exit(f"{' and '.join(missing)} not found; `pip install {' '.join(missing)}`, or set OVSEG_BUILD_CUDA=0")
         options = {

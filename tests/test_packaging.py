@@ -278,6 +278,7 @@ def test_unknown_architectures_are_an_error(setup_py: ModuleType, monkeypatch: p
 
 def test_missing_build_tools_are_named(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, nvcc: Path) -> None:
     monkeypatch.setenv("PATH", str(nvcc.parent))
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: str(nvcc.parent))
     command = setup_py.BuildNative(setup_py.NativeDistribution())
     command.ensure_finalized()
     with pytest.raises(SystemExit, match=r"^cmake and ninja not found; `pip install cmake ninja`"):
