@@ -59,6 +59,16 @@ OVSEG_API int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad
                                             int64_t width, int64_t channels, int64_t heads, int64_t window,
                                             int64_t shift, int dtype, int device, void *stream);
 
+/* The best k <= 8 classes of every pixel, from logits (windows, classes, height, width), one map a window of `window_height` x `window_width`
+ * pixels: labels (k, out_height, out_width) and, where `scores` is not null, their scores, like labels. k = 0: all scores (classes, out_height,
+ * out_width) and no labels. whole, (classes, height, width), and offset, (classes,), may be null. `positions` lies in the host's
+ * memory: (top, left) of each window on the canvas, in pixels; they cover it. At most 64 windows. */
+OVSEG_API int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offset, const int64_t *positions,
+                                  void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height,
+                                  int64_t width, int64_t window_height, int64_t window_width, int64_t canvas_height,
+                                  int64_t canvas_width, int64_t out_height, int64_t out_width, int64_t k, int dtype,
+                                  int device, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
