@@ -69,6 +69,24 @@ OVSEG_API int ovseg_label_map_fwd(const void *logits, const void *whole, const v
                                   int64_t canvas_width, int64_t out_height, int64_t out_width, int64_t k, int dtype,
                                   int device, void *stream);
 
+/* Guided group normalisation, ReLU(GN(y + term)): y, out (batch, classes, positions, channels); term (batch, positions, channels) or null;
+ * statistics (batch, classes, groups, 2), float32, takes mean and 1 / s of each group. moments (batch * classes, ceil(positions / chunk),
+ * 2, channels), float32, is scratch; `chunk` positions are summed by one block. */
+OVSEG_API int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const void *weight, const void *bias,
+                                                void *out, float *statistics, float *moments, int64_t batch,
+                                                int64_t classes, int64_t positions, int64_t channels, int64_t groups,
+                                                int64_t chunk, float eps, int dtype, int device, void *stream);
+
+/* Its backward: y_grad like y, or null; term_grad (batch, splits, positions, channels), float32, or null, takes the sums over each of
+ * `splits` runs of ceil(classes / splits) classes. sums, float32 like moments, takes the gradients of bias and weight of each map's chunks, to be
+ * added up; means, like statistics, is scratch. */
+OVSEG_API int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y, const void *term,
+                                                const float *statistics, const void *weight, const void *bias,
+                                                void *y_grad, float *term_grad, float *sums, float *means,
+                                                int64_t batch, int64_t classes, int64_t positions, int64_t channels,
+                                                int64_t groups, int64_t chunk, int64_t splits, int dtype, int device,
+                                                void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -26,6 +26,8 @@ FUNCTIONS = {
     "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
     "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
     "ovseg_label_map_fwd": (*[POINTER] * 6, *[SIZE] * 11, *_RUN),
+    "ovseg_upsampling_decoder_norm_fwd": (*[POINTER] * 7, *[SIZE] * 6, REAL, *_RUN),
+    "ovseg_upsampling_decoder_norm_bwd": (*[POINTER] * 10, *[SIZE] * 7, *_RUN),
 }
 
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
