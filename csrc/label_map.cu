@@ -5,16 +5,17 @@
 //     canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     where a map of the whole image is given
 //     scores = resize(canvas, size),   the best k classes of every pixel, or all of them
 //
-// A block owns a rectangle of output pixels, a thread one of them. It reads the low-resolution logits below its rectangle
-// (they stay in the cache) and keeps the best k scores of each pixel in registers: nothing between logits and labels is
-// stored. First its warps find for each class the largest logits below the rectangle, which bound its scores there. Classes
-// are then taken from the largest bound downwards, until none that is left can be among the best of any pixel: few in a
-// photograph. Sums and products are float32 whatever the logits are, and written so that the compiler has no choice in
-// rounding them: labels are those of the scores to the bit.
+// A block owns a rectangle of output pixels, a thread one of them. It reads the low-resolution logits below its
+// rectangle (they stay in the cache) and keeps the best k scores of each pixel in registers: nothing between logits and
+// labels is stored. First its warps find for each class the largest logits below the rectangle, which bound its scores
+// there. Classes are then taken from the largest bound downwards, until none that is left can be among the best of any
+// pixel: few in a photograph. Sums and products are float32 whatever the logits are, and written so that the compiler
+// has no choice in rounding them: labels are those of the scores to the bit.
 //
 // Scores are compared as integers that order like them, NaN above everything, with the class in the lower half so that
 // the lower one wins among equals.
 
+#include "device/resize.cuh"
 #include "device/warp.cuh"
 
 namespace ovseg {
@@ -32,37 +33,6 @@ constexpr int EACH_BLOCK = 16;  // classes that a block takes there
 
 constexpr int32_t LAST = INT32_MAX, NONE = INT32_MIN;
 constexpr float SLACK = 1e-5f;  // how far rounding may lift a score above its bound
-
-struct Taps {  // the two source pixels that a resizing reads for one pixel of an axis, and the weight of the second
-    int low, high;
-    float weight;
-};
-
-struct Axis {
-    int size;  // of the source
-    float scale;
-
-    // Multiplied and added at once, so that every caller gets the same pixel.
-    __device__ __forceinline__ Taps taps(int at) const {
-        const float source = fmaxf(fmaf(float(at) + 0.5f, scale, -0.5f), 0.0f);
-        const int low = min(int(source), size - 1);
-        return {low, min(low + 1, size - 1), source - float(low)};
-    }
-};
-
-struct Rectangle {  // of pixels, the last ones included
-    int top, left, bottom, right;
-};
-
-struct Resizing {  // bilinear, corners not aligned; PyTorch's
-    Axis y, x;
-    bool needed;
-
-    __device__ __forceinline__ Rectangle source(Rectangle r) const {
-        if (!needed) return r;
-        return {y.taps(r.top).low, x.taps(r.left).low, y.taps(r.bottom).high, x.taps(r.right).high};
-    }
-};
 
 template <typename T>
 struct Arguments {
@@ -153,10 +123,6 @@ __device__ __forceinline__ void find(const Arguments<T> &a, Shared &shared, cons
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-
-__device__ __forceinline__ float mixed(float first, float second, float weight) {
-    return fmaf(weight, second, (1.0f - weight) * first);
-}
 
 // What a pixel of a window reads of its map of logits, whatever the class.
 struct Source {
@@ -424,12 +390,6 @@ __global__ void __launch_bounds__(THREADS, 4) score_map(const Arguments<T> a) {
     }
 }
 
-Resizing resizing(int64_t height, int64_t width, int64_t new_height, int64_t new_width) {
-    return {{int(height), float(height) / float(new_height)},
-            {int(width), float(width) / float(new_width)},
-            height != new_height || width != new_width};
-}
-
 }  // namespace
 }  // namespace ovseg
 
@@ -453,9 +413,9 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         Arguments<T> a{in(logits), in(whole), in(offset), static_cast<T *>(scores), labels, height * width,
                        int(windows), int(classes), int(k), int(out_height), int(out_width), int(window_height),
-                       int(window_width), resizing(height, width, window_height, window_width),
-                       resizing(window_height, window_width, canvas_height, canvas_width),
-                       resizing(canvas_height, canvas_width, out_height, out_width), {}, {}};
+                       int(window_width), Resizing(height, width, window_height, window_width),
+                       Resizing(window_height, window_width, canvas_height, canvas_width),
+                       Resizing(canvas_height, canvas_width, out_height, out_width), {}, {}};
         for (int n = 0; n < windows; ++n) a.tops[n] = int(positions[2 * n]), a.lefts[n] = int(positions[2 * n + 1]);
         if (k == 0) {
             const int64_t runs = (classes - 1) / EACH_BLOCK + 1;

@@ -2,9 +2,9 @@
 //
 //     z = y + term,   x̂ = (z − mean) / s,   out = ReLU(w ⊙ x̂ + β),   s = √(variance + ε)
 //
-// with mean and variance over the positions and channels of a group, for each image and class by itself; term is the same
-// for all classes, or absent. Moments are taken part by part, mean first and then centred squares, and combined as Chan,
-// Golub and LeVeque do, so that a mean far from zero costs no digits.
+// with mean and variance over the positions and channels of a group, for each image and class by itself; term is the
+// same for all classes, or absent. Moments are taken part by part, mean first and then centred squares, and combined as
+// Chan, Golub and LeVeque do, so that a mean far from zero costs no digits.
 //
 // Backward, from the gradient g of out, with h = g where out > 0, else 0, and means over a group:
 //
@@ -20,7 +20,7 @@ namespace ovseg {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int BATCH = 4;  // pieces of a tensor that a thread reads at once
+constexpr int BATCH = 2;  // pieces of a tensor that a thread reads at once
 
 struct Sizes {
     int classes, positions, channels, group, chunk;  // group: channels of one; chunk: positions that a block takes
@@ -87,7 +87,8 @@ __device__ __forceinline__ void store_floats(T *address, const float (&values)[N
     }
 }
 
-// Calls `function` with (position, z) for each of the thread's positions of a chunk; several are on their way at a time.
+// Goes through the thread's positions of a chunk, BATCH of them at a time: calls `function` with the first one and a
+// function that gives z of number b's channel i. The others lie `place.rows` apart.
 template <int N, typename T, typename Function>
 __device__ __forceinline__ void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &place, const T *y,
                                               const T *term, Function function) {
@@ -119,10 +120,10 @@ struct Affine {
     __device__ __forceinline__ float operator()(float z) const { return fmaf(z, slope, shift); }
 };
 
-// Mean and centred squares of each piece of a position's channels over a chunk: `moments`, (maps, chunks, 2, channels), of
-// which the first channels / N numbers of a row are used.
+// Mean and centred squares of each piece of a position's channels over a chunk: `moments`, (maps, chunks, 2, channels),
+// of which the first channels / N numbers of a row are used.
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 4) take_moments(const T *y, const T *term, float *moments, const Sizes s) {
+__global__ void __launch_bounds__(THREADS, 3) take_moments(const T *y, const T *term, float *moments, const Sizes s) {
     float *const counts = reinterpret_cast<float *>(shared_memory());
     float *const means = counts + THREADS, *const squares = means + THREADS;
     const Chunk chunk(s, blockIdx.x, Place<N>::parts(s));
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(THREADS, 4) take_moments(const T *y, const T *
 
 // Mean and 1 / s of each group: `statistics`, (maps, groups, 2). A warp a group.
 template <int N>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, 3)
     combine_moments(const float *moments, float *statistics, int64_t last, float eps, const Sizes s) {
     const int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (group >= last) return;
@@ -206,8 +207,9 @@ __device__ __forceinline__ Pair<float> of_group(const float *values, const Sizes
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 4) normalise(const T *y, const T *term, const float *statistics, const T *weight,
-                                                     const T *bias, T *out, const Sizes s) {
+__global__ void __launch_bounds__(THREADS, 3)
+    normalise(const T *y, const T *term, const float *statistics, const T *weight, const T *bias, T *out,
+              const Sizes s) {
     // From the end: what the moments were taken of last may still be in the cache.
     const Chunk chunk(s, gridDim.x - 1 - blockIdx.x, Place<N>::parts(s));
     const Place<N> place(s, chunk.part);
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(THREADS, 4) normalise(const T *y, const T *ter
 
 // Σ h and Σ h ⊙ x̂ of each channel over a chunk: `sums`, (maps, chunks, 2, channels).
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, 2)
     sum_gradients(const T *grad, const T *y, const T *term, const float *statistics, const T *weight, const T *bias,
                   float *sums, const Sizes s) {
     float *const shared = reinterpret_cast<float *>(shared_memory());  // (2, threads, N)
@@ -263,10 +265,12 @@ __global__ void __launch_bounds__(THREADS, 4)
                     const float x = Affine(group.value[0], group.value[1], w[i], shift[i])(z(b, i));
                     const float h = x <= 0.0f ? 0.0f : to_float(grads[b].value[i]);
                     passed[i] += h;
-                    along[i] += h * (z(b, i) - group.value[0]) * group.value[1];
+                    along[i] += h * (z(b, i) - group.value[0]);
                 }
             }
         });
+#pragma unroll
+        for (int i = 0; i < N; ++i) along[i] *= group.value[1];
         store_floats(shared + thread * N, passed);
         store_floats(shared + (THREADS + thread) * N, along);
     }
@@ -285,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 // mean(w ⊙ h) and mean(w ⊙ h ⊙ x̂) of each group: `means`, (maps, groups, 2). A warp a group.
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, 3)
     combine_gradients(const float *sums, const T *weight, float *means, int64_t last, const Sizes s) {
     const int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (group >= last) return;
@@ -305,7 +309,7 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 // dy, where that is not null, and dterm of some of the classes, where that is not: (batch, splits, positions, channels).
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, 3)
     differentiate(const T *grad, const T *y, const T *term, const float *statistics, const float *means,
                   const T *weight, const T *bias, T *y_grad, float *term_grad, int splits, const Sizes s) {
     const int parts = Place<N>::parts(s);

@@ -38,10 +38,10 @@ def _launch(
     scores: Tensor | None, labels: Tensor | None, k: int,
 ) -> None:  # fmt: skip
     """`positions` holds (top, left) of each window, one after the other; with k = 0 all scores are wanted."""
-    logits, whole, offset = (None if tensor is None else native.aligned(tensor) for tensor in (logits, whole, offset))
+    optional = [None if tensor is None else native.aligned(tensor) for tensor in (whole, offset)]
     # The launch itself carries the positions: nothing is copied from the host, and a CUDA graph holds them.
     numbers = (ctypes.c_int64 * len(positions))(*positions)
     native.call(
-        "ovseg_label_map_fwd", logits, whole, offset, ctypes.addressof(numbers), scores, labels,
+        "ovseg_label_map_fwd", native.aligned(logits), *optional, ctypes.addressof(numbers), scores, labels,
         *logits.shape, *window, *canvas, *size, k,
     )  # fmt: skip
