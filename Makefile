@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 RESULTS ?= build/benchmarks.json
+NVCC := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard $(CUDA_HOME)/bin/nvcc))
+KERNELS := $(VENV)/kernels-$(if $(NVCC),built,without-nvcc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -13,14 +15,20 @@ RESULTS ?= build/benchmarks.json
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-venv: $(VENV)/installed ## virtual environment in .venv with the package (editable) and its tools; PYTHON=... chooses the Python
+venv: $(VENV)/installed $(KERNELS) ## virtual environment in .venv with the package (editable) and its tools; PYTHON=... chooses the Python
 
 # torch first and by itself: the constraint decides which one, before anything that depends on it is looked at.
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ovseg-fast needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	OVSEG_BUILD_CUDA=0 $(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The CUDA kernels by themselves: pip would hide what is said, and would not see that a kernel has changed. Where there is
+# no nvcc it says so; where one appears later, the file waited for is another.
+$(KERNELS): $(VENV)/installed $(shell find csrc -type f)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_native --inplace
 	@touch $@
 
 test: lint ## linter, type checker, then all tests but the slow ones

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 CSRC = Path("csrc")
+HOW = "put nvcc on PATH or name CUDA_HOME, then `pip install --force-reinstall --no-deps -e .`"
 
 
 def native_compiler() -> tuple[str | None, str]:
@@ -20,24 +22,53 @@ def native_compiler() -> tuple[str | None, str]:
     wanted = os.environ.get("OVSEG_BUILD_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"OVSEG_BUILD_CUDA is {wanted!r}; expected 0, 1 or auto")
-    if not (CSRC / "CMakeLists.txt").exists():
-        return None, "no native library to build, csrc holds no CMakeLists.txt"
     if wanted == "0":
-        return None, "native library not built, OVSEG_BUILD_CUDA=0"
+        return None, "CUDA kernels not built, OVSEG_BUILD_CUDA=0; unset it to build them"
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin")
     if not nvcc and wanted == "1":
         sys.exit("OVSEG_BUILD_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin")
-    return nvcc, f"native library built with {nvcc}" if nvcc else "native library not built, no nvcc found"
+    return nvcc, f"CUDA kernels built with {nvcc}" if nvcc else f"CUDA kernels not built, no nvcc found; {HOW}"
+
+
+def architectures() -> list[str]:
+    """What OVSEG_CUDA_ARCHS asks for, as nvcc names it; none where CMake shall take all that it knows."""
+    wanted = os.environ.get("OVSEG_CUDA_ARCHS", "")
+    names = re.split(r"[\s,;]+", wanted.strip(" ,;")) if wanted.strip(" ,;") else []
+    for name in names:
+        number = re.fullmatch(r"(\d{2,3})[af]?", name)
+        if not number or int(number[1]) < 80:
+            sys.exit(f'OVSEG_CUDA_ARCHS is {wanted!r}; expected compute capabilities from 80 on, such as "80 90a"')
+    return list(dict.fromkeys(names))
+
+
+def is_stale(cache: Path, nvcc: str) -> bool:
+    """Whether CMake would stumble over what it found out earlier: in another folder, or with compilers now gone."""
+    if not cache.exists():
+        return False
+    lines = (line.partition("=") for line in cache.read_text().splitlines() if ":" in line.partition("=")[0])
+    entries = {name.partition(":")[0]: value for name, _, value in lines}
+    expected = {
+        "CMAKE_HOME_DIRECTORY": CSRC.resolve(),
+        "CMAKE_CACHEFILE_DIR": cache.parent.resolve(),
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_GENERATOR": "Ninja",
+    }
+    return any(name in entries and entries[name] != str(value) for name, value in expected.items()) or not shutil.which(
+        entries.get("CMAKE_CXX_COMPILER", sys.executable)
+    )
 
 
 class BuildNative(Command):
     """Compiles csrc into ovseg_fast/libovseg.so; of its own, as setuptools only warns when build_py fails."""
 
-    user_options: list[tuple[str, str, str]] = []
+    description = "compile the CUDA kernels of csrc where nvcc is found"
+    user_options = [("inplace", "i", "put the library beside the sources, for an editable installation")]
+    boolean_options = ["inplace"]
     editable_mode = False
 
     def initialize_options(self) -> None:
         self.build_lib = ""
+        self.inplace = False
 
     def finalize_options(self) -> None:
         self.build_lib = self.get_finalized_command("build").build_lib
@@ -45,13 +76,30 @@ class BuildNative(Command):
     def run(self) -> None:
         nvcc, reason = native_compiler()
         if nvcc:
-            target = Path("" if self.editable_mode else self.build_lib, "ovseg_fast").resolve()
-            # Ninja is named each time: the last one may have lived in an isolated environment, now gone.
-            options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
-            options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}"]
-            subprocess.run(["cmake", "-S", CSRC, "-B", "build/csrc", "-G", "Ninja", *options], check=True)
-            subprocess.run(["cmake", "--build", "build/csrc"], check=True)
+            self.compile(nvcc)
         print(f"ovseg-fast: {reason}", file=sys.stderr)
+
+    def compile(self, nvcc: str) -> None:
+        in_place = self.inplace or self.editable_mode
+        target = Path("" if in_place else self.build_lib, "ovseg_fast").resolve()
+        tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
+        if missing := [name for name, path in tools.items() if path is None]:
+            sys.exit(f"{' and '.join(missing)} not found; `pip install {' '.join(missing)}`, or set OVSEG_BUILD_CUDA=0")
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": tools["ninja"],  # each time: the last one may have been in an isolated environment
+            "CMAKE_CUDA_COMPILER": nvcc,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "OVSEG_ARCHITECTURES": ";".join(architectures()),
+            "OVSEG_EMULATED": "OFF",
+        }
+        folder = Path("build", "csrc")
+        fresh = ["--fresh"] if is_stale(folder / "CMakeCache.txt", nvcc) else []
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        configure = [tools["cmake"], *fresh, "-S", CSRC, "-B", folder, "-G", "Ninja", *definitions]
+        for command in (configure, [tools["cmake"], "--build", folder]):
+            if code := subprocess.run(command, check=False).returncode:
+                sys.exit(f"ovseg-fast: building the CUDA kernels failed ({code}); OVSEG_BUILD_CUDA=0 installs without")
 
     def get_source_files(self) -> list[str]:
         return [str(path) for path in sorted(CSRC.rglob("*")) if path.is_file()]

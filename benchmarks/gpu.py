@@ -3,10 +3,13 @@
     python benchmarks/gpu.py [--out FILE] [--minutes 20] [--only WORD] [--skip-tests]
     python benchmarks/gpu.py --smoke     a few small rows through Triton's interpreter, to try this script without a GPU
 
-Forms: "triton" (the kernels), "eager" (the PyTorch form, whose plain attention is SDPA), "compile" (torch.compile of
-it) and, for mask attention where it is installed, "xformers"; each forward, and forward with backward. A form is timed
-only after its result was compared with the float64 PyTorch form. The results are written after every row, so that an
-interrupted run keeps what it measured.
+Forms: "cuda" and "triton" (the kernels), "eager" (the PyTorch form, whose plain attention is SDPA), "compile"
+(torch.compile of it) and, for mask attention where it is installed, "xformers"; each forward, and forward with
+backward. A form is timed only after its result was compared with the float64 PyTorch form. The results are written
+after every row, so that an interrupted run keeps what it measured.
+
+The CUDA C++ kernels are also run under compute-sanitizer on small sizes, and the largest under Nsight Compute, where
+these tools are on PATH.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import click
 import torch
+from gpu_checks import profile_kernels, sanitize_kernels
 from gpu_timing import Timer, ceilings
 from head_forms import head_forms, training_forms
 from work import work
 
 import ovseg_fast as ovs
-from ovseg_fast import backends, ops
+from ovseg_fast import backends, native, ops
 from samples import Sample, map_tensors, select, tensors
 from tolerances import KERNEL, relative_error
 
@@ -136,6 +140,8 @@ def forms(row: Sample, smoke: bool) -> dict[str, Callable[..., Any]]:
 
     torch.compiler.reset()
     found = {"triton": on("triton", function), "eager": on("torch", function)}
+    if row.operator in backends.operators_with_kernels("cuda") and not native.problem():
+        found = {"cuda": on("cuda", function), **found}
     if not smoke:
         found["compile"] = on("torch", torch.compile(function))
     if row.function == "mask_attention" and not smoke and util.find_spec("xformers"):
@@ -167,7 +173,7 @@ def time_row(run: Run, row: Sample, dtype: torch.dtype, ceiling: dict[str, float
         try:
             results = tensors(forward())
             error = max((_error(row, result, t) for result, t in zip(results, truth, strict=True)), default=0.0)
-            if name == "triton" and not error <= KERNEL[dtype]:
+            if name in ("cuda", "triton") and not error <= KERNEL[dtype]:
                 entry[name] = {"wrong": error}
                 continue
             entry[name] = {
@@ -192,7 +198,8 @@ def time_row(run: Run, row: Sample, dtype: torch.dtype, ceiling: dict[str, float
     label = f"{row.id} {str(dtype).removeprefix('torch.')}"
     run.keep("operators", label, value=entry)
     click.echo(
-        f"{label:<64}" + "  ".join(f"{name} {_short(entry.get(name))}" for name in ("triton", "compile", "eager"))
+        f"{label:<64}"
+        + "  ".join(f"{name} {_short(entry.get(name))}" for name in ("cuda", "triton", "compile", "eager"))
     )
 
 
@@ -250,6 +257,8 @@ def main(out: Path | None, minutes: float, only: str, skip_tests: bool, smoke: b
     click.echo(json.dumps(run.results["machine"], indent=1))
     if not skip_tests:
         run_tests(run)
+        if not smoke:
+            run.keep("sanitizer", value=sanitize_kernels())
     ceiling = ceilings(run.timer)
     run.keep("ceilings", value=ceiling)
     predictions = json.loads(PREDICTIONS.read_text())
@@ -262,6 +271,8 @@ def main(out: Path | None, minutes: float, only: str, skip_tests: bool, smoke: b
     for classes in (2,) if smoke else (171, 20):
         if not run.late() and not only:
             time_head(run, classes)
+    if not smoke and not run.late() and not only:
+        run.keep("profiles", value=profile_kernels())
     if run.late():
         run.keep("stopped", value=f"after {minutes} minutes, before everything was measured")
     click.echo(f"written: {run.out}")

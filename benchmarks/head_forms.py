@@ -1,5 +1,5 @@
 """The CAT-Seg-B head in its forms, on the same random weights and inputs: literal (the published formula), rewritten
-(the PyTorch form), compile (torch.compile of that) and triton (the kernels).
+(the PyTorch form), compile (torch.compile of that) triton and cuda (the kernels).
 
 Run as a program it reports the peak memory of one form in megabytes:
 
@@ -89,6 +89,7 @@ def head_forms(
         "literal": inference(lambda: head.literal(pooling)),
         "rewritten": inference(lambda: head.package(pooling, "torch")),
         "triton": inference(lambda: head.package(pooling, "triton")),
+        "cuda": inference(lambda: head.package(pooling, "cuda")),
     }
     if compiled:
         optimised = torch.compile(head.model.aggregator)
@@ -115,6 +116,7 @@ def training_forms(
         "literal": lambda: step(head.literal(2, leaves), trained),
         "rewritten": lambda: step(head.package(2, "torch"), parameters),
         "triton": lambda: step(head.package(2, "triton"), parameters),
+        "cuda": lambda: step(head.package(2, "cuda"), parameters),
     }
 
 

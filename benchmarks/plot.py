@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-FORMS = {"eager": "#b0b0b0", "compile": "#7aa6c2", "triton": "#d1495b"}
+FORMS = {"eager": "#b0b0b0", "compile": "#7aa6c2", "triton": "#d1495b", "cuda": "#3c8d40"}
 DTYPE = "bfloat16"
 
 
@@ -31,7 +31,7 @@ def plot(results: dict[str, Any], kind: str) -> pyplot.Figure:
         for index, (form, colour) in enumerate(FORMS.items()):
             if kind in entry.get(form, {}):
                 label = form if place == 0 else None
-                axis.barh(place + 0.26 * (index - 1), entry[form][kind]["us"], 0.24, color=colour, label=label)
+                axis.barh(place + 0.2 * (index - 1.5), entry[form][kind]["us"], 0.18, color=colour, label=label)
         floor = entry["triton"][kind]["floor_us"]
         axis.plot([floor, floor], [place - 0.4, place + 0.4], color="black", label="floor" if place == 0 else None)
     axis.set_yticks(range(len(rows)), list(rows))

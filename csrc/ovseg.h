@@ -59,6 +59,69 @@ OVSEG_API int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad
                                             int64_t width, int64_t channels, int64_t heads, int64_t window,
                                             int64_t shift, int dtype, int device, void *stream);
 
+/* Backward of the residual MLP of both aggregation blocks on rows y (rows, channels): grad, y_grad and normed, LN(y), like y; activated,
+ * units_grad (rows, hidden): the activations and the gradient before them, for the weights' gradients, null together with `normed` where
+ * these are not wanted; sums (blocks, 3, channels) in float32, each block's share of the gradients of norm_weight, norm_bias and the last bias, or null. A
+ * block takes 128 rows of 16-bit numbers, 64 of float32. gelu: 1 for GELU, 0 for ReLU. channels = 128, hidden a multiple of 32. */
+OVSEG_API int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_weight, const void *norm_bias,
+                                     const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
+                                     void *y_grad, void *normed, void *activated, void *units_grad, void *sums,
+                                     int64_t rows, int64_t channels, int64_t hidden, int64_t gelu, int dtype,
+                                     int device, void *stream);
+
+/* Patch tokens of `layers` encoder blocks, at most 32 of them, normalised twice, projected and brought to unit
+ * length. `hidden` points to as many pointers, read before the function returns: (batch, tokens, channels) each,
+ * whose tokens lie as the two strides say, the last `patches` of them patch tokens. shared_weight, shared_bias
+ * (channels); norm_weight, norm_bias (layers, channels); projection (layers, channels, width), width <= 1024. out
+ * (layers, batch, patches, width) where `weights` is null, else (batch, patches, width), the sum over the layers
+ * with weights (layers). */
+OVSEG_API int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
+                                     const void *norm_weight, const void *norm_bias, const void *projection,
+                                     const void *weights, void *out, int64_t layers, int64_t batch, int64_t tokens,
+                                     int64_t patches, int64_t channels, int64_t width, int64_t batch_stride,
+                                     int64_t token_stride, float shared_eps, float norm_eps, int dtype, int device,
+                                     void *stream);
+
+/* Its backward, in three parts, between which lie products with the projection. rows = batch * patches.
+ *
+ * What the forward multiplies: normed (layers, rows, channels) of `dtype`, and each row's statistics (layers, rows,
+ * 4) of float. */
+OVSEG_API int ovseg_layer_gather_normed_bwd(const void *const *hidden, const void *shared_weight,
+                                            const void *shared_bias, const void *norm_weight, const void *norm_bias,
+                                            void *normed, float *statistics, int64_t layers, int64_t batch,
+                                            int64_t tokens, int64_t patches, int64_t channels, int64_t batch_stride,
+                                            int64_t token_stride, float shared_eps, float norm_eps, int dtype,
+                                            int device, void *stream);
+
+/* Through the unit length: projected (layers, rows, width), the product of normed and projection, becomes its
+ * gradient. grad (layers, rows, width) where `weights` is null, else (rows, width); weights_grad (layers), or null
+ * where it is not wanted, is added up from `along` (layers, rows) of float. */
+OVSEG_API int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void *weights, void *weights_grad,
+                                            float *along, int64_t layers, int64_t rows, int64_t width, int dtype,
+                                            int device, void *stream);
+
+/* Through both norms: grad (layers, rows, channels), of normed -> hidden_grad (layers, batch, tokens, channels), and
+ * sums (layers, count, 4, channels) of float, of 32 rows each (count = ceil(rows / 32)): the gradients of
+ * shared_weight, shared_bias, norm_weight and norm_bias. Either may be null; `means` (layers, rows, 2) of float is
+ * needed for the sums. */
+OVSEG_API int ovseg_layer_gather_norms_bwd(const void *grad, const void *const *hidden, const void *shared_weight,
+                                           const void *shared_bias, const void *norm_weight, const float *statistics,
+                                           void *hidden_grad, float *means, float *sums, int64_t layers, int64_t batch,
+                                           int64_t tokens, int64_t patches, int64_t channels, int64_t count,
+                                           int64_t batch_stride, int64_t token_stride, int dtype, int device,
+                                           void *stream);
+
+/* Weighted sum over layers: features (layers, size), weights (layers) -> out (size). */
+OVSEG_API int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, void *out, int64_t layers,
+                                             int64_t size, int dtype, int device, void *stream);
+
+/* grad (size) -> features_grad (layers, size) and weights_grad (layers), either null where it is not wanted.
+ * `shares` (layers, count) of float, with count = 8 for each 16 KB of a layer, the last ones begun, is needed for
+ * the weights. */
+OVSEG_API int ovseg_gaussian_aggregation_bwd(const void *grad, const void *features, const void *weights,
+                                             void *features_grad, void *weights_grad, float *shares, int64_t layers,
+                                             int64_t size, int64_t count, int dtype, int device, void *stream);
+
 /* The best k <= 8 classes of every pixel, from logits (windows, classes, height, width), one map a window of
  * `window_height` x `window_width` pixels: labels (k, out_height, out_width) and, where `scores` is not null, their scores,
  * like labels. k = 0: all scores (classes, out_height, out_width) and no labels. whole (classes, height, width) and offset

@@ -63,16 +63,7 @@ __device__ __forceinline__ void store_head(T *first, int pitch, const int *place
 template <typename T>
 __device__ __forceinline__ void load_factors(A (&a)[WIDTH / K<T>], Tile<T, WIDTH> tile, int lane) {
 #pragma unroll
-    for (int k = 0; k < WIDTH / K<T>; ++k) {
-        if constexpr (sizeof(T) == 2) {
-            a[k] = load_a(tile, k, lane);
-        } else {
-            const Pair<float> upper = load<float, 2>(tile.at(d_row(lane, 0), k * K<T> + d_column(lane, 0)));
-            const Pair<float> lower = load<float, 2>(tile.at(d_row(lane, 2), k * K<T> + d_column(lane, 0)));
-            a[k] = {{__float_as_uint(upper.value[0]), __float_as_uint(lower.value[0]),
-                     __float_as_uint(upper.value[1]), __float_as_uint(lower.value[1])}};
-        }
-    }
+    for (int k = 0; k < WIDTH / K<T>; ++k) a[k] = load_a_chained(tile, k, lane);
 }
 
 template <typename T>

@@ -111,17 +111,18 @@ def refusal(
         return "triton is not installed"
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
+    if capability is not None and capability < CAPABILITY:
+        return "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*CAPABILITY, *capability)
     if name == "cuda":
-        capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
         if reason := native.refusal(device, capability):
             return reason
-        if forced or operator in native.VERIFIED:
+        if forced or (operator in native.VERIFIED and device != "cpu"):
             return None
+        if device == "cpu":
+            return "on the CPU only the slow emulation of a GPU runs it, and only where forced"
         return "no GPU has verified its CUDA C++ kernels yet; OVSEG_BACKEND=cuda tries them"
     if device == "cuda":
-        capability = torch.cuda.get_device_capability(index)
-        if capability < CAPABILITY:
-            return f"its kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, this GPU has {capability}"
         return None
     if device != "cpu":
         return f"its kernels run on CUDA tensors, not on {device}"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, native
 from .models.presets import PRESETS, Preset
 
 _PACKAGES = (
@@ -30,7 +28,7 @@ def report() -> str:
         "ovseg-fast": [("version", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
         + [(name, _version(name)) for name in _PACKAGES],
         "devices": _devices(),
-        "native library": [("libovseg", _native())],
+        "native library": [("libovseg", native_library())],
         "models": [(preset.name, f"{preset.note}; {_weights(preset)}") for preset in PRESETS.values()],
     }
     width = max(len(name) for rows in sections.values() for name, _ in rows)
@@ -76,7 +74,13 @@ def _operators() -> list[str]:
     ]
 
 
-def _native() -> str:
-    if (Path(__file__).parent / "libovseg.so").exists():
-        return "built"
-    return f"not built: this version has none to build (nvcc {'found' if shutil.which('nvcc') else 'not found'})"
+def native_library() -> str:
+    """What the CUDA C++ kernels were built for, or why they cannot be used and what helps."""
+    if problem := native.problem():
+        return problem
+    if not native.architectures():
+        return f"{native.path().name}: emulates a GPU on the CPU, for tests"
+    unverified = set(backends.operators_with_kernels("cuda")) - native.VERIFIED
+    return f"built for compute capability {native.capabilities()}" + (
+        f"; no GPU has verified {', '.join(sorted(unverified))} yet" if unverified else ""
+    )

@@ -1,15 +1,18 @@
 """The native library: finds, loads and checks `libovseg.so`, and calls its functions.
 
-The library is built from csrc when the package is installed where nvcc is found. It is looked at when it is first needed, never
-on import. `FUNCTIONS` says what ovseg.h says; a test compares the two.
+The library is built from csrc when the package is installed where nvcc is found. It is looked at when it is first
+needed, never on import. `FUNCTIONS` says what ovseg.h says; a test compares the two.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,13 @@ _RUN = (NUMBER, NUMBER, POINTER)  # dtype, device, stream: the last arguments of
 FUNCTIONS = {
     "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
     "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
+    "ovseg_residual_mlp_bwd": (*[POINTER] * 12, *[SIZE] * 4, *_RUN),
+    "ovseg_layer_gather_fwd": (*[POINTER] * 8, *[SIZE] * 8, REAL, REAL, *_RUN),
+    "ovseg_layer_gather_normed_bwd": (*[POINTER] * 7, *[SIZE] * 7, REAL, REAL, *_RUN),
+    "ovseg_layer_gather_length_bwd": (*[POINTER] * 5, *[SIZE] * 3, *_RUN),
+    "ovseg_layer_gather_norms_bwd": (*[POINTER] * 9, *[SIZE] * 8, *_RUN),
+    "ovseg_gaussian_aggregation_fwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
+    "ovseg_gaussian_aggregation_bwd": (*[POINTER] * 6, *[SIZE] * 3, *_RUN),
     "ovseg_label_map_fwd": (*[POINTER] * 6, *[SIZE] * 11, *_RUN),
     "ovseg_upsampling_decoder_norm_fwd": (*[POINTER] * 7, *[SIZE] * 6, REAL, *_RUN),
     "ovseg_upsampling_decoder_norm_bwd": (*[POINTER] * 10, *[SIZE] * 7, *_RUN),
@@ -39,7 +49,7 @@ class NativeLibraryError(RuntimeError):
 
 
 def path() -> Path:
-    """Where the library is expected: beside this module, or where the environment variable OVSEG_NATIVE_LIBRARY says."""
+    """Where the library is expected: where the environment variable OVSEG_NATIVE_LIBRARY says, else by this module."""
     return Path(os.environ.get("OVSEG_NATIVE_LIBRARY") or Path(__file__).with_name("libovseg.so"))
 
 
@@ -52,10 +62,13 @@ def library() -> ctypes.CDLL:
     """
     file = path()
     if not file.exists():
+        if os.environ.get("OVSEG_NATIVE_LIBRARY"):
+            raise NativeLibraryError(f"OVSEG_NATIVE_LIBRARY names {file}, which does not exist; unset or correct it")
         raise NativeLibraryError(
             "the native library is not built; `pip install -e .` builds it where nvcc is on PATH or in CUDA_HOME/bin"
         )
     try:
+        _check_whole(file)
         loaded = ctypes.CDLL(str(file))
         version = loaded.ovseg_abi_version()
     except (OSError, AttributeError) as error:
@@ -64,13 +77,27 @@ def library() -> ctypes.CDLL:
         raise NativeLibraryError(
             f"the native library {file.name} has interface version {version}, this package needs {ABI_VERSION}; {AGAIN}"
         )
-    loaded.ovseg_error_string.restype = ctypes.c_char_p
     try:
+        loaded.ovseg_error_string.restype = ctypes.c_char_p
         for name, types in FUNCTIONS.items():
             getattr(loaded, name).argtypes = types
+        loaded.ovseg_architectures.argtypes = (POINTER, NUMBER)
     except AttributeError as error:
         raise NativeLibraryError(f"the native library {file.name} lacks a function ({error}); {AGAIN}") from error
     return loaded
+
+
+def _check_whole(file: Path) -> None:
+    """Raises OSError where a library's end is missing: the loader would map what is not there, and the process die."""
+    with file.open("rb") as content:
+        header = content.read(64)
+        size = content.seek(0, os.SEEK_END)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return  # nothing that a 64-bit loader would map: it says so itself
+    (table,) = struct.unpack_from("<Q", header, 40)  # of the sections, the last thing in the file
+    entry, count = struct.unpack_from("<HH", header, 58)
+    if size < table + entry * count:
+        raise OSError(f"it has {size} bytes of {table + entry * count}")
 
 
 @lru_cache(maxsize=1)
@@ -90,6 +117,11 @@ def architectures() -> tuple[int, ...]:
     return tuple(found[: library().ovseg_architectures(found, len(found))])
 
 
+def capabilities() -> str:
+    """`architectures` as compute capabilities, in words."""
+    return ", ".join(f"{number // 10}.{number % 10}" for number in architectures())
+
+
 def refusal(device: str, capability: tuple[int, int] | None) -> str | None:
     """Why the library's kernels cannot run on tensors of this kind of device, or None where they can."""
     if reason := problem():
@@ -104,31 +136,38 @@ def refusal(device: str, capability: tuple[int, int] | None) -> str | None:
     # Machine code runs on GPUs of its own major number with at least its minor one.
     if any(built // 10 == major and built % 10 <= minor for built in architectures()):
         return None
-    built = ", ".join(f"{number // 10}.{number % 10}" for number in architectures())
     return (
-        f"the native library was built for GPUs of compute capability {built}, this one has {major}.{minor}; "
+        f"the native library was built for GPUs of compute capability {capabilities()}, this one has {major}.{minor}; "
         f"build it again with OVSEG_CUDA_ARCHS={major}{minor}"
     )
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
+def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None) -> None:
     """Queue a function's kernels on the current stream of the tensors' device, without waiting.
 
     Args:
         name: the function, of `FUNCTIONS`.
         arguments: its arguments up to the sizes; tensors are contiguous and of one dtype and device, None is a null
-            pointer.
+            pointer, and a list of tensors is a pointer to as many.
 
     Raises:
         RuntimeError: the library refuses the call or the launch fails.
     """
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else None
-    values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    values = [_value(argument) for argument in arguments]
     error = getattr(library(), name)(*values, DTYPES[first.dtype], max(first.get_device(), 0), stream)
     if error:
         operator = name.removeprefix("ovseg_").rpartition("_")[0]
         raise RuntimeError(f"{operator}: {library().ovseg_error_string(error).decode()}.")
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, (list, tuple)):
+        return (POINTER * len(argument))(*(tensor.data_ptr() for tensor in argument))
+    return argument
 
 
 def aligned(tensor: Tensor) -> Tensor:

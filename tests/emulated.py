@@ -17,18 +17,17 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
-def build() -> Path:
-    """Brings the library up to date, one process at a time; its path."""
-    folder = ROOT / "build" / "emulated"
+def build(sanitized: bool = False) -> Path:
+    """Brings the library up to date, one process at a time; its path. `sanitized` sees wrong accesses, slowly."""
+    folder = ROOT / "build" / ("sanitized" if sanitized else "emulated")
+    options = ["-DOVSEG_EMULATED=ON", f"-DOVSEG_SANITIZE={'ON' if sanitized else 'OFF'}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", "-DOVSEG_EMULATED=ON"],
+            ["cmake", "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", *options],
             ["cmake", "--build", folder],
         ):
-            run = subprocess.run(
-                command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, check=False
-            )
+            run = subprocess.run(command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-3000:]
     return folder / "libovseg-emulated.so"

@@ -289,23 +289,26 @@ SAMPLES = [
         "many-classes",
     ),
     _row("spatial_aggregation", "no image", spatial_aggregation(batch=0, shift=2), "empty"),
-    _row("spatial_aggregation", "wide", spatial_aggregation(classes=2, height=12, width=12, window=12, **WIDE), "wide"),
+    _row(
+        "spatial_aggregation",
+        "wide",
+        spatial_aggregation(batch=2, classes=2, height=12, width=12, window=12, **WIDE),
+        "wide",
+        "batch",
+    ),
     _row(
         "spatial_aggregation",
         "wide, shifted, beyond the border",
         spatial_aggregation(classes=1, height=13, width=14, window=12, shift=6, **WIDE),
         "wide",
-        "odd",
-        "one-class",
     ),
     _row(
         "spatial_aggregation",
-        "wide, small windows",
-        spatial_aggregation(batch=2, classes=1, height=6, width=5, window=5, shift=2, **WIDE),
+        "wide, small window",
+        spatial_aggregation(classes=1, height=5, width=5, window=5, shift=2, **WIDE),
         "wide",
         "small",
         "odd",
-        "batch",
     ),
     _row("spatial_aggregation", "wide, no image", spatial_aggregation(batch=0, window=4, **WIDE), "wide", "empty"),
     *(
@@ -475,6 +478,7 @@ SAMPLES = [
     _row("layer_gather", "one layer, patches only", layer_gather(layers=1, prompts=-1, patches=1)),
     _row("layer_gather", "more layers than a launch takes", layer_gather(layers=9, batch=2, out=17), "batch"),
     _row("layer_gather", "wide", layer_gather(layers=2, patches=17, channels=40, out=1000)),
+    _row("layer_gather", "wide, published", layer_gather(layers=2, patches=40, channels=768, out=512), "wide"),
     _row("layer_gather", "no image", layer_gather(batch=0), "empty"),
     _row(
         "layer_gather",
@@ -502,6 +506,8 @@ SAMPLES = [
         "batch",
     ),
     _row("gather_stage", "more layers than a launch takes", gather_stage(layers=9, batch=2, out=17), "batch"),
+    _row("gather_stage", "wide, published", gather_stage(patches=17, channels=768, out=512), "wide"),
+    _row("gather_stage", "wide, more columns", gather_stage(layers=2, patches=19, channels=200, out=768), "wide"),
     _row("gather_stage", "no image", gather_stage(batch=0), "empty"),
     *(
         _row("gather_stage", f"published{words}", gather_stage(batch=batch, **PUBLISHED_STAGE), "bench")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 import ovseg_fast as ovs
-from ovseg_fast import backends
+from ovseg_fast import backends, info, native
 
 
 def volume(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -108,12 +112,12 @@ def test_an_unknown_operator_is_refused() -> None:
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
-    with ovs.backend("cuda"), pytest.raises(RuntimeError) as caught:
-        volume()
-    assert str(caught.value) == (
-        "cost_volume: the cuda backend was asked for but cannot run: "
-        "the native library is not built: this version brings no CUDA C++ kernels."
-    )
+    for name in ("cuda", "triton"):
+        reason = backends.refusal("cost_volume", name, "cpu", None, torch.float64, True)
+        assert reason
+        with ovs.backend(name), pytest.raises(RuntimeError) as caught:
+            volume(torch.float64)
+        assert str(caught.value) == f"cost_volume: the {name} backend was asked for but cannot run: {reason}."
 
 
 def test_bad_input_is_refused_before_the_choice() -> None:
@@ -129,7 +133,7 @@ def test_each_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFi
             volume(dtype)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(set(lines)) == 2
-    assert all(line.startswith("cost_volume runs on torch; cuda: the native library is not built") for line in lines)
+    assert all(line.startswith("cost_volume runs on torch; cuda: ") and "; triton: " in line for line in lines)
     assert "float64" in lines[1] and "float64" not in lines[0]
 
 
@@ -144,7 +148,8 @@ def test_explain_names_every_operator_its_choice_and_the_reasons() -> None:
         assert all(reasons[name] in table for name in ("cuda", "triton"))
 
 
-def test_explain_of_a_forced_backend_that_cannot_run() -> None:
+def test_explain_of_a_forced_backend_that_cannot_run(use_library: Callable, tmp_path: Path) -> None:
+    use_library(tmp_path / "none.so")
     with ovs.backend("cuda"):
         explanation = ovs.explain("cpu")
     assert set(explanation.choices.values()) == {None}
@@ -205,11 +210,30 @@ def test_info_with_triton_and_no_gpu() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_info_with_a_forced_library_that_is_not_built() -> None:
-    report = run(INFO, OVSEG_BACKEND="cuda")
+def test_info_with_a_forced_library_that_is_not_there(tmp_path: Path) -> None:
+    report = run(INFO, OVSEG_BACKEND="cuda", OVSEG_NATIVE_LIBRARY=str(tmp_path / "none.so"))
     assert "operators on cpu tensors (backend: cuda)" in report
-    assert "the native library is not built" in report
     assert "An operator that nothing runs raises an error while cuda is asked for." in report
+    assert re.search(
+        r"libovseg +OVSEG_NATIVE_LIBRARY names .*none.so, which does not exist; unset or correct it", report
+    )
+
+
+def test_info_with_an_emulated_library(emulated_library: Path) -> None:
+    report = run(INFO, OVSEG_NATIVE_LIBRARY=str(emulated_library))
+    assert re.search(r"libovseg +libovseg-emulated.so: emulates a GPU on the CPU, for tests", report)
+
+
+def test_info_says_what_the_library_was_built_for(
+    use_library: Callable, emulated_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_library(emulated_library)
+    monkeypatch.setattr(native, "architectures", cache(lambda: (80, 90, 120)))
+    monkeypatch.setattr(native, "VERIFIED", frozenset())
+    kernels = ", ".join(backends.operators_with_kernels("cuda"))
+    assert info.native_library() == f"built for compute capability 8.0, 9.0, 12.0; no GPU has verified {kernels} yet"
+    monkeypatch.setattr(native, "VERIFIED", frozenset(backends.operators_with_kernels("cuda")))
+    assert info.native_library() == "built for compute capability 8.0, 9.0, 12.0"
 
 
 def test_info_with_a_bad_environment() -> None:

@@ -52,6 +52,23 @@ def test_import_does_not_initialise_cuda() -> None:
     """)
 
 
+def test_import_leaves_the_native_library_alone(tmp_path) -> None:
+    """A broken one is told where it is needed first; `auto` then runs something else."""
+    (tmp_path / "broken.so").write_text("no library")
+    run(
+        """
+        import ovseg_fast as ovs
+        from ovseg_fast import native
+        import ovseg_fast.cuda.spatial_aggregation
+        assert native.library.cache_info().currsize == 0
+        import torch
+        ovs.ops.cost_volume(torch.randn(1, 4, 5, 8), torch.randn(3, 2, 8))
+        assert "broken.so cannot be loaded" in native.problem()
+        """,
+        OVSEG_NATIVE_LIBRARY=str(tmp_path / "broken.so"),
+    )
+
+
 def test_import_and_operators_work_without_triton_xformers_and_nvcc() -> None:
     run(
         f"""

@@ -21,7 +21,7 @@ import samples
 from layouts import LAYOUTS
 from ovseg_fast import backends, ops
 from samples import Sample, floating, map_floating, map_tensors, select, tensors
-from test_operators import assert_same, gradients, row_id
+from test_operators import assert_same, gradients
 from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +204,9 @@ def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(backend: str, row: Sa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
-def test_nan_and_infinity_come_out_where_pytorch_has_them(backend: str, function: str, value: float, rng: torch.Generator) -> None:
+def test_nan_and_infinity_come_out_where_pytorch_has_them(
+    backend: str, function: str, value: float, rng: torch.Generator
+) -> None:
     """One element of one argument at a time, at a random place."""
     row = first_row(backend, function, "odd")
     call, _ = build(row, rng, torch.float32)
@@ -275,7 +277,9 @@ def test_compiles_as_one_graph_with_dynamic_sizes(backend: str, function: str, r
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @cases("small")
-def test_autocast_gives_what_the_low_precision_gives(backend: str, row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
+def test_autocast_gives_what_the_low_precision_gives(
+    backend: str, row: Sample, dtype: torch.dtype, rng: torch.Generator
+) -> None:
     if row.function not in DIFFERENTIABLE:
         pytest.skip("labels have no dtype")
     call, _ = build(row, rng, torch.float32)
@@ -291,7 +295,9 @@ def test_autocast_gives_what_the_low_precision_gives(backend: str, row: Sample, 
 
 
 @pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
-def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(backend: str, function: str, rng: torch.Generator) -> None:
+def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(
+    backend: str, function: str, rng: torch.Generator
+) -> None:
     row = first_row(backend, function, "small")
     call = row.build(rng, torch.float64, DEVICE)
     with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the {backend} backend .* float64"):

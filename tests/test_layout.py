@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ LEVELS = (
     ("segmentation", "visualize", "images", "vocabulary", "data"),
     ("ops",),
     ("backends",),
-    ("kernels", "native"),
+    ("cuda", "kernels"),
+    ("native",),
     ("checkpoint_files", "token_tables", "_torchvision", "files", "weights", "_command"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -89,10 +91,52 @@ def test_operator_file_defines_its_operator(operator: str) -> None:
     assert operator in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("pattern", ["kernels/[!_]*.py", "csrc/*.cu", "tests/ops/test_*.py"])
+@pytest.mark.parametrize("pattern", ["kernels/[!_]*.py", "ovseg_fast/cuda/[!_]*.py", "tests/ops/test_*.py"])
 def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None:
     names = {path.stem.removeprefix("test_") for path in ROOT.glob(pattern)}
     assert names <= set(OPERATORS), f"no operator for {sorted(names - set(OPERATORS))}"
+
+
+def test_cuda_sources_are_named_after_an_operator() -> None:
+    """`<operator>.cu`, `<operator>_<part>.cu` beside it, such as its backward, or `_<part>.cu` where it is shared."""
+    sources = {path.stem for path in (ROOT / "csrc").glob("*.cu") if not path.stem.startswith("_")}
+    whole = sources & set(OPERATORS)
+    assert [name for name in sources - whole if not name.startswith(tuple(f"{operator}_" for operator in whole))] == []
+
+
+def test_cuda_sources_and_their_launchers_come_together() -> None:
+    launchers = {path.stem for path in (PACKAGE / "cuda").glob("[!_]*.py")}
+    assert launchers == {path.stem for path in (ROOT / "csrc").glob("*.cu")} & set(OPERATORS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")]), ids=lambda path: path.name
+)
+def test_cuda_sources_begin_with_what_they_compute_or_assume(path: Path) -> None:
+    """Of a kernel the formula, of a header the layout in memory and lanes that it assumes."""
+    comment = list(itertools.takewhile(lambda line: line.startswith("//"), path.read_text().splitlines()))
+    assert comment and comment[0].startswith("// ") and comment[0][3].isupper(), "begin with a comment"
+    if path.suffix == ".cu":
+        assert any(line.startswith("//     ") for line in comment), "state the formula, indented"
+    else:
+        assert "#pragma once" in path.read_text()
+
+
+def test_device_headers_are_used_and_use_nothing_above_them() -> None:
+    users = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")]
+    included = {Path(name).name for path in users for name in re.findall(r'#include "([^"]+)"', path.read_text())}
+    assert {path.name for path in ROOT.glob("csrc/device/*")} <= included
+    for path in ROOT.glob("csrc/device/*"):
+        assert path.suffix in (".cuh", ".h")
+        assert not [name for name in re.findall(r'#include "([^"]+)"', path.read_text()) if name.endswith(".cu")]
+
+
+def test_only_the_platform_header_meets_the_emulator() -> None:
+    """Elsewhere kernels are CUDA C++ as it is; what the emulator needs stands behind `#ifndef __CUDACC__`."""
+    including = [
+        path.name for path in [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")] if "emulator.h" in path.read_text()
+    ]
+    assert including == ["platform.cuh"]
 
 
 def test_readme_names_every_operator() -> None:

@@ -22,9 +22,12 @@ CMAKE_PROJECT = """
 cmake_minimum_required(VERSION 3.24)
 project(ovseg LANGUAGES NONE)
 set(library ${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/libovseg.so)
-add_custom_command(OUTPUT ${library} COMMAND ${CMAKE_COMMAND} -E touch ${library})
+file(GLOB kernels CONFIGURE_DEPENDS *.cu)
+file(CONFIGURE OUTPUT asked CONTENT "architectures '${OVSEG_ARCHITECTURES}', emulated '${OVSEG_EMULATED}'\\n")
+add_custom_command(OUTPUT ${library} DEPENDS ${kernels} asked COMMAND ${CMAKE_COMMAND} -E copy asked ${library})
 add_custom_target(ovseg ALL DEPENDS ${library})
 """
+WITHOUT = {"OVSEG_BUILD_CUDA": "0"}
 
 
 @pytest.fixture
@@ -37,6 +40,7 @@ def tree(tmp_path: Path) -> Path:
     for name in ("ovseg_fast", "kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (tree / "csrc").mkdir()
+    (tree / "csrc" / "CMakeLists.txt").write_text(CMAKE_PROJECT)
     return tree
 
 
@@ -59,7 +63,7 @@ def setup_py(tree: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.chdir(tree)
     monkeypatch.setenv("PATH", "")
-    for name in ("CUDA_HOME", "OVSEG_BUILD_CUDA"):
+    for name in ("CUDA_HOME", "OVSEG_BUILD_CUDA", "OVSEG_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -69,7 +73,7 @@ def build(tree: Path, hook: str, *path: Path, **environment: str) -> tuple[Path,
     code = f"from setuptools import build_meta; print(build_meta.{hook}('dist'))"
     # the folder of this Python holds the virtual environment's cmake and ninja
     folders = [*path, sysconfig.get_path("scripts"), os.environ["PATH"]]
-    environment = {**os.environ, "OVSEG_BUILD_CUDA": "auto", "CUDA_HOME": "", **environment}
+    environment = {**os.environ, "OVSEG_BUILD_CUDA": "auto", "OVSEG_CUDA_ARCHS": "", "CUDA_HOME": "", **environment}
     environment["PATH"] = os.pathsep.join(map(str, folders))
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True, check=False
@@ -79,9 +83,9 @@ def build(tree: Path, hook: str, *path: Path, **environment: str) -> tuple[Path,
 
 
 def test_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:
-    wheel, said = build(tree, "build_wheel")
+    wheel, said = build(tree, "build_wheel", **WITHOUT)
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert "no native library to build" in said
+    assert "CUDA kernels not built" in said
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
@@ -95,16 +99,14 @@ def test_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:
 
 
 def test_wheel_with_the_native_library_is_for_one_platform_and_any_python(tree: Path, nvcc: Path) -> None:
-    (tree / "csrc" / "CMakeLists.txt").write_text(CMAKE_PROJECT)
     wheel, said = build(tree, "build_wheel", CUDA_HOME=str(nvcc.parent.parent))
-    assert "native library built with" in said
+    assert "ovseg-fast: CUDA kernels built with" in said  # an nvcc on PATH comes first
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert "ovseg_fast/libovseg.so" in archive.namelist()
 
 
 def test_editable_install_builds_in_place_and_again_after_its_ninja_is_gone(tree: Path, nvcc: Path) -> None:
-    (tree / "csrc" / "CMakeLists.txt").write_text(CMAKE_PROJECT)
     library = tree / "ovseg_fast" / "libovseg.so"
     ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
     assert ninja is not None, "ninja is in the dev extra"
@@ -126,19 +128,96 @@ def test_failing_native_build_fails_the_installation(tree: Path, nvcc: Path) -> 
         build(tree, "build_editable", nvcc.parent)
 
 
-@pytest.mark.parametrize("wanted", ["auto", "0", "1"])
-def test_nothing_is_built_from_an_empty_csrc(
-    setup_py: ModuleType, nvcc: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
-) -> None:
-    monkeypatch.setenv("PATH", str(nvcc.parent))
-    monkeypatch.setenv("OVSEG_BUILD_CUDA", wanted)
-    assert setup_py.native_compiler() == (None, "no native library to build, csrc holds no CMakeLists.txt")
+def test_build_takes_the_architectures_asked_for_and_nothing_of_the_emulator(tree: Path, nvcc: Path) -> None:
+    library = tree / "ovseg_fast" / "libovseg.so"
+    for asked, expected in (("", ""), ("80 90a", "80;90a"), ("90a", "90a")):
+        build(tree, "build_editable", nvcc.parent, OVSEG_CUDA_ARCHS=asked)
+        assert library.read_text() == f"architectures '{expected}', emulated 'OFF'\n"
+
+
+def test_repeated_build_is_incremental(tree: Path, nvcc: Path) -> None:
+    library = tree / "ovseg_fast" / "libovseg.so"
+    kernel = tree / "csrc" / "cost_volume.cu"
+    kernel.write_text("")
+    build(tree, "build_editable", nvcc.parent)
+    first = library.stat().st_mtime_ns
+    build(tree, "build_editable", nvcc.parent)
+    assert library.stat().st_mtime_ns == first
+    os.utime(kernel)
+    build(tree, "build_editable", nvcc.parent)
+    assert library.stat().st_mtime_ns > first
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "CMAKE_HOME_DIRECTORY:INTERNAL=/elsewhere/csrc",
+        "CMAKE_CACHEFILE_DIR:INTERNAL=/elsewhere/build/csrc",
+        "CMAKE_CUDA_COMPILER:FILEPATH=/elsewhere/nvcc",
+        "CMAKE_CXX_COMPILER:FILEPATH=/elsewhere/c++",
+        "CMAKE_GENERATOR:INTERNAL=Unix Makefiles",
+        "CMAKE_COMMAND:INTERNAL=/elsewhere/cmake",
+        "CMAKE_MAKE_PROGRAM:FILEPATH=/elsewhere/ninja",
+    ],
+)
+def test_what_an_earlier_build_left_does_not_break_the_next(tree: Path, nvcc: Path, entry: str) -> None:
+    """A moved checkout, another compiler, tools of an isolated environment that is gone."""
+    build(tree, "build_editable", nvcc.parent)
+    library = tree / "ovseg_fast" / "libovseg.so"
+    library.unlink()
+    cache = tree / "build" / "csrc" / "CMakeCache.txt"
+    name = entry.partition(":")[0]
+    lines = [entry if line.startswith(f"{name}:") else line for line in cache.read_text().splitlines()]
+    cache.write_text("\n".join(lines if entry in lines else [*lines, entry]) + "\n")
+    build(tree, "build_editable", nvcc.parent)
+    assert library.exists()
+
+
+def test_a_copied_tree_builds_where_it_is(tree: Path, nvcc: Path, tmp_path: Path) -> None:
+    build(tree, "build_editable", nvcc.parent)
+    copy = tmp_path / "copy"
+    shutil.copytree(tree, copy)
+    shutil.rmtree(tree)
+    (copy / "ovseg_fast" / "libovseg.so").unlink()
+    build(copy, "build_editable", nvcc.parent)
+    assert (copy / "ovseg_fast" / "libovseg.so").exists()
+
+
+def test_make_builds_again_after_a_change_of_csrc_or_of_nvcc_only(tree: Path, nvcc: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, tree)
+    tools = tree / "tools"
+    tools.mkdir()
+    for name in ("make", "find", "sh"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+
+    def would_run(*path: Path) -> str:
+        environment = {"PATH": os.pathsep.join(map(str, (*path, tools)))}
+        return subprocess.run(
+            ["make", "-n", "venv"], cwd=tree, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    (tree / ".venv").mkdir()
+    assert "pip install" in would_run() and "build_native" in would_run()
+    (tree / ".venv" / "installed").touch()
+    (tree / ".venv" / "kernels-without-nvcc").touch()
+    assert "python" not in would_run()
+    assert "build_native --inplace" in would_run(nvcc.parent)
+    (tree / ".venv" / "kernels-built").touch()
+    assert "python" not in would_run(nvcc.parent)
+    (tree / "csrc" / "device").mkdir()
+    header = tree / "csrc" / "device" / "tiles.cuh"
+    header.touch()
+    later = header.stat().st_mtime + 10
+    os.utime(header, (later, later))
+    assert "build_native --inplace" in would_run(nvcc.parent) and "pip" not in would_run(nvcc.parent)
 
 
 @pytest.fixture
-def decide(setup_py: ModuleType, tree: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """The decision with a csrc to build and these environment variables."""
-    (tree / "csrc" / "CMakeLists.txt").write_text(CMAKE_PROJECT)
+def decide(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The decision with these environment variables."""
 
     def decide(**environment: object) -> tuple[str | None, str]:
         for name, value in environment.items():
@@ -149,18 +228,22 @@ def decide(setup_py: ModuleType, tree: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nvcc_is_found_on_path_and_in_cuda_home(decide: Callable, nvcc: Path) -> None:
-    built = (str(nvcc), f"native library built with {nvcc}")
+    built = (str(nvcc), f"CUDA kernels built with {nvcc}")
     assert decide(CUDA_HOME=nvcc.parent.parent) == built
     assert decide(CUDA_HOME="", PATH=nvcc.parent) == built
     assert decide(PATH=nvcc.parent, OVSEG_BUILD_CUDA="1") == built
 
 
 def test_without_nvcc_it_installs_without_the_library_and_says_so(decide: Callable) -> None:
-    assert decide() == (None, "native library not built, no nvcc found")
+    assert decide() == (
+        None,
+        "CUDA kernels not built, no nvcc found; put nvcc on PATH or name CUDA_HOME, then "
+        "`pip install --force-reinstall --no-deps -e .`",
+    )
 
 
 def test_build_can_be_switched_off(decide: Callable, nvcc: Path) -> None:
-    said = "native library not built, OVSEG_BUILD_CUDA=0"
+    said = "CUDA kernels not built, OVSEG_BUILD_CUDA=0; unset it to build them"
     assert decide(PATH=nvcc.parent, OVSEG_BUILD_CUDA="0") == (None, said)
 
 
@@ -172,3 +255,30 @@ def test_forced_build_without_nvcc_is_an_error(decide: Callable) -> None:
 def test_unknown_build_choice_is_an_error(decide: Callable) -> None:
     with pytest.raises(SystemExit, match="OVSEG_BUILD_CUDA is 'yes'; expected 0, 1 or auto"):
         decide(OVSEG_BUILD_CUDA="yes")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("", []), (" ", []), ("80", ["80"]), ("80 90a", ["80", "90a"]), ("80;90a,120", ["80", "90a", "120"]),
+     ("80 80;", ["80"]), ("100f", ["100f"])],
+)  # fmt: skip
+def test_architectures_are_read(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("OVSEG_CUDA_ARCHS", asked)
+    assert setup_py.architectures() == expected
+
+
+@pytest.mark.parametrize("asked", ["9.0", "sm_80", "75", "80 all", "a90"])
+def test_unknown_architectures_are_an_error(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("OVSEG_CUDA_ARCHS", asked)
+    with pytest.raises(SystemExit, match=f"OVSEG_CUDA_ARCHS is '{asked}'; expected compute capabilities from 80 on"):
+        setup_py.architectures()
+
+
+def test_missing_build_tools_are_named(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, nvcc: Path) -> None:
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    command = setup_py.BuildNative(setup_py.NativeDistribution())
+    command.ensure_finalized()
+    with pytest.raises(SystemExit, match=r"^cmake and ninja not found; `pip install cmake ninja`"):
+        command.run()

@@ -147,6 +147,20 @@ __device__ __forceinline__ A load_a(Tile<T, WIDTH> tile, int k, int lane) {
     return a;
 }
 
+// The same with its K numbers in the order that `load_b_chained` and `load_b_by_rows` take them in.
+template <typename T, int WIDTH>
+__device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
+    if constexpr (sizeof(T) == 2) {
+        return load_a(tile, k, lane);
+    } else {
+        const int column = k * K<T> + d_column(lane, 0);
+        const Pair<float> upper = load<float, 2>(tile.at(d_row(lane, 0), column));
+        const Pair<float> lower = load<float, 2>(tile.at(d_row(lane, 2), column));
+        return {{__float_as_uint(upper.value[0]), __float_as_uint(lower.value[0]), __float_as_uint(upper.value[1]),
+                 __float_as_uint(lower.value[1])}};
+    }
+}
+
 // Two B from rows 0..7 and 8..15 of a tile that holds Bᵀ.
 template <typename T, int WIDTH>
 __device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {

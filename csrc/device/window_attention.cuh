@@ -84,6 +84,7 @@ __device__ __forceinline__ void add_weighted(D (&sums)[WIDTH / 8], const D (&wei
                                              int lane) {
 #pragma unroll
     for (int k = 0; k < COUNT * 8 / K<T>; ++k) {
+        if constexpr (sizeof(T) == 4) __syncwarp();  // registers are short: no values are read ahead
         const A factor = chained<T>(weights, k);
 #pragma unroll
         for (int n = 0; n < WIDTH / 16; ++n) {

@@ -53,7 +53,6 @@ struct Block {
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
     std::vector<char> stacks;
-    std::vector<unsigned char> shared;
     unsigned char *memory;
     int alive, arrived;
     bool backwards;
@@ -214,8 +213,11 @@ void run(dim3 grid, dim3 size, size_t shared, const std::function<void()> &kerne
     block_size = size;
     grid_size = grid;
     block.kernel = &kernel;
-    block.shared.assign(shared + 128, 0);
-    block.memory = block.shared.data() + (128 - reinterpret_cast<uintptr_t>(block.shared.data()) % 128) % 128;
+    // Of exactly this size, so that the address sanitizer sees what goes past its end.
+    void *memory = nullptr;
+    free(block.memory);
+    if (posix_memalign(&memory, 128, shared)) fail("there is no memory for the block's shared memory");
+    block.memory = static_cast<unsigned char *>(memory);
     if (block.stacks.size() < threads * STACK) block.stacks.resize(threads * STACK);
     block.lanes = std::vector<Lane>(threads);
     block.warps = std::vector<Warp>((threads + WARP - 1) / WARP);

@@ -1,10 +1,11 @@
-"""The residual MLP's backward beside the CUDA C++ kernels: PyTorch's own products and normalisation."""
+"""Launcher of `csrc/_mlp_backward.cu`, the backward of the residual MLP that both aggregation kernels end with."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .. import native
 
 EPS = 1e-5  # torch.nn.functional.layer_norm
 
@@ -14,29 +15,23 @@ def residual_mlp_backward(
     fc2_weight: Tensor, activation: str, need_x: bool, need_sums: bool, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, the norm's weight and bias, W₁, b₁, W₂ and b₂; an empty tensor where none is needed."""
-    channels = x.shape[-1]
-    empty = x.new_empty(0)
-    rows, flat = x.reshape(-1, channels), grad.reshape(-1, channels)
-    normed, mean, scale = torch.native_layer_norm(rows, (channels,), norm_weight, norm_bias, EPS)
-    units = F.linear(normed, fc1_weight, fc1_bias)
-    units_grad = flat @ fc2_weight
-    if activation == "gelu":
-        units_grad = torch.ops.aten.gelu_backward(units_grad, units)
-    else:
-        units_grad = torch.where(units > 0, units_grad, 0)
-    grads = [empty] * 7
+    channels, hidden = x.shape[-1], fc1_weight.shape[0]
+    rows = x.numel() // channels
+    x_grad = x.new_empty(x.shape if need_x else 0)
+    normed = x.new_empty(rows * need_weights, channels)
+    activated, units_grad = (x.new_empty(rows * need_weights, hidden) for _ in range(2))
+    blocks = -(-rows // (128 if x.element_size() == 2 else 64))
+    sums = x.new_empty(blocks * need_sums, 3, channels, dtype=torch.float32)
+    inputs = (grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+    outputs = [(x_grad, need_x), (normed, need_weights), (activated, need_weights), (units_grad, need_weights)]
+    native.call(
+        "ovseg_residual_mlp_bwd", *map(native.aligned, inputs),
+        *(tensor if needed else None for tensor, needed in (*outputs, (sums, need_sums))),
+        rows, channels, hidden, activation == "gelu",
+    )  # fmt: skip
+    weight_grads = [x.new_empty(0) for _ in range(3)]
     if need_weights:
-        activated = getattr(F, activation)(units)
-        grads[3:6] = units_grad.t() @ normed, units_grad.sum(0), flat.t() @ activated
-    if need_sums:
-        grads[6] = flat.sum(0)
-    if need_x or need_sums:
-        x_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
-            units_grad @ fc1_weight, rows, (channels,), mean, scale, norm_weight, norm_bias,
-            [need_x, need_sums, need_sums],
-        )  # fmt: skip
-        if need_x:
-            grads[0] = (x_grad + flat).view(x.shape)
-        if need_sums:
-            grads[1:3] = weight_grad, bias_grad
-    return tuple(grads)
+        flat = grad.reshape(-1, channels)
+        weight_grads = [units_grad.t() @ normed, units_grad.sum(0), flat.t() @ activated]
+    gain, offset, bias = (part.sum(0).to(x.dtype) if need_sums else x.new_empty(0) for part in sums.unbind(1))
+    return x_grad, gain, offset, *weight_grads, bias

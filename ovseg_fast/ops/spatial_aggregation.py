@@ -266,8 +266,8 @@ _library.define(
 )
 
 
-# --- the whole block in one kernel: what `window_attention` takes, then the MLP's six -> out, and what the attention half
-# gives where `keep`, for the backward, which goes through both halves ---
+# --- the whole block in one kernel: what `window_attention` takes, then the MLP's six -> out, and what the attention
+# half gives where `keep`, for the backward, which goes through both halves ---
 
 MLP_TENSORS = (
     "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
@@ -279,7 +279,7 @@ def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _block_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.heads, ctx.window, ctx.shift, keep, ctx.backend = inputs
+    *tensors, ctx.heads, ctx.window, ctx.shift, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 

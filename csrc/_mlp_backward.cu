@@ -1,0 +1,262 @@
+// Backward of the residual MLP in device/transformer.cuh, y + W2 act(W1 n + b1) + b2 with n = LN(y), from the gradient g:
+//
+//     a = W1 n + b1,   da = act'(a) ∘ (W2ᵀ g),   dn = W1ᵀ da,   dy = g + LN'(dn)
+//
+// a is worked out again, 32 hidden units at a time, with W1 and W2 streaming through a ring of stages; dn stays in
+// registers. What PyTorch's products make the weights' gradients of, n, act(a) and da, is written where `normed` is not null; of the
+// sums over all rows, those of norm weight, norm bias and b2, each block writes its part.
+
+#include "device/transformer.cuh"
+
+namespace ovseg {
+namespace {
+
+constexpr int C = 128, RING = 3;
+
+template <typename T>
+constexpr int WARPS = sizeof(T) == 2 ? 8 : 4;
+
+template <typename T>
+struct Arguments {
+    const T *grad, *y, *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight;
+    T *y_grad, *normed, *activated, *units_grad;
+    float *sums;  // (blocks, 3, C), or null
+    int64_t rows;
+    int hidden;
+    bool gelu;
+};
+
+template <typename T>
+struct Shared {
+    static constexpr int ROWS = WARPS<T> * 16;
+    static constexpr int TILE = ROWS * C * int(sizeof(T));
+    static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
+    static constexpr int TOTAL = 2 * TILE + RING * STAGE;
+    static_assert(RING * STAGE >= WARPS<T> * 3 * C * int(sizeof(float)), "the warps' sums take the stages' place");
+};
+
+template <typename T>
+struct Weights {
+    const T *fc1, *fc2;
+    int hidden;
+
+    __device__ __forceinline__ int stages() const { return 2 * (hidden / STAGE_ROWS); }
+
+    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
+        const int unit = stage / 2 * STAGE_ROWS;
+        if (stage % 2) {
+            copy_rows<STAGE_ROWS, 32 * WARPS<T>>(Tile<T, C>{buffer}, fc1 + unit * C, C);
+        } else {
+            copy_rows<C, 32 * WARPS<T>>(Tile<T, STAGE_ROWS>{buffer}, fc2 + unit, hidden);
+        }
+    }
+};
+
+// act(a), and grad · act'(a).
+__device__ __forceinline__ Pair<float> activate_backward(float a, float grad, bool gelu) {
+    if (gelu) {
+        const float below = gaussian(a), bell = __expf(-0.5f * a * a);
+        return {{a * below, grad * (below + a * 0.3989422804014327f * bell)}};
+    }
+    return {{a < 0.0f ? 0.0f : a, a <= 0.0f ? 0.0f : grad}};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T> a) {
+    using Layout = Shared<T>;
+    unsigned char *const memory = shared_memory();
+    int lane = int(threadIdx.x) % 32;
+    const int warp = int(threadIdx.x) / 32;
+    const int64_t first = int64_t(blockIdx.x) * Layout::ROWS + warp * 16;
+    const Tile<T, C> normed = Tile<T, C>{memory}.rows_from(warp * 16);
+    const Tile<T, C> grad = Tile<T, C>{memory + Layout::TILE}.rows_from(warp * 16);
+    unsigned char *const stage_memory = memory + 2 * Layout::TILE;
+    const auto row_of = [&](auto *tensor, int row) { return first + row < a.rows ? tensor + (first + row) * C : nullptr; };
+
+    Stages<RING, Layout::STAGE, Weights<T>> stages(stage_memory, Weights<T>{a.fc1_weight, a.fc2_weight, a.hidden});
+    load_rows(normed, lane, [&](int row) { return row_of(a.y, row); });
+    load_rows(grad, lane, [&](int row) { return row_of(a.grad, row); });
+    __syncwarp();
+    normalise_rows(normed, a.norm_weight, a.norm_bias, lane);
+    __syncwarp();
+    if (a.normed) store_rows(normed, lane, [&](int row) { return row_of(a.normed, row); });
+
+    D normed_grad[C / 8];
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) normed_grad[n] = {};
+    {
+        const Factors<T, C> factors(normed, lane);
+        int unit = 0;
+        do {
+            lane = recomputed(lane);
+            D units_grad[STAGE_ROWS / 8] = {}, units[STAGE_ROWS / 8];
+            const Tile<T, STAGE_ROWS> weight2{stages.next()};
+#pragma unroll(sizeof(T) == 2 ? C / K<T> : 1)
+            for (int k = 0; k < C / K<T>; ++k) {
+                const A factor = load_a_chained(grad, k, lane);
+#pragma unroll
+                for (int n = 0; n < STAGE_ROWS / 16; ++n) {
+                    B b[2];
+                    load_b_by_rows(b, weight2, k, n, lane);
+                    mma<T>(units_grad[2 * n], factor, b[0]);
+                    mma<T>(units_grad[2 * n + 1], factor, b[1]);
+                }
+            }
+            const Tile<T, C> weight1{stages.next()};
+            project(units, factors, weight1, lane);
+#pragma unroll
+            for (int n = 0; n < STAGE_ROWS / 8; ++n) {
+                const int column = unit + 8 * n + d_column(lane, 0);
+                const Pair<T> bias = load<T, 2>(a.fc1_bias + column);
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    Pair<float> activated, through;
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const Pair<float> found = activate_backward(units[n].value[i + j] + to_float(bias.value[j]),
+                                                                    units_grad[n].value[i + j], a.gelu);
+                        activated.value[j] = found.value[0];
+                        units_grad[n].value[i + j] = through.value[j] = found.value[1];
+                    }
+                    const int64_t row = first + d_row(lane, i);
+                    if (a.normed && row < a.rows) {
+                        const int64_t place = row * a.hidden + column;
+                        store<T, 2>(a.activated + place, rounded_pair<T>(activated.value[0], activated.value[1]));
+                        store<T, 2>(a.units_grad + place, rounded_pair<T>(through.value[0], through.value[1]));
+                    }
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < STAGE_ROWS / K<T>; ++k) {
+                const A factor = chained<T>(units_grad, k);
+#pragma unroll
+                for (int n = 0; n < C / 16; ++n) {
+                    B b[2];
+                    load_b_by_rows(b, weight1, k, n, lane);
+                    mma<T>(normed_grad[2 * n], factor, b[0]);
+                    mma<T>(normed_grad[2 * n + 1], factor, b[1]);
+                }
+            }
+            unit += STAGE_ROWS;
+        } while (unit < a.hidden);
+    }
+
+    // The norm's own: with x̂ the standardised row, dy = g + scale (w dn − mean(w dn) − x̂ mean(w dn x̂)).
+    D standardised[C / 8];
+    float mean[2] = {}, scale[2] = {};
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            const T *y = row_of(a.y, d_row(lane, i));
+            const Pair<T> pair = y ? load<T, 2>(y + 8 * n + d_column(lane, i)) : Pair<T>{};
+#pragma unroll
+            for (int j = 0; j < 2; ++j) mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mean[i] = sum_over_lanes<4>(mean[i]) / C;
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float &x = standardised[n].value[i];
+            x -= mean[i / 2];
+            scale[i / 2] += x * x;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) scale[i] = rsqrtf(sum_over_lanes<4>(scale[i]) / C + LAYER_NORM_EPS);
+    float along[2] = {}, level[2] = {};
+    __syncthreads();  // all are done with the stages: their memory takes the warps' sums
+    float *const sums = reinterpret_cast<float *>(stage_memory) + warp * 3 * C;
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) {
+        const int column = 8 * n + d_column(lane, 0);
+        const Pair<T> weight = load<T, 2>(a.norm_weight + column);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float weight_sum = 0.0f, bias_sum = 0.0f, grad_sum = 0.0f;
+#pragma unroll
+            for (int i = j; i < 4; i += 2) {
+                float &x = standardised[n].value[i], &inner = normed_grad[n].value[i];
+                x *= scale[i / 2];
+                weight_sum += inner * x;
+                bias_sum += inner;
+                grad_sum += to_float(*grad.at(d_row(lane, i), column + j));
+                inner *= to_float(weight.value[j]);
+                level[i / 2] += inner;
+                along[i / 2] += inner * x;
+            }
+            if (a.sums) {
+#pragma unroll
+                for (int distance = 4; distance < 32; distance *= 2) {
+                    weight_sum += __shfl_xor_sync(ALL_LANES, weight_sum, distance);
+                    bias_sum += __shfl_xor_sync(ALL_LANES, bias_sum, distance);
+                    grad_sum += __shfl_xor_sync(ALL_LANES, grad_sum, distance);
+                }
+                if (lane < 4) {
+                    sums[column + j] = weight_sum;
+                    sums[C + column + j] = bias_sum;
+                    sums[2 * C + column + j] = grad_sum;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        level[i] = sum_over_lanes<4>(level[i]) / C;
+        along[i] = sum_over_lanes<4>(along[i]) / C;
+    }
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            T *const place = grad.at(d_row(lane, i), 8 * n + d_column(lane, i));
+            const Pair<T> g = load<T, 2>(place);
+            float out[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float inner = normed_grad[n].value[i + j] - level[i / 2];
+                out[j] = to_float(g.value[j]) + scale[i / 2] * (inner - standardised[n].value[i + j] * along[i / 2]);
+            }
+            store<T, 2>(place, rounded_pair<T>(out[0], out[1]));
+        }
+    }
+    __syncwarp();
+    if (a.y_grad) store_rows(grad, lane, [&](int row) { return row_of(a.y_grad, row); });
+    if (!a.sums) return;
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < 3 * C; i += 32 * WARPS<T>) {
+        float sum = 0.0f;
+        for (int w = 0; w < WARPS<T>; ++w) sum += reinterpret_cast<const float *>(stage_memory)[w * 3 * C + i];
+        a.sums[int64_t(blockIdx.x) * 3 * C + i] = sum;
+    }
+}
+
+}  // namespace
+}  // namespace ovseg
+
+int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_weight, const void *norm_bias,
+                           const void *fc1_weight, const void *fc1_bias, const void *fc2_weight, void *y_grad,
+                           void *normed, void *activated, void *units_grad, void *sums, int64_t rows, int64_t channels,
+                           int64_t hidden, int64_t gelu, int dtype, int device, void *stream) {
+    using namespace ovseg;
+    if (channels != C || hidden < STAGE_ROWS || hidden % STAGE_ROWS || hidden > INT32_MAX / C) {
+        return OVSEG_UNSUPPORTED_SIZE;
+    }
+    if (!aligned(grad, y, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, y_grad, normed, activated,
+                 units_grad, sums)) {
+        return OVSEG_MISALIGNED;
+    }
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
+        const auto out = [](void *pointer) { return static_cast<T *>(pointer); };
+        const Arguments<T> a{in(grad),       in(y),      in(norm_weight),         in(norm_bias), in(fc1_weight),
+                             in(fc1_bias),   in(fc2_weight), out(y_grad),          out(normed),   out(activated),
+                             out(units_grad), static_cast<float *>(sums), rows, int(hidden), gelu != 0};
+        const int64_t blocks = (rows + Shared<T>::ROWS - 1) / Shared<T>::ROWS;
+        return launch(mlp_backward<T>, blocks, 32 * WARPS<T>, Shared<T>::TOTAL, device, stream, a);
+    });
+}
