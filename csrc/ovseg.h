@@ -122,6 +122,35 @@ OVSEG_API int ovseg_gaussian_aggregation_bwd(const void *grad, const void *featu
                                              void *features_grad, void *weights_grad, float *shares, int64_t layers,
                                              int64_t size, int64_t count, int dtype, int device, void *stream);
 
+/* The best k <= 8 classes of every pixel, from logits (windows, classes, height, width), one map a window of
+ * `window_height` x `window_width` pixels: labels (k, out_height, out_width) and, where `scores` is not null, their scores,
+ * like labels. k = 0: all scores (classes, out_height, out_width) and no labels. whole (classes, height, width) and offset
+ * (classes,) may be null. `positions` lies in the host's memory: (top, left) of each window on the canvas, in pixels; they
+ * cover it. At most 64 windows. */
+OVSEG_API int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offset, const int64_t *positions,
+                                  void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height,
+                                  int64_t width, int64_t window_height, int64_t window_width, int64_t canvas_height,
+                                  int64_t canvas_width, int64_t out_height, int64_t out_width, int64_t k, int dtype,
+                                  int device, void *stream);
+
+/* Guided group normalisation, ReLU(GN(y + term)): y, out (batch, classes, positions, channels); term (batch, positions,
+ * channels) or null; statistics (batch, classes, groups, 2), float32, takes mean and 1 / s of each group. One block sums
+ * over `chunk` positions; moments (batch * classes, ceil(positions / chunk), 2, channels), float32, is scratch. */
+OVSEG_API int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const void *weight, const void *bias,
+                                                void *out, float *statistics, float *moments, int64_t batch,
+                                                int64_t classes, int64_t positions, int64_t channels, int64_t groups,
+                                                int64_t chunk, float eps, int dtype, int device, void *stream);
+
+/* Its backward: y_grad like y, or null; term_grad (batch, splits, positions, channels), float32, or null, takes the sums
+ * over each of `splits` runs of ceil(classes / splits) classes. sums, float32, shaped like moments, takes what the chunks
+ * add to the gradients of bias and weight; means, like statistics, is scratch. */
+OVSEG_API int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y, const void *term,
+                                                const float *statistics, const void *weight, const void *bias,
+                                                void *y_grad, float *term_grad, float *sums, float *means,
+                                                int64_t batch, int64_t classes, int64_t positions, int64_t channels,
+                                                int64_t groups, int64_t chunk, int64_t splits, int dtype, int device,
+                                                void *stream);
+
 #ifdef __cplusplus
 }
 #endif

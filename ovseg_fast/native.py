@@ -35,6 +35,9 @@ FUNCTIONS = {
     "ovseg_layer_gather_norms_bwd": (*[POINTER] * 9, *[SIZE] * 8, *_RUN),
     "ovseg_gaussian_aggregation_fwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
     "ovseg_gaussian_aggregation_bwd": (*[POINTER] * 6, *[SIZE] * 3, *_RUN),
+    "ovseg_label_map_fwd": (*[POINTER] * 6, *[SIZE] * 11, *_RUN),
+    "ovseg_upsampling_decoder_norm_fwd": (*[POINTER] * 7, *[SIZE] * 6, REAL, *_RUN),
+    "ovseg_upsampling_decoder_norm_bwd": (*[POINTER] * 10, *[SIZE] * 7, *_RUN),
 }
 
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
