@@ -25,6 +25,10 @@ _RUN = (NUMBER, NUMBER, POINTER)  # dtype, device, stream: the last arguments of
 FUNCTIONS = {
     "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
     "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
+    "ovseg_cost_volume_fwd": (*[POINTER] * 3, *[SIZE] * 5, *_RUN),
+    "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 9, *_RUN),
+    "ovseg_cost_embedding_cost_bwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
+    "ovseg_cost_embedding_weight_bwd": (*[POINTER] * 5, *[SIZE] * 7, *_RUN),
 }
 
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
