@@ -121,7 +121,7 @@ struct Block {
     // prompt `prompt`.
     __device__ __forceinline__ void load_weights(int output, int prompt, int tap, int taps) const {
         const Tile<T, TAPS> tile{shared.weights};
-        const int area = a.size * a.size, i = int(threadIdx.x), column = i % TAPS;
+        const int area = a.size * a.size, i = recomputed(int(threadIdx.x)), column = i % TAPS;
         const int64_t pitch = int64_t(a.prompts) * area;
         const T *const source = a.weight + int64_t(prompt) * area + tap + column;
 #pragma unroll 8
@@ -334,6 +334,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
 #pragma unroll 1
                 for (int tap = 0; tap < prompts * area; tap += TAPS) {
                     const int taps = min(TAPS, prompts * area - tap);
+                    lane = recomputed(lane);
                     __syncthreads();
                     block.load_weights(output, prompt, tap, taps);
                     __syncthreads();

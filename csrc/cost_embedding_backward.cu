@@ -105,7 +105,8 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<T> a) {
     using Fetch = GradientsAndTaps<T>;
     CostShared<T> &shared = *reinterpret_cast<CostShared<T> *>(shared_memory());
-    const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, radius = a.size / 2;
+    const int thread = int(threadIdx.x), warp = thread / 32, radius = a.size / 2;
+    int lane = thread % 32;
     const int64_t map = int(blockIdx.x) / a.tiles.count, pixels = int64_t(a.height) * a.width;
     const Region region(a.tiles, int(blockIdx.x) % a.tiles.count, a.height, a.width, a.size);
     if (thread < SOURCES) shared.places[thread] = thread / region.columns * a.width + thread % region.columns;
@@ -121,11 +122,12 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
 #pragma unroll 1
         for (int row = region.first_row; row < region.end_row; row += region.at_once) {
             const int end_row = min(row + region.at_once, region.end_row);
+            lane = recomputed(lane);
             D z[TAPS / 8] = {};
 #pragma unroll 1
             for (int step = 0; step < fetch.steps(); ++step) {
                 const Tile<T, Fetch::WIDTH> tile{stages.next()};
-#pragma unroll
+#pragma unroll(sizeof(T) == 2 ? Fetch::WIDTH / K<T> : 1)  // float32 has no registers to spare
                 for (int k = 0; k < Fetch::WIDTH / K<T>; ++k) {
                     const A factor = load_a(tile.rows_from(16 * warp), k, lane);
 #pragma unroll
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
             __syncthreads();  // the next one is that of the next stage
 #pragma unroll
             for (int own = 0; own < SUMS; ++own) {
-                const int pixel = own * THREADS + thread;
+                const int pixel = own * THREADS + recomputed(thread);
                 const int y = region.top + pixel / a.tiles.width, x = region.left + pixel % a.tiles.width;
                 if (y >= region.bottom || x >= region.right) continue;
                 const int last_i = min(end_i, y + radius - row + 1);
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
 
 constexpr int CHANNELS = 128;         // of the gradient, that a block sums; half of them to a warp
 constexpr int MOST_PIXELS = 256;      // of a tile
-constexpr int MOST_COSTS = 1280;      // of a tile with its halo, and a window more
+constexpr int MOST_COSTS = 1040;      // of a tile with its halo
 constexpr int WEIGHT_RING = 3;
 
 template <typename T>
@@ -232,7 +234,7 @@ struct Gradients {
 template <typename T>
 struct WeightShared {
     unsigned char ring[WEIGHT_RING * Gradients<T>::BYTES];
-    T costs[MOST_COSTS + 8];  // zeros behind those of tile and halo; behind all a zero and a one
+    T costs[MOST_COSTS + 8];  // of tile and halo; behind all a zero and a one
     short corners[MOST_PIXELS + Gradients<T>::ROWS];  // of each pixel's window among them
 };
 
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const WeightArgume
     const int64_t first = part * a.share, end = min(first + a.share, a.jobs);
 
     for (int i = thread; i < MOST_PIXELS + Gradients<T>::ROWS; i += THREADS) {
-        shared.corners[i] = short(i < pixels ? i / a.tiles.width * halo_width + i % a.tiles.width : costs);
+        shared.corners[i] = short(i < pixels ? i / a.tiles.width * halo_width + i % a.tiles.width : 0);
     }
     for (int i = thread; i < MOST_COSTS + 8; i += THREADS) shared.costs[i] = rounded<T>(i == ONE ? 1.0f : 0.0f);
 

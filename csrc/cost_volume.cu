@@ -3,6 +3,12 @@
 //     cost[b, k, s] = <image[b, s], text[k]> / (max(‖image[b, s]‖, ε) · max(‖text[k]‖, ε))
 //
 // A block takes 128 patches and 16 prompts, a warp 16 patches.
+//
+// Backward, for one side with rows x and the other side's rows of length 1, ŷ, from the gradient g of cost:
+//
+//     dx = (p − x̂ · <x̂, p>) / n,    p = Σ g · ŷ,  n = max(‖x‖, ε),  x̂ = x / n
+//
+// where p is a library's product. A kernel gives ŷ before it, and dx after it; a warp takes a row.
 
 #include "device/cosines.cuh"
 
@@ -10,6 +16,7 @@ namespace ovseg {
 namespace {
 
 constexpr int RING = 4;
+constexpr int ROWS = 8;  // of the backward, to a block
 
 template <typename T>
 struct Arguments {
@@ -56,6 +63,57 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
     }
 }
 
+// Columns of a row that a lane reads at a time; zeros beyond its end.
+template <typename T>
+__device__ __forceinline__ Piece<T> piece_of(const T *row, int column, int columns, bool whole) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    if (whole) return load<T, EACH>(row + column);
+    Piece<T> piece;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) piece.value[i] = column + i < columns ? row[column + i] : rounded<T>(0.0f);
+    return piece;
+}
+
+// dx of each row from its p, or x̂ where `products` is null.
+template <typename T>
+__global__ void __launch_bounds__(ROWS * 32) through_norm(const T *products, const T *x, T *out, int64_t rows,
+                                                          int columns) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    const int lane = int(threadIdx.x) % 32;
+    const int64_t row = int64_t(blockIdx.x) * ROWS + int(threadIdx.x) / 32;
+    if (row >= rows) return;
+    const bool whole = columns % EACH == 0;
+    const T *const own = x + row * columns, *const product = products ? products + row * columns : own;
+    float squares = 0.0f, along = 0.0f;
+    for (int column = lane * EACH; column < columns; column += 32 * EACH) {
+        const Piece<T> a = piece_of(own, column, columns, whole), b = piece_of(product, column, columns, whole);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            squares += to_float(a.value[i]) * to_float(a.value[i]);
+            along += to_float(a.value[i]) * to_float(b.value[i]);
+        }
+    }
+    const float length = length_of(sum_over_lanes<32>(squares));
+    along = sum_over_lanes<32>(along) / length;
+    for (int column = lane * EACH; column < columns; column += 32 * EACH) {
+        Piece<T> a = piece_of(own, column, columns, whole);
+        const Piece<T> b = piece_of(product, column, columns, whole);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const float unit = to_float(a.value[i]) / length;
+            a.value[i] = rounded<T>(products ? (to_float(b.value[i]) - unit * along) / length : unit);
+        }
+        if (whole) {
+            store<T, EACH>(out + row * columns + column, a);
+        } else {
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                if (column + i < columns) out[row * columns + column + i] = a.value[i];
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace ovseg
 
@@ -74,5 +132,18 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
         const Arguments<T> a{static_cast<const T *>(image), static_cast<const T *>(text), static_cast<T *>(cost),
                              own_text ? prompts * channels : 0, int(patches), int(prompts), int(channels)};
         return launch(cost_volume<T>, batch * blocks, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
+    });
+}
+
+int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows, int64_t channels, int dtype,
+                               int device, void *stream) {
+    using namespace ovseg;
+    if (channels < 1 || channels > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
+    if (!aligned(products, x, out)) return OVSEG_MISALIGNED;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        return launch(through_norm<T>, (rows + ROWS - 1) / ROWS, ROWS * 32, 0, device, stream,
+                      static_cast<const T *>(products), static_cast<const T *>(x), static_cast<T *>(out), rows,
+                      int(channels));
     });
 }

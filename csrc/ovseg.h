@@ -65,6 +65,11 @@ OVSEG_API int ovseg_cost_volume_fwd(const void *image, const void *text, void *c
                                     int64_t prompts, int64_t channels, int64_t own_text, int dtype, int device,
                                     void *stream);
 
+/* Backward of its normalisation: x and products (rows, channels), the sums of the other side's rows of length 1, weighted by the
+ * gradient -> out, the gradient of x. Where `products` is null, out takes the rows of x brought to length 1. */
+OVSEG_API int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows,
+                                         int64_t channels, int dtype, int device, void *stream);
+
 /* Cosines of image (batch, height, width, channels) and text (classes, prompts, channels), or (batch, classes, ...) where `own_text`,
  * through a convolution: weight (outputs, prompts, size, size), bias (outputs) -> out (batch, classes, height, width, outputs). size is odd, at
  * most 11. */

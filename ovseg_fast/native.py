@@ -26,6 +26,7 @@ FUNCTIONS = {
     "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
     "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
     "ovseg_cost_volume_fwd": (*[POINTER] * 3, *[SIZE] * 5, *_RUN),
+    "ovseg_cost_volume_norm_bwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
     "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 9, *_RUN),
     "ovseg_cost_embedding_cost_bwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
     "ovseg_cost_embedding_weight_bwd": (*[POINTER] * 5, *[SIZE] * 7, *_RUN),

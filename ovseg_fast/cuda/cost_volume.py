@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .. import native
 
-EPS = 1e-12  # torch.nn.functional.normalize
-
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
@@ -27,25 +25,23 @@ def cost_volume_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of image and text; an empty tensor where none is needed.
 
-    The products are PyTorch's, and so is the derivative of the normalisation.
+    The kernel takes the normalisation of both sides; the products are PyTorch's.
     """
-    (image_unit, image_norm), (text_unit, text_norm) = _normalised(image), _normalised(text)
+    image, text = native.aligned(image), native.aligned(text)
     image_grad, text_grad = image.new_empty(0), text.new_empty(0)
     if need_image:
-        image_grad = _through_norm(grad.transpose(1, 2) @ text_unit, image_unit, image_norm)
+        image_grad = _through_norm(grad.transpose(1, 2) @ _through_norm(None, text), image)
     if need_text:
-        along = grad @ image_unit if text.dim() == 3 else torch.einsum("bks,bse->ke", grad, image_unit)
-        text_grad = _through_norm(along, text_unit, text_norm)
+        unit = _through_norm(None, image)
+        products = grad @ unit if text.dim() == 3 else torch.einsum("bks,bse->ke", grad, unit)
+        text_grad = _through_norm(products, text)
     return image_grad, text_grad
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, and the lengths, (..., 1), in float32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(EPS)
-    return (x / norm).to(x.dtype), norm
-
-
-def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """Gradient of what was normalised from the gradient of the result."""
-    wide, unit = grad.float(), unit.float()
-    return ((wide - unit * (wide * unit).sum(-1, keepdim=True)) / norm).to(grad.dtype)
+def _through_norm(products: Tensor | None, x: Tensor) -> Tensor:
+    """Gradient of x from that of its rows brought to length 1; those rows themselves where there is none."""
+    out = torch.empty_like(x)
+    channels = x.shape[-1]
+    products = None if products is None else native.aligned(products)
+    native.call("ovseg_cost_volume_norm_bwd", products, x, out, x.numel() // channels, channels)
+    return out
