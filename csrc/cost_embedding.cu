@@ -147,16 +147,18 @@ template <typename T>
 struct Windows16 {
     const Block<T> &block;
     int corners[2];  // of a lane's two rows, among the costs
-    int items[2];
+    int tokens[2];   // among those of the block's classes; −1 where there is none
 
     __device__ __forceinline__ Windows16(const Block<T> &block, int first, int lane) : block(block) {
         const int pixels = block.a.tiles.height * block.a.tiles.width;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            items[i] = first + d_row(lane, 2 * i);
-            corners[i] = 0;
-            if (items[i] < block.items()) {
-                corners[i] = items[i] / pixels * PITCH + block.shared.corners[items[i] % pixels];
+            const int item = first + d_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
+            corners[i] = 0, tokens[i] = -1;
+            if (item < block.items()) {
+                const int position = block.shared.targets[pixel];
+                corners[i] = which * PITCH + block.shared.corners[pixel];
+                if (position >= 0) tokens[i] = which * (block.a.height * block.a.width) + position;
             }
         }
     }
@@ -186,6 +188,7 @@ struct Windows16 {
         const int64_t area = a.size * a.size;
 #pragma unroll 1
         for (int i = 0; i < taps; ++i) {
+            lane = recomputed(lane);
 #pragma unroll
             for (int j = 0; j < EACH<T>; ++j) {
                 const int c = output + lane % 4 * EACH<T> + j;
@@ -204,14 +207,11 @@ struct Windows16 {
 
     __device__ __forceinline__ void store_outputs(const D (&d)[GROUP<T> / 8], int output, int lane) const {
         const Arguments<T> &a = block.a;
-        const int pixels = a.tiles.height * a.tiles.width, c = output + lane % 4 * EACH<T>;
+        const int c = output + lane % 4 * EACH<T>;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            if (items[row] >= block.items()) continue;
-            const int position = block.shared.targets[items[row] % pixels];
-            if (position < 0) continue;
-            const int64_t token = int64_t(items[row] / pixels) * a.height * a.width + position;
-            T *const target = block.out + token * a.outputs + c;
+            if (tokens[row] < 0) continue;
+            T *const target = block.out + int64_t(tokens[row]) * a.outputs + c;
             Piece<T> piece;
 #pragma unroll
             for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2]);
@@ -265,11 +265,16 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
     __syncthreads();
     Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, block.embeddings(0, block.present));
     const int taps = a.size * a.size;
+    block.load_weights(0, 0, 0, taps);
+    block.find_costs(stages, warp, lane);
+    __syncthreads();
 #pragma unroll 1
     for (int output = 0; output < a.outputs; output += OUTPUTS) {
-        block.load_weights(output, 0, 0, taps);
-        if (output == 0) block.find_costs(stages, warp, lane);
-        __syncthreads();
+        if (output) {
+            __syncthreads();  // nobody reads the weights before any more
+            block.load_weights(output, 0, 0, taps);
+            __syncthreads();
+        }
 #pragma unroll 1
         for (int item = warp * 16 * M; item < block.items(); item += WARPS * 16 * M) {
             const Windows16<T> windows[2] = {{block, item, lane}, {block, item + 16 * (M - 1), lane}};
@@ -298,7 +303,6 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
                 }
             }
         }
-        __syncthreads();
     }
 }
 
@@ -359,7 +363,7 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
                              int64_t prompts, int64_t own_text, int64_t outputs, int64_t size, int dtype, int device,
                              void *stream) {
     using namespace ovseg;
-    if (size < 1 || size > LARGEST || size % 2 == 0 || height < 1 || width < 1 || height > INT32_MAX / width ||
+    if (size < 1 || size > LARGEST || size % 2 == 0 || height < 1 || width < 1 || height > INT32_MAX / TEXTS / width ||
         channels < 1 || channels > INT32_MAX / 2 || classes < 1 || classes > INT32_MAX / 2 || prompts < 1 ||
         prompts > INT32_MAX / 2 / (size * size) || outputs > INT32_MAX / 2) {
         return OVSEG_UNSUPPORTED_SIZE;

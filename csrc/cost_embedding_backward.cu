@@ -116,6 +116,13 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
                       a.outputs, a.size};
     Stages<COST_RING, Fetch::BYTES, Fetch> stages(shared.ring, fetch);
     float sums[SUMS] = {};
+    int pixels_of_tile[SUMS];  // of which these are: row and column in the tile, or −1
+#pragma unroll
+    for (int own = 0; own < SUMS; ++own) {
+        const int pixel = own * THREADS + thread, y = pixel / a.tiles.width, x = pixel % a.tiles.width;
+        const bool real = region.top + y < region.bottom && region.left + x < region.right;
+        pixels_of_tile[own] = real ? y * SIDE + x : -1;
+    }
 #pragma unroll 1
     for (int first_i = 0; first_i < a.size; first_i += fetch.rows_of_window()) {
         const int end_i = min(first_i + fetch.rows_of_window(), a.size);
@@ -149,9 +156,9 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
             __syncthreads();  // the next one is that of the next stage
 #pragma unroll
             for (int own = 0; own < SUMS; ++own) {
-                const int pixel = own * THREADS + recomputed(thread);
-                const int y = region.top + pixel / a.tiles.width, x = region.left + pixel % a.tiles.width;
-                if (y >= region.bottom || x >= region.right) continue;
+                const int pixel = recomputed(pixels_of_tile[own]);
+                if (pixel < 0) continue;
+                const int y = region.top + pixel / SIDE, x = region.left + pixel % SIDE;
                 const int last_i = min(end_i, y + radius - row + 1);
                 const int first_j = max(0, x + radius - (region.first_column + region.columns - 1));
                 const int end_j = min(a.size, x + radius - region.first_column + 1);
@@ -166,11 +173,10 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
     }
 #pragma unroll
     for (int own = 0; own < SUMS; ++own) {
-        const int pixel = own * THREADS + thread;
-        const int y = region.top + pixel / a.tiles.width, x = region.left + pixel % a.tiles.width;
-        if (y < region.bottom && x < region.right) {
-            a.grad_cost[map * pixels + int64_t(y) * a.width + x] = rounded<T>(sums[own]);
-        }
+        const int pixel = pixels_of_tile[own];
+        if (pixel < 0) continue;
+        const int y = region.top + pixel / SIDE, x = region.left + pixel % SIDE;
+        a.grad_cost[map * pixels + y * a.width + x] = rounded<T>(sums[own]);
     }
 }
 
@@ -186,7 +192,7 @@ struct WeightArguments {
     const T *grad, *cost;
     float *partial;
     MapTiles tiles;
-    int64_t jobs, share;  // tiles of all maps, and of a part
+    int jobs, share;  // tiles of all maps, and of a part
     int prompts, height, width, outputs, size, tap_groups, channel_groups;
 };
 
@@ -195,8 +201,8 @@ struct Place {
     int64_t map;
     int top, left;
 
-    __device__ __forceinline__ Place(const MapTiles &tiles, int64_t job) : map(job / tiles.count) {
-        const int tile = int(job - map * tiles.count);
+    __device__ __forceinline__ Place(const MapTiles &tiles, int job) : map(job / tiles.count) {
+        const int tile = job % tiles.count;
         top = tile / tiles.across * tiles.height, left = tile % tiles.across * tiles.width;
     }
 };
@@ -208,24 +214,26 @@ struct Gradients {
     static constexpr int BYTES = ROWS * CHANNELS * int(sizeof(T));
 
     const WeightArguments<T> &a;
-    int64_t first, end;  // jobs
+    const short *pixels;  // of a tile, see below
+    int first, end;       // jobs
     int channel;
 
     __device__ __forceinline__ int groups() const { return (a.tiles.height * a.tiles.width + ROWS - 1) / ROWS; }
-    __device__ __forceinline__ int stages() const { return int(max(end - first, int64_t(0))) * groups(); }
+    __device__ __forceinline__ int stages() const { return max(end - first, 0) * groups(); }
 
     __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
         constexpr int EACH = 16 / int(sizeof(T)), PIECES = CHANNELS / EACH;
         const Tile<T, CHANNELS> tile{buffer};
         const Place place(a.tiles, first + stage / groups());
         const T *const source = a.grad + place.map * a.height * a.width * a.outputs;
+        const int first_pixel = stage % groups() * ROWS;
         const bool whole = a.outputs % EACH == 0;
 #pragma unroll 1
         for (int i = int(threadIdx.x); i < ROWS * PIECES; i += THREADS) {
-            const int row = i / PIECES, piece = i % PIECES, pixel = stage % groups() * ROWS + row;
-            const int y = place.top + pixel / a.tiles.width, x = place.left + pixel % a.tiles.width;
-            const bool there = pixel / a.tiles.width < a.tiles.height && y < a.height && x < a.width;
-            const T *const token = source + (there ? int64_t(y) * a.width + x : 0) * a.outputs;
+            const int row = i / PIECES, piece = i % PIECES, pixel = pixels[first_pixel + row];
+            const int y = place.top + pixel / SIDE, x = place.left + pixel % SIDE;
+            const bool there = pixel >= 0 && y < a.height && x < a.width;
+            const T *const token = source + int64_t(there ? y * a.width + x : 0) * a.outputs;
             copy_piece(tile.piece(row, piece), token, channel + piece * EACH, a.outputs, there, whole);
         }
     }
@@ -236,6 +244,7 @@ struct WeightShared {
     unsigned char ring[WEIGHT_RING * Gradients<T>::BYTES];
     T costs[MOST_COSTS + 8];  // of tile and halo; behind all a zero and a one
     short corners[MOST_PIXELS + Gradients<T>::ROWS];  // of each pixel's window among them
+    short pixels[MOST_PIXELS + Gradients<T>::ROWS];   // row · SIDE + column in the tile, −1 beyond
 };
 
 template <typename T>
@@ -251,12 +260,15 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const WeightArgume
     const int tap = place % a.tap_groups * TAPS + warp % 4 * 16 + lane / 4;
     place /= a.tap_groups;
     const int prompt = place % a.prompts, part = place / a.prompts;
-    const int64_t first = part * a.share, end = min(first + a.share, a.jobs);
+    const int first = part * a.share, end = min(first + a.share, a.jobs);
 
     for (int i = thread; i < MOST_PIXELS + Gradients<T>::ROWS; i += THREADS) {
-        shared.corners[i] = short(i < pixels ? i / a.tiles.width * halo_width + i % a.tiles.width : 0);
+        const int y = i / a.tiles.width, x = i % a.tiles.width;
+        shared.corners[i] = short(i < pixels ? y * halo_width + x : 0);
+        shared.pixels[i] = short(i < pixels ? y * SIDE + x : -1);
     }
     for (int i = thread; i < MOST_COSTS + 8; i += THREADS) shared.costs[i] = rounded<T>(i == ONE ? 1.0f : 0.0f);
+    __syncthreads();
 
     // Of a lane's two rows: where the element lies in its window, and that a constant lies in none.
     int offset[2], corner_counts[2];
@@ -268,9 +280,9 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const WeightArgume
     }
     D sums[CHANNELS / 16] = {};
     Stages<WEIGHT_RING, Gradients<T>::BYTES, Gradients<T>> stages(
-        shared.ring, Gradients<T>{a, first, end, channel / CHANNELS * CHANNELS});
+        shared.ring, Gradients<T>{a, shared.pixels, first, end, channel / CHANNELS * CHANNELS});
 #pragma unroll 1
-    for (int64_t job = first; job < end; ++job) {
+    for (int job = first; job < end; ++job) {
         const Place tile(a.tiles, job);
         const T *const volume = a.cost + (tile.map * a.prompts + prompt) * a.height * a.width;
         __syncthreads();  // nobody reads the costs of the tile before any more
@@ -384,11 +396,14 @@ int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *pa
         MapTiles::even(int(height), int(width), std::min(2 * SIDE, MOST_PIXELS / across.width), SIDE);
     const int64_t area = size * size, jobs = maps * tiles.count;
     const int tap_groups = int((area + TAPS) / TAPS), channel_groups = int((outputs + CHANNELS - 1) / CHANNELS);
-    if (parts > INT32_MAX / (prompts * tap_groups)) return OVSEG_TOO_LARGE;
+    if (jobs > INT32_MAX / 2 || parts > INT32_MAX / 2 || parts > INT32_MAX / (prompts * tap_groups)) {
+        return OVSEG_TOO_LARGE;
+    }
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const WeightArguments<T> a{static_cast<const T *>(grad), static_cast<const T *>(cost),
-                                   static_cast<float *>(partial), tiles, jobs, (jobs + parts - 1) / parts,
+                                   static_cast<float *>(partial), tiles, int(jobs),
+                                   int((jobs + parts - 1) / parts),
                                    int(prompts), int(height), int(width), int(outputs), int(size), tap_groups,
                                    channel_groups};
         const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
