@@ -150,6 +150,37 @@ OVSEG_API int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y,
                                                 int64_t batch, int64_t classes, int64_t positions, int64_t channels,
                                                 int64_t groups, int64_t chunk, int64_t splits, int dtype, int device,
                                                 void *stream);
+/* Cosines of image (batch, patches, channels) and text (prompts, channels), or (batch, prompts, channels) where `own_text` -> cost (batch,
+ * prompts, patches). */
+OVSEG_API int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
+                                    int64_t prompts, int64_t channels, int64_t own_text, int dtype, int device,
+                                    void *stream);
+
+/* Backward of its normalisation: x and products (rows, channels), the sums of the other side's rows of length 1, weighted by the
+ * gradient -> out, the gradient of x. Where `products` is null, out takes the rows of x brought to length 1. */
+OVSEG_API int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows,
+                                         int64_t channels, int dtype, int device, void *stream);
+
+/* Cosines of image (batch, height, width, channels) and text (classes, prompts, channels), or (batch, classes, ...) where `own_text`,
+ * through a convolution: weight (outputs, prompts, size, size), bias (outputs) -> out (batch, classes, height, width, outputs). size is odd, at
+ * most 11. */
+OVSEG_API int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *weight, const void *bias,
+                                       void *out, int64_t batch, int64_t height, int64_t width, int64_t channels,
+                                       int64_t classes, int64_t prompts, int64_t own_text, int64_t outputs,
+                                       int64_t size, int dtype, int device, void *stream);
+
+/* Backward of its convolution: grad (maps, height, width, outputs) and taps (prompts, size, size, outputs), the weight with its outputs
+ * last -> grad_cost (maps, prompts, height, width), a map being that of a class of an image. */
+OVSEG_API int ovseg_cost_embedding_cost_bwd(const void *grad, const void *taps, void *grad_cost, int64_t maps,
+                                            int64_t prompts, int64_t height, int64_t width, int64_t outputs,
+                                            int64_t size, int dtype, int device, void *stream);
+
+/* grad and cost (maps, prompts, height, width) -> grad_weight (outputs, prompts, size, size), grad_bias (outputs). `partial`, of
+ * float32, takes the sums of `parts` shares of the maps: (parts, outputs, prompts, size * size + 1). */
+OVSEG_API int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *partial, void *grad_weight,
+                                              void *grad_bias, int64_t maps, int64_t prompts, int64_t height,
+                                              int64_t width, int64_t outputs, int64_t size, int64_t parts, int dtype,
+                                              int device, void *stream);
 
 #ifdef __cplusplus
 }

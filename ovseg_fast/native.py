@@ -38,6 +38,11 @@ FUNCTIONS = {
     "ovseg_label_map_fwd": (*[POINTER] * 6, *[SIZE] * 11, *_RUN),
     "ovseg_upsampling_decoder_norm_fwd": (*[POINTER] * 7, *[SIZE] * 6, REAL, *_RUN),
     "ovseg_upsampling_decoder_norm_bwd": (*[POINTER] * 10, *[SIZE] * 7, *_RUN),
+    "ovseg_cost_volume_fwd": (*[POINTER] * 3, *[SIZE] * 5, *_RUN),
+    "ovseg_cost_volume_norm_bwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
+    "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 9, *_RUN),
+    "ovseg_cost_embedding_cost_bwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
+    "ovseg_cost_embedding_weight_bwd": (*[POINTER] * 5, *[SIZE] * 7, *_RUN),
 }
 
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.

@@ -204,6 +204,12 @@ SAMPLES = [
     _row("cost_embedding", "20 prompts", cost_embedding(classes=2, prompts=20, height=3, width=5, out=17, kernel=5)),
     _row("cost_embedding", "window of 11", cost_embedding(classes=6, height=3, width=2, kernel=11)),
     _row("cost_embedding", "window of 1", cost_embedding(height=2, width=20, channels=5, out=130, kernel=1)),
+    _row(
+        "cost_embedding",
+        "published widths",
+        cost_embedding(classes=2, height=3, width=37, channels=512, out=128),
+        "wide",
+    ),
     _row("cost_embedding", "no image", cost_embedding(batch=0), "empty"),
     *(
         _row(
