@@ -22,7 +22,6 @@ namespace ovseg {
 namespace {
 
 constexpr int RING = 3;
-constexpr int SPREAD = 128;  // blocks to have, where there are as many positions, before a block takes more of them
 constexpr int QUARTERS = 4;  // of S, 16 × 16 each
 
 template <typename T>
@@ -145,11 +144,12 @@ __device__ __forceinline__ uint32_t factor_word(float first, float second) {
     return __float_as_uint(first);
 }
 
-// A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with its share of z and m.
+// A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with what belongs to it of z
+// and m.
 struct Quarter {
     float outer[8], total[2], mean[4];
 
-    // Adds what `rows` keys and values give, the first of which is number `first` of the list.
+    // Adds to S what `rows` keys and values give, the first of which is number `first` of the list; z and m are those of them.
     template <typename T>
     __device__ __forceinline__ void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows,
                                         const Classes &classes, int lane) {
@@ -179,9 +179,9 @@ struct Quarter {
 #pragma unroll
         for (int i = 0; i < 8; ++i) outer[i] = of_outer[i / 4].value[i % 4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mean[i] += of_mean[i / 2].value[i % 2];
+        for (int i = 0; i < 4; ++i) mean[i] = of_mean[i / 2].value[i % 2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) total[i] += of_total.value[2 * i];
+        for (int i = 0; i < 2; ++i) total[i] = of_total.value[2 * i];
     }
 
     // Values 2 i and 2 i + 1 of it, with m taken out of the values.
@@ -191,15 +191,32 @@ struct Quarter {
         return rounded_pair<T>(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
     }
 
-    __device__ __forceinline__ void store_vectors(float *z, float *m, int which, int lane) const {
-        if (which % 2 == 0 && lane % 4 == 0) {
+    // Its places in z, function(place, value), and in m likewise.
+    template <typename OfZ, typename OfM>
+    __device__ __forceinline__ void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) z[which / 2 * 16 + d_row(lane, 2 * i)] = total[i];
-        }
-        if (which / 2 == 0 && lane / 4 == 0) {
+        for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + d_row(lane, 2 * i), total[i]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) m[which % 2 * 16 + i / 2 * 8 + d_column(lane, i % 2)] = mean[i];
-        }
+        for (int i = 0; i < 4; ++i) of_m(which % 2 * 16 + i / 2 * 8 + d_column(lane, i % 2), mean[i]);
+    }
+
+    // Two quarters know the same of z, or of m, and so do several lanes: one of them writes it, or adds it.
+    __device__ __forceinline__ void store_vectors(float *z, bool more, int which, int lane) {
+        const auto put = [&](float *place, float value) { *place = more ? *place + value : value; };
+        each_vector(
+            which, lane,
+            [&](int place, float value) {
+                if (which % 2 == 0 && lane % 4 == 0) put(z + place, value);
+            },
+            [&](int place, float value) {
+                if (which / 2 == 0 && lane / 4 == 0) put(z + WIDTH + place, value);
+            });
+    }
+
+    __device__ __forceinline__ void load_vectors(const float *z, int which, int lane) {
+        each_vector(
+            which, lane, [&](int place, float &value) { value = z[place]; },
+            [&](int place, float &value) { value = z[WIDTH + place]; });
     }
 };
 
@@ -408,7 +425,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
                 if (which >= QUARTERS) continue;
                 Quarter quarter{};
                 quarter.add(keys, values, which, 0, each * 16, classes, lane);
-                quarter.store_vectors(z_of(slot), z_of(slot) + WIDTH, which, lane);
+                quarter.store_vectors(z_of(slot), false, which, lane);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) held[QUARTERS - 1][j] = quarter.pair<T>(j);
             }
@@ -421,7 +438,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
         }
         finish(own * 16);
     } else {
-        Quarter quarters[HEADS] = {};  // the same one of each head, of the head that is next first
+        float outers[HEADS][8] = {};  // the warp's quarter of each head's S, of the head that is next first
 #pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
             load_normed((turn * WARPS<T> + warp) * 16);
@@ -429,21 +446,32 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
             for (int head = 0; head < HEADS; ++head) {
                 lane = recomputed(lane);
                 stage_keys(head, (turn * WARPS<T> + warp) * 16);
-                Quarter quarter = quarters[0];
-                if (warp < QUARTERS) quarter.add(keys, values, warp, turn * WARPS<T> * 16, WARPS<T> * 16, classes, lane);
+                Quarter quarter;
 #pragma unroll
-                for (int i = 0; i + 1 < HEADS; ++i) quarters[i] = quarters[i + 1];
-                quarters[HEADS - 1] = quarter;
+                for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[0][i];
+                if (warp < QUARTERS) {
+                    quarter.add(keys, values, warp, turn * WARPS<T> * 16, WARPS<T> * 16, classes, lane);
+                    quarter.store_vectors(z_of(head), turn > 0, warp, lane);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+#pragma unroll
+                    for (int h = 0; h + 1 < HEADS; ++h) outers[h][i] = outers[h + 1][i];
+                    outers[HEADS - 1][i] = quarter.outer[i];
+                }
             }
         }
         __syncthreads();
         if (warp < QUARTERS) {
 #pragma unroll
             for (int head = 0; head < HEADS; ++head) {
-                quarters[head].store_vectors(z_of(head), z_of(head) + WIDTH, warp, lane);
+                Quarter quarter;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[head][i];
+                quarter.load_vectors(z_of(head), warp, lane);
                 Pair<T> pairs[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) pairs[i] = quarters[head].pair<T>(i);
+                for (int i = 0; i < 4; ++i) pairs[i] = quarter.pair<T>(i);
                 store_quarter(outer_of(head), pairs, warp, lane);
             }
         }
@@ -486,7 +514,8 @@ int ovseg_class_aggregation_fwd(const void *x, const void *terms, const void *no
         const int64_t positions = batch * (height / pooling) * (width / pooling);
         if (positions > INT32_MAX - WARPS<T>) return int(OVSEG_TOO_LARGE);
         const bool fits = list.tiles() <= WARPS<T>;
-        const int64_t spread = (positions + SPREAD - 1) / SPREAD;
+        const int processors = multiprocessors(device);  // a block takes several positions once each of these has one
+        const int64_t spread = (positions + processors - 1) / processors;
         const int64_t together = fits ? std::max<int64_t>(std::min<int64_t>(WARPS<T> / list.tiles(), spread), 1)
                                       : (list.tiles() + WARPS<T> - 1) / WARPS<T>;
         const Arguments<T> a{in(x),
