@@ -68,7 +68,7 @@ struct Weights {
     __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
         int part = (stage + 1) % 3, head = stage / 3, mlp = stage - 3 * HEADS;  // of q, k, v
         if constexpr (LONG) {
-            const int second = stage - turns * 2 * HEADS, step = second % (HEADS + of_mlp());
+            const int second = stage - turns * 2 * HEADS, step = second % recomputed(HEADS + of_mlp());
             part = second < 0 ? 1 + stage % 2 : 0;
             head = second < 0 ? stage / 2 % HEADS : step;
             mlp = second < 0 ? -1 : step - HEADS;
@@ -91,9 +91,10 @@ struct Position {
     // Worked out again wherever it is asked for, instead of kept in registers.
     __device__ __forceinline__ Position(const Arguments<T> &a, int number) {
         number = recomputed(number);
-        const int columns = a.width / a.pooling, of_map = a.height / a.pooling * columns;
+        const int width = recomputed(a.width), pooling = recomputed(a.pooling);
+        const int columns = width / pooling, of_map = a.height / pooling * columns;
         const int image = number / of_map, place = number % of_map;
-        const int first = place / columns * a.pooling * a.width + place % columns * a.pooling;
+        const int first = place / columns * pooling * width + place % columns * pooling;
         x = a.x + int64_t(image) * a.classes.count * a.map + int64_t(first) * C;
         result = int64_t(image) * a.classes.count * a.result_map + int64_t(place) * C;
         terms = a.terms + image * a.terms_stride;
@@ -144,6 +145,26 @@ __device__ __forceinline__ uint32_t factor_word(float first, float second) {
     return __float_as_uint(first);
 }
 
+// Two numbers that wait in registers. As 16-bit ones they share one, and `recomputed` keeps the compiler from parting them.
+template <typename T>
+struct Waiting {
+    uint32_t word[sizeof(T) / 2];
+
+    static __device__ __forceinline__ Waiting of(float first, float second) {
+        if constexpr (sizeof(T) == 2) {
+            return {{uint32_t(recomputed(int(packed<T>(first, second))))}};
+        } else {
+            return {{__float_as_uint(first), __float_as_uint(second)}};
+        }
+    }
+
+    __device__ __forceinline__ Pair<T> pair() const {
+        Pair<T> pair;
+        memcpy(&pair, word, sizeof(pair));
+        return pair;
+    }
+};
+
 // A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with what belongs to it of z
 // and m.
 struct Quarter {
@@ -186,9 +207,9 @@ struct Quarter {
 
     // Values 2 i and 2 i + 1 of it, with m taken out of the values.
     template <typename T>
-    __device__ __forceinline__ Pair<T> pair(int i) const {
+    __device__ __forceinline__ Waiting<T> pair(int i) const {
         const float z = total[i % 2];
-        return rounded_pair<T>(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
+        return Waiting<T>::of(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
     }
 
     // Its places in z, function(place, value), and in m likewise.
@@ -221,11 +242,11 @@ struct Quarter {
 };
 
 template <typename T>
-__device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Pair<T> (&pairs)[4], int which, int lane) {
+__device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = which / 2 * 16 + d_row(lane, i % 2 * 2), column = which % 2 * 16 + i / 2 * 8 + d_column(lane, 0);
-        store<T, 2>(outer.at(row, column), pairs[i]);
+        store<T, 2>(outer.at(row, column), pairs[i].pair());
     }
 }
 
@@ -238,7 +259,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
     unsigned char *const stage_memory = value_memory + Layout::KEYS;
     float *const vectors = reinterpret_cast<float *>(stage_memory + RING * Layout::STAGE);
 
-    const Classes classes = a.classes;
+    const Classes &classes = a.classes;
     const int warp = int(threadIdx.x) / 32, each = LONG ? WARPS<T> : classes.tiles();  // warps of a position
     const int slot = warp / each, own = warp % each, turns = LONG ? a.together : 1;
     const int number = LONG ? int(blockIdx.x) : int(blockIdx.x) * a.together + slot;
@@ -263,8 +284,6 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
     const Tile<T, WIDTH> own_values = Tile<T, WIDTH>{value_memory}.rows_from(warp * 16);
     const Tile<T, WIDTH> keys = Tile<T, WIDTH>{key_memory}.rows_from(slot * each * 16);  // of the position
     const Tile<T, WIDTH> values = Tile<T, WIDTH>{value_memory}.rows_from(slot * each * 16);
-    const float share = classes.share(), eps = NORMALISER_EPS * share;
-
     const auto outer_of = [&](int index) { return Tile<T, WIDTH>{key_memory + index * Layout::OUTER}; };
     const auto z_of = [&](int index) { return vectors + index * (2 * WIDTH); };
 
@@ -283,6 +302,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
     };
 
     const auto stage_keys = [&](int head, int first) {
+        const float share = classes.share();
         const Factors<T, C> normed(rows, lane);
         D d[WIDTH / 8];
         project(d, normed, Tile<T, C>{stages.next()}, lane);
@@ -305,7 +325,14 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
         __syncthreads();
     };
 
-    Pair<T> attended[HEADS][WIDTH / 8][2];  // m and what is attended to, in the lanes as in D
+    Waiting<T> attended[HEADS][WIDTH / 8][2];  // m and what is attended to, in the lanes as in D
+    const auto clear = [&] {  // or the compiler would keep them from one turn to the next
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) attended[h][n][0] = attended[h][n][1] = {};
+        }
+    };
     const auto attend = [&](int head, int index, int first) {
         D q[WIDTH / 8], d[WIDTH / 8] = {};
         {
@@ -314,6 +341,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
         }
         const Position<T> position(a, number);
         const float *const z = z_of(index), *const m = z + WIDTH;
+        const float eps = NORMALISER_EPS * classes.share();
         float normaliser[2] = {};
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) {
@@ -351,7 +379,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 #pragma unroll
                 for (int h = 0; h + 1 < HEADS; ++h) attended[h][n][i] = attended[h + 1][n][i];
                 const Pair<float> mean = load<float, 2>(m + 8 * n + d_column(lane, 0));
-                attended[HEADS - 1][n][i] = rounded_pair<T>(
+                attended[HEADS - 1][n][i] = Waiting<T>::of(
                     mean.value[0] + (d[n].value[2 * i] - eps * mean.value[0]) * normaliser[i],
                     mean.value[1] + (d[n].value[2 * i + 1] - eps * mean.value[1]) * normaliser[i]);
             }
@@ -370,7 +398,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     T *const place = rows.at(d_row(lane, 2 * i), h * WIDTH + 8 * n + d_column(lane, 0));
-                    const Pair<T> y = load<T, 2>(place), more = attended[h][n][i];
+                    const Pair<T> y = load<T, 2>(place), more = attended[h][n][i].pair();
                     store<T, 2>(place, rounded_pair<T>(to_float(y.value[0]) + to_float(more.value[0]),
                                                        to_float(y.value[1]) + to_float(more.value[1])));
                 }
@@ -413,7 +441,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
             lane = recomputed(lane);
             stage_keys(head, own * 16);
             // S takes the place of keys and values once all have been read; a warp may hold all four quarters.
-            Pair<T> held[QUARTERS][4] = {};
+            Waiting<T> held[QUARTERS][4] = {};
 #pragma unroll 1
             for (int i = 0; i < QUARTERS; ++i) {
 #pragma unroll
@@ -469,21 +497,22 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 #pragma unroll
                 for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[head][i];
                 quarter.load_vectors(z_of(head), warp, lane);
-                Pair<T> pairs[4];
+                Waiting<T> pairs[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) pairs[i] = quarter.pair<T>(i);
                 store_quarter(outer_of(head), pairs, warp, lane);
             }
         }
 #pragma unroll 1
-        for (int turn = 0; turn < turns; ++turn) {
-            load_normed((turn * WARPS<T> + warp) * 16);
+        for (int first = warp * 16; first < a.together * WARPS<T> * 16; first += WARPS<T> * 16) {
+            load_normed(first);
+            clear();
 #pragma unroll 1
             for (int head = 0; head < HEADS; ++head) {
                 lane = recomputed(lane);
-                attend(head, head, (turn * WARPS<T> + warp) * 16);
+                attend(head, head, first);
             }
-            finish((turn * WARPS<T> + warp) * 16);
+            finish(first);
         }
     }
 }
