@@ -103,7 +103,7 @@ __device__ __forceinline__ void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> le
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
     constexpr int EACH = 16 / int(sizeof(T)), LANES = WIDTH / EACH;
     unsigned char *const memory = shared_memory();

@@ -139,7 +139,7 @@ def class_aggregation(
     )
     refusals = {
         "triton": _refusal(channels // heads) or mlp_refusal(x, fc1_weight),
-        "cuda": _cuda_refusal(channels, heads, fc1_weight.shape[0], attention),
+        "cuda": _cuda_refusal(height, width, channels, heads, fc1_weight.shape[0], attention),
     }
     backend = backends.choose("class_aggregation", *tensors, refusals=refusals)
     options: dict[str, Any] = {"heads": heads, "pooling": pooling, "full": attention == "full"}
@@ -246,10 +246,12 @@ def _refusal(head_channels: int) -> str | None:
     return None
 
 
-def _cuda_refusal(channels: int, heads: int, hidden: int, attention: str) -> str | None:
+def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: int, attention: str) -> str | None:
     """Why the CUDA C++ kernels do not take such a call; None where they do."""
     if attention != "linear":
         return f"its kernel takes linear attention, not {attention}"
+    if max(height, width) > 2**15 or height * width > 2**23:
+        return f"its kernel takes maps of up to 2^23 positions and 2^15 in a side, not {height} x {width}"
     if channels == 128 and heads == 4 and hidden % 32 == 0:
         return None
     return (
