@@ -15,14 +15,13 @@
 
 #include <algorithm>
 
-#include "device/class_attention.cuh"
+#include "device/class_sums.cuh"
 #include "device/transformer.cuh"
 
 namespace ovseg {
 namespace {
 
 constexpr int RING = 3;
-constexpr int QUARTERS = 4;  // of S, 16 × 16 each
 
 template <typename T>
 constexpr int WARPS = sizeof(T) == 2 ? 12 : 4;
@@ -36,8 +35,9 @@ struct Arguments {
     const T *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
     T *out, *middle;
     Classes classes;
-    int64_t map, result_map, terms_stride;  // numbers of x and of a result from one class to the next; of terms, one image
-    int positions;  // of all images
+    int64_t map, result_map;  // numbers of x and of a result from one class to the next
+    int64_t terms_stride;     // and of terms from one image to the next
+    int positions;            // of all images
     int height, width, pooling, hidden;
     int together;  // positions of a block; in a long list's kernel: turns that the block takes for one
 };
@@ -53,8 +53,8 @@ struct Shared {
     static_assert(2 * KEYS >= WARPS<T> * OUTER && WARPS<T> >= HEADS, "S takes the place of keys and values");
 };
 
-// The weights in the order in which a block multiplies by them: k, v, q of a head, then of the next, then those of the MLP.
-// For a long list k and v of each head in each of `turns`, then in each turn q of each head and those of the MLP.
+// The weights in the order in which a block multiplies by them: k, v, q of a head, then of the next, then those of the
+// MLP. For a long list k and v of each head in each of `turns`, then in each turn q of each head and those of the MLP.
 template <typename T, bool LONG>
 struct Weights {
     const T *qkv, *fc1, *fc2;
@@ -135,118 +135,6 @@ __device__ __forceinline__ void load_classes(Tile<T, C> rows, const Arguments<T>
             piece = load<T, EACH>(a.padding_token + column);
         }
         store<T, EACH>(rows.at(row, column), piece);
-    }
-}
-
-// Two neighbours of a factor's row in a register, or in float32 the first of them alone.
-template <typename T>
-__device__ __forceinline__ uint32_t factor_word(float first, float second) {
-    if constexpr (sizeof(T) == 2) return packed<T>(first, second);
-    return __float_as_uint(first);
-}
-
-// Two numbers that wait in registers. As 16-bit ones they share one, and `recomputed` keeps the compiler from parting them.
-template <typename T>
-struct Waiting {
-    uint32_t word[sizeof(T) / 2];
-
-    static __device__ __forceinline__ Waiting of(float first, float second) {
-        if constexpr (sizeof(T) == 2) {
-            return {{uint32_t(recomputed(int(packed<T>(first, second))))}};
-        } else {
-            return {{__float_as_uint(first), __float_as_uint(second)}};
-        }
-    }
-
-    __device__ __forceinline__ Pair<T> pair() const {
-        Pair<T> pair;
-        memcpy(&pair, word, sizeof(pair));
-        return pair;
-    }
-};
-
-// A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with what belongs to it of z
-// and m.
-struct Quarter {
-    float outer[8], total[2], mean[4];
-
-    // Adds to S what `rows` keys and values give, the first of which is number `first` of the list; z and m are those of them.
-    template <typename T>
-    __device__ __forceinline__ void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows,
-                                        const Classes &classes, int lane) {
-        const uint32_t one = factor_word<T>(1.0f, 1.0f);
-        const float share = classes.share();
-        D of_outer[2] = {{{outer[0], outer[1], outer[2], outer[3]}}, {{outer[4], outer[5], outer[6], outer[7]}}};
-        D of_total = {}, of_mean[2] = {};
-#pragma unroll 1
-        for (int k = 0; k < rows / K<T>; ++k) {
-            const A key = load_a_by_rows(keys, k, which / 2, lane);
-            A weights;  // of the classes, the same in all rows; m need not be exact
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int column = sizeof(T) == 2 ? d_column(lane, 0) + i / 2 * 8 : d_column(lane, i / 2);
-                const int number = first + k * K<T> + column;
-                weights.word[i] = factor_word<T>(share * classes.times(number), share * classes.times(number + 1));
-            }
-            B value[2];
-            load_b_by_rows(value, values, k, which % 2, lane);
-            mma<T>(of_total, key, B{{one, one}});
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                mma<T>(of_outer[n], key, value[n]);
-                mma<T>(of_mean[n], weights, value[n]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) outer[i] = of_outer[i / 4].value[i % 4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) mean[i] = of_mean[i / 2].value[i % 2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) total[i] = of_total.value[2 * i];
-    }
-
-    // Values 2 i and 2 i + 1 of it, with m taken out of the values.
-    template <typename T>
-    __device__ __forceinline__ Waiting<T> pair(int i) const {
-        const float z = total[i % 2];
-        return Waiting<T>::of(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
-    }
-
-    // Its places in z, function(place, value), and in m likewise.
-    template <typename OfZ, typename OfM>
-    __device__ __forceinline__ void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + d_row(lane, 2 * i), total[i]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) of_m(which % 2 * 16 + i / 2 * 8 + d_column(lane, i % 2), mean[i]);
-    }
-
-    // Two quarters know the same of z, or of m, and so do several lanes: one of them writes it, or adds it.
-    __device__ __forceinline__ void store_vectors(float *z, bool more, int which, int lane) {
-        const auto put = [&](float *place, float value) { *place = more ? *place + value : value; };
-        each_vector(
-            which, lane,
-            [&](int place, float value) {
-                if (which % 2 == 0 && lane % 4 == 0) put(z + place, value);
-            },
-            [&](int place, float value) {
-                if (which / 2 == 0 && lane / 4 == 0) put(z + WIDTH + place, value);
-            });
-    }
-
-    __device__ __forceinline__ void load_vectors(const float *z, int which, int lane) {
-        each_vector(
-            which, lane, [&](int place, float &value) { value = z[place]; },
-            [&](int place, float &value) { value = z[WIDTH + place]; });
-    }
-};
-
-template <typename T>
-__device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int row = which / 2 * 16 + d_row(lane, i % 2 * 2), column = which % 2 * 16 + i / 2 * 8 + d_column(lane, 0);
-        store<T, 2>(outer.at(row, column), pairs[i].pair());
     }
 }
 
@@ -547,31 +435,13 @@ int ovseg_class_aggregation_fwd(const void *x, const void *terms, const void *no
         const int64_t spread = (positions + processors - 1) / processors;
         const int64_t together = fits ? std::max<int64_t>(std::min<int64_t>(WARPS<T> / list.tiles(), spread), 1)
                                       : (list.tiles() + WARPS<T> - 1) / WARPS<T>;
-        const Arguments<T> a{in(x),
-                             in(terms),
-                             in(norm1_weight),
-                             in(norm1_bias),
-                             in(qkv_weight),
-                             in(v_bias),
-                             in(padding_token),
-                             in(norm2_weight),
-                             in(norm2_bias),
-                             in(fc1_weight),
-                             in(fc1_bias),
-                             in(fc2_weight),
-                             in(fc2_bias),
-                             static_cast<T *>(out),
-                             static_cast<T *>(middle),
-                             list,
-                             height * width * C,
+        const Arguments<T> a{in(x),          in(terms),      in(norm1_weight),  in(norm1_bias),   in(qkv_weight),
+                             in(v_bias),     in(padding_token), in(norm2_weight), in(norm2_bias), in(fc1_weight),
+                             in(fc1_bias),   in(fc2_weight), in(fc2_bias),      static_cast<T *>(out),
+                             static_cast<T *>(middle), list, height * width * C,
                              (height / pooling) * (width / pooling) * C,
-                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0,
-                             int(positions),
-                             int(height),
-                             int(width),
-                             int(pooling),
-                             int(hidden),
-                             int(together)};
+                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0, int(positions), int(height),
+                             int(width),     int(pooling),   int(hidden),       int(together)};
         return launch(fits ? class_aggregation<T, false> : class_aggregation<T, true>,
                       fits ? (positions + together - 1) / together : positions, THREADS<T>, Shared<T>::TOTAL, device,
                       stream, a);

@@ -5,9 +5,9 @@
 //     dk_t = w_t (dS (v_t − m) + dz)           dv_t = w_t dSᵀ k_t
 //     dq'_t = dq_t · φ'(q'),  dk'_t likewise,  φ' = min(φ, 1),  ' marking what φ is applied to
 //
-// A block takes one head of one position, and its warps 16 classes at a time, in three sweeps over the list: keys and values
-// for S, z and m; queries for dq, dS and dz; keys and values again for dk and dv. Each warp's sums of a sweep are added in
-// the warps' order through shared memory. The products with weights around it are PyTorch's.
+// A block takes one head of one position, and its warps 16 classes at a time, in three sweeps over the list: keys and
+// values for S, z and m; queries for dq, dS and dz; keys and values again for dk and dv. The warps' sums of a sweep are
+// added in the warps' order through shared memory. The products with weights around it are PyTorch's.
 
 #include "device/class_attention.cuh"
 
@@ -36,7 +36,8 @@ struct Part {
 template <typename T>
 struct Shared {
     static constexpr int TILE = 16 * WIDTH * int(sizeof(T)), OUTER = WIDTH * WIDTH * int(sizeof(T));
-    static constexpr int TOTAL = 2 * WARPS * TILE + 2 * OUTER + WARPS * int(sizeof(Part)) + 3 * WIDTH * int(sizeof(float));
+    static constexpr int VECTORS = 3 * WIDTH * int(sizeof(float));
+    static constexpr int TOTAL = 2 * WARPS * TILE + 2 * OUTER + WARPS * int(sizeof(Part)) + VECTORS;
 };
 
 // A from 16 rows of a tile, with K in the order of `load_b_chained`.

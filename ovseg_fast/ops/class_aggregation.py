@@ -377,8 +377,8 @@ _library.define(
 )
 
 
-# The layer in one kernel, with x added where pooling is 1: what attention takes, then the MLP's six -> what is resized or
-# the result, and what the attention half gives where `keep`, for the backward, which goes through both halves.
+# The layer in one kernel, with x added where pooling is 1: what attention takes, then the MLP's six -> the result, or
+# what is resized, and what the attention half gives where `keep`, for the backward, which goes through both halves.
 
 
 def _layer_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -408,7 +408,7 @@ def _layer_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
         any(need_mlp[2:5]),
         ctx.backend,
     )
-    grads: list[Tensor | None] = [None] * 7
+    grads: list[Any] = [None] * 7
     if any(needs[:7]):
         grads = list(
             torch.ops.ovseg_fast.class_aggregation_attention_backward(
