@@ -181,6 +181,41 @@ OVSEG_API int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost
                                               void *grad_bias, int64_t maps, int64_t prompts, int64_t height,
                                               int64_t width, int64_t outputs, int64_t size, int64_t parts, int dtype,
                                               int device, void *stream);
+/* A class aggregation layer, linear attention and MLP, up to the result on pooled maps; where pooling = 1, with x added. x
+ * (batch, classes, height, width, channels); terms (images_of_terms, classes, and one more with the padding class where pads > 0,
+ * 2 * channels), the guidance's share of queries and keys with their bias, images_of_terms = batch, or 1 for all images;
+ * qkv_weight (3 * channels, channels); fc1_weight (hidden, channels); fc2_weight (channels, hidden). out (batch, classes,
+ * height / pooling, width / pooling, channels); `middle`, like out, takes what the attention half gives, for the backward pass;
+ * null where it is not wanted. channels = 128, heads = 4, hidden a multiple of 32. */
+OVSEG_API int ovseg_class_aggregation_fwd(const void *x, const void *terms, const void *norm1_weight,
+                                          const void *norm1_bias, const void *qkv_weight, const void *v_bias,
+                                          const void *padding_token, const void *norm2_weight, const void *norm2_bias,
+                                          const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
+                                          const void *fc2_bias, void *out, void *middle, int64_t batch,
+                                          int64_t classes, int64_t height, int64_t width, int64_t channels,
+                                          int64_t hidden, int64_t heads, int64_t pooling, int64_t pads,
+                                          int64_t images_of_terms, int dtype, int device, void *stream);
+
+/* Backward of its attention: tokens (batch * classes * positions, and one more with the padding class where pads > 0,
+ * 3 * channels), the products of normalised tokens with qkv_weight, `positions` being those of a map; terms as above; grad
+ * (batch, classes, positions, channels) -> grad_tokens like tokens, but for the padding class, whose gradients, of keys and
+ * values, go to grad_padding (batch, positions, 2 * channels), float32, null where pads = 0. */
+OVSEG_API int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms, const void *v_bias,
+                                                    const void *grad, void *grad_tokens, void *grad_padding,
+                                                    int64_t batch, int64_t classes, int64_t positions,
+                                                    int64_t channels, int64_t heads, int64_t pads,
+                                                    int64_t images_of_terms, int dtype, int device, void *stream);
+
+/* out = x + y resized to x's size, bilinear with aligned corners: x, out (maps, height, width, channels); y (maps, low_height,
+ * low_width, channels). channels: a multiple of what fits 16 bytes. */
+OVSEG_API int ovseg_class_aggregation_resize_fwd(const void *x, const void *y, void *out, int64_t maps, int64_t height,
+                                                 int64_t width, int64_t low_height, int64_t low_width,
+                                                 int64_t channels, int dtype, int device, void *stream);
+
+/* Backward of the resize: grad like out -> grad_y like y. */
+OVSEG_API int ovseg_class_aggregation_resize_bwd(const void *grad, void *grad_y, int64_t maps, int64_t height,
+                                                 int64_t width, int64_t low_height, int64_t low_width,
+                                                 int64_t channels, int dtype, int device, void *stream);
 
 #ifdef __cplusplus
 }

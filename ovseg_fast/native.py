@@ -43,6 +43,10 @@ FUNCTIONS = {
     "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 9, *_RUN),
     "ovseg_cost_embedding_cost_bwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
     "ovseg_cost_embedding_weight_bwd": (*[POINTER] * 5, *[SIZE] * 7, *_RUN),
+    "ovseg_class_aggregation_fwd": (*[POINTER] * 15, *[SIZE] * 10, *_RUN),
+    "ovseg_class_aggregation_attention_bwd": (*[POINTER] * 6, *[SIZE] * 7, *_RUN),
+    "ovseg_class_aggregation_resize_fwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
+    "ovseg_class_aggregation_resize_bwd": (*[POINTER] * 2, *[SIZE] * 6, *_RUN),
 }
 
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.

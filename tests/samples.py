@@ -418,6 +418,38 @@ SAMPLES = [
         class_aggregation(batch=0, attention="full"),
         "empty",
     ),
+    _row("class_aggregation", "wide", class_aggregation(classes=20, height=2, width=3, pad_length=256, **WIDE), "wide"),
+    _row(
+        "class_aggregation",
+        "wide, few classes",
+        class_aggregation(classes=2, height=2, width=2, pad_length=5, **WIDE),
+        "wide",
+        "small",
+    ),
+    _row(
+        "class_aggregation",
+        "wide, pooled, guidance of each image",
+        class_aggregation(batch=2, classes=17, height=3, width=5, pooling=2, per_image=True, **WIDE),
+        "wide",
+        "small",
+        "odd",
+        "batch",
+        "per-image",
+    ),
+    _row(
+        "class_aggregation",
+        "wide, one class",
+        class_aggregation(batch=3, classes=1, height=1, width=1, pad_length=2, **WIDE),
+        "wide",
+        "one-class",
+    ),
+    _row(
+        "class_aggregation",
+        "wide, a list in two turns",
+        class_aggregation(classes=200, height=1, width=2, pooling=1, pad_length=256, **WIDE),
+        "wide",
+    ),
+    _row("class_aggregation", "wide, no image", class_aggregation(batch=0, **WIDE), "wide", "empty"),
     *(
         _row(
             "class_aggregation",
