@@ -150,6 +150,7 @@ OVSEG_API int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y,
                                                 int64_t batch, int64_t classes, int64_t positions, int64_t channels,
                                                 int64_t groups, int64_t chunk, int64_t splits, int dtype, int device,
                                                 void *stream);
+
 /* Cosines of image (batch, patches, channels) and text (prompts, channels), or (batch, prompts, channels) where `own_text` -> cost (batch,
  * prompts, patches). */
 OVSEG_API int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
@@ -181,6 +182,7 @@ OVSEG_API int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost
                                               void *grad_bias, int64_t maps, int64_t prompts, int64_t height,
                                               int64_t width, int64_t outputs, int64_t size, int64_t parts, int dtype,
                                               int device, void *stream);
+
 /* A class aggregation layer, linear attention and MLP, up to the result on pooled maps; where pooling = 1, with x added. x
  * (batch, classes, height, width, channels); terms (images_of_terms, classes, and one more with the padding class where pads > 0,
  * 2 * channels), the guidance's share of queries and keys with their bias, images_of_terms = batch, or 1 for all images;
