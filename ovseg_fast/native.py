@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,24 @@ FUNCTIONS = {
     "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
     "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
     "ovseg_residual_mlp_bwd": (*[POINTER] * 12, *[SIZE] * 4, *_RUN),
+    "ovseg_layer_gather_fwd": (*[POINTER] * 8, *[SIZE] * 8, REAL, REAL, *_RUN),
+    "ovseg_layer_gather_normed_bwd": (*[POINTER] * 7, *[SIZE] * 7, REAL, REAL, *_RUN),
+    "ovseg_layer_gather_length_bwd": (*[POINTER] * 5, *[SIZE] * 3, *_RUN),
+    "ovseg_layer_gather_norms_bwd": (*[POINTER] * 9, *[SIZE] * 8, *_RUN),
+    "ovseg_gaussian_aggregation_fwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
+    "ovseg_gaussian_aggregation_bwd": (*[POINTER] * 6, *[SIZE] * 3, *_RUN),
+    "ovseg_label_map_fwd": (*[POINTER] * 6, *[SIZE] * 11, *_RUN),
+    "ovseg_upsampling_decoder_norm_fwd": (*[POINTER] * 7, *[SIZE] * 6, REAL, *_RUN),
+    "ovseg_upsampling_decoder_norm_bwd": (*[POINTER] * 10, *[SIZE] * 7, *_RUN),
+    "ovseg_cost_volume_fwd": (*[POINTER] * 3, *[SIZE] * 5, *_RUN),
+    "ovseg_cost_volume_norm_bwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
+    "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 9, *_RUN),
+    "ovseg_cost_embedding_cost_bwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
+    "ovseg_cost_embedding_weight_bwd": (*[POINTER] * 5, *[SIZE] * 7, *_RUN),
+    "ovseg_class_aggregation_fwd": (*[POINTER] * 15, *[SIZE] * 10, *_RUN),
+    "ovseg_class_aggregation_attention_bwd": (*[POINTER] * 6, *[SIZE] * 7, *_RUN),
+    "ovseg_class_aggregation_resize_fwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
+    "ovseg_class_aggregation_resize_bwd": (*[POINTER] * 2, *[SIZE] * 6, *_RUN),
 }
 
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
@@ -131,24 +151,32 @@ def refusal(device: str, capability: tuple[int, int] | None) -> str | None:
     )
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
+def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None) -> None:
     """Queue a function's kernels on the current stream of the tensors' device, without waiting.
 
     Args:
         name: the function, of `FUNCTIONS`.
         arguments: its arguments up to the sizes; tensors are contiguous and of one dtype and device, None is a null
-            pointer.
+            pointer, and a list of tensors is a pointer to as many.
 
     Raises:
         RuntimeError: the library refuses the call or the launch fails.
     """
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else None
-    values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    values = [_value(argument) for argument in arguments]
     error = getattr(library(), name)(*values, DTYPES[first.dtype], max(first.get_device(), 0), stream)
     if error:
         operator = name.removeprefix("ovseg_").rpartition("_")[0]
         raise RuntimeError(f"{operator}: {library().ovseg_error_string(error).decode()}.")
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, (list, tuple)):
+        return (POINTER * len(argument))(*(tensor.data_ptr() for tensor in argument))
+    return argument
 
 
 def aligned(tensor: Tensor) -> Tensor:

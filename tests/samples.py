@@ -204,6 +204,12 @@ SAMPLES = [
     _row("cost_embedding", "20 prompts", cost_embedding(classes=2, prompts=20, height=3, width=5, out=17, kernel=5)),
     _row("cost_embedding", "window of 11", cost_embedding(classes=6, height=3, width=2, kernel=11)),
     _row("cost_embedding", "window of 1", cost_embedding(height=2, width=20, channels=5, out=130, kernel=1)),
+    _row(
+        "cost_embedding",
+        "published widths",
+        cost_embedding(classes=2, height=3, width=37, channels=512, out=128),
+        "wide",
+    ),
     _row("cost_embedding", "no image", cost_embedding(batch=0), "empty"),
     *(
         _row(
@@ -412,6 +418,38 @@ SAMPLES = [
         class_aggregation(batch=0, attention="full"),
         "empty",
     ),
+    _row("class_aggregation", "wide", class_aggregation(classes=20, height=2, width=3, pad_length=256, **WIDE), "wide"),
+    _row(
+        "class_aggregation",
+        "wide, few classes",
+        class_aggregation(classes=2, height=2, width=2, pad_length=5, **WIDE),
+        "wide",
+        "small",
+    ),
+    _row(
+        "class_aggregation",
+        "wide, pooled, guidance of each image",
+        class_aggregation(batch=2, classes=17, height=3, width=5, pooling=2, per_image=True, **WIDE),
+        "wide",
+        "small",
+        "odd",
+        "batch",
+        "per-image",
+    ),
+    _row(
+        "class_aggregation",
+        "wide, one class",
+        class_aggregation(batch=3, classes=1, height=1, width=1, pad_length=2, **WIDE),
+        "wide",
+        "one-class",
+    ),
+    _row(
+        "class_aggregation",
+        "wide, a list in two turns",
+        class_aggregation(classes=200, height=1, width=2, pooling=1, pad_length=256, **WIDE),
+        "wide",
+    ),
+    _row("class_aggregation", "wide, no image", class_aggregation(batch=0, **WIDE), "wide", "empty"),
     *(
         _row(
             "class_aggregation",
@@ -478,6 +516,7 @@ SAMPLES = [
     _row("layer_gather", "one layer, patches only", layer_gather(layers=1, prompts=-1, patches=1)),
     _row("layer_gather", "more layers than a launch takes", layer_gather(layers=9, batch=2, out=17), "batch"),
     _row("layer_gather", "wide", layer_gather(layers=2, patches=17, channels=40, out=1000)),
+    _row("layer_gather", "wide, published", layer_gather(layers=2, patches=40, channels=768, out=512), "wide"),
     _row("layer_gather", "no image", layer_gather(batch=0), "empty"),
     _row(
         "layer_gather",
@@ -505,6 +544,8 @@ SAMPLES = [
         "batch",
     ),
     _row("gather_stage", "more layers than a launch takes", gather_stage(layers=9, batch=2, out=17), "batch"),
+    _row("gather_stage", "wide, published", gather_stage(patches=17, channels=768, out=512), "wide"),
+    _row("gather_stage", "wide, more columns", gather_stage(layers=2, patches=19, channels=200, out=768), "wide"),
     _row("gather_stage", "no image", gather_stage(batch=0), "empty"),
     *(
         _row("gather_stage", f"published{words}", gather_stage(batch=batch, **PUBLISHED_STAGE), "bench")

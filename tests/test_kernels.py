@@ -26,7 +26,8 @@ from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIBRARY_ONLY = {"embed_volume", "guidance_term"}  # a library convolution each, and nothing around it
-WIDE_ONLY = {"spatial_aggregation"}  # operators whose CUDA C++ kernels take the published widths only
+# Operators whose CUDA C++ kernels take the published widths only.
+WIDE_ONLY = {"class_aggregation", "spatial_aggregation"}
 
 
 def takes(backend: str, row: Sample) -> bool:

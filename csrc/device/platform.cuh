@@ -62,6 +62,18 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t sh
 #endif
 }
 
+// How many blocks the device can run beside each other at least: to share work out, results must not depend on it.
+inline int multiprocessors(int device) {
+#ifdef __CUDACC__
+    int count = 0;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+    return count;
+#else
+    (void)device;
+    return 2;
+#endif
+}
+
 // Calls `function` with a number of the type that `dtype` names.
 template <typename Function>
 int by_dtype(int dtype, Function function) {

@@ -137,8 +137,11 @@ def class_aggregation(
         padding_token,
         padding_guidance,
     )
-    reason = _refusal(channels // heads) or mlp_refusal(x, fc1_weight)
-    backend = backends.choose("class_aggregation", *tensors, refusals={"triton": reason})
+    refusals = {
+        "triton": _refusal(channels // heads) or mlp_refusal(x, fc1_weight),
+        "cuda": _cuda_refusal(height, width, channels, heads, fc1_weight.shape[0], attention),
+    }
+    backend = backends.choose("class_aggregation", *tensors, refusals=refusals)
     options: dict[str, Any] = {"heads": heads, "pooling": pooling, "full": attention == "full"}
     options["pads"] = max(pad_length - classes, 0)
     if backend == "torch":
@@ -243,6 +246,20 @@ def _refusal(head_channels: int) -> str | None:
     return None
 
 
+def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: int, attention: str) -> str | None:
+    """Why the CUDA C++ kernels do not take such a call; None where they do."""
+    if attention != "linear":
+        return f"its kernel takes linear attention, not {attention}"
+    if max(height, width) > 2**15 or height * width > 2**23:
+        return f"its kernel takes maps of up to 2^23 positions and 2^15 in a side, not {height} x {width}"
+    if channels == 128 and heads == 4 and hidden % 32 == 0:
+        return None
+    return (
+        "its kernel takes 128 channels in 4 heads and hidden units in multiples of 32, "
+        f"not {channels} channels in {heads} heads and {hidden} hidden units"
+    )
+
+
 def _in_kernels(
     x: Tensor,
     guidance: Tensor,
@@ -269,6 +286,11 @@ def _in_kernels(
     of_guidance = torch.cat([q_weight[:, channels:], k_weight[:, channels:]])
     terms = F.linear(guidance, of_guidance, torch.cat([q_bias, k_bias]))
     weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
+    if backend == "cuda":
+        attention = (x, terms, norm1_weight, norm1_bias, weight, v_bias, padding_token)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*attention, *mlp))
+        y = torch.ops.ovseg_fast.class_aggregation(*attention, *mlp, pads, heads, pooling, keep, backend)[0]
+        return y if pooling == 1 else torch.ops.ovseg_fast.class_aggregation_resize(x, y, backend)
     y = torch.ops.ovseg_fast.class_aggregation_attention(
         x, terms, norm1_weight, norm1_bias, weight, v_bias, padding_token, pads, heads, pooling, full, backend
     )
@@ -352,4 +374,59 @@ _library.define(
     "class_aggregation_resize_backward(Tensor grad, SymInt low_height, SymInt low_width, str backend) -> Tensor",
     "class_aggregation",
     _resize_backward_fake,
+)
+
+
+# The layer in one kernel, with x added where pooling is 1: what attention takes, then the MLP's six -> the result, or
+# what is resized, and what the attention half gives where `keep`, for the backward, which goes through both halves.
+
+
+def _layer_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, pooling, keep = arguments
+    batch, classes, height, width, channels = x.shape
+    out = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
+    return out, x.new_empty(out.shape if keep else 0)
+
+
+def _layer_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.pads, ctx.heads, ctx.pooling, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _layer_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, middle = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:13]
+    need_mlp = needs[7:]
+    middle_grad, *mlp_grads = torch.ops.ovseg_fast.residual_mlp_backward(
+        grad,
+        middle,
+        *tensors[7:12],
+        "relu",
+        any(needs[:7]),
+        any(need_mlp[i] for i in (0, 1, 5)),
+        any(need_mlp[2:5]),
+        ctx.backend,
+    )
+    grads: list[Any] = [None] * 7
+    if any(needs[:7]):
+        grads = list(
+            torch.ops.ovseg_fast.class_aggregation_attention_backward(
+                middle_grad, *tensors[:7], ctx.pads, ctx.heads, ctx.pooling, False, any(needs[1:7]), ctx.backend
+            )
+        )
+        if ctx.pooling == 1:
+            grads[0] = grads[0] + grad
+    found = (gradient if need else None for gradient, need in zip((*grads, *mlp_grads), needs, strict=True))
+    return (*found, *[None] * 5)
+
+
+_library.define(
+    f"class_aggregation({_TENSORS}, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, SymInt pads, SymInt heads, SymInt pooling, bool keep, str backend) "
+    "-> (Tensor, Tensor)",
+    "class_aggregation",
+    _layer_fake,
+    backward=_layer_backward,
+    setup_context=_layer_setup_context,
 )

@@ -38,7 +38,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     _check_kernel(weight)
     size = weight.shape[-1]
     large = f"its window of {size} × {size} is larger than {LARGEST} × {LARGEST}" if size > LARGEST else None
-    backend = backends.choose("cost_embedding", image, text, weight, bias, refusals={"triton": large})
+    backend = backends.choose("cost_embedding", image, text, weight, bias, refusals={"cuda": large, "triton": large})
     if backend == "torch":
         with backends.backend("torch"):
             return embed_volume(cost_volume(image, text), weight, bias)

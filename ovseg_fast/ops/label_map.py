@@ -24,6 +24,7 @@ from ._tiles import tiles
 
 CHUNK_ELEMENTS = 2**22  # scores worked on at a time: 16 MB in float32
 MOST_LABELS = 8  # that `top_labels` gives: kernels keep them in registers
+MOST_WINDOWS = 64  # whose positions a launch of the CUDA C++ kernels carries
 
 
 def label_map(
@@ -54,7 +55,7 @@ def label_map(
         TypeError, ValueError: a tensor does not fit, a window leaves the canvas, or the windows do not cover it.
     """
     logits, whole, offset = _check("label_map", logits, positions, window, canvas, size, whole, offset, False)
-    backend = backends.choose("label_map", logits)
+    backend = backends.choose("label_map", logits, refusals=_too_many(positions))
     if backend != "torch":
         flat = [start for position in positions for start in position]
         return torch.ops.ovseg_fast.top_labels(logits, whole, offset, flat, window, canvas, size, 1, False, backend)[1][
@@ -98,7 +99,7 @@ def top_labels(
     most = min(logits.shape[1], MOST_LABELS)
     if not 1 <= k <= most:
         raise ValueError(f"top_labels: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
-    backend = backends.choose("label_map", logits)
+    backend = backends.choose("label_map", logits, refusals=_too_many(positions))
     if backend != "torch":
         flat = [start for position in positions for start in position]
         return torch.ops.ovseg_fast.top_labels(logits, whole, offset, flat, window, canvas, size, k, True, backend)
@@ -128,7 +129,9 @@ def score_map(
 ) -> Tensor:
     """The scores (T, H, W) that `label_map` takes the best of; same arguments and errors."""
     logits, whole, offset = _check("score_map", logits, positions, window, canvas, size, whole, offset, True)
-    backend = backends.choose("label_map", logits, refusals={"triton": _no_gradient(logits, whole, offset)})
+    no_gradient = _no_gradient(logits, whole, offset)
+    refusals = {"triton": no_gradient, "cuda": no_gradient or _too_many(positions)["cuda"]}
+    backend = backends.choose("label_map", logits, refusals=refusals)
     if backend != "torch":
         flat = [start for position in positions for start in position]
         return torch.ops.ovseg_fast.score_map(logits, whole, offset, flat, window, canvas, size, backend)
@@ -196,6 +199,12 @@ def _no_gradient(*inputs: Tensor | None) -> str | None:
     """Why kernels cannot run where gradients are wanted."""
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     return "its kernel has no gradient" if wanted else None
+
+
+def _too_many(positions: Sequence[tuple[int, int]]) -> dict[str, str | None]:
+    """Why the CUDA C++ kernels cannot take so many windows."""
+    count = len(positions)
+    return {"cuda": f"its kernels take up to {MOST_WINDOWS} windows, not {count}" if count > MOST_WINDOWS else None}
 
 
 def _tiles(

@@ -19,6 +19,7 @@ from . import _library
 from ._checks import check_tensors
 
 WIDEST = 1024  # columns of a projection whose rows' lengths one program of the kernels can take
+MOST_LAYERS = 32  # that one call of the CUDA C++ kernels takes
 
 
 def layer_gather(
@@ -96,8 +97,10 @@ def check_gather_inputs(
 
 def gather_refusals(projection: Tensor) -> dict[str, str | None]:
     """Reasons, by backend, why kernels cannot gather with this projection."""
-    width = projection.shape[-1]
-    return {"triton": f"E = {width} is larger than {WIDEST}" if width > WIDEST else None}
+    layers, _, width = projection.shape
+    wide = f"E = {width} is larger than {WIDEST}" if width > WIDEST else None
+    many = f"its CUDA C++ kernels take up to {MOST_LAYERS} layers, got {layers}" if layers > MOST_LAYERS else None
+    return {"triton": wide, "cuda": wide or many}
 
 
 def gather_layers(

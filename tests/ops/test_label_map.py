@@ -19,7 +19,7 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite, counterpart
 from goldens import cascade_inputs, filled, golden
-from ovseg_fast import ops
+from ovseg_fast import backends, ops
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, KERNEL, LABEL_MARGIN, REWRITE_FLOAT64, relative_error
 
 MODULE = importlib.import_module("ovseg_fast.ops.label_map")  # `ops.label_map` is the function
@@ -34,12 +34,25 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return request.param
 
 
-@pytest.fixture(params=[*CHUNKS, "triton"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The PyTorch form, working on so many scores at a time, or the kernels; gives the device to work on."""
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backend whose kernels are tested."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        with ovs.backend("triton"):
+    else:
+        request.getfixturevalue("emulation")
+    return request.param
+
+
+@pytest.fixture(params=[*CHUNKS, "triton", "cuda"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The PyTorch form, working on so many scores at a time, or the kernels; gives the device to work on."""
+    if request.param in backends.LAUNCHERS:
+        if request.param == "triton":
+            pytest.importorskip("triton")
+        else:
+            request.getfixturevalue("emulation")
+        with ovs.backend(request.param):
             yield DEVICE
     else:
         monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
@@ -324,13 +337,14 @@ def test_kernel_labels_are_those_of_float64(
     canvas: tuple[int, int],
     size: tuple[int, int],
     dtype: torch.dtype,
+    kernels: str,
     rng: torch.Generator,
 ) -> None:
     build = samples.label_map(
         classes=9, map_size=maps, window=window, canvas=canvas, size=size, stride=(2, 2), whole=True, offset=True
     )
     call = build(samples.Draw(rng, dtype, DEVICE))
-    with ovs.backend("triton"):
+    with ovs.backend(kernels):
         labels = ops.label_map(*call[0], **call[1])
         scores = ops.score_map(*call[0], **call[1])
     assert_labels_follow_float64(call, labels)
@@ -341,7 +355,7 @@ def test_kernel_labels_are_those_of_float64(
 @pytest.mark.parametrize("size", [(20, 20), (13, 31)])
 @pytest.mark.parametrize("whole", [False, True])
 def test_kernels_leave_out_no_class_that_is_best_somewhere(
-    size: tuple[int, int], whole: bool, rng: torch.Generator
+    size: tuple[int, int], whole: bool, kernels: str, rng: torch.Generator
 ) -> None:
     """A photograph: each of 40 classes is sure of a few places, here and there two of them of the same one."""
     call = samples.label_map(
@@ -349,7 +363,7 @@ def test_kernels_leave_out_no_class_that_is_best_somewhere(
     )(samples.Draw(rng, torch.float32, DEVICE))
     for tensor in samples.tensors(call):
         tensor.copy_(tensor / 4 - 6 + 9 * (torch.rand(tensor.shape, generator=rng) < 0.03).to(tensor))
-    with ovs.backend("triton"):
+    with ovs.backend(kernels):
         labels = ops.label_map(*call[0], **call[1])
         scores = ops.score_map(*call[0], **call[1])
         results = ops.top_labels(*call[0], k=5, **call[1])
@@ -361,7 +375,9 @@ def test_kernels_leave_out_no_class_that_is_best_somewhere(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("argument", range(3))
-def test_kernels_leave_out_no_class_with_a_bad_number(value: float, argument: int, rng: torch.Generator) -> None:
+def test_kernels_leave_out_no_class_with_a_bad_number(
+    value: float, argument: int, kernels: str, rng: torch.Generator
+) -> None:
     """20 classes that are hopeless but for one number of one of them."""
     call = samples.label_map(
         classes=20, map_size=(3, 3), window=(8, 8), canvas=(10, 10), size=(7, 13), whole=True, offset=True
@@ -371,7 +387,7 @@ def test_kernels_leave_out_no_class_with_a_bad_number(value: float, argument: in
     maps[:, 1:] -= 20
     target = samples.tensors(call)[argument]
     target[(0, 17, 0, 0) if argument < 2 else 17] = value
-    with ovs.backend("triton"):
+    with ovs.backend(kernels):
         labels = ops.label_map(*call[0], **call[1])
         scores = ops.score_map(*call[0], **call[1])
         results = ops.top_labels(*call[0], k=3, **call[1])
@@ -379,19 +395,49 @@ def test_kernels_leave_out_no_class_with_a_bad_number(value: float, argument: in
     assert_identical(results, best(scores, 3))
 
 
-def test_the_kernel_of_scores_is_refused_where_a_gradient_is_wanted(rng: torch.Generator) -> None:
+def test_the_kernel_of_scores_is_refused_where_a_gradient_is_wanted(kernels: str, rng: torch.Generator) -> None:
     logits = torch.randn(1, 3, 4, 4, generator=rng).to(DEVICE)
     arguments: dict[str, Any] = {"window": (8, 8), "canvas": (8, 8), "size": (8, 8)}
     offset = torch.zeros(3, device=DEVICE, requires_grad=True)
-    with ovs.backend("triton"):
-        with pytest.raises(RuntimeError, match=r"^label_map: the triton backend .*: its kernel has no gradient\.$"):
+    with ovs.backend(kernels):
+        with pytest.raises(RuntimeError, match=rf"^label_map: the {kernels} backend .*: its kernel has no gradient\.$"):
             ops.score_map(logits, [(0, 0)], **arguments, offset=offset)
         with torch.no_grad():
             ops.score_map(logits, [(0, 0)], **arguments, offset=offset)
-        assert ovs.last_backend("label_map") == "triton"
+        assert ovs.last_backend("label_map") == kernels
     with ovs.backend("auto"):
         assert ops.score_map(logits, [(0, 0)], **arguments, offset=offset).requires_grad
     assert ovs.last_backend("label_map") == "torch"
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_cuda_kernels_share_bounds_among_very_many_classes(k: int, rng: torch.Generator) -> None:
+    """More than a block keeps bounds of; numbers 6 and 4999 are equal, and surely the best."""
+    logits = torch.randn(1, 5000, 2, 2, generator=rng).to(DEVICE)
+    logits[0, [6, 4999]] = 9.0
+    arguments: dict[str, Any] = {"window": (4, 4), "canvas": (4, 4), "size": (5, 3)}
+    with ovs.backend("cuda"):
+        results = ops.top_labels(logits, [(0, 0)], k=k, **arguments)
+        scores = ops.score_map(logits, [(0, 0)], **arguments)
+    assert (results[1][0] == 6).all()
+    assert_identical(results, best(scores, k))
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("windows", [64, 65])
+def test_cuda_kernels_take_so_many_windows(windows: int, rng: torch.Generator) -> None:
+    logits = torch.randn(windows, 2, 2, 1, generator=rng).to(DEVICE)
+    positions = [(0, left) for left in range(windows)]
+    arguments: dict[str, Any] = {"window": (3, 3), "canvas": (3, windows + 2), "size": (3, windows + 2)}
+    for function in (ops.label_map, ops.score_map):
+        expected = function(logits, positions, **arguments)
+        with ovs.backend("cuda"):
+            if windows > 64:
+                with pytest.raises(RuntimeError, match="its kernels take up to 64 windows, not 65"):
+                    function(logits, positions, **arguments)
+            else:
+                torch.testing.assert_close(function(logits, positions, **arguments), expected)
 
 
 def test_autocast_leaves_the_logits_as_they_are(form: str, rng: torch.Generator) -> None:
@@ -406,7 +452,7 @@ def test_autocast_leaves_the_logits_as_they_are(form: str, rng: torch.Generator)
 def test_launching_does_not_wait(function: str, rng: torch.Generator) -> None:
     row = samples.select("small", function=function)[0]
     call = row.build(rng, torch.float32, "cuda")
-    with ovs.backend("triton"):
+    with ovs.backend(kernels):
         row.run(call)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -20,6 +20,14 @@ from parity import fill
 from tolerances import GOLDEN_OUTPUT, KERNEL, REWRITE_FLOAT64, relative_error
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backend whose kernels are tested."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulation")
+    return request.param
+
+
 @pytest.mark.slow_in_interpreter
 @pytest.mark.usefixtures("every_backend")
 def test_golden() -> None:
@@ -104,22 +112,33 @@ def test_a_row_of_norms_for_each_block() -> None:
         ops.layer_gather(hidden[:2], *rest)
 
 
-def test_kernels_leave_a_wider_projection_to_pytorch(rng: torch.Generator) -> None:
+def test_kernels_leave_a_wider_projection_to_pytorch(kernels: str, rng: torch.Generator) -> None:
     call, _ = samples.layer_gather(layers=1, patches=1, out=1025)(samples.Draw(rng, torch.float32, DEVICE))
     assert ops.layer_gather(*call).shape == (1, 1, 1, 1025)
-    with ovs.backend("triton"), pytest.raises(RuntimeError, match="E = 1025 is larger than 1024"):
+    with ovs.backend(kernels), pytest.raises(RuntimeError, match="E = 1025 is larger than 1024"):
         ops.layer_gather(*call)
 
 
+@pytest.mark.usefixtures("emulation")
+def test_cuda_kernels_take_32_layers(rng: torch.Generator) -> None:
+    draw = samples.Draw(rng, torch.float32, DEVICE)
+    (call, _), (many, _) = (samples.layer_gather(layers=layers, patches=1)(draw) for layers in (32, 33))
+    truth = ops.layer_gather(*samples.map_floating(Tensor.double, call))
+    with ovs.backend("cuda"):
+        assert relative_error(ops.layer_gather(*call), truth) <= KERNEL[torch.float32]
+        with pytest.raises(RuntimeError, match="its CUDA C\\+\\+ kernels take up to 32 layers, got 33"):
+            ops.layer_gather(*many)
+
+
 @pytest.mark.parametrize("wanted", ["hidden", "one hidden state", "shared_weight", "norm_bias", "projection"])
-def test_kernels_give_each_gradient_alone(wanted: str, rng: torch.Generator) -> None:
+def test_kernels_give_each_gradient_alone(wanted: str, kernels: str, rng: torch.Generator) -> None:
     """The same as with the others; what is frozen gets none."""
 
     def gradients(chosen: set[int] | None) -> list[Tensor | None]:
         leaves = [tensor.detach().clone() for tensor in samples.tensors(call)]
         for index, leaf in enumerate(leaves):
             leaf.requires_grad_(chosen is None or index in chosen)
-        with ovs.backend("triton"):
+        with ovs.backend(kernels):
             ops.layer_gather(leaves[:3], patches, *leaves[3:]).square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
@@ -135,11 +154,13 @@ def test_kernels_give_each_gradient_alone(wanted: str, rng: torch.Generator) -> 
             assert gradient is None
 
 
-def test_kernels_read_the_tokens_where_they_lie(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_read_the_tokens_where_they_lie(
+    kernels: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hidden states with unit stride over the channels are not copied."""
     (hidden, *rest), _ = samples.layer_gather(batch=2)(samples.Draw(rng, torch.float32, DEVICE))
     apart = [torch.stack([tokens, tokens], 2)[:, :, 0] for tokens in hidden]
-    with ovs.backend("triton"):
+    with ovs.backend(kernels):
         expected = ops.layer_gather(hidden, *rest)
         monkeypatch.setattr(torch.Tensor, "contiguous", refuse_copies)
         assert torch.equal(ops.layer_gather(apart, *rest), expected)

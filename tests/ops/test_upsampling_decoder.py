@@ -26,6 +26,14 @@ ROWS = samples.select(function="upsampling_decoder", without=("bench",))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backend whose kernels are tested."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulation")
+    return request.param
+
+
 def stage(x: Tensor, guidance: Tensor, up_bias: Tensor, **weights: Any) -> Tensor:
     """One stage from projected guidance."""
     term = ops.guidance_term(guidance, up_bias, weights["conv1_weight"])
@@ -124,12 +132,12 @@ class Normalisations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
 def test_gradients_of_the_kernels_follow_float64(
-    row: samples.Sample, dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    row: samples.Sample, dtype: torch.dtype, kernels: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64 ReLU lets through what it let through in the kernels: where rounding carries a number over zero, the
     gradient jumps, and that says nothing about a kernel."""
     call, wide = build(row, rng, dtype)
-    with ovs.backend("triton"), Normalisations() as seen:
+    with ovs.backend(kernels), Normalisations() as seen:
         results = gradients(row, call)
     passed = iter([(out > 0).flatten(0, 1).permute(0, 3, 1, 2) for _, out in seen.calls])
     monkeypatch.setattr(F, "relu", lambda maps: maps * next(passed))
@@ -141,22 +149,28 @@ def test_gradients_of_the_kernels_follow_float64(
 
 
 @pytest.mark.parametrize("size", [(2, 2), (24, 24)])
-def test_no_copy_lies_between_the_library_and_the_kernels(size: tuple[int, int], rng: torch.Generator) -> None:
+def test_no_copy_lies_between_the_library_and_the_kernels(
+    size: tuple[int, int], kernels: str, rng: torch.Generator
+) -> None:
     """Convolutions give maps in the channels_last format, which are the kernels' tokens as they stand; and back."""
     height, width = size
     build_call = samples.upsampling_decoder(
         height=height, width=width, channels=32, up=24, guidance=8, out=16, groups=1
     )
     call = build_call(samples.Draw(rng, torch.float32, DEVICE))
-    with ovs.backend("triton"), Normalisations() as seen:
+    with ovs.backend(kernels), Normalisations() as seen:
         out = ops.upsampling_decoder(*call[0], **call[1])
     assert [arguments[0].is_contiguous() for arguments, _ in seen.calls] == [True, True]
     assert out.is_contiguous()
     assert out.data_ptr() == seen.calls[1][1].data_ptr()
 
 
-# Groups of one channel, tiles of several maps, maps of several tiles, more channels than a tile holds.
+# Groups of one channel, tiles of several maps, maps of several tiles, more channels than a tile holds; for the CUDA C++
+# kernels also pieces of 16 bytes, a map of several chunks of them, and more channels than a block has threads.
 GROUP_NORMS = [
+    ((1, 3, 5, 7, 32), 2),
+    ((2, 2, 19, 24, 64), 4),
+    ((1, 2, 2, 2, 301), 7),
     ((2, 3, 2, 2, 6), 6),
     ((1, 40, 5, 3, 20), 5),
     ((2, 5, 9, 31, 24), 3),
@@ -170,7 +184,7 @@ GROUP_NORMS = [
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize(("shape", "groups"), GROUP_NORMS, ids=str)
 def test_guided_group_norm_is_a_sum_a_group_norm_and_relu(
-    shape: tuple[int, ...], groups: int, guided: bool, dtype: torch.dtype, rng: torch.Generator
+    shape: tuple[int, ...], groups: int, guided: bool, dtype: torch.dtype, kernels: str, rng: torch.Generator
 ) -> None:
     """A mean far from zero costs no digits."""
     draw = samples.Draw(rng, dtype, DEVICE)
@@ -178,7 +192,7 @@ def test_guided_group_norm_is_a_sum_a_group_norm_and_relu(
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     y, weight, bias, *term = leaves
-    result, _ = torch.ops.ovseg_fast.guided_group_norm(y, *(term or [None]), weight, bias, groups, 1e-5, "triton")
+    result, _ = torch.ops.ovseg_fast.guided_group_norm(y, *(term or [None]), weight, bias, groups, 1e-5, kernels)
 
     y, weight, bias, *term = wide
     maps = (y + term[0].unsqueeze(1) if guided else y).flatten(0, 1).permute(0, 3, 1, 2)
@@ -193,3 +207,19 @@ def test_guided_group_norm_is_a_sum_a_group_norm_and_relu(
     slopes = {name: pair for name, pair in slopes.items() if pair[1].norm() > 1e-9 * cotangent.norm()}
     names = [{"weight": "norm_weight", "bias": "norm_bias"}.get(name, name) for name in slopes]
     check_gradients(names, *zip(*slopes.values(), strict=True), dtype)
+
+
+@pytest.mark.usefixtures("emulation")
+def test_cuda_kernels_take_a_mean_far_from_zero(rng: torch.Generator) -> None:
+    """Fifty deviations away, in several chunks: the difference of squares would keep three digits."""
+    draw = samples.Draw(rng, torch.float32, DEVICE)
+    y, term = 1000 + draw(1, 2, 17, 20, 64), 20 * draw(1, 17, 20, 64)
+    weight, bias = draw.norm(64)
+    result, statistics = torch.ops.ovseg_fast.guided_group_norm(y, term, weight, bias, 4, 1e-5, "cuda")
+    parts = (y.double() + term.double().unsqueeze(1)).unflatten(-1, (4, 16))
+    variance, mean = torch.var_mean(parts, (2, 3, 5), correction=0)
+    assert relative_error(statistics[..., 0], mean) <= 1e-7
+    assert relative_error(statistics[..., 1], (variance + 1e-5).rsqrt()) <= KERNEL[torch.float32]
+    maps = (y + term.unsqueeze(1)).double().flatten(0, 1).permute(0, 3, 1, 2)
+    truth = F.relu(F.group_norm(maps, 4, weight.double(), bias.double(), 1e-5)).permute(0, 2, 3, 1).unflatten(0, (1, 2))
+    assert relative_error(result, truth) <= KERNEL[torch.float32]

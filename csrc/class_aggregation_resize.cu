@@ -1,0 +1,146 @@
+// The end of class aggregation behind a pooling: x + y resized to the size of x, bilinear with aligned corners.
+//
+//     out[i, j] = x[i, j] + Σ_{a,b} hat(i · s_h − a) · hat(j · s_w − b) · y[a, b],   hat(d) = max(1 − |d|, 0)
+//     dy[a, b] = Σ_{i,j} hat(i · s_h − a) · hat(j · s_w − b) · dout[i, j]
+//
+// with s_h = (h − 1) / (H − 1), s_w likewise. A thread takes 16 bytes of a token's channels: those of a token lie side by
+// side, and neighbouring tokens of out read the same ones of y. Backward gathers, in the order of the map.
+
+#include "device/numbers.cuh"
+
+namespace ovseg {
+namespace {
+
+constexpr int THREADS = 256;
+
+// One side of the maps.
+struct Side {
+    int size, low;
+    float scale;
+
+    Side(int64_t size, int64_t low)
+        : size(int(size)), low(int(low)), scale(size > 1 ? float(double(low - 1) / double(size - 1)) : 0.0f) {}
+
+    // The first place that `place` of the lower side may count in, and the one behind the last.
+    __device__ __forceinline__ int first(int place) const {
+        return low > 1 && place > 0 ? (place - 1) * (size - 1) / (low - 1) : 0;
+    }
+    __device__ __forceinline__ int behind(int place) const {
+        return low > 1 ? min(((place + 1) * (size - 1) + low - 2) / (low - 1) + 1, size) : size;
+    }
+    __device__ __forceinline__ float share(int i, int place) const {
+        return fmaxf(1.0f - fabsf(float(i) * scale - float(place)), 0.0f);
+    }
+};
+
+template <typename T>
+struct Arguments {
+    const T *x, *y;  // backward: grad and nothing
+    T *out;
+    Side lines, columns;
+    int pieces, blocks;  // pieces of a token, blocks of a map
+};
+
+// What a thread works on: a piece of a token of map `map`, whose maps of `out` are `height` by `width`.
+struct Place {
+    int map, line, column, piece;
+    int64_t index;  // among all pieces of `out`
+    bool inside;
+
+    __device__ __forceinline__ Place(int pieces, int blocks, int height, int width) {
+        map = int(blockIdx.x) / blocks;
+        const int of_map = int(blockIdx.x) % blocks * THREADS + int(threadIdx.x), token = of_map / pieces;
+        piece = of_map % pieces;
+        column = token % width;
+        line = token / width;
+        inside = line < height;
+        index = int64_t(map) * (height * width * pieces) + of_map;
+    }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    const Place place(a.pieces, a.blocks, a.lines.size, a.columns.size);
+    if (!place.inside) return;
+    const float line = float(place.line) * a.lines.scale, column = float(place.column) * a.columns.scale;
+    const int top = min(int(line), a.lines.low - 1), bottom = min(top + 1, a.lines.low - 1);
+    const int left = min(int(column), a.columns.low - 1), right = min(left + 1, a.columns.low - 1);
+    const float down = line - float(top), across = column - float(left);
+    const auto read = [&](int i, int j) {
+        const int64_t token = int64_t(place.map) * (a.lines.low * a.columns.low) + i * a.columns.low + j;
+        return load<T, EACH>(a.y + (token * a.pieces + place.piece) * EACH);
+    };
+    const Piece<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
+    Piece<T> sum = load<T, EACH>(a.x + place.index * EACH);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const float upper = (1.0f - across) * to_float(corners[0].value[i]) + across * to_float(corners[1].value[i]);
+        const float lower = (1.0f - across) * to_float(corners[2].value[i]) + across * to_float(corners[3].value[i]);
+        sum.value[i] = rounded<T>(to_float(sum.value[i]) + ((1.0f - down) * upper + down * lower));
+    }
+    store<T, EACH>(a.out + place.index * EACH, sum);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T> a) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    const Place place(a.pieces, a.blocks, a.lines.low, a.columns.low);
+    if (!place.inside) return;
+    float total[EACH] = {};
+#pragma unroll 1
+    for (int i = a.lines.first(place.line); i < a.lines.behind(place.line); ++i) {
+        const float of_line = a.lines.share(i, place.line);
+        const int64_t first = int64_t(place.map) * (a.lines.size * a.columns.size) + i * a.columns.size;
+#pragma unroll 1
+        for (int j = a.columns.first(place.column); j < a.columns.behind(place.column); ++j) {
+            const float share = of_line * a.columns.share(j, place.column);
+            if (share == 0.0f) continue;  // 0 times NaN would be NaN
+            const Piece<T> grad = load<T, EACH>(a.x + ((first + j) * a.pieces + place.piece) * EACH);
+#pragma unroll
+            for (int c = 0; c < EACH; ++c) total[c] += share * to_float(grad.value[c]);
+        }
+    }
+    Piece<T> sum;
+#pragma unroll
+    for (int c = 0; c < EACH; ++c) sum.value[c] = rounded<T>(total[c]);
+    store<T, EACH>(a.out + place.index * EACH, sum);
+}
+
+template <bool BACKWARD>
+int resize(const void *x, const void *y, void *out, int64_t maps, int64_t height, int64_t width, int64_t low_height,
+           int64_t low_width, int64_t channels, int dtype, int device, void *stream) {
+    constexpr int64_t LONGEST = 1 << 15;  // so that products of two sides fit 31 bits
+    if (height < 1 || width < 1 || low_height < 1 || low_width < 1 || low_height > height || low_width > width ||
+        height > LONGEST || width > LONGEST || channels < 1 || channels > INT32_MAX / 2 / (height * width)) {
+        return OVSEG_UNSUPPORTED_SIZE;
+    }
+    if (!aligned(x, y, out)) return OVSEG_MISALIGNED;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        constexpr int EACH = 16 / int(sizeof(T));
+        if (channels % EACH) return int(OVSEG_UNSUPPORTED_SIZE);
+        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH);
+        const int64_t blocks = (of_map + THREADS - 1) / THREADS;
+        const Arguments<T> a{static_cast<const T *>(x), static_cast<const T *>(y), static_cast<T *>(out),
+                             Side(height, low_height),  Side(width, low_width),    int(channels / EACH),
+                             int(blocks)};
+        return launch(BACKWARD ? resize_backward<T> : resize_add<T>, maps * blocks, THREADS, 0, device, stream, a);
+    });
+}
+
+}  // namespace
+}  // namespace ovseg
+
+int ovseg_class_aggregation_resize_fwd(const void *x, const void *y, void *out, int64_t maps, int64_t height,
+                                       int64_t width, int64_t low_height, int64_t low_width, int64_t channels,
+                                       int dtype, int device, void *stream) {
+    return ovseg::resize<false>(x, y, out, maps, height, width, low_height, low_width, channels, dtype, device, stream);
+}
+
+int ovseg_class_aggregation_resize_bwd(const void *grad, void *grad_y, int64_t maps, int64_t height, int64_t width,
+                                       int64_t low_height, int64_t low_width, int64_t channels, int dtype, int device,
+                                       void *stream) {
+    return ovseg::resize<true>(grad, nullptr, grad_y, maps, height, width, low_height, low_width, channels, dtype,
+                               device, stream);
+}

@@ -1,0 +1,385 @@
+// Cost embedding: a convolution over every class's cost map, which is never stored.
+//
+//     out[b, t, y, x, c] = bias[c] + Σ_pij weight[c, p, i, j] · cost[b, t, p, y + i − r, x + j − r],    r = K // 2
+//
+// with the cosines of image and text embeddings as cost, and 0 outside the map.
+//
+// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: of 16 classes where
+// each has one prompt, else 16 prompts of a class after another. One product gives the costs of tile and halo, which stay in
+// shared memory. Windows gathered from there are the rows of a second product, with the weights (P · K², C).
+//
+// Columns of that product are the outputs in an order of their own, in which a lane's are neighbours: see `place_of`.
+//
+// Padding never meets a weight that is infinite or NaN, as 0 · ∞ would spread it: products take the weights' finite part,
+// and `add_rest`, which other weights never enter, the rest.
+
+#include "device/cosines.cuh"
+#include "device/map_tiles.h"
+
+namespace ovseg {
+namespace {
+
+constexpr int LARGEST = 11;   // window, whose 121 pixels are the halo of one
+constexpr int RING = 3;
+constexpr int OUTPUTS = 128;  // at a time
+constexpr int TAPS = 64;      // elements of the windows at a time
+constexpr int PITCH = PIXELS + 8;  // between the costs of two texts, so that they lie in other banks
+constexpr int ZERO = TEXTS * PITCH;  // the place of a zero behind them
+constexpr int WARPS = COSINE_THREADS / 32;
+
+template <typename T>
+constexpr int EACH = 16 / int(sizeof(T));
+template <typename T>
+constexpr int GROUP = 4 * EACH<T>;  // outputs of which a lane has EACH neighbours
+
+template <typename T>
+struct Arguments {
+    const T *image, *text, *weight, *bias;
+    T *out;
+    int64_t text_stride;  // from an image's text to the next one's: 0 where they share it
+    MapTiles tiles;
+    int classes, prompts, height, width, channels, outputs, size;
+};
+
+template <typename T>
+struct Shared {
+    unsigned char ring[RING * Embeddings<T>::BYTES];
+    unsigned char weights[OUTPUTS * TAPS * sizeof(T)];
+    T costs[ZERO + 8];
+    int sources[PIXELS];  // of tile and halo: positions in the map, −1 beyond
+    int targets[PIXELS];  // of the tile, likewise
+    int corners[PIXELS];  // where the windows of the tile's pixels begin, among tile and halo
+    int offsets[TAPS];    // from there to an element of the window, among the costs
+    int not_finite;       // a weight
+};
+
+// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH neighbours.
+template <typename T>
+__device__ __forceinline__ int place_of(int c) {
+    return c % EACH<T> / 2 * 8 + c / EACH<T> * 2 + c % 2;
+}
+
+// A block's share of the work.
+template <typename T>
+struct Block {
+    const Arguments<T> &a;
+    Shared<T> &shared;
+    int first, present;  // classes
+    const T *image, *text;
+    T *out;
+
+    // Finds it, by all threads; a barrier has to follow.
+    __device__ __forceinline__ Block(const Arguments<T> &a, Shared<T> &shared) : a(a), shared(shared) {
+        const int together = a.prompts == 1 ? TEXTS : 1, groups = (a.classes + together - 1) / together;
+        const int tile = int(blockIdx.x) % a.tiles.count, group = int(blockIdx.x) / a.tiles.count;
+        const int64_t map = int64_t(a.height) * a.width, batch = group / groups;
+        first = group % groups * together;
+        present = min(together, a.classes - first);
+        image = a.image + batch * map * a.channels;
+        text = a.text + batch * a.text_stride + int64_t(first) * a.prompts * a.channels;
+        out = a.out + (batch * a.classes + first) * map * a.outputs;
+        const int top = tile / a.tiles.across * a.tiles.height, left = tile % a.tiles.across * a.tiles.width;
+        const int halo_width = a.tiles.width + a.size - 1;
+        const auto position = [&](int y, int x, bool real) {
+            return real && y >= 0 && y < a.height && x >= 0 && x < a.width ? y * a.width + x : -1;
+        };
+        const int i = int(threadIdx.x);
+        if (i < PIXELS) {
+            const int row = i / halo_width, y = i / a.tiles.width, x = i % a.tiles.width;
+            shared.sources[i] = position(top - a.size / 2 + row, left - a.size / 2 + i % halo_width,
+                                         row < a.tiles.height + a.size - 1);
+            shared.targets[i] = position(top + y, left + x, y < a.tiles.height);
+            shared.corners[i] = y < a.tiles.height ? y * halo_width + x : 0;
+        }
+        if (i < 8) shared.costs[ZERO + i] = rounded<T>(0.0f);
+        if (i == 0) shared.not_finite = 0;
+    }
+
+    __device__ __forceinline__ int items() const { return present * a.tiles.height * a.tiles.width; }
+
+    // The costs of `texts` embeddings from prompt `prompt` on, whose copies begin with `stages`.
+    __device__ __forceinline__ Embeddings<T> embeddings(int prompt, int texts) const {
+        return {image, text + int64_t(prompt) * a.channels, shared.sources, texts, a.channels};
+    }
+
+    template <typename Stages>
+    __device__ __forceinline__ void find_costs(Stages &stages, int warp, int lane) const {
+        D d[TEXTS / 8];
+        cosines<T>(d, stages, warp, lane);
+#pragma unroll
+        for (int n = 0; n < TEXTS / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int pixel = 16 * warp + d_row(lane, i);  // beyond the map 0, also where the text is NaN
+                shared.costs[(8 * n + d_column(lane, i)) * PITCH + pixel] =
+                    rounded<T>(shared.sources[pixel] >= 0 ? d[n].value[i] : 0.0f);
+            }
+        }
+    }
+
+    // Brings `taps` weights of OUTPUTS outputs from `output` on: those of the elements from `tap` on, counted from
+    // prompt `prompt`.
+    __device__ __forceinline__ void load_weights(int output, int prompt, int tap, int taps) const {
+        const Tile<T, TAPS> tile{shared.weights};
+        const int area = a.size * a.size, i = recomputed(int(threadIdx.x)), column = i % TAPS;
+        const int64_t pitch = int64_t(a.prompts) * area;
+        const T *const source = a.weight + int64_t(prompt) * area + tap + column;
+#pragma unroll 8
+        for (int row = i / TAPS; row < OUTPUTS; row += COSINE_THREADS / TAPS) {
+            const bool there = column < taps && output + row < a.outputs;
+            const float value = there ? to_float(source[(output + row) * pitch]) : 0.0f;
+            const bool finite = fabsf(value) < INFINITY;
+            if (!finite) shared.not_finite = 1;
+            *tile.at(row / GROUP<T> * GROUP<T> + place_of<T>(row % GROUP<T>), column) =
+                rounded<T>(finite ? value : 0.0f);
+        }
+        if (i < TAPS) {
+            const int whole = (tap + i) / area, element = (tap + i) % area;
+            shared.offsets[i] = i >= taps ? ZERO
+                                          : whole * PITCH + element / a.size * (a.tiles.width + a.size - 1) +
+                                                element % a.size;
+        }
+    }
+};
+
+// 16 windows as the rows of a product: an item is a pixel of the tile of one of the classes.
+template <typename T>
+struct Windows16 {
+    const Block<T> &block;
+    int corners[2];  // of a lane's two rows, among the costs
+    int tokens[2];   // among those of the block's classes; −1 where there is none
+
+    __device__ __forceinline__ Windows16(const Block<T> &block, int first, int lane) : block(block) {
+        const int pixels = block.a.tiles.height * block.a.tiles.width;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int item = first + d_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
+            corners[i] = 0, tokens[i] = -1;
+            if (item < block.items()) {
+                const int position = block.shared.targets[pixel];
+                corners[i] = which * PITCH + block.shared.corners[pixel];
+                if (position >= 0) tokens[i] = which * (block.a.height * block.a.width) + position;
+            }
+        }
+    }
+
+    __device__ __forceinline__ A at(int k, int lane) const {
+        const Shared<T> &shared = block.shared;
+        A a;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(T) == 2) {
+                const Pair<int> offset = load<int, 2>(shared.offsets + k * K<T> + lane % 4 * 2 + i / 2 * 8);
+                const Pair<T> pair{{shared.costs[min(corners[i % 2] + offset.value[0], ZERO)],
+                                    shared.costs[min(corners[i % 2] + offset.value[1], ZERO)]}};
+                memcpy(&a.word[i], &pair, 4);
+            } else {
+                const int offset = shared.offsets[k * K<T> + lane % 4 + i / 2 * 4];
+                a.word[i] = __float_as_uint(shared.costs[min(corners[i % 2] + offset, ZERO)]);
+            }
+        }
+        return a;
+    }
+
+    // Adds the weights that are not finite, one after another, where the element of the window lies within the map.
+    __device__ __forceinline__ void add_rest(D (&d)[GROUP<T> / 8], int output, int prompt, int tap, int taps,
+                                             int lane) const {
+        const Arguments<T> &a = block.a;
+        const int64_t area = a.size * a.size;
+#pragma unroll 1
+        for (int i = 0; i < taps; ++i) {
+            lane = recomputed(lane);
+#pragma unroll
+            for (int j = 0; j < EACH<T>; ++j) {
+                const int c = output + lane % 4 * EACH<T> + j;
+                if (c >= a.outputs) continue;
+                const float weight = to_float(a.weight[(int64_t(c) * a.prompts + prompt) * area + tap + i]);
+                if (fabsf(weight) < INFINITY) continue;
+#pragma unroll
+                for (int row = 0; row < 2; ++row) {
+                    const int place = corners[row] + block.shared.offsets[i];
+                    if (block.shared.sources[place % PITCH] < 0) continue;
+                    d[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[place]) * weight;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_outputs(const D (&d)[GROUP<T> / 8], int output, int lane) const {
+        const Arguments<T> &a = block.a;
+        const int c = output + lane % 4 * EACH<T>;
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            if (tokens[row] < 0) continue;
+            T *const target = block.out + int64_t(tokens[row]) * a.outputs + c;
+            Piece<T> piece;
+#pragma unroll
+            for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2]);
+            if (a.outputs % EACH<T> == 0) {
+                if (c < a.outputs) store<T, EACH<T>>(target, piece);
+            } else {
+#pragma unroll
+                for (int j = 0; j < EACH<T>; ++j) {
+                    if (c + j < a.outputs) target[j] = piece.value[j];
+                }
+            }
+        }
+    }
+};
+
+// d = bias, of a lane's outputs of the group that begins at `output`
+template <typename T>
+__device__ __forceinline__ void start(D (&d)[GROUP<T> / 8], const Arguments<T> &a, int output, int lane) {
+#pragma unroll
+    for (int j = 0; j < EACH<T>; ++j) {
+        const int c = output + lane % 4 * EACH<T> + j;
+        const float bias = c < a.outputs ? to_float(a.bias[c]) : 0.0f;
+        d[j / 2].value[j % 2] = d[j / 2].value[2 + j % 2] = bias;
+    }
+}
+
+// d += windows · weights of a step of K, for M times 16 windows and a group of outputs.
+template <typename T, int M>
+__device__ __forceinline__ void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k, int lane) {
+#pragma unroll
+    for (int n = 0; n < GROUP<T> / 16; ++n) {
+        B b[2];
+        load_b(b, weights.rows_from(16 * n), k, lane);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            mma<T>(d[m][2 * n], a[m], b[0]);
+            mma<T>(d[m][2 * n + 1], a[m], b[1]);
+        }
+    }
+}
+
+// One prompt a class and windows of up to TAPS elements, as published. Windows stay in registers while all outputs are
+// worked out, and weights in shared memory.
+template <typename T>
+__global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Arguments<T> a) {
+    constexpr int M = sizeof(T) == 2 ? 2 : 1, STEPS = TAPS / K<T>;
+    Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
+    const int warp = int(threadIdx.x) / 32;
+    int lane = int(threadIdx.x) % 32;
+    const Block<T> block(a, shared);
+    __syncthreads();
+    Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, block.embeddings(0, block.present));
+    const int taps = a.size * a.size;
+    block.load_weights(0, 0, 0, taps);
+    block.find_costs(stages, warp, lane);
+    __syncthreads();
+#pragma unroll 1
+    for (int output = 0; output < a.outputs; output += OUTPUTS) {
+        if (output) {
+            __syncthreads();  // nobody reads the weights before any more
+            block.load_weights(output, 0, 0, taps);
+            __syncthreads();
+        }
+#pragma unroll 1
+        for (int item = warp * 16 * M; item < block.items(); item += WARPS * 16 * M) {
+            const Windows16<T> windows[2] = {{block, item, lane}, {block, item + 16 * (M - 1), lane}};
+            A factors[STEPS][M];
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                if (k * K<T> >= taps) continue;
+#pragma unroll
+                for (int m = 0; m < M; ++m) factors[k][m] = windows[m].at(k, lane);
+            }
+            const int end = min(a.outputs - output, OUTPUTS);
+#pragma unroll 1
+            for (int c = 0; c < end; c += GROUP<T>) {
+                lane = recomputed(lane);
+                D d[M][GROUP<T> / 8];
+#pragma unroll
+                for (int m = 0; m < M; ++m) start<T>(d[m], a, output + c, lane);
+#pragma unroll
+                for (int k = 0; k < STEPS; ++k) {
+                    if (k * K<T> < taps) multiply<T, M>(d, factors[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                }
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    if (shared.not_finite) windows[m].add_rest(d[m], output + c, 0, 0, taps, lane);
+                    windows[m].store_outputs(d[m], output + c, lane);
+                }
+            }
+        }
+    }
+}
+
+// Any number of prompts and windows of any size: a warp keeps the sums of 16 windows and a group of outputs, while prompts
+// and weights come one after another.
+template <typename T>
+__global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a) {
+    Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
+    const int warp = int(threadIdx.x) / 32;
+    int lane = int(threadIdx.x) % 32;
+    const Block<T> block(a, shared);
+    const int area = a.size * a.size;
+    const int jobs = (block.items() + 15) / 16 * (OUTPUTS / GROUP<T>);
+    bool found = false;
+    __syncthreads();
+#pragma unroll 1
+    for (int output = 0; output < a.outputs; output += OUTPUTS) {
+#pragma unroll 1
+        for (int job = warp; job - warp < jobs; job += WARPS) {
+            const int c = job % (OUTPUTS / GROUP<T>) * GROUP<T>;
+            const Windows16<T> own(block, job / (OUTPUTS / GROUP<T>) * 16, lane);
+            D d[1][GROUP<T> / 8];
+            start<T>(d[0], a, output + c, lane);
+#pragma unroll 1
+            for (int prompt = 0; prompt < a.prompts; prompt += TEXTS) {
+                const int prompts = min(TEXTS, a.prompts - prompt), texts = a.prompts == 1 ? block.present : prompts;
+                if (!found || a.prompts > TEXTS) {
+                    __syncthreads();
+                    Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, block.embeddings(prompt, texts));
+                    block.find_costs(stages, warp, lane);
+                    found = true;
+                }
+#pragma unroll 1
+                for (int tap = 0; tap < prompts * area; tap += TAPS) {
+                    const int taps = min(TAPS, prompts * area - tap);
+                    lane = recomputed(lane);
+                    __syncthreads();
+                    block.load_weights(output, prompt, tap, taps);
+                    __syncthreads();
+#pragma unroll 1
+                    for (int k = 0; k * K<T> < taps; ++k) {
+                        const A factor[1] = {own.at(k, lane)};
+                        multiply<T, 1>(d, factor, Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                    }
+                    if (shared.not_finite) own.add_rest(d[0], output + c, prompt, tap, taps, lane);
+                }
+            }
+            own.store_outputs(d[0], output + c, lane);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ovseg
+
+int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *weight, const void *bias, void *out,
+                             int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t classes,
+                             int64_t prompts, int64_t own_text, int64_t outputs, int64_t size, int dtype, int device,
+                             void *stream) {
+    using namespace ovseg;
+    if (size < 1 || size > LARGEST || size % 2 == 0 || height < 1 || width < 1 || height > INT32_MAX / TEXTS / width ||
+        channels < 1 || channels > INT32_MAX / 2 || classes < 1 || classes > INT32_MAX / 2 || prompts < 1 ||
+        prompts > INT32_MAX / 2 / (size * size) || outputs > INT32_MAX / 2) {
+        return OVSEG_UNSUPPORTED_SIZE;
+    }
+    if (!aligned(image, text, weight, bias, out)) return OVSEG_MISALIGNED;
+    const MapTiles tiles = MapTiles::with_halo(int(height), int(width), int(size), PIXELS);
+    const int64_t together = prompts == 1 ? TEXTS : 1;
+    const int64_t groups = batch * ((classes + together - 1) / together);
+    if (groups > INT32_MAX) return OVSEG_TOO_LARGE;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
+        const Arguments<T> a{in(image), in(text), in(weight), in(bias), static_cast<T *>(out),
+                             own_text ? classes * prompts * channels : 0, tiles, int(classes), int(prompts),
+                             int(height), int(width), int(channels), int(outputs), int(size)};
+        const auto kernel = prompts == 1 && size * size <= TAPS ? embed_one_prompt<T> : embed<T>;
+        return launch(kernel, groups * tiles.count, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
+    });
+}

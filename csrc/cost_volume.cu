@@ -1,0 +1,149 @@
+// Cost volume: cosines between every patch of an image and every prompt of every class.
+//
+//     cost[b, k, s] = <image[b, s], text[k]> / (max(‖image[b, s]‖, ε) · max(‖text[k]‖, ε))
+//
+// A block takes 128 patches and 16 prompts, a warp 16 patches.
+//
+// Backward, for one side with rows x and the other side's rows of length 1, ŷ, from the gradient g of cost:
+//
+//     dx = (p − x̂ · <x̂, p>) / n,    p = Σ g · ŷ,  n = max(‖x‖, ε),  x̂ = x / n
+//
+// where p is a library's product. A kernel gives ŷ before it, and dx after it; a warp takes a row.
+
+#include "device/cosines.cuh"
+
+namespace ovseg {
+namespace {
+
+constexpr int RING = 4;
+constexpr int ROWS = 8;  // of the backward, to a block
+
+template <typename T>
+struct Arguments {
+    const T *image, *text;
+    T *cost;
+    int64_t text_stride;  // from an image's text to the next one's: 0 where they share it
+    int patches, prompts, channels;
+};
+
+template <typename T>
+struct Shared {
+    unsigned char ring[RING * Embeddings<T>::BYTES];
+    int places[PIXELS];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T> a) {
+    Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    const int patch_tiles = (a.patches + PIXELS - 1) / PIXELS, prompt_tiles = (a.prompts + TEXTS - 1) / TEXTS;
+    const int64_t batch = int(blockIdx.x) / patch_tiles / prompt_tiles;
+    const int first_patch = int(blockIdx.x) % patch_tiles * PIXELS;
+    const int first_prompt = int(blockIdx.x) / patch_tiles % prompt_tiles * TEXTS;
+    for (int i = int(threadIdx.x); i < PIXELS; i += COSINE_THREADS) {
+        shared.places[i] = first_patch < a.patches - i ? first_patch + i : -1;
+    }
+    __syncthreads();
+    const Embeddings<T> embeddings{a.image + batch * a.patches * a.channels,
+                                   a.text + batch * a.text_stride + int64_t(first_prompt) * a.channels, shared.places,
+                                   min(TEXTS, a.prompts - first_prompt), a.channels};
+    Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, embeddings);
+    D d[TEXTS / 8];
+    cosines<T>(d, stages, warp, lane);
+    T *const cost = a.cost + (batch * a.prompts + first_prompt) * a.patches;
+#pragma unroll
+    for (int n = 0; n < TEXTS / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int patch = shared.places[16 * warp + d_row(lane, i)], prompt = 8 * n + d_column(lane, i);
+            if (patch >= 0 && prompt < embeddings.texts) {
+                cost[int64_t(prompt) * a.patches + patch] = rounded<T>(d[n].value[i]);
+            }
+        }
+    }
+}
+
+// Columns of a row that a lane reads at a time; zeros beyond its end.
+template <typename T>
+__device__ __forceinline__ Piece<T> piece_of(const T *row, int column, int columns, bool whole) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    if (whole) return load<T, EACH>(row + column);
+    Piece<T> piece;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) piece.value[i] = column + i < columns ? row[column + i] : rounded<T>(0.0f);
+    return piece;
+}
+
+// dx of each row from its p, or x̂ where `products` is null.
+template <typename T>
+__global__ void __launch_bounds__(ROWS * 32) through_norm(const T *products, const T *x, T *out, int64_t rows,
+                                                          int columns) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    const int lane = int(threadIdx.x) % 32;
+    const int64_t row = int64_t(blockIdx.x) * ROWS + int(threadIdx.x) / 32;
+    if (row >= rows) return;
+    const bool whole = columns % EACH == 0;
+    const T *const own = x + row * columns, *const product = products ? products + row * columns : own;
+    float squares = 0.0f, along = 0.0f;
+    for (int column = lane * EACH; column < columns; column += 32 * EACH) {
+        const Piece<T> a = piece_of(own, column, columns, whole), b = piece_of(product, column, columns, whole);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            squares += to_float(a.value[i]) * to_float(a.value[i]);
+            along += to_float(a.value[i]) * to_float(b.value[i]);
+        }
+    }
+    const float length = length_of(sum_over_lanes<32>(squares));
+    along = sum_over_lanes<32>(along) / length;
+    for (int column = lane * EACH; column < columns; column += 32 * EACH) {
+        Piece<T> a = piece_of(own, column, columns, whole);
+        const Piece<T> b = piece_of(product, column, columns, whole);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const float unit = to_float(a.value[i]) / length;
+            a.value[i] = rounded<T>(products ? (to_float(b.value[i]) - unit * along) / length : unit);
+        }
+        if (whole) {
+            store<T, EACH>(out + row * columns + column, a);
+        } else {
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                if (column + i < columns) out[row * columns + column + i] = a.value[i];
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ovseg
+
+int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
+                          int64_t prompts, int64_t channels, int64_t own_text, int dtype, int device, void *stream) {
+    using namespace ovseg;
+    if (patches < 1 || patches > INT32_MAX || prompts < 1 || prompts > INT32_MAX || channels < 1 ||
+        channels > INT32_MAX / 2) {
+        return OVSEG_UNSUPPORTED_SIZE;
+    }
+    if (!aligned(image, text, cost)) return OVSEG_MISALIGNED;
+    const int64_t blocks = (patches + PIXELS - 1) / PIXELS * ((prompts + TEXTS - 1) / TEXTS);
+    if (blocks > INT32_MAX) return OVSEG_TOO_LARGE;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const Arguments<T> a{static_cast<const T *>(image), static_cast<const T *>(text), static_cast<T *>(cost),
+                             own_text ? prompts * channels : 0, int(patches), int(prompts), int(channels)};
+        return launch(cost_volume<T>, batch * blocks, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
+    });
+}
+
+int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows, int64_t channels, int dtype,
+                               int device, void *stream) {
+    using namespace ovseg;
+    if (channels < 1 || channels > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
+    if (!aligned(products, x, out)) return OVSEG_MISALIGNED;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        return launch(through_norm<T>, (rows + ROWS - 1) / ROWS, ROWS * 32, 0, device, stream,
+                      static_cast<const T *>(products), static_cast<const T *>(x), static_cast<T *>(out), rows,
+                      int(channels));
+    });
+}

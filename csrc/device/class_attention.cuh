@@ -1,0 +1,56 @@
+// Linear attention over the classes of a position, for the published sizes: four heads of 32 channels.
+//
+// What a head knows of all classes is the matrix S of 32 keys' channels (rows) and 32 values' (columns), a tile, and the
+// vectors z, of keys' channels, and m, of values', float32 side by side. S and z are sums over the classes, each counted
+// with a weight of 1 / N, so that they stay in float16's range; m is about the values' mean and taken out of them: only
+// their differences are multiplied, and those are kept precise. Any m gives the same result but for rounding.
+
+#pragma once
+
+#include "mma.cuh"
+#include "warp.cuh"
+
+namespace ovseg {
+
+constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
+constexpr float NORMALISER_EPS = 1e-6f;  // published
+
+__device__ __forceinline__ float feature(float x) { return x > 0.0f ? x + 1.0f : __expf(x); }  // elu + 1
+
+// The classes of a list, and the one that pads it as one more key where `pads` is not 0.
+struct Classes {
+    int count, pads;
+
+    __host__ __device__ __forceinline__ int keys() const { return count + (pads > 0); }
+    __host__ __device__ __forceinline__ int tiles() const { return (keys() + 15) / 16; }
+    __device__ __forceinline__ float share() const { return 1.0f / (float(count) + float(pads)); }  // 1 / N
+    __device__ __forceinline__ float times(int key) const {  // how often a key counts
+        return key < count ? 1.0f : key < keys() ? float(pads) : 0.0f;
+    }
+};
+
+// Whether the kernels take lists and maps of these sizes.
+inline bool takes_classes(int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t heads,
+                          int64_t pooling, int64_t pads) {
+    return channels == C && heads == HEADS && classes >= 1 && classes <= 1 << 24 && pads >= 0 && pads <= INT32_MAX &&
+           pooling >= 1 && pooling <= height && pooling <= width && height <= INT32_MAX / width;
+}
+
+// A from columns 0..15, counted from 16 · m, of a tile that holds Aᵀ: its rows from K · k on. K is in the order of
+// `load_b_by_rows`.
+template <typename T, int WIDTH>
+__device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
+    A a;
+    if constexpr (sizeof(T) == 2) {
+        ldmatrix_transposed(a.word, tile.piece(k * K<T> + b_row(lane), 2 * m + b_piece(lane)));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = k * K<T> + lane % 4 * 2 + i / 2, column = 16 * m + i % 2 * 8 + lane / 4;
+            a.word[i] = __float_as_uint(*tile.at(row, column));
+        }
+    }
+    return a;
+}
+
+}  // namespace ovseg

@@ -1,0 +1,158 @@
+// Patch tokens of several encoder blocks, and the two layer norms that they go through:
+//
+//     x̂ = norm(x),  u = a · x̂ + c,  û = norm(u),  y = g_l · û + b_l
+//
+// with norm(x) = (x − mean(x)) / √(var(x) + eps). A warp reads a token of any length by pieces of 16 bytes, one a lane.
+
+#pragma once
+
+#include "pieces.cuh"
+#include "warp.cuh"
+
+namespace ovseg {
+
+constexpr int MOST_LAYERS = 32;  // whose hidden states one launch takes
+
+// The hidden states of each layer, (batch, tokens, channels) with the last axis contiguous; the last `patches` of the
+// tokens are the patch tokens, of which there are rows() in a layer.
+template <typename T>
+struct PatchTokens {
+    const T *of_layer[MOST_LAYERS];
+    int64_t batch_stride, token_stride;
+    int layers, batch, tokens, patches, channels;
+    bool whole;  // every token consists of pieces of 16 bytes
+
+    __host__ __device__ __forceinline__ int rows() const { return batch * patches; }
+
+    __device__ __forceinline__ const T *row(int layer, int row) const {
+        return of_layer[layer] + row / patches * batch_stride + (tokens - patches + row % patches) * token_stride;
+    }
+};
+
+template <typename T>
+struct Norms {
+    const T *shared_weight, *shared_bias;  // a, c: (channels)
+    const T *weight, *bias;                // g, b: (layers, channels)
+    float shared_eps, eps;
+};
+
+// Means of x and u, and what their distances from it are scaled by.
+struct alignas(16) Statistics {
+    float x_mean, x_scale, u_mean, u_scale;
+
+    __device__ __forceinline__ float x_hat(float x) const { return (x - x_mean) * x_scale; }
+    __device__ __forceinline__ float u_hat(float u) const { return (u - u_mean) * u_scale; }
+};
+
+// A warp's statistics of ROWS rows at a time. Distances are squared when the mean is known: squares of the numbers
+// themselves would cancel.
+template <int ROWS, typename T>
+__device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[ROWS],
+                                                const Norms<T> &norms, int channels, bool whole, int lane) {
+    const float share = 1.0f / float(channels);
+    const auto each_column = [&](auto function) {
+#pragma unroll 1
+        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) function(column);
+    };
+    float sums[ROWS] = {};
+    each_column([&](int column) {
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            const Piece<T> x = load_piece(rows[row], column, channels, whole);
+#pragma unroll
+            for (int i = 0; i < EACH<T>; ++i) sums[row] += to_float(x.value[i]);
+        }
+    });
+    float squares[ROWS] = {}, along[ROWS] = {}, offset = 0.0f;
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) found[row].x_mean = sum_over_lanes<32>(sums[row]) * share;
+    each_column([&](int column) {
+        const Piece<T> a = load_piece(norms.shared_weight, column, channels, whole);
+        const Piece<T> c = load_piece(norms.shared_bias, column, channels, whole);
+#pragma unroll
+        for (int i = 0; i < EACH<T>; ++i) offset += to_float(c.value[i]);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            const Piece<T> x = load_piece(rows[row], column, channels, whole);
+#pragma unroll
+            for (int i = 0; i < EACH<T>; ++i) {
+                const float away = column + i < channels ? to_float(x.value[i]) - found[row].x_mean : 0.0f;
+                squares[row] += away * away;
+                along[row] += away * to_float(a.value[i]);
+            }
+        }
+    });
+    offset = sum_over_lanes<32>(offset);
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+        found[row].x_scale = rsqrtf(sum_over_lanes<32>(squares[row]) * share + norms.shared_eps);
+        found[row].u_mean = (sum_over_lanes<32>(along[row]) * found[row].x_scale + offset) * share;
+        squares[row] = 0.0f;
+    }
+    each_column([&](int column) {
+        const Piece<T> a = load_piece(norms.shared_weight, column, channels, whole);
+        const Piece<T> c = load_piece(norms.shared_bias, column, channels, whole);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            const Piece<T> x = load_piece(rows[row], column, channels, whole);
+#pragma unroll
+            for (int i = 0; i < EACH<T>; ++i) {
+                const float u = found[row].x_hat(to_float(x.value[i])) * to_float(a.value[i]) + to_float(c.value[i]);
+                const float away = column + i < channels ? u - found[row].u_mean : 0.0f;
+                squares[row] += away * away;
+            }
+        }
+    });
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+        found[row].u_scale = rsqrtf(sum_over_lanes<32>(squares[row]) * share + norms.eps);
+    }
+}
+
+// y of a piece of x from `column` on; 0 past the channels.
+template <typename T>
+__device__ __forceinline__ Piece<T> normalised(const Piece<T> &x, const Statistics &found, const Norms<T> &norms,
+                                               int layer, int column, int channels, bool whole) {
+    const int64_t first = int64_t(layer) * channels;
+    const Piece<T> a = load_piece(norms.shared_weight, column, channels, whole);
+    const Piece<T> c = load_piece(norms.shared_bias, column, channels, whole);
+    const Piece<T> g = load_piece(norms.weight + first, column, channels, whole);
+    const Piece<T> b = load_piece(norms.bias + first, column, channels, whole);
+    Piece<T> y;
+#pragma unroll
+    for (int i = 0; i < EACH<T>; ++i) {
+        const float u = found.x_hat(to_float(x.value[i])) * to_float(a.value[i]) + to_float(c.value[i]);
+        const float full = found.u_hat(u) * to_float(g.value[i]) + to_float(b.value[i]);
+        y.value[i] = rounded<T>(column + i < channels ? full : 0.0f);
+    }
+    return y;
+}
+
+// Whether a launch takes these sizes: an ovseg.h error code.
+inline int check_patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
+                              int64_t channels) {
+    if (layers < 1 || layers > MOST_LAYERS || patches < 1 || patches > tokens || channels < 1 ||
+        channels > INT32_MAX / MOST_LAYERS) {
+        return OVSEG_UNSUPPORTED_SIZE;
+    }
+    if (batch > INT32_MAX / tokens) return OVSEG_TOO_LARGE;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+        if (!aligned(hidden[layer])) return OVSEG_MISALIGNED;
+    }
+    return OVSEG_OK;
+}
+
+// The tokens that the arguments of a C function describe.
+template <typename T>
+PatchTokens<T> patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
+                            int64_t channels, int64_t batch_stride, int64_t token_stride) {
+    PatchTokens<T> found{};
+    for (int64_t layer = 0; layer < layers; ++layer) found.of_layer[layer] = static_cast<const T *>(hidden[layer]);
+    found.batch_stride = batch_stride, found.token_stride = token_stride;
+    found.layers = int(layers), found.batch = int(batch), found.tokens = int(tokens);
+    found.patches = int(patches), found.channels = int(channels);
+    found.whole = whole_pieces<T>(channels) && whole_pieces<T>(batch_stride) && whole_pieces<T>(token_stride);
+    return found;
+}
+
+}  // namespace ovseg

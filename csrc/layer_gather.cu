@@ -1,0 +1,245 @@
+// Layer gather: patch tokens of several encoder blocks, brought into the image-text embedding space; singly, or summed
+// over the layers of a stage.
+//
+//     f_l = z / max(‖z‖, ε),  z = LN_l(LN_shared(h_l[patch])) · P_l;      out_l = f_l   or   out = Σ_l w_l f_l
+//
+// Eight warps own a tile of tokens with all columns of the projection, of which each warp takes a strip: the strips of
+// a token meet once, for its length. Both norms are four numbers a token, found first; tokens are then normalised a few
+// channels at a time, as they enter the product, so that any number of channels will do. The projection streams through
+// a ring of stages, from one layer to the next without a break. No single layer's map is stored where they are summed.
+
+#include "device/patch_tokens.cuh"
+#include "device/transformer.cuh"
+
+namespace ovseg {
+namespace {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int STEPS = 4, CHUNK_PIECES = 2 * STEPS;  // of products with what is normalised at a time: 128 bytes a token
+constexpr float SHORTEST = 1e-12f;                  // torch.nn.functional.normalize
+
+template <typename T>
+struct Arguments {
+    PatchTokens<T> hidden;
+    Norms<T> norms;
+    const T *projection, *weights;
+    T *out;
+    int width, together;  // columns of the projection; layers that are summed
+};
+
+// A block for projections of up to COLUMNS columns.
+template <int COLUMNS>
+struct Shape {
+    static constexpr int ROW_TILES = 1024 / COLUMNS, ROWS = 16 * ROW_TILES;
+    static constexpr int STRIP = COLUMNS / WARPS;  // columns of a warp
+    static constexpr int RING = 2048 / COLUMNS;
+    static constexpr int STAGE = 32 * COLUMNS;  // bytes: what one product sums over is 32 bytes of numbers
+    static constexpr int CHUNK = ROWS * CHUNK_PIECES * 16;
+    static constexpr int TOTAL =
+        RING * STAGE + 2 * CHUNK + ROWS * int(sizeof(Statistics)) + ROWS * WARPS * int(sizeof(float));
+};
+
+// Rows of the projections of `layers` layers, K<T> of them a stage.
+template <typename T, int COLUMNS>
+struct Projections {
+    const T *first;
+    int layers, channels, width, steps;
+
+    __device__ __forceinline__ int stages() const { return layers * steps; }
+
+    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
+        constexpr int PIECES = COLUMNS / EACH<T>;
+        static_assert(K<T> * PIECES % THREADS == 0, "every thread copies as many pieces");
+        const Tile<T, COLUMNS> tile{buffer};
+        const int channel = stage % steps * K<T>, thread = recomputed(int(threadIdx.x));
+        const T *const source = first + (int64_t(stage / steps) * channels + channel) * width;
+        if (whole_pieces<T>(width)) {
+#pragma unroll
+            for (int at = 0; at < K<T> * PIECES; at += THREADS) {
+                const int row = (at + thread) / PIECES, piece = (at + thread) % PIECES, column = piece * EACH<T>;
+                const bool present = channel + row < channels && column < width;
+                copy_async(tile.piece(row, piece), present ? source + row * width + column : first, present);
+            }
+        } else {
+#pragma unroll 1
+            for (int at = thread; at < K<T> * COLUMNS; at += THREADS) {
+                const int row = at / COLUMNS, column = at % COLUMNS;
+                const bool present = channel + row < channels && column < width;
+                *tile.at(row, column) = present ? source[row * width + column] : rounded<T>(0.0f);
+            }
+        }
+    }
+};
+
+// Blocks that share a multiprocessor, if only it has the shared memory.
+template <typename T, int COLUMNS, bool SUMMED>
+constexpr int BLOCKS = sizeof(T) == 2 && COLUMNS == 512 && !SUMMED ? 2 : 1;
+
+// Without SUMMED a block takes one layer, and has no sum to hold.
+template <typename T, int COLUMNS, bool SUMMED>
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gather(const Arguments<T> a) {
+    using Layout = Shape<COLUMNS>;
+    constexpr int ROWS = Layout::ROWS, ROW_TILES = Layout::ROW_TILES, COUNT = Layout::STRIP / 8;
+    constexpr int WARP_ROWS = ROWS / WARPS, CHANNELS = CHUNK_PIECES * EACH<T>;
+    unsigned char *const chunk_memory = shared_memory() + Layout::RING * Layout::STAGE;
+    Statistics *const statistics = reinterpret_cast<Statistics *>(chunk_memory + 2 * Layout::CHUNK);
+    float *const squares = reinterpret_cast<float *>(statistics + ROWS);
+
+    const int thread = int(threadIdx.x), warp = thread / 32, rows = a.hidden.rows(), channels = a.hidden.channels;
+    int lane = thread % 32;
+    const int tiles = (rows + ROWS - 1) / ROWS, group = int(blockIdx.x) / tiles;
+    const int row = int(blockIdx.x) % tiles * ROWS, strip = warp * Layout::STRIP;
+    const int layers = SUMMED ? a.together : 1, first = group * layers;
+    const int steps = (channels + K<T> - 1) / K<T>;
+    const bool whole = a.hidden.whole;
+
+    Stages<Layout::RING, Layout::STAGE, Projections<T, COLUMNS>> stages(
+        shared_memory(), Projections<T, COLUMNS>{a.projection + int64_t(first) * channels * a.width, layers, channels,
+                                                 a.width, steps});
+
+    // Past the last token, that one stands in.
+    const auto token = [&](int layer, int r) { return a.hidden.row(layer, min(row + r, rows - 1)); };
+
+    D total[SUMMED ? ROW_TILES : 1][COUNT] = {};
+#pragma unroll 1
+    for (int layer = first; layer < first + layers; ++layer) {
+        {
+            const T *own[WARP_ROWS];
+            Statistics found[WARP_ROWS];
+#pragma unroll
+            for (int i = 0; i < WARP_ROWS; ++i) own[i] = token(layer, warp * WARP_ROWS + i);
+            find_statistics(found, own, a.norms, channels, whole, lane);
+#pragma unroll
+            for (int i = 0; i < WARP_ROWS; ++i) {
+                if (lane == 0) statistics[warp * WARP_ROWS + i] = found[i];
+            }
+        }
+        __syncthreads();
+
+        // A thread normalises one piece of a chunk. Finding the statistics has brought it near, and the ring is full.
+        const int piece_row = thread / CHUNK_PIECES, piece = thread % CHUNK_PIECES;
+        const bool normalises = piece_row < ROWS;
+        const T *const source = token(layer, normalises ? piece_row : 0);
+        D d[ROW_TILES][COUNT] = {};
+        int step = 0;
+        do {
+            const Tile<T, CHANNELS> tokens{chunk_memory + step / STEPS % 2 * Layout::CHUNK};
+            const int column = step * K<T> + piece * EACH<T>;
+            if (normalises) {
+                const Piece<T> x = load_piece(source, column, channels, whole);
+                store(tokens.at(piece_row, piece * EACH<T>),
+                      normalised(x, statistics[piece_row], a.norms, layer, column, channels, whole));
+            }
+            do {
+                lane = recomputed(lane);
+                const Tile<T, COLUMNS> projection{stages.next()};
+                if (strip < a.width) {
+                    A factors[ROW_TILES];
+#pragma unroll
+                    for (int i = 0; i < ROW_TILES; ++i) {
+                        factors[i] = load_a_chained(tokens.rows_from(16 * i), step % STEPS, lane);
+                    }
+#pragma unroll
+                    for (int n = 0; n < COUNT / 2; ++n) {
+                        B b[2];
+                        load_b_by_rows(b, projection, 0, strip / 16 + n, lane);
+#pragma unroll
+                        for (int i = 0; i < ROW_TILES; ++i) {
+                            mma<T>(d[i][2 * n], factors[i], b[0]);
+                            mma<T>(d[i][2 * n + 1], factors[i], b[1]);
+                        }
+                    }
+                }
+            } while (++step < steps && step % STEPS);
+        } while (step < steps);
+
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const float z = d[i / 2][n].value[i % 2 * 2 + j];
+                    if (strip + 8 * n + d_column(lane, j) < a.width) sum += z * z;
+                }
+            }
+            sum = sum_over_lanes<4>(sum);
+            if (lane % 4 == 0) squares[(i / 2 * 16 + d_row(lane, i % 2 * 2)) * WARPS + warp] = sum;
+        }
+        __syncthreads();
+        const float weight = a.weights ? to_float(a.weights[layer]) : 1.0f;
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+            const float *const parts = squares + (i / 2 * 16 + d_row(lane, i % 2 * 2)) * WARPS;
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < WARPS; ++j) sum += parts[j];
+            const float length = sqrtf(sum), scale = 1.0f / (length < SHORTEST ? SHORTEST : length);  // NaN stays
+#pragma unroll
+            for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float &z = d[i / 2][n].value[i % 2 * 2 + j];
+                    z *= scale;
+                    if (SUMMED) total[SUMMED ? i / 2 : 0][n].value[i % 2 * 2 + j] += weight * z;
+                }
+            }
+        }
+
+        if (SUMMED && layer + 1 < first + layers) continue;
+        T *const map = a.out + int64_t(group) * rows * a.width;
+        const bool pairs = a.width % 2 == 0;
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+            const int r = row + i / 2 * 16 + d_row(lane, i % 2 * 2);
+            if (r >= rows) continue;
+#pragma unroll
+            for (int n = 0; n < COUNT; ++n) {
+                const D &result = SUMMED ? total[SUMMED ? i / 2 : 0][n] : d[i / 2][n];
+                const int column = strip + 8 * n + d_column(lane, 0);
+                const Pair<T> pair = rounded_pair<T>(result.value[i % 2 * 2], result.value[i % 2 * 2 + 1]);
+                T *const place = map + int64_t(r) * a.width + column;
+                if (pairs) {
+                    if (column < a.width) store<T, 2>(place, pair);
+                } else {
+                    if (column < a.width) place[0] = pair.value[0];
+                    if (column + 1 < a.width) place[1] = pair.value[1];
+                }
+            }
+        }
+    }
+}
+
+template <int COLUMNS, bool SUMMED, typename T>
+int launch_gather(const Arguments<T> &a, int device, void *stream) {
+    using Layout = Shape<COLUMNS>;
+    const int64_t tiles = (a.hidden.rows() + Layout::ROWS - 1) / Layout::ROWS;
+    return launch(layer_gather<T, COLUMNS, SUMMED>, tiles * (a.hidden.layers / a.together), THREADS, Layout::TOTAL,
+                  device, stream, a);
+}
+
+}  // namespace
+}  // namespace ovseg
+
+int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
+                           const void *norm_weight, const void *norm_bias, const void *projection, const void *weights,
+                           void *out, int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,
+                           int64_t width, int64_t batch_stride, int64_t token_stride, float shared_eps, float norm_eps,
+                           int dtype, int device, void *stream) {
+    using namespace ovseg;
+    if (width < 1 || width > 1024) return OVSEG_UNSUPPORTED_SIZE;
+    if (const int error = check_patch_tokens(hidden, layers, batch, tokens, patches, channels)) return error;
+    if (!aligned(shared_weight, shared_bias, norm_weight, norm_bias, projection, weights, out)) return OVSEG_MISALIGNED;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
+        const Arguments<T> a{
+            patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
+            {in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
+            in(projection), in(weights), static_cast<T *>(out), int(width), weights ? int(layers) : 1};
+        if (width > 512) return launch_gather<1024, true>(a, device, stream);
+        if (weights) return launch_gather<512, true>(a, device, stream);
+        return launch_gather<512, false>(a, device, stream);
+    });
+}

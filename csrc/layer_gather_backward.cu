@@ -1,0 +1,259 @@
+// Backward of the layer gather and of its weighted sum over layers; names are those of layer_gather.cu and of
+// patch_tokens.cuh.
+//
+// From the gradient d of the layer's map, w · d in a sum over layers (w = 1 alone):
+//
+//     y again, z = y · P,  n = max(‖z‖, ε),  f = z / n
+//     dw = Σ <d, f>                       over all patches
+//     dz = (w · d − f · <w · d, f>) / n   the second term is 0 where ‖z‖ < ε
+//     dy = dz · Pᵀ,                       dP = Σ yᵀ · dz
+//     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
+//     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
+//
+// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's; around them a
+// warp works on one token in each kernel, and the sums over tokens have a kernel of their own, a thread for each
+// channel.
+
+#include "device/partial_sums.cuh"
+#include "device/patch_tokens.cuh"
+
+namespace ovseg {
+namespace {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int TOGETHER = 32;        // tokens that a thread of `sum_norm_gradients` adds up
+constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
+
+// What a warp works on: one of `count` rows, or nothing.
+__device__ __forceinline__ int64_t own_row() { return int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; }
+
+int64_t blocks_for(int64_t rows) { return (rows + WARPS - 1) / WARPS; }
+
+// Means over the channels of h and h · û, h being the gradient of û.
+struct Means {
+    float h, h_along;
+};
+
+// y (layers, rows, channels) and the statistics (layers, rows).
+template <typename T>
+__global__ void __launch_bounds__(THREADS) normalise(const PatchTokens<T> hidden, const Norms<T> norms, T *y,
+                                                     Statistics *statistics) {
+    const int64_t index = own_row();
+    const int rows = hidden.rows(), channels = hidden.channels, lane = int(threadIdx.x) % 32;
+    const int layer = int(index / rows);
+    if (layer >= hidden.layers) return;
+    const T *const row[1] = {hidden.row(layer, int(index % rows))};
+    Statistics found[1];
+    find_statistics(found, row, norms, channels, hidden.whole, lane);
+    if (lane == 0) statistics[index] = found[0];
+#pragma unroll 1
+    for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
+        const Piece<T> x = load_piece(row[0], column, channels, hidden.whole);
+        store_piece(y + index * channels, column, channels, hidden.whole,
+                    normalised(x, found[0], norms, layer, column, channels, hidden.whole));
+    }
+}
+
+// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row
+// goes to `along`, where that is not null; else each has its own d.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, const T *weights, float *along,
+                                                           int layers, int64_t rows, int width) {
+    const int64_t index = own_row();
+    const int lane = int(threadIdx.x) % 32;
+    const int layer = int(index / rows);
+    if (layer >= layers) return;
+    const T *const d = grad + (weights ? index % rows : index) * width;
+    T *const own = z + index * width;
+    const bool whole = whole_pieces<T>(width);
+    float squares = 0.0f, product = 0.0f;
+#pragma unroll 1
+    for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
+        const Piece<T> zs = load_piece(own, column, width, whole), ds = load_piece(d, column, width, whole);
+#pragma unroll
+        for (int i = 0; i < EACH<T>; ++i) {
+            squares += to_float(zs.value[i]) * to_float(zs.value[i]);
+            product += to_float(zs.value[i]) * to_float(ds.value[i]);
+        }
+    }
+    const float length = sqrtf(sum_over_lanes<32>(squares));
+    const bool shortened = length < SHORTEST;
+    const float scale = 1.0f / (shortened ? SHORTEST : length);  // NaN stays
+    product = sum_over_lanes<32>(product) * scale;
+    if (along && lane == 0) along[index] = product;
+    const float weight = (weights ? to_float(weights[layer]) : 1.0f) * scale;
+    const float of_z = shortened ? 0.0f : product * scale;
+#pragma unroll 1
+    for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
+        Piece<T> zs = load_piece(own, column, width, whole);
+        const Piece<T> ds = load_piece(d, column, width, whole);
+#pragma unroll
+        for (int i = 0; i < EACH<T>; ++i) {
+            zs.value[i] = rounded<T>(weight * (to_float(ds.value[i]) - of_z * to_float(zs.value[i])));
+        }
+        store_piece(own, column, width, whole, zs);
+    }
+}
+
+// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the
+// means that the sums take; either may be null.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const PatchTokens<T> hidden,
+                                                          const Norms<T> norms, const Statistics *statistics,
+                                                          T *hidden_grad, Means *means) {
+    const int64_t index = own_row(), tokens = int64_t(hidden.batch) * hidden.tokens;
+    const int channels = hidden.channels, lane = int(threadIdx.x) % 32;
+    const bool whole = hidden.whole;
+    const int layer = int(index / tokens), token = int(index % tokens);
+    if (layer >= hidden.layers) return;
+    const int patch = token % hidden.tokens - (hidden.tokens - hidden.patches);
+    T *const dx = hidden_grad ? hidden_grad + index * channels : nullptr;
+    if (patch < 0) {
+        if (!dx) return;
+#pragma unroll 1
+        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
+            store_piece(dx, column, channels, whole, Piece<T>{});
+        }
+        return;
+    }
+    const int row = token / hidden.tokens * hidden.patches + patch;
+    const int64_t place = int64_t(layer) * hidden.rows() + row;
+    const T *const x = hidden.row(layer, row), *const dy = grad + place * channels;
+    const Statistics found = statistics[place];
+    const float share = 1.0f / float(channels);
+
+    // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores what it
+    // returns as dx where `stored`.
+    const auto each_channel = [&](bool stored, auto function) {
+#pragma unroll 1
+        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
+            const Piece<T> xs = load_piece(x, column, channels, whole), dys = load_piece(dy, column, channels, whole);
+            const Piece<T> as = load_piece(norms.shared_weight, column, channels, whole);
+            const Piece<T> cs = load_piece(norms.shared_bias, column, channels, whole);
+            const Piece<T> gs = load_piece(norms.weight + int64_t(layer) * channels, column, channels, whole);
+            Piece<T> result;
+#pragma unroll
+            for (int i = 0; i < EACH<T>; ++i) {
+                const float x_hat = found.x_hat(to_float(xs.value[i])), a = to_float(as.value[i]);
+                const float u_hat = found.u_hat(x_hat * a + to_float(cs.value[i]));
+                result.value[i] = rounded<T>(function(x_hat, u_hat, to_float(gs.value[i]) * to_float(dys.value[i]), a));
+            }
+            if (stored) store_piece(dx, column, channels, whole, result);
+        }
+    };
+    float sum = 0.0f, sum_along = 0.0f;
+    each_channel(false, [&](float, float u_hat, float h, float) {
+        sum += h, sum_along += h * u_hat;
+        return 0.0f;
+    });
+    const Means of_h{sum_over_lanes<32>(sum) * share, sum_over_lanes<32>(sum_along) * share};
+    if (means && lane == 0) means[place] = of_h;
+    if (!dx) return;
+    const auto u_grad = [&](float u_hat, float h) { return (h - of_h.h - u_hat * of_h.h_along) * found.u_scale; };
+    sum = sum_along = 0.0f;
+    each_channel(false, [&](float x_hat, float u_hat, float h, float a) {
+        const float along = a * u_grad(u_hat, h);
+        sum += along, sum_along += along * x_hat;
+        return 0.0f;
+    });
+    const float mean = sum_over_lanes<32>(sum) * share, mean_along = sum_over_lanes<32>(sum_along) * share;
+    each_channel(true, [&](float x_hat, float u_hat, float h, float a) {
+        return (a * u_grad(u_hat, h) - mean - x_hat * mean_along) * found.x_scale;
+    });
+}
+
+// da, dc, dg and db of TOGETHER tokens: sums (layers, count, 4, channels).
+template <typename T>
+__global__ void __launch_bounds__(THREADS) sum_norm_gradients(const T *grad, const PatchTokens<T> hidden,
+                                                              const Norms<T> norms, const Statistics *statistics,
+                                                              const Means *means, float *sums) {
+    const int rows = hidden.rows(), channels = hidden.channels;
+    const int parts = (channels + THREADS - 1) / THREADS, count = (rows + TOGETHER - 1) / TOGETHER;
+    const int channel = int(blockIdx.x) % parts * THREADS + int(threadIdx.x), chunk = int(blockIdx.x) / parts;
+    const int layer = chunk / count, first = chunk % count * TOGETHER;
+    if (channel >= channels) return;
+    const float a = to_float(norms.shared_weight[channel]), c = to_float(norms.shared_bias[channel]);
+    const float g = to_float(norms.weight[int64_t(layer) * channels + channel]);
+    float a_sum = 0.0f, c_sum = 0.0f, g_sum = 0.0f, b_sum = 0.0f;
+#pragma unroll 4
+    for (int row = first; row < min(first + TOGETHER, rows); ++row) {
+        const int64_t place = int64_t(layer) * rows + row;
+        const Statistics found = statistics[place];
+        const Means mean = means[place];
+        const float dy = to_float(grad[place * channels + channel]);
+        const float x_hat = found.x_hat(to_float(hidden.row(layer, row)[channel])), u_hat = found.u_hat(x_hat * a + c);
+        const float du = (g * dy - mean.h - u_hat * mean.h_along) * found.u_scale;
+        a_sum += du * x_hat, c_sum += du, g_sum += dy * u_hat, b_sum += dy;
+    }
+    float *const target = sums + int64_t(chunk) * 4 * channels + channel;
+    const float all[4] = {a_sum, c_sum, g_sum, b_sum};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) target[int64_t(i) * channels] = all[i];
+}
+
+}  // namespace
+}  // namespace ovseg
+
+int ovseg_layer_gather_normed_bwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
+                                  const void *norm_weight, const void *norm_bias, void *normed, float *statistics,
+                                  int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,
+                                  int64_t batch_stride, int64_t token_stride, float shared_eps, float norm_eps,
+                                  int dtype, int device, void *stream) {
+    using namespace ovseg;
+    if (const int error = check_patch_tokens(hidden, layers, batch, tokens, patches, channels)) return error;
+    if (!aligned(shared_weight, shared_bias, norm_weight, norm_bias, normed, statistics)) return OVSEG_MISALIGNED;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
+        return launch(normalise<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
+                      patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
+                      Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps,
+                               norm_eps},
+                      static_cast<T *>(normed), reinterpret_cast<Statistics *>(statistics));
+    });
+}
+
+int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void *weights, void *weights_grad,
+                                  float *along, int64_t layers, int64_t rows, int64_t width, int dtype, int device,
+                                  void *stream) {
+    using namespace ovseg;
+    if (layers < 1 || layers > MOST_LAYERS || width < 1 || width > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
+    if (rows > INT32_MAX) return OVSEG_TOO_LARGE;
+    if (!aligned(grad, projected, weights, weights_grad, along)) return OVSEG_MISALIGNED;
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const int error = launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream,
+                                 static_cast<const T *>(grad), static_cast<T *>(projected),
+                                 static_cast<const T *>(weights), weights_grad ? along : nullptr, int(layers), rows,
+                                 int(width));
+        if (error || !weights_grad) return error;
+        return launch_adding(along, static_cast<T *>(weights_grad), layers, rows, device, stream);
+    });
+}
+
+int ovseg_layer_gather_norms_bwd(const void *grad, const void *const *hidden, const void *shared_weight,
+                                 const void *shared_bias, const void *norm_weight, const float *statistics,
+                                 void *hidden_grad, float *means, float *sums, int64_t layers, int64_t batch,
+                                 int64_t tokens, int64_t patches, int64_t channels, int64_t count,
+                                 int64_t batch_stride, int64_t token_stride, int dtype, int device, void *stream) {
+    using namespace ovseg;
+    if (const int error = check_patch_tokens(hidden, layers, batch, tokens, patches, channels)) return error;
+    if (sums && count != (batch * patches + TOGETHER - 1) / TOGETHER) return OVSEG_UNSUPPORTED_SIZE;
+    if (!aligned(grad, shared_weight, shared_bias, norm_weight, statistics, hidden_grad, means, sums)) {
+        return OVSEG_MISALIGNED;
+    }
+    return by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
+        const PatchTokens<T> found =
+            patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride);
+        const Norms<T> norms{in(shared_weight), in(shared_bias), in(norm_weight), nullptr, 0.0f, 0.0f};
+        const auto *const of_rows = reinterpret_cast<const Statistics *>(statistics);
+        Means *const of_h = sums ? reinterpret_cast<Means *>(means) : nullptr;
+        const int error = launch(norms_backward<T>, blocks_for(layers * batch * tokens), THREADS, 0, device, stream,
+                                 in(grad), found, norms, of_rows, static_cast<T *>(hidden_grad), of_h);
+        if (error || !sums) return error;
+        return launch(sum_norm_gradients<T>, layers * count * ((channels + THREADS - 1) / THREADS), THREADS, 0, device,
+                      stream, in(grad), found, norms, of_rows, of_h, sums);
+    });
+}
