@@ -7,9 +7,9 @@
 //
 // N counts the classes and what pads their list; the padding class is one more key, with w = pads / N.
 //
-// A warp owns 16 classes of a position, from x to out. A list that the block's warps hold together goes through one head
-// after another, and short lists of several positions share a block; a longer list is gone through twice, once for the
-// sums and once for what they are asked. Keys and values lie in shared memory, where each sum over classes is one
+// A warp owns 16 classes of a position, from x to out. A list that the block's warps hold together goes through one
+// head after another, and short lists of several positions share a block; a longer list is gone through twice, once for
+// the sums and once for what they are asked. Keys and values lie in shared memory, where each sum over classes is one
 // warp's, in the order of the classes. Weights stream through a ring of stages. The resize that ends a pooled call, and
 // its backward, are kernels of their own.
 

@@ -3,8 +3,8 @@
 //     out[i, j] = x[i, j] + Σ_{a,b} hat(i · s_h − a) · hat(j · s_w − b) · y[a, b],   hat(d) = max(1 − |d|, 0)
 //     dy[a, b] = Σ_{i,j} hat(i · s_h − a) · hat(j · s_w − b) · dout[i, j]
 //
-// with s_h = (h − 1) / (H − 1), s_w likewise. A thread takes 16 bytes of a token's channels: those of a token lie side by
-// side, and neighbouring tokens of out read the same ones of y. Backward gathers, in the order of the map.
+// with s_h = (h − 1) / (H − 1), s_w likewise. A thread takes 16 bytes of a token's channels: those of a token lie side
+// by side, and neighbouring tokens of out read the same ones of y. Backward gathers, in the order of the map.
 
 #include "device/numbers.cuh"
 

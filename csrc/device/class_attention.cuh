@@ -1,8 +1,8 @@
 // Linear attention over the classes of a position, for the published sizes: four heads of 32 channels.
 //
-// What a head knows of all classes is the matrix S of 32 keys' channels (rows) and 32 values' (columns), a tile, and the
-// vectors z, of keys' channels, and m, of values', float32 side by side. S and z are sums over the classes, each counted
-// with a weight of 1 / N, so that they stay in float16's range; m is about the values' mean and taken out of them: only
+// What a head knows of all classes is the matrix S of 32 keys' channels (rows) and 32 values' (columns), a tile, and
+// the vectors z, of keys' channels, and m, of values', float32 side by side. S and z are sums over the classes, each
+// counted with a weight of 1 / N, so that they stay in float16's range; m is about the values' mean and taken out of them: only
 // their differences are multiplied, and those are kept precise. Any m gives the same result but for rounding.
 
 #pragma once

@@ -1,7 +1,7 @@
 // A head's sums over the classes, see class_attention.cuh, as warps work them out from keys and values in tiles.
 //
-// A warp takes a quarter of S at a time, 16 × 16, over all rows of the tiles: each sum is one warp's, in the order of the
-// classes. z and m come from products as well, with ones and with the classes' weights.
+// A warp takes a quarter of S at a time, 16 × 16, over all rows of the tiles: each sum is one warp's, in the order of
+// the classes. z and m come from products as well, with ones and with the classes' weights.
 
 #pragma once
 
@@ -38,12 +38,12 @@ struct Waiting {
     }
 };
 
-// A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with what belongs to it
-// of z and m.
+// A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with what belongs to
+// it of z and m.
 struct Quarter {
     float outer[8], total[2], mean[4];
 
-    // Adds to S what `rows` keys and values give, the first of which is number `first` of the list; z and m become theirs.
+    // Adds to S what `rows` keys and values give, the first being number `first` of the list; z and m become theirs.
     template <typename T>
     __device__ __forceinline__ void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows,
                                         const Classes &classes, int lane) {
@@ -118,7 +118,8 @@ template <typename T>
 __device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = which / 2 * 16 + d_row(lane, i % 2 * 2), column = which % 2 * 16 + i / 2 * 8 + d_column(lane, 0);
+        const int row = which / 2 * 16 + d_row(lane, i % 2 * 2);
+        const int column = which % 2 * 16 + i / 2 * 8 + d_column(lane, 0);
         store<T, 2>(outer.at(row, column), pairs[i].pair());
     }
 }
