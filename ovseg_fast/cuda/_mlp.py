@@ -33,5 +33,6 @@ def residual_mlp_backward(
     if need_weights:
         flat = grad.reshape(-1, channels)
         weight_grads = [units_grad.t() @ normed, units_grad.sum(0), flat.t() @ activated]
+    fc1, fc1_bias_grad, fc2 = weight_grads
     gain, offset, bias = (part.sum(0).to(x.dtype) if need_sums else x.new_empty(0) for part in sums.unbind(1))
-    return x_grad, gain, offset, *weight_grads, bias
+    return x_grad, gain, offset, fc1, fc1_bias_grad, fc2, bias
