@@ -226,10 +226,7 @@ void run(dim3 grid, dim3 size, size_t shared, const std::function<void()> &kerne
     free(block.memory);
     if (posix_memalign(&memory, 128, shared)) fail("there is no memory for the block's shared memory");
     block.memory = static_cast<unsigned char *>(memory);
-<<<<<<< HEAD
-=======
     // New ones rather than longer ones: a sanitizer minds that what old stacks left behind would be copied.
->>>>>>> cu_maps
     if (block.stacks.size() < threads * STACK) block.stacks = std::vector<char>(threads * STACK);
     block.lanes = std::vector<Lane>(threads);
     block.warps = std::vector<Warp>((threads + WARP - 1) / WARP);
