@@ -107,7 +107,14 @@ def _output(*command: str) -> str:
 
 def run_tests(run: Run) -> None:
     """Every operator, layer and model test on the device, in a process of its own."""
-    paths = ["tests/test_kernels.py", "tests/test_native.py", "tests/test_mlp.py", "tests/ops", "tests/layers", "tests/models"]
+    paths = [
+        "tests/test_kernels.py",
+        "tests/test_native.py",
+        "tests/test_mlp.py",
+        "tests/ops",
+        "tests/layers",
+        "tests/models",
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x" if run.smoke else "-q", "-m", "slow or not slow", *paths]
     if run.smoke:
         command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "cost_volume-small"]
