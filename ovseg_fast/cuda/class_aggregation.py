@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import native
 from ._mlp import EPS
+from ._norm import layer_norm_backward
 
 
 def class_aggregation(
@@ -63,8 +64,8 @@ def class_aggregation_attention_backward(
     if pads:
         grads[tokens, :channels] = 0
         grads[tokens, channels:] = pad_sums.sum(0)
-    rows_grad, *norm_grads = torch.ops.aten.native_layer_norm_backward(
-        grads @ weight, rows, (channels,), mean, scale, norm_weight, norm_bias, [True, parameters, parameters]
+    rows_grad, *norm_grads = layer_norm_backward(
+        grads @ weight, rows, mean, scale, norm_weight, norm_bias, [True, parameters, parameters]
     )
     x_grad = _pooled_backward(rows_grad[:tokens].view(pooled.shape) + grad, x, pooling)
     if not parameters:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import native
 from ._mlp import EPS
+from ._norm import layer_norm_backward
 
 
 def spatial_aggregation(
@@ -72,14 +73,9 @@ def window_attention_backward(
     if need_qkv:
         grads[5] = grad_tokens.t() @ normed
     if need_x or need_gain or need_offset:
-        x_grad, gain_grad, offset_grad = torch.ops.aten.native_layer_norm_backward(
-            grad_tokens @ qkv_weight, rows, (channels,), mean, scale, norm_weight, norm_bias,
-            [need_x, need_gain, need_offset],
-        )  # fmt: skip
+        x_grad, grads[3], grads[4] = layer_norm_backward(
+            grad_tokens @ qkv_weight, rows, mean, scale, norm_weight, norm_bias, [need_x, need_gain, need_offset]
+        )
         if need_x:
             grads[0] = (x_grad + flat).view(x.shape)
-        if need_gain:
-            grads[3] = gain_grad
-        if need_offset:
-            grads[4] = offset_grad
     return grads

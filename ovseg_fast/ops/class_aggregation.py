@@ -250,14 +250,13 @@ def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: in
     """Why the CUDA C++ kernels do not take such a call; None where they do."""
     if attention != "linear":
         return f"its kernel takes linear attention, not {attention}"
-    if max(height, width) > 2**15 or height * width > 2**23:
-        return f"its kernel takes maps of up to 2^23 positions and 2^15 in a side, not {height} x {width}"
-    if channels == 128 and heads == 4 and hidden % 32 == 0:
+    taken = "its kernel takes 128 channels in 4 heads, hidden units in multiples of 32 and maps of up to 2^23 positions"
+    fits = max(height, width) <= 2**15 and height * width <= 2**23
+    if fits and channels == 128 and heads == 4 and hidden % 32 == 0:
         return None
-    return (
-        "its kernel takes 128 channels in 4 heads and hidden units in multiples of 32, "
-        f"not {channels} channels in {heads} heads and {hidden} hidden units"
-    )
+    if torch.compiler.is_compiling():
+        return taken  # sizes may be symbols, which no sentence can name
+    return f"{taken}, not {channels} channels in {heads} heads, {hidden} hidden units and a map of {height} x {width}"
 
 
 def _in_kernels(

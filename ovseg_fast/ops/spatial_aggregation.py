@@ -171,10 +171,10 @@ def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | 
     """Why the CUDA C++ kernel does not take these sizes; None where it does."""
     if channels == 128 and heads == 4 and window <= 12 and hidden % 32 == 0:
         return None
-    return (
-        "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 32, "
-        f"not {channels} channels in {heads} heads, windows of {window} and {hidden} hidden units"
-    )
+    taken = "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 32"
+    if torch.compiler.is_compiling():
+        return taken  # sizes may be symbols, which no sentence can name
+    return f"{taken}, not {channels} channels in {heads} heads, windows of {window} and {hidden} hidden units"
 
 
 @lru_cache(maxsize=32)

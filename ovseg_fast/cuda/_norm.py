@@ -1,0 +1,29 @@
+"""Backward of the layer norm in front of the attention kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def layer_norm_backward(
+    grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of rows (N, C), weight and bias, from that of the result; an empty tensor where none is needed.
+
+    Args:
+        mean, scale: (N, 1), as `torch.native_layer_norm` gives them.
+        needs: which of the three are needed.
+    """
+    grads = [rows.new_empty(0) for _ in needs]
+    if needs[0]:
+        only_rows = [True, False, False]
+        grads[0] = torch.ops.aten.native_layer_norm_backward(
+            grad, rows, rows.shape[1:], mean, scale, weight, bias, only_rows
+        )[0]
+    # PyTorch's own sums over the rows are bfloat16 on a CPU.
+    if needs[1]:
+        grads[1] = ((rows - mean.float()) * scale.float() * grad).sum(0).to(weight.dtype)
+    if needs[2]:
+        grads[2] = grad.sum(0)
+    return grads
