@@ -40,19 +40,6 @@ struct Shared {
     static constexpr int TOTAL = 2 * WARPS * TILE + 2 * OUTER + WARPS * int(sizeof(Part)) + VECTORS;
 };
 
-// A from 16 rows of a tile, with K in the order of `load_b_chained`.
-template <typename T>
-__device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
-    if constexpr (sizeof(T) == 2) {
-        return load_a(tile, k, lane);
-    } else {
-        const Pair<float> upper = load<float, 2>(tile.at(d_row(lane, 0), k * K<T> + d_column(lane, 0)));
-        const Pair<float> lower = load<float, 2>(tile.at(d_row(lane, 2), k * K<T> + d_column(lane, 0)));
-        return {{__float_as_uint(upper.value[0]), __float_as_uint(lower.value[0]), __float_as_uint(upper.value[1]),
-                 __float_as_uint(lower.value[1])}};
-    }
-}
-
 // d += rows · matrix, and d += rows · matrixᵀ, for 16 rows of a tile.
 template <typename T>
 __device__ __forceinline__ void multiply(D (&d)[WIDTH / 8], Tile<T, WIDTH> rows, Tile<T, WIDTH> matrix, int lane) {

@@ -449,7 +449,7 @@ def test_autocast_leaves_the_logits_as_they_are(form: str, rng: torch.Generator)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("function", ["label_map", "score_map", "top_labels"])
-def test_launching_does_not_wait(function: str, rng: torch.Generator) -> None:
+def test_launching_does_not_wait(function: str, kernels: str, rng: torch.Generator) -> None:
     row = samples.select("small", function=function)[0]
     call = row.build(rng, torch.float32, "cuda")
     with ovs.backend(kernels):
