@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const CostArguments<
             __syncthreads();  // the next one is that of the next stage
 #pragma unroll
             for (int own = 0; own < SUMS; ++own) {
-                const int pixel = recomputed(pixels_of_tile[own]);
+                const int pixel = int(recomputed(uint32_t(pixels_of_tile[own])));  // -1 where there is none
                 if (pixel < 0) continue;
                 const int y = region.top + pixel / SIDE, x = region.left + pixel % SIDE;
                 const int last_i = min(end_i, y + radius - row + 1);

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
             for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float weight = exp2f(scores[n].value[i] - softmax.base[i / 2]) * softmax.share[i / 2];
+                    const float weight = fast_exp2(scores[n].value[i] - softmax.base[i / 2]) * softmax.share[i / 2];
                     scores[n].value[i] = weight * (weight_grads[n].value[i] - delta[i / 2]) * scale;
                 }
             }
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Query &query = found[first + 8 * n + d_column(lane, i)];
-                weights[n].value[i] = exp2f(weights[n].value[i] - query.base) * query.share;
+                weights[n].value[i] = fast_exp2(weights[n].value[i] - query.base) * query.share;
             }
         }
         add_weighted<T>(value_grads, weights, grads.rows_from(first), lane);

@@ -42,7 +42,7 @@ template <typename T, int WIDTH>
 __device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
     A a;
     if constexpr (sizeof(T) == 2) {
-        ldmatrix_transposed(a.word, tile.piece(k * K<T> + b_row(lane), 2 * m + b_piece(lane)));
+        ldmatrix_transposed(a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_piece(lane), 2 * m));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

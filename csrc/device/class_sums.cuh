@@ -25,7 +25,7 @@ struct Waiting {
 
     static __device__ __forceinline__ Waiting of(float first, float second) {
         if constexpr (sizeof(T) == 2) {
-            return {{uint32_t(recomputed(int(packed<T>(first, second))))}};
+            return {{recomputed(packed<T>(first, second))}};
         } else {
             return {{__float_as_uint(first), __float_as_uint(second)}};
         }

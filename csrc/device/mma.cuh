@@ -143,7 +143,7 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t *words, const void 
 template <typename T, int WIDTH>
 __device__ __forceinline__ A load_a(Tile<T, WIDTH> tile, int k, int lane) {
     A a;
-    ldmatrix(a.word, tile.piece(a_row(lane), 2 * k + a_piece(lane)));
+    ldmatrix(a.word, tile.stepped(a_row(lane), a_piece(lane), 2 * k));
     return a;
 }
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane
 template <typename T, int WIDTH>
 __device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
     uint32_t word[4];
-    ldmatrix(word, tile.piece(b_row(lane), 2 * k + b_piece(lane)));
+    ldmatrix(word, tile.stepped(b_row(lane), b_piece(lane), 2 * k));
     b[0] = {{word[0], word[1]}};
     b[1] = {{word[2], word[3]}};
 }
@@ -189,7 +189,7 @@ template <typename T, int WIDTH>
 __device__ __forceinline__ void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, int k, int n, int lane) {
     if constexpr (sizeof(T) == 2) {
         uint32_t word[4];
-        ldmatrix_transposed(word, tile.piece(k * K<T> + a_row(lane), 2 * n + a_piece(lane)));
+        ldmatrix_transposed(word, tile.rows_from(k * K<T>).stepped(a_row(lane), a_piece(lane), 2 * n));
         b[0] = {{word[0], word[1]}};
         b[1] = {{word[2], word[3]}};
     } else {
@@ -255,7 +255,7 @@ template <typename T>
 __device__ __forceinline__ A recomputed(A a) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.word[i] = uint32_t(recomputed(int(a.word[i])));
+        for (int i = 0; i < 4; ++i) a.word[i] = recomputed(a.word[i]);
     }
     return a;
 }

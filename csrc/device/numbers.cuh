@@ -25,6 +25,28 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// 2ˣ and 1 / x in one instruction, to about 2⁻²²; what is below 2⁻¹²⁶ counts as 0. `exp2f`, `__expf` and `__fdividef` take
+// several more, for numbers that small.
+__device__ __forceinline__ float fast_exp2(float x) {
+#ifdef __CUDACC__
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return std::exp2(x);
+#endif
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef __CUDACC__
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // N neighbours that are read or written at once.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {

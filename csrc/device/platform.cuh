@@ -29,11 +29,20 @@ __device__ __forceinline__ unsigned char *shared_memory() {
 
 // The number, but the compiler does not know it: what a loop works out from it is worked out in each turn, where it would
 // otherwise be kept in registers all the while.
-__device__ __forceinline__ int recomputed(int x) {
+__device__ __forceinline__ uint32_t recomputed(uint32_t x) {
 #ifdef __CUDACC__
     asm volatile("" : "+r"(x));
 #endif
     return x;
+}
+
+// The same of an index. It is not negative: dividing it by a power of two is one instruction, not four.
+__device__ __forceinline__ int recomputed(int x) {
+    const int same = int(recomputed(uint32_t(x)));
+#ifdef __CUDACC__
+    __builtin_assume(same >= 0);
+#endif
+    return same;
 }
 
 // Launches `kernel` on a device's stream without waiting; an ovseg.h error code.

@@ -28,6 +28,12 @@ struct Tile {
         return start + tile_offset<BYTES>(row, piece);
     }
 
+    // The piece `first + step`, where these have no bit in common. What depends on the lane stays apart from what an unrolled
+    // loop knows: one instruction a step.
+    __device__ __forceinline__ unsigned char *stepped(int row, int first, int step) const {
+        return start + (tile_offset<BYTES>(row, first) ^ step * 16);
+    }
+
     __device__ __forceinline__ T *at(int row, int column) const {
         constexpr int EACH = 16 / int(sizeof(T));
         return reinterpret_cast<T *>(piece(row, column / EACH)) + column % EACH;

@@ -127,7 +127,7 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
         for (int i = 0; i < 2; ++i) {
             largest[i] = maximum_over_lanes<4>(largest[i]);
             softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i];  // who sees nothing attends to nothing
-            const float kept = before[i] == largest[i] ? 1.0f : exp2f(before[i] - largest[i]);
+            const float kept = before[i] == largest[i] ? 1.0f : fast_exp2(before[i] - largest[i]);
             total[i] *= kept;
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
@@ -140,7 +140,7 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float &weight = scores[n].value[i];
-                weight = exp2f(weight - softmax.base[i / 2]);
+                weight = fast_exp2(weight - softmax.base[i / 2]);
                 total[i / 2] += weight;
             }
         }
