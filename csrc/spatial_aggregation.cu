@@ -4,17 +4,24 @@
 //     y = x + Wo softmax(q kᵀ / √d + mask) v + bo,        within each window and head
 //     out = y + W2 GELU(W1 LN2(y) + b1) + b2
 //
-// Nine warps own a window of up to 144 tokens, 16 tokens each, from x to out: rows never leave their warp, but for a
-// head's keys and values, which all of the window read. Scores and what is attended to stay in registers, as the
-// factors of the next product. Weights stream through a ring of stages. Nothing is written but out and, for training, y.
+// Twelve warps own a window of up to 144 tokens from x to out: three groups of 48 tokens by four heads of 32 channels. A
+// product with weights gives each warp its tokens' results in its channels: a weight that it has read serves three
+// products, a token four. Factors are shared through two tiles, which hold one after another
+//
+//     rows     n,  keys,  what the tokens attended to,  128 hidden units at a time
+//     others       values,  y and LN2(y),  out
+//
+// and weights stream through a ring of buffers. Nothing is written to global memory but out and, for training, y.
 
+#include "device/pieces.cuh"
 #include "device/transformer.cuh"
 #include "device/window_attention.cuh"
 
 namespace ovseg {
 namespace {
 
-constexpr int RING = 3;
+constexpr int GROUPS = 3, TILES = TOKENS / 16 / GROUPS, WARPS = GROUPS * HEADS, THREADS = WARPS * 32;
+constexpr int UNITS = C;  // hidden units at a time
 
 template <typename T>
 struct Arguments {
@@ -25,142 +32,310 @@ struct Arguments {
     int classes, hidden;
 };
 
+// Which thread of the block this is. What follows from its number, its places in tiles and maps, is worked out `again` in
+// each part of the kernel instead of kept in registers all the while: `recomputed` alone does not keep ptxas from it, a
+// number that comes from memory does.
+struct Self {
+    int thread;
+
+    __device__ __forceinline__ void again(const Window &window) {
+        thread += *static_cast<const volatile int *>(&window.zero);
+        if (thread < 0) __builtin_unreachable();
+    }
+    __device__ __forceinline__ int lane() const { return thread % 32; }
+    __device__ __forceinline__ int head() const { return thread / 32 % HEADS; }
+    __device__ __forceinline__ int channel() const { return head() * WIDTH; }                    // the warp's first
+    __device__ __forceinline__ int token() const { return thread / 32 / HEADS * (16 * TILES); }  // the warp's first
+    __device__ __forceinline__ int row() const { return d_row(lane(), 0); }        // of each eight rows of results
+    __device__ __forceinline__ int column() const { return d_column(lane(), 0); }  // and of each eight columns
+};
+
+// A weight (C, C) comes in slices of its columns, 64 bytes wide.
+template <typename T>
+struct Slices {
+    static constexpr int WIDTH = 2 * K<T>, COUNT = C / WIDTH, BYTES = 64 * C;
+    static constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as sm_89 has memory for, and sm_80 for float32
+};
+
 template <typename T>
 struct Shared {
-    static constexpr int ROWS = TOKENS * C * int(sizeof(T));
-    static constexpr int KEYS = TOKENS * WIDTH * int(sizeof(T));
-    static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
-    static constexpr int TOTAL = ROWS + 2 * KEYS + RING * STAGE + int(sizeof(Window));
+    static constexpr int ROWS = TOKENS * C * int(sizeof(T)), HEAD = ROWS / HEADS;
+    static constexpr int TOTAL = 2 * ROWS + Slices<T>::RING * Slices<T>::BYTES + int(sizeof(Window));
 };
 
-// The weights in the order in which a block multiplies by them.
+// A weight (C, C), or such a part of one: its rows are `pitch` numbers apart. Nothing where `first` is null.
 template <typename T>
-struct Weights {
-    static constexpr int QKV = 3 * HEADS, PROJECTIONS = C / STAGE_ROWS;
+struct Weight {
+    const T *first;
+    int pitch;
+};
 
-    const T *qkv, *proj, *fc1, *fc2;
-    int hidden;
+// The slices of one weight after the other, on their way through a ring of buffers.
+template <typename T>
+struct Stream {
+    using Sizes = Slices<T>;
+    static constexpr int LAST = (Sizes::RING - 1) * Sizes::BYTES;
 
-    __device__ __forceinline__ int stages() const { return QKV + PROJECTIONS + 2 * (hidden / STAGE_ROWS); }
+    unsigned char *start;
+    int place = 0;  // of the next slice
 
-    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
-        const int of_mlp = stage - QKV - PROJECTIONS;
-        if (of_mlp >= 0 && of_mlp % 2) {
-            copy_rows<C, THREADS>(Tile<T, STAGE_ROWS>{buffer}, fc2 + of_mlp / 2 * STAGE_ROWS, hidden);
-            return;
+    __device__ __forceinline__ Stream(unsigned char *start, Weight<T> weight, Self self) : start(start) {
+#pragma unroll
+        for (int slice = 0; slice < Sizes::RING - 1; ++slice) fetch(start + slice * Sizes::BYTES, weight, slice, self);
+    }
+
+    __device__ __forceinline__ static void fetch(unsigned char *buffer, Weight<T> weight, int slice, Self self) {
+        constexpr int COPYING = C * Tile<T, Sizes::WIDTH>::PIECES / 2;  // threads, a piece of both halves each
+        const Tile<T, Sizes::WIDTH> tile{buffer};
+        const int row = self.thread / tile.PIECES, piece = self.thread % tile.PIECES;
+        if (weight.first && self.thread < COPYING) {
+            const T *const source = weight.first + int64_t(row) * weight.pitch + (piece * EACH<T> + slice * Sizes::WIDTH);
+            copy_async(tile.piece(row, piece), source);
+            copy_async(tile.rows_from(C / 2).piece(row, piece), source + int64_t(C / 2) * weight.pitch);
         }
-        const T *source = fc1 + of_mlp / 2 * (STAGE_ROWS * C);
-        if (of_mlp < 0) source = proj + (of_mlp + PROJECTIONS) * (STAGE_ROWS * C);
-        if (stage < QKV) source = qkv + (stage % 3 * C + stage / 3 * WIDTH) * C;  // q, k, v of a head, then of the next
-        copy_rows<STAGE_ROWS, THREADS>(Tile<T, C>{buffer}, source, C);
+        commit_copies();
+    }
+
+    // A slice of `weight`, to be multiplied before the next one is asked for, after which it is gone. All of the block ask
+    // together, slice by slice, and say which weight follows.
+    __device__ __forceinline__ Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following, Self self) {
+        wait_for_copies<Sizes::RING - 2>();
+        __syncthreads();
+        const int ahead = index + Sizes::RING - 1;  // goes where the slice before this one was
+        fetch(start + (place == 0 ? LAST : place - Sizes::BYTES), ahead < Sizes::COUNT ? weight : following,
+              ahead % Sizes::COUNT, self);
+        const Tile<T, Sizes::WIDTH> tile{start + place};
+        place = place == LAST ? 0 : place + Sizes::BYTES;
+        return tile;
     }
 };
+
+// A warp's results: TILES times 16 tokens by WIDTH channels.
+using Results = D[TILES][WIDTH / 8];
+
+// results += rows · weightᵀ. `following` is the weight that is multiplied next.
+template <typename T>
+__device__ __forceinline__ void multiply(Results &results, Tile<T, C> rows, Stream<T> &stream, Weight<T> weight,
+                                         Weight<T> following, Self self) {
+#pragma unroll(sizeof(T) == 2 ? Slices<T>::COUNT : 1)
+    for (int slice = 0; slice < Slices<T>::COUNT; ++slice) {
+        const Tile<T, Slices<T>::WIDTH> columns = stream.slice(slice, weight, following, self).rows_from(self.channel());
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+            A a[TILES];
+#pragma unroll
+            for (int m = 0; m < TILES; ++m) a[m] = load_a(rows.rows_from(16 * m), 2 * slice + step, self.lane());
+#pragma unroll
+            for (int n = 0; n < WIDTH / 16; ++n) {
+                B b[2];
+                load_b(b, columns.rows_from(16 * n), step, self.lane());
+#pragma unroll
+                for (int m = 0; m < TILES; ++m) {
+                    mma<T>(results[m][2 * n], a[m], b[0]);
+                    mma<T>(results[m][2 * n + 1], a[m], b[1]);
+                }
+            }
+        }
+    }
+}
+
+// A lane's results, two neighbours at a time: function(row_of(eight), n, first, second) for those in the lane's row of the
+// eight rows from `eight` on, and in its columns of the eight columns from 8 · n on.
+template <typename RowOf, typename Function>
+__device__ __forceinline__ void each_pair(Results &results, RowOf row_of, Function function) {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            const auto row = row_of(16 * m + 4 * i);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                float *const values = results[m][n].value;
+                function(row, n, values[i], values[i + 1]);
+            }
+        }
+    }
+}
+
+// A lane's two of the WIDTH numbers at `first`, of each eight.
+template <typename T>
+struct Bias {
+    Pair<T> pairs[WIDTH / 8];
+
+    __device__ __forceinline__ Bias(const T *first, int column) {
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n) pairs[n] = load<T, 2>(first + 8 * n + column);
+    }
+    __device__ __forceinline__ float at(int n, int i) const { return to_float(pairs[n].value[i]); }
+};
+
+// Begins results with a number for each channel.
+template <typename T>
+__device__ __forceinline__ void begin(Results &results, const T *first, int column) {
+    const Bias<T> bias(first, column);
+    each_pair(results, [](int) { return 0; }, [&](int, int n, float &first, float &second) {
+        first = bias.at(n, 0), second = bias.at(n, 1);
+    });
+}
+
+__device__ __forceinline__ void zero(Results &results) {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n) results[m][n] = {};
+    }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T> a) {
     using Layout = Shared<T>;
+    constexpr int LANES = C / EACH<T>, AT_ONCE = THREADS / LANES;  // lanes to a row, and rows that the block takes at once
     unsigned char *const row_memory = shared_memory();
-    unsigned char *const key_memory = row_memory + Layout::ROWS;
-    unsigned char *const value_memory = key_memory + Layout::KEYS;
-    unsigned char *const stage_memory = value_memory + Layout::KEYS;
-    Window &window = *reinterpret_cast<Window *>(stage_memory + RING * Layout::STAGE);
+    unsigned char *const other_memory = row_memory + Layout::ROWS;
+    unsigned char *const stage_memory = other_memory + Layout::ROWS;
+    Window &window = *reinterpret_cast<Window *>(stage_memory + Slices<T>::RING * Slices<T>::BYTES);
 
-    int lane = int(threadIdx.x) % 32;
-    const int row = int(threadIdx.x) / 32 * 16;  // the warp's first token
-    const bool plain = window.find(a.windows, int(blockIdx.x), a.classes);
-
-    Stages<RING, Layout::STAGE, Weights<T>> stages(
-        stage_memory, Weights<T>{a.qkv_weight, a.proj_weight, a.fc1_weight, a.fc2_weight, a.hidden});
+    Self self{int(threadIdx.x)};
+    const Weight<T> of_q{a.qkv_weight, C}, of_k{a.qkv_weight + C * C, C}, of_v{a.qkv_weight + 2 * C * C, C};
+    const Weight<T> projection{a.proj_weight, C};
+    Stream<T> stream(stage_memory, of_v, self);
+    window.find<THREADS>(a.windows, int(blockIdx.x), a.classes);
     __syncthreads();
 
-    // One of the warp's tokens in maps or images that begin at `first`, or null beyond the map.
-    const auto token_of = [&](auto *first, int token) {
-        const int place = window.places[row + token];
-        return place < 0 ? nullptr : first + int64_t(place) * C;
-    };
-    // Two channels of it in float, 0 beyond the map.
-    const auto two_of = [&](const T *first, int token, int channel) -> Pair<float> {
-        const T *place = token_of(first, token);
-        const Pair<T> pair = place ? load<T, 2>(place + channel) : Pair<T>{};
-        return {{to_float(pair.value[0]), to_float(pair.value[1])}};
-    };
+    const Tile<T, C> rows{row_memory}, others{other_memory};
+    const auto own = [&](Tile<T, C> tile) { return tile.rows_from(self.token()); };
+    const auto of_head = [&](unsigned char *memory) { return Tile<T, WIDTH>{memory + self.head() * Layout::HEAD}; };
 
-    const Tile<T, C> rows = Tile<T, C>{row_memory}.rows_from(row);
-    const Tile<T, WIDTH> keys{key_memory}, values{value_memory};
-    load_rows(rows, lane, [&](int token) { return token_of(a.x + window.map * C, token); });
-    __syncwarp();
-    normalise_rows(rows, a.norm1_weight, a.norm1_bias, lane);
-    __syncwarp();
-
-    A attended[HEADS][WIDTH / K<T>];
-#pragma unroll 1
-    for (int head = 0; head < HEADS; ++head) {
-        lane = recomputed(lane);
-        const Factors<T, C> normed(rows, lane);
-        D d[WIDTH / 8];
-        A q[WIDTH / K<T>];
-        project(d, normed, Tile<T, C>{stages.next()}, lane);
-        each_pair(d, lane, [&](int token, int column, float &first, float &second) {
-            const Pair<float> share = two_of(a.q_term + window.image * C, token, head * WIDTH + column);
-            first += share.value[0], second += share.value[1];
+    // Adds what lies at the warp's tokens and channels in maps or images that begin at `first`. Beyond the map it is
+    // another token: what comes of it is masked or not written.
+    const auto raise = [&](Results &results, const T *first) {
+        const auto place_of = [&](int eight) {
+            const int place = max(window.places[self.token() + eight + self.row()], 0);
+            return first + int64_t(place) * C + (self.channel() + self.column());
+        };
+        each_pair(results, place_of, [&](const T *place, int n, float &left, float &right) {
+            const Pair<T> pair = load<T, 2>(place + 8 * n);
+            left += to_float(pair.value[0]);
+            right += to_float(pair.value[1]);
         });
+    };
+    // Where in eight rows of a tile a lane's results go, in the columns from `column` on: see `each_pair`.
+    const auto to = [&](auto tile, int column) {
+        return [&self, tile, column](int eight) {
+            return [&self, column, tile = tile.rows_from(self.token() + eight)](int n) {
+                return tile.at(self.row(), column + self.column(), n * 8 / EACH<T>);
+            };
+        };
+    };
+    const auto keep = [](auto target, int n, float first, float second) { store_pair(target(n), first, second); };
+    const auto piece = [&] { return self.thread % LANES * EACH<T>; };  // the channels that a thread takes of whole rows
+    // function(row, where its piece of a map lies, whether it is there), for the pieces that a thread takes.
+    const auto each_piece = [&](auto *map, auto function) {
 #pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) q[k] = chained<T>(d, k);
-        project(d, normed, Tile<T, C>{stages.next()}, lane);
-        each_pair(d, lane, [&](int token, int column, float first, float second) {
-            const Pair<float> share = two_of(a.k_term + window.image * C, token, head * WIDTH + column);
-            store<T, 2>(keys.at(row + token, column),
-                        rounded_pair<T>(first + share.value[0], second + share.value[1]));
-        });
-        project(d, normed, Tile<T, C>{stages.next()}, lane);
-        each_pair(d, lane, [&](int token, int column, float first, float second) {
-            const Pair<T> bias = load<T, 2>(a.v_bias + head * WIDTH + column);
-            const bool there = window.places[row + token] >= 0;  // a weight of 0 times NaN would be NaN
-            store<T, 2>(values.at(row + token, column),
-                        rounded_pair<T>(there ? first + to_float(bias.value[0]) : 0.0f,
-                                        there ? second + to_float(bias.value[1]) : 0.0f));
-        });
-        __syncthreads();
-        // The heads move up, so that no register is indexed by a number known at run time only.
-#pragma unroll
-        for (int i = 0; i + 1 < HEADS; ++i) {
-#pragma unroll
-            for (int k = 0; k < WIDTH / K<T>; ++k) attended[i][k] = attended[i + 1][k];
+        for (int first = 0; first < TOKENS; first += AT_ONCE) {
+            const int row = first + self.thread / LANES, place = window.places[row];
+            function(row, map + int64_t(max(place, 0)) * C + piece(), place >= 0);
         }
-        attend<T>(d, q, keys, values, window, plain, row, lane);
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) attended[HEADS - 1][k] = chained<T>(d, k);
+    };
+
+    {
+        const Piece<T> weight = load<T, EACH<T>>(a.norm1_weight + piece()), bias = load<T, EACH<T>>(a.norm1_bias + piece());
+        each_piece(a.x + window.map * C, [&](int row, const T *place, bool) {
+            store<T, EACH<T>>(rows.at(row, piece()), normalised<LANES>(load<T, EACH<T>>(place), weight, bias));
+        });
     }
 
-    // Each part's columns of the rows are read by nobody any more: all of n has been multiplied.
+    Results results;
+    self.again(window);
+    begin(results, a.v_bias + self.channel(), self.column());
+    multiply(results, own(rows), stream, of_v, of_q, self);
+    if (!window.whole) {  // a weight of 0 times NaN would be NaN
+        each_pair(results, [&](int eight) { return window.places[self.token() + eight + self.row()]; },
+                  [](int place, int, float &first, float &second) {
+                      if (place < 0) first = second = 0.0f;
+                  });
+    }
+    each_pair(results, to(of_head(other_memory), 0), keep);
+    self.again(window);
+    zero(results);
+    raise(results, a.q_term + window.image * C);
+    multiply(results, own(rows), stream, of_q, of_k, self);
+    A tokens[TILES][WIDTH / K<T>];  // the tokens' queries, and later what they attended to, as factors
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int k = 0; k < WIDTH / K<T>; ++k) tokens[m][k] = chained<T>(results[m], k);
+    }
+    self.again(window);
+    zero(results);
+    multiply(results, own(rows), stream, of_k, projection, self);
+    raise(results, a.k_term + window.image * C);  // not before: the queries wait in registers
+    __syncthreads();  // n has been read by all
+    each_pair(results, to(of_head(row_memory), 0), keep);
+    __syncthreads();
+
+    // The tiles move up, so that no register is indexed by a number known at run time only.
 #pragma unroll 1
-    for (int part = 0; part < C / STAGE_ROWS; ++part) {
-        lane = recomputed(lane);
-        const Tile<T, C> weight{stages.next()};
-        D d[STAGE_ROWS / 8] = {};
+    for (int m = 0; m < TILES; ++m) {
+        self.again(window);
+        D attended[WIDTH / 8];
+        attend<T>(attended, tokens[0], of_head(row_memory), of_head(other_memory), window, self.token() + 16 * m,
+                  self.lane());
 #pragma unroll
-        for (int k = 0; k < C / K<T>; ++k) {
-            const A factor = recomputed<T>(attended[k / (WIDTH / K<T>)][k % (WIDTH / K<T>)]);
+        for (int k = 0; k < WIDTH / K<T>; ++k) {
 #pragma unroll
-            for (int n = 0; n < STAGE_ROWS / 16; ++n) {
-                B b[2];
-                load_b_chained(b, weight.rows_from(16 * n), k, lane);
-                mma<T>(d[2 * n], factor, b[0]);
-                mma<T>(d[2 * n + 1], factor, b[1]);
-            }
+            for (int i = 0; i + 1 < TILES; ++i) tokens[i][k] = tokens[i + 1][k];
+            tokens[TILES - 1][k] = chained<T>(attended, k);
         }
-        each_pair(d, lane, [&](int token, int column, float first, float second) {
-            const int channel = part * STAGE_ROWS + column;
-            const Pair<float> x = two_of(a.x + window.map * C, token, channel);
-            const Pair<T> bias = load<T, 2>(a.proj_bias + channel);
-            store<T, 2>(rows.at(token, channel), rounded_pair<T>(first + to_float(bias.value[0]) + x.value[0],
-                                                                 second + to_float(bias.value[1]) + x.value[1]));
+    }
+    __syncthreads();  // keys and values have been read by all
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int k = 0; k < WIDTH / K<T>; ++k) {
+            store_chained<T>(own(rows).rows_from(16 * m), tokens[m][k], self.head() * (WIDTH / K<T>) + k, self.lane());
+        }
+    }
+    begin(results, a.proj_bias + self.channel(), self.column());
+    raise(results, a.x + window.map * C);
+    multiply(results, own(rows), stream, projection, {a.fc1_weight, C}, self);
+    {
+        const Bias<T> bias(a.fc2_bias + self.channel(), self.column());
+        each_pair(results, to(others, self.channel()), [&](auto target, int n, float &first, float &second) {
+            const Pair<T> y = store_pair(target(n), first, second);
+            first = to_float(y.value[0]) + bias.at(n, 0);
+            second = to_float(y.value[1]) + bias.at(n, 1);
         });
     }
-    __syncwarp();
-    if (a.middle) store_rows(rows, lane, [&](int token) { return token_of(a.middle + window.map * C, token); });
-    residual_mlp<Gelu>(rows, a.norm2_weight, a.norm2_bias, a.fc1_bias, a.fc2_bias, a.hidden, stages, lane);
-    store_rows(rows, lane, [&](int token) { return token_of(a.out + window.map * C, token); });
+    __syncthreads();
+    {
+        const Piece<T> weight = load<T, EACH<T>>(a.norm2_weight + piece()), bias = load<T, EACH<T>>(a.norm2_bias + piece());
+        each_piece(a.middle + window.map * C, [&](int row, T *place, bool there) {
+            const Piece<T> y = load<T, EACH<T>>(others.at(row, piece()));
+            if (a.middle && there) store<T, EACH<T>>(place, y);
+            store<T, EACH<T>>(others.at(row, piece()), normalised<LANES>(y, weight, bias));
+        });
+    }
+    int unit = 0;
+    do {  // there are hidden units, and the compiler need not keep sums for none
+        self.again(window);
+        const Weight<T> first{a.fc1_weight + unit * C, C}, second{a.fc2_weight + unit, a.hidden};
+        const Weight<T> following{unit + UNITS < a.hidden ? first.first + UNITS * C : nullptr, C};
+        Results units;
+        begin(units, a.fc1_bias + unit + self.channel(), self.column());
+        multiply(units, own(others), stream, first, second, self);
+        self.again(window);
+        each_pair(units, to(rows, self.channel()), [](auto target, int n, float first, float second) {
+            store_pair(target(n), Gelu::of(first), Gelu::of(second));
+        });
+        multiply(results, own(rows), stream, second, following, self);
+        unit += UNITS;
+    } while (unit < a.hidden);
+    each_pair(results, to(others, self.channel()), keep);
+    __syncthreads();
+    each_piece(a.out + window.map * C, [&](int row, T *place, bool there) {
+        if (there) store<T, EACH<T>>(place, load<T, EACH<T>>(others.at(row, piece())));
+    });
 }
 
 }  // namespace
@@ -174,8 +349,8 @@ int ovseg_spatial_aggregation_fwd(const void *x, const void *q_term, const void 
                                   int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t hidden,
                                   int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream) {
     using namespace ovseg;
-    if (!takes_windows(classes, height, width, channels, heads, window, shift) || hidden < STAGE_ROWS ||
-        hidden % STAGE_ROWS || hidden > INT32_MAX / C) {
+    if (!takes_windows(classes, height, width, channels, heads, window, shift) || hidden < UNITS ||
+        hidden % UNITS || hidden > INT32_MAX / C) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
     if (!aligned(x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias, norm2_weight,

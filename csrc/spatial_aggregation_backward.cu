@@ -12,6 +12,8 @@
 namespace ovseg {
 namespace {
 
+constexpr int THREADS = TOKENS / 16 * 32;
+
 template <typename T>
 constexpr int CHUNK = sizeof(T) == 2 ? TOKENS / 3 : TOKENS / 9;  // tokens that a warp's 16 are held against at a time
 
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
 
     int lane = int(threadIdx.x) % 32;
     const int row = int(threadIdx.x) / 32 * 16, head = int(blockIdx.x) % HEADS;
-    const bool plain = window.find(a.windows, int(blockIdx.x) / HEADS, a.classes);
+    window.find<THREADS>(a.windows, int(blockIdx.x) / HEADS, a.classes);
     __syncthreads();
     const int *const places = window.places + row;
     const T *const tokens = a.tokens + window.map * (3 * C) + head * WIDTH;
@@ -88,12 +90,11 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
     load_head(grads.rows_from(row), a.grad_attended + window.map * C + head * WIDTH, C, places, lane);
     __syncthreads();
 
-    const float scale = rsqrtf(float(WIDTH));
     {
         A own[WIDTH / K<T>];
         D sums[WIDTH / 8];
         load_factors(own, queries.rows_from(row), lane);
-        const Softmax softmax = attend<T>(sums, own, keys, values, window, plain, row, lane);
+        const Softmax softmax = attend<T>(sums, own, keys, values, window, row, lane);
         if (a.attended) store_head(a.attended + window.map * C + head * WIDTH, C, places, sums, lane);
         float delta[2] = {};
 #pragma unroll
@@ -116,15 +117,15 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
             D scores[CHUNK<T> / 8], weight_grads[CHUNK<T> / 8];
             load_factors(own, queries.rows_from(row), lane);
             score<T>(scores, own, keys.rows_from(first), lane);
-            finish_scores<false>(scores, window, plain, row, first, lane);
+            if (!window.plain) mask_scores<false>(scores, window, row, first, lane);
             load_factors(own, grads.rows_from(row), lane);
             score<T>(weight_grads, own, values.rows_from(first), lane);
 #pragma unroll
             for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float weight = fast_exp2(scores[n].value[i] - softmax.base[i / 2]) * softmax.share[i / 2];
-                    scores[n].value[i] = weight * (weight_grads[n].value[i] - delta[i / 2]) * scale;
+                    const float weight = fast_exp2(scores[n].value[i] * POWER - softmax.base[i / 2]) * softmax.share[i / 2];
+                    scores[n].value[i] = weight * (weight_grads[n].value[i] - delta[i / 2]) * SCALE;
                 }
             }
             add_weighted<T>(sums, scores, keys.rows_from(first), lane);
@@ -141,13 +142,13 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
         A own[WIDTH / K<T>];
         load_factors(own, keys.rows_from(row), lane);
         score<T>(weights, own, queries.rows_from(first), lane);
-        finish_scores<true>(weights, window, plain, row, first, lane);
+        if (!window.plain) mask_scores<true>(weights, window, row, first, lane);
 #pragma unroll
         for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Query &query = found[first + 8 * n + d_column(lane, i)];
-                weights[n].value[i] = fast_exp2(weights[n].value[i] - query.base) * query.share;
+                weights[n].value[i] = fast_exp2(weights[n].value[i] * POWER - query.base) * query.share;
             }
         }
         add_weighted<T>(value_grads, weights, grads.rows_from(first), lane);
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Query &query = found[first + 8 * n + d_column(lane, i)];
-                weights[n].value[i] *= (grad[n].value[i] - query.delta) * scale;
+                weights[n].value[i] *= (grad[n].value[i] - query.delta) * SCALE;
             }
         }
         add_weighted<T>(key_grads, weights, queries.rows_from(first), lane);

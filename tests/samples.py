@@ -81,7 +81,7 @@ HELPERS = {
 }
 
 PUBLISHED_CATSEG = {"height": 24, "width": 24, "channels": 128, "guidance": 128, "heads": 4}
-WIDE = {"channels": 128, "guidance": 64, "hidden": 64, "heads": 4}
+WIDE = {"channels": 128, "guidance": 64, "hidden": 128, "heads": 4}
 PUBLISHED_STAGE = {"layers": 3, "prompts": 50, "patches": 1024, "channels": 768, "out": 512}
 PUBLISHED_SLIDE = {
     "map_size": (96, 96),
@@ -305,7 +305,7 @@ SAMPLES = [
     _row(
         "spatial_aggregation",
         "wide, shifted, beyond the border",
-        spatial_aggregation(classes=1, height=13, width=14, window=12, shift=6, **WIDE),
+        spatial_aggregation(classes=1, height=13, width=14, window=12, shift=6, **WIDE | {"hidden": 256}),
         "wide",
     ),
     _row(

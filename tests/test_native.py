@@ -357,7 +357,7 @@ def test_misaligned_pointers_are_refused_by_the_library_itself() -> None:
 def test_sizes_without_a_kernel() -> None:
     call = wide_call(channels=64)
     refused(
-        call, "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 32, not 64"
+        call, "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 128, not 64"
     )
     wide = wide_call()
     heads = (wide[0], {**wide[1], "heads": 8})

@@ -161,6 +161,21 @@ __device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane
     }
 }
 
+// Writes what `chained` has made a factor to where `load_a_chained` would read it.
+template <typename T, int WIDTH>
+__device__ __forceinline__ void store_chained(Tile<T, WIDTH> tile, const A &a, int k, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = d_row(lane, 2 * i), column = k * K<T> + d_column(lane, 0);
+        if constexpr (sizeof(T) == 2) {
+            store<uint32_t, 1>(reinterpret_cast<uint32_t *>(tile.at(row, column)), {{a.word[i]}});
+            store<uint32_t, 1>(reinterpret_cast<uint32_t *>(tile.at(row, column + 8)), {{a.word[i + 2]}});
+        } else {
+            store<T, 2>(tile.at(row, column), {{__uint_as_float(a.word[i]), __uint_as_float(a.word[i + 2])}});
+        }
+    }
+}
+
 // Two B from rows 0..7 and 8..15 of a tile that holds Bᵀ.
 template <typename T, int WIDTH>
 __device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {

@@ -89,4 +89,19 @@ __device__ __forceinline__ uint32_t packed(float first, float second) {
     return word;
 }
 
+// Stores two neighbours at once, whatever became of the floats that they come from; gives what was stored.
+template <typename T>
+__device__ __forceinline__ Pair<T> store_pair(T *address, float first, float second) {
+    Pair<T> pair{{T(), T()}};
+    if constexpr (sizeof(T) == 2) {
+        const uint32_t word = recomputed(packed<T>(first, second));
+        store<uint32_t, 1>(reinterpret_cast<uint32_t *>(address), {{word}});
+        memcpy(&pair, &word, 4);
+    } else {
+        pair = {{first, second}};
+        store<T, 2>(address, pair);
+    }
+    return pair;
+}
+
 }  // namespace ovseg

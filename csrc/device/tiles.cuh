@@ -34,9 +34,10 @@ struct Tile {
         return start + (tile_offset<BYTES>(row, first) ^ step * 16);
     }
 
-    __device__ __forceinline__ T *at(int row, int column) const {
+    // A number of the row; `step` pieces on, as above.
+    __device__ __forceinline__ T *at(int row, int column, int step = 0) const {
         constexpr int EACH = 16 / int(sizeof(T));
-        return reinterpret_cast<T *>(piece(row, column / EACH)) + column % EACH;
+        return reinterpret_cast<T *>(stepped(row, column / EACH, step)) + column % EACH;
     }
 
     __device__ __forceinline__ Tile rows_from(int row) const { return {start + row * BYTES}; }  // row: a multiple of 8

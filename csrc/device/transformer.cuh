@@ -29,7 +29,31 @@ struct Relu {
     static __device__ __forceinline__ float of(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
 };
 
-// Layer norm of 16 rows that lie in a tile, in place; each row is read once and summed twice.
+// Layer norm of rows of which LANES neighbouring lanes hold a piece each. A row is summed twice.
+template <int LANES, typename T>
+__device__ __forceinline__ Piece<T> normalised(const Piece<T> &piece, const Piece<T> &weight, const Piece<T> &bias) {
+    constexpr int EACH = 16 / int(sizeof(T));
+    constexpr float SHARE = 1.0f / (LANES * EACH);
+    float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) sum += to_float(piece.value[i]);
+    const float mean = sum_over_lanes<LANES>(sum) * SHARE;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const float away = to_float(piece.value[i]) - mean;
+        squares += away * away;
+    }
+    const float scale = rsqrtf(sum_over_lanes<LANES>(squares) * SHARE + LAYER_NORM_EPS);
+    Piece<T> result;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const float x = (to_float(piece.value[i]) - mean) * scale;
+        result.value[i] = rounded<T>(x * to_float(weight.value[i]) + to_float(bias.value[i]));
+    }
+    return result;
+}
+
+// The same of 16 rows that lie in a tile, in place.
 template <typename T, int C>
 __device__ __forceinline__ void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
     constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
@@ -39,23 +63,7 @@ __device__ __forceinline__ void normalise_rows(Tile<T, C> rows, const T *weight,
 #pragma unroll 4
     for (int first = 0; first < 16; first += AT_ONCE) {
         T *const place = rows.at(first + lane / LANES, column);
-        Piece<T> piece = load<T, EACH>(place);
-        float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) sum += to_float(piece.value[i]);
-        const float mean = sum_over_lanes<LANES>(sum) / C;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const float away = to_float(piece.value[i]) - mean;
-            squares += away * away;
-        }
-        const float scale = rsqrtf(sum_over_lanes<LANES>(squares) / C + LAYER_NORM_EPS);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const float x = (to_float(piece.value[i]) - mean) * scale;
-            piece.value[i] = rounded<T>(x * to_float(w.value[i]) + to_float(b.value[i]));
-        }
-        store<T, EACH>(place, piece);
+        store<T, EACH>(place, normalised<LANES>(load<T, EACH>(place), w, b));
     }
 }
 

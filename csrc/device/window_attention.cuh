@@ -1,4 +1,4 @@
-// Attention within a window of the published sizes: up to 144 tokens, nine warps with 16 of them each, heads of 32.
+// Attention within a window of the published sizes: up to 144 tokens, 16 of them to a warp at a time, heads of 32.
 
 #pragma once
 
@@ -9,54 +9,60 @@
 namespace ovseg {
 
 constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
-constexpr int TOKENS = 144, THREADS = TOKENS / 16 * 32;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float REGION_MASK = -100.0f * LOG2E;  // published
+constexpr int TOKENS = 144;
+constexpr float SCALE = 0.17677669529663688f;  // 1 / √WIDTH
+constexpr float REGION_MASK = -100.0f / SCALE;  // published, of scores that are yet to be scaled
+constexpr float POWER = SCALE * 1.4426950408889634f;  // exp(SCALE · score) = exp2(POWER · score)
 
-constexpr int AT_ONCE = TOKENS / 3;  // keys that a warp scores at a time: more would not fit its registers
+template <typename T>
+constexpr int AT_ONCE = sizeof(T) == 2 ? TOKENS : TOKENS / 3;  // keys that a warp scores at a time, as registers allow
 
 // The window that a block works on. It lies in shared memory, to be read again instead of kept in registers.
 struct Window {
     int64_t map, image;  // positions before the class's map, among those of all, and before the image's
-    int places[TOKENS];
-    signed char regions[TOKENS];  // -1 beyond the map
+    int places[TOKENS], regions[TOKENS];  // -1 beyond the map
+    int zero;  // which the compiler does not know
+    bool whole, plain;  // no token is beyond it; and all tokens see each other
 
-    // Fills it in, by all threads of the block; a barrier has to follow. `index` counts the windows of all maps. Returns whether
-    // the window has a token in every place, which all see each other.
-    __device__ __forceinline__ bool find(const Windows &windows, int index, int classes) {
+    // Fills it in, by all threads of the block; a barrier has to follow. `index` counts the windows of all maps.
+    template <int THREADS>
+    __device__ __forceinline__ void find(const Windows &windows, int index, int classes) {
         const int which = index % windows.count();
         for (int token = int(threadIdx.x); token < TOKENS; token += THREADS) {
             const int place = windows.place(which, token);
             places[token] = place;
-            regions[token] = static_cast<signed char>(place < 0 ? -1 : windows.region(which, token));
+            regions[token] = place < 0 ? -1 : windows.region(which, token);
         }
         if (threadIdx.x == 0) {
+            zero = 0;
             const int64_t positions = int64_t(windows.height) * windows.width;
             map = index / windows.count() * positions;
             image = index / windows.count() / classes * positions;
+            whole = windows.tokens() == TOKENS && !windows.padded();
+            plain = windows.tokens() == TOKENS && windows.plain(which);
         }
-        return windows.plain(which) && windows.tokens() == TOKENS;
     }
 };
 
-// Scores of 16 tokens, rows, with COUNT others, columns, from `first` on: scaled, in units of log 2, as the hardware's
-// exponential has base two, and masked.
+// Masks scores of 16 tokens, rows, with COUNT others, columns, from `first` on.
 template <bool KEYS_ARE_ROWS, int COUNT>
-__device__ __forceinline__ void finish_scores(D (&scores)[COUNT], const Window &window, bool plain, int row, int first,
-                                              int lane) {
-    const float scale = rsqrtf(float(WIDTH)) * LOG2E;
+__device__ __forceinline__ void mask_scores(D (&scores)[COUNT], const Window &window, int row, int first, int lane) {
     const int own[2] = {window.regions[row + d_row(lane, 0)], window.regions[row + d_row(lane, 2)]};
+    const int *const others = window.regions + first;
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float &score = scores[n].value[i];
-            score *= scale;
-            if (!plain) {
-                const int other = window.regions[first + 8 * n + d_column(lane, i)];
-                if (other != own[i / 2]) score += REGION_MASK;
-                if ((KEYS_ARE_ROWS ? own[i / 2] : other) < 0) score = -INFINITY;
-            }
+            if (others[8 * n + d_column(lane, i)] != own[i / 2]) scores[n].value[i] += REGION_MASK;
+        }
+    }
+    if (window.whole) return;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int key = KEYS_ARE_ROWS ? own[i / 2] : others[8 * n + d_column(lane, i)];
+            if (key < 0) scores[n].value[i] = -INFINITY;
         }
     }
 }
@@ -96,27 +102,27 @@ __device__ __forceinline__ void add_weighted(D (&sums)[WIDTH / 8], const D (&wei
     }
 }
 
-// What softmax needs of the scores of a lane's two rows: exp2(score − base) · share is a weight.
+// What softmax needs of the scores of a lane's two rows: exp2(POWER · score − base) · share is a weight.
 struct Softmax {
     float base[2], share[2];
 };
 
-// sums = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, of which q are the factors. Keys are taken `AT_ONCE`
-// together, with the sums brought to each new maximum.
+// sums = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, of which q are the factors. Where not all keys are
+// taken at once, the sums are brought to each new maximum.
 template <typename T>
 __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys,
-                                          Tile<T, WIDTH> values, const Window &window, bool plain, int row, int lane) {
-    constexpr int COUNT = AT_ONCE / 8;
+                                          Tile<T, WIDTH> values, const Window &window, int row, int lane) {
+    constexpr int COUNT = AT_ONCE<T> / 8;
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     Softmax softmax;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) sums[n] = {};
 #pragma unroll 1
-    for (int first = 0; first < TOKENS; first += AT_ONCE) {
+    for (int first = 0; first < TOKENS; first += AT_ONCE<T>) {
         lane = recomputed(lane);
         D scores[COUNT];
         score<T>(scores, q, keys.rows_from(first), lane);
-        finish_scores<false>(scores, window, plain, row, first, lane);
+        if (!window.plain) mask_scores<false>(scores, window, row, first, lane);
         const float before[2] = {largest[0], largest[1]};
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) {
@@ -126,13 +132,15 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             largest[i] = maximum_over_lanes<4>(largest[i]);
-            softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i];  // who sees nothing attends to nothing
-            const float kept = before[i] == largest[i] ? 1.0f : fast_exp2(before[i] - largest[i]);
-            total[i] *= kept;
+            softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i] * POWER;  // who sees nothing attends to nothing
+            if constexpr (AT_ONCE<T> < TOKENS) {
+                const float kept = before[i] == largest[i] ? 1.0f : fast_exp2((before[i] - largest[i]) * POWER);
+                total[i] *= kept;
 #pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
-                sums[n].value[2 * i] *= kept;
-                sums[n].value[2 * i + 1] *= kept;
+                for (int n = 0; n < WIDTH / 8; ++n) {
+                    sums[n].value[2 * i] *= kept;
+                    sums[n].value[2 * i + 1] *= kept;
+                }
             }
         }
 #pragma unroll
@@ -140,7 +148,7 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float &weight = scores[n].value[i];
-                weight = fast_exp2(weight - softmax.base[i / 2]);
+                weight = fast_exp2(weight * POWER - softmax.base[i / 2]);
                 total[i / 2] += weight;
             }
         }
@@ -149,7 +157,7 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         total[i] = sum_over_lanes<4>(total[i]);
-        softmax.share[i] = total[i] == 0.0f ? 1.0f : 1.0f / total[i];
+        softmax.share[i] = total[i] == 0.0f ? 1.0f : fast_reciprocal(total[i]);
     }
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {

@@ -169,9 +169,9 @@ def spatial_aggregation(
 
 def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | None:
     """Why the CUDA C++ kernel does not take these sizes; None where it does."""
-    if channels == 128 and heads == 4 and window <= 12 and hidden % 32 == 0:
+    if channels == 128 and heads == 4 and window <= 12 and hidden % 128 == 0:
         return None
-    taken = "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 32"
+    taken = "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 128"
     if torch.compiler.is_compiling():
         return taken  # sizes may be symbols, which no sentence can name
     return f"{taken}, not {channels} channels in {heads} heads, windows of {window} and {hidden} hidden units"
