@@ -19,8 +19,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import ovseg_fast as ovs
 from native_header import OPERATOR_FUNCTIONS, defined
 from ovseg_fast import native
+from samples import Sample
+from test_kernels import CASES, DEVICE, DIFFERENTIABLE
+from test_operators import gradients
 
 Sizes = Mapping[str, int]
 
@@ -339,6 +343,20 @@ def test_sizes_that_make_no_sense_end_no_process(built_library: Path) -> None:
         for size in (0, -1, -(2**31), -(2**63), 2**63 - 1)
     }
     assert len(outcomes(built_library, calls)) == len(calls)
+
+
+@pytest.mark.usefixtures("emulation")
+def test_small_samples_call_every_function(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no sample calls has no numbers checked in test_kernels."""
+    called = set()
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda name, *values: (called.add(name), call(name, *values)))
+    for backend, row in CASES:
+        if backend == "cuda" and "small" in row.tags:
+            inputs = row.build(rng, torch.float32, DEVICE)
+            with ovs.backend("cuda"):
+                (gradients if row.function in DIFFERENTIABLE else Sample.run)(row, inputs)
+    assert called == set(native.FUNCTIONS)
 
 
 # --- each error code becomes a sentence of Python's ---
