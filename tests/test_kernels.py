@@ -348,3 +348,17 @@ def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(
     with ovs.backend("auto"):
         row.run(call)
     assert ovs.last_backend(row.operator) == "torch"
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize(
+    "row", [row for row in select(without=("bench", "wide")) if row.operator in WIDE_ONLY], ids=lambda row: row.id
+)
+def test_widths_without_a_kernel_are_refused_where_it_is_forced(
+    backend: str, row: Sample, rng: torch.Generator
+) -> None:
+    """The rows that `takes` leaves out, each for what its kernel does not take."""
+    call = row.build(rng, torch.float32, DEVICE)
+    expected = "linear attention, not full" if call[1].get("attention") == "full" else "128 channels in 4 heads"
+    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the cuda .*{expected}"):
+        row.run(call)
