@@ -110,6 +110,7 @@ def run_tests(run: Run) -> None:
     paths = [
         "tests/test_kernels.py",
         "tests/test_native.py",
+        "tests/test_native_functions.py",
         "tests/test_mlp.py",
         "tests/ops",
         "tests/layers",

@@ -1,4 +1,4 @@
-"""An operator and its literal form on one row of `tests/samples.py`: equal first, then timed in one group."""
+"""An operator and its literal form on one row of `tests/samples`: equal first, then timed in one group."""
 
 from __future__ import annotations
 

@@ -105,6 +105,14 @@ def emulated_library() -> Path:
     return emulated.build()
 
 
+@pytest.fixture(scope="session")
+def built_library() -> Path:
+    library = Path(ovs.__file__).with_name("libovseg.so")
+    if not library.exists():
+        pytest.skip("the native library is not built here; `make venv` builds it where nvcc is found")
+    return library
+
+
 @pytest.fixture
 def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     """Makes a file the native library for the rest of a test."""
@@ -126,3 +134,9 @@ def emulation(use_library: Callable[[Path], None], emulated_library: Path) -> No
     """The CUDA C++ kernels run on the CPU, where there is no GPU to run them."""
     if not torch.cuda.is_available():
         use_library(emulated_library)
+
+
+@pytest.fixture
+def on_cpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the state of a machine without a GPU")

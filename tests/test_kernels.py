@@ -7,6 +7,7 @@ CPU: they tell whether their numbers are right, not whether a GPU takes them, fo
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -63,6 +64,14 @@ def first_row(backend: str, function: str, tag: str) -> Sample:
 def _emulation(request: pytest.FixtureRequest) -> None:
     if request.node.callspec.params["backend"] == "cuda":
         request.getfixturevalue("emulation")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_every_function_with_kernels_has_cases(backend: str) -> None:
+    """An operator without wide rows would drop out of all that follows, and nothing would say so."""
+    operators = backends.operators_with_kernels(backend)
+    expected = {row.function for row in select() if row.operator in operators} - LIBRARY_ONLY
+    assert {function for name, function in FUNCTIONS if name == backend} == expected
 
 
 # Gradients that are zero in exact arithmetic hold rounding noise, which is compared with another gradient of the call.
@@ -194,6 +203,32 @@ def test_layout_of_the_inputs_does_not_matter(backend: str, row: Sample, layout:
                 assert relative_error(result, truth) <= KERNEL[torch.float32]
 
 
+def expanded(tensor: torch.Tensor) -> torch.Tensor:
+    """One number for all elements, as the gradient of a sum is."""
+    return tensor.flatten()[0].expand(tensor.shape)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), expanded])
+@pytest.mark.parametrize(("backend", "function"), [case for case in FUNCTIONS if case[1] in DIFFERENTIABLE])
+def test_layout_of_the_gradient_does_not_matter(
+    backend: str, function: str, layout: Callable[[torch.Tensor], torch.Tensor], rng: torch.Generator
+) -> None:
+    """But for rounding: PyTorch's own sums, such as those of a bias, may take another layout in another order."""
+    row = first_row(backend, function, "small")
+    call, _ = build(row, rng, torch.float32)
+    leaves = map_floating(lambda tensor: tensor.requires_grad_(), call)
+    with ovs.backend(backend):
+        outputs = tensors(row.run(leaves))
+        grads = [layout(torch.randn(output.shape, generator=rng).to(DEVICE)) for output in outputs]
+        results, truths = (
+            torch.autograd.grad(outputs, floating(leaves), given, retain_graph=True, materialize_grads=True)
+            for given in (grads, [grad.contiguous() for grad in grads])
+        )
+    largest = max(float(truth.norm()) for truth in truths)
+    for result, truth in zip(results, truths, strict=True):
+        assert float((result - truth).norm()) <= KERNEL[torch.float32] * largest
+
+
 @cases("odd")
 def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(backend: str, row: Sample, rng: torch.Generator) -> None:
     call, _ = build(row, rng, torch.float32)
@@ -208,13 +243,14 @@ def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(backend: str, row: Sa
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
+@pytest.mark.parametrize(("backend", "function"), [case for case in FUNCTIONS if case[1] != "label_map"])
 def test_nan_and_infinity_come_out_where_pytorch_has_them(
     backend: str, function: str, value: float, rng: torch.Generator
 ) -> None:
-    """One element of one argument at a time, at a random place."""
+    """One element of one argument at a time, at a random place. Labels alone cannot tell, see test_label_map."""
     row = first_row(backend, function, "odd")
     call, _ = build(row, rng, torch.float32)
+    came_out = False
     for argument in range(len(floating(call))):
         bad = map_tensors(torch.clone, call)
         target = floating(bad)[argument].view(-1)
@@ -222,6 +258,8 @@ def test_nan_and_infinity_come_out_where_pytorch_has_them(
         results, truths = (tensors(on(name, row.run)(bad)) for name in (backend, "torch"))
         for result, truth in zip(results, truths, strict=True):
             assert torch.equal(result.isfinite(), truth.isfinite()), argument
+            came_out |= not bool(truth.isfinite().all())
+    assert came_out or not math.isnan(value)
 
 
 class CustomCalls(TorchDispatchMode):
@@ -240,14 +278,16 @@ class CustomCalls(TorchDispatchMode):
 @pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
 def test_custom_operators_pass_opcheck(backend: str, function: str, rng: torch.Generator) -> None:
     """Schema, fake, autograd registration and tracing with dynamic sizes, of forward and backward alike."""
-    row = first_row(backend, function, "small")
-    call, _ = build(row, rng, torch.float32)
+    rows = [row for name, row in CASES if (name, row.function) == (backend, function) and "small" in row.tags]
     with ovs.backend(backend), CustomCalls() as seen:
-        if function in DIFFERENTIABLE:
-            gradients(row, call)
-        else:
-            row.run(call)
+        for row in rows:  # not all of them need all operators: maps of full size are not resized
+            call, _ = build(row, rng, torch.float32)
+            if function in DIFFERENTIABLE:
+                gradients(row, call)
+            else:
+                row.run(call)
     assert seen.calls
+    assert (function in DIFFERENTIABLE) == any(operator.name().endswith("_backward") for operator in seen.calls)
     for operator, arguments in seen.calls.items():
         differentiable = not operator.name().endswith("_backward") and function in DIFFERENTIABLE
         arguments = map_tensors(torch.Tensor.detach, tuple(arguments))
@@ -308,3 +348,17 @@ def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(
     with ovs.backend("auto"):
         row.run(call)
     assert ovs.last_backend(row.operator) == "torch"
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize(
+    "row", [row for row in select(without=("bench", "wide")) if row.operator in WIDE_ONLY], ids=lambda row: row.id
+)
+def test_widths_without_a_kernel_are_refused_where_it_is_forced(
+    backend: str, row: Sample, rng: torch.Generator
+) -> None:
+    """The rows that `takes` leaves out, each for what its kernel does not take."""
+    call = row.build(rng, torch.float32, DEVICE)
+    expected = "linear attention, not full" if call[1].get("attention") == "full" else "128 channels in 4 heads"
+    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the cuda .*{expected}"):
+        row.run(call)

@@ -80,7 +80,9 @@ def test_there_are_operators() -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("place", ["tests/ops/test_{}.py", "tests/literal/{}.py", "benchmarks/bench_{}.py"])
+@pytest.mark.parametrize(
+    "place", ["tests/ops/test_{}.py", "tests/samples/{}.py", "tests/literal/{}.py", "benchmarks/bench_{}.py"]
+)
 def test_operator_has_all_its_places(operator: str, place: str) -> None:
     assert (ROOT / place.format(operator)).is_file(), f"operator {operator} lacks {place.format(operator)}"
 
@@ -91,7 +93,9 @@ def test_operator_file_defines_its_operator(operator: str) -> None:
     assert operator in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("pattern", ["kernels/[!_]*.py", "ovseg_fast/cuda/[!_]*.py", "tests/ops/test_*.py"])
+@pytest.mark.parametrize(
+    "pattern", ["kernels/[!_]*.py", "ovseg_fast/cuda/[!_]*.py", "tests/ops/test_*.py", "tests/samples/[!_]*.py"]
+)
 def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None:
     names = {path.stem.removeprefix("test_") for path in ROOT.glob(pattern)}
     assert names <= set(OPERATORS), f"no operator for {sorted(names - set(OPERATORS))}"
@@ -175,7 +179,6 @@ def test_package_imports_nothing_of_tests_and_benchmarks() -> None:
         "benchmarks",
         "literal",
         "samples",
-        "sample_calls",
         "layouts",
         "tolerances",
         "parity",

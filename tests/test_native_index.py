@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import emulated
+from ovseg_fast import native
 from ovseg_fast.ops.spatial_aggregation import REGION_MASK, window_layout
 
 SOURCES = Path(__file__).with_name("native")
@@ -181,6 +183,12 @@ def faults(compile: Callable[..., Path]) -> Path:
     return compile("faults", "-x", "c++", SOURCES / "faults.cu", CSRC / "emulator" / "emulator.cpp")
 
 
+def test_every_fault_is_tried() -> None:
+    """Here, but for the last two, which are the sanitizer's."""
+    listed = re.search(r"enum Fault \{(.*?)\}", (SOURCES / "faults.cu").read_text(), re.DOTALL)
+    assert listed is not None and len(re.findall(r"\b[A-Z_]+\b", listed[1])) == len(TOLD) + 2
+
+
 @pytest.mark.parametrize("fault", TOLD)
 def test_emulator_tells(faults: Path, fault: str) -> None:
     number = str(list(TOLD).index(fault))
@@ -199,22 +207,25 @@ SANITIZE = "-fsanitize=address,undefined"
 SMALL_CASES = """
 import torch
 import ovseg_fast as ovs
+from ovseg_fast import native
 from samples import floating, map_floating, tensors
-from test_kernels import DIFFERENTIABLE, FUNCTIONS, first_row
+from test_kernels import CASES, DIFFERENTIABLE
 
-for function in [function for backend, function in FUNCTIONS if backend == "cuda"]:
-    row = first_row("cuda", function, "small")
+called, call = set(), native.call
+native.call = lambda name, *arguments: (called.add(name), call(name, *arguments))[1]
+
+for row in [row for backend, row in CASES if backend == "cuda" and "small" in row.tags]:
     for dtype in (torch.float32, torch.bfloat16):
-        call = row.build(torch.Generator().manual_seed(0), dtype, "cpu")
+        inputs = row.build(torch.Generator().manual_seed(0), dtype, "cpu")
         with ovs.backend("cuda"):
-            if function not in DIFFERENTIABLE:
-                row.run(call)
+            if row.function not in DIFFERENTIABLE:
+                row.run(inputs)
             else:
-                call = map_floating(lambda tensor: tensor.requires_grad_(), call)
-                total = sum(result.float().sum() for result in tensors(row.run(call)))
-                torch.autograd.grad(total, floating(call), allow_unused=True)
+                inputs = map_floating(lambda tensor: tensor.requires_grad_(), inputs)
+                total = sum(result.float().sum() for result in tensors(row.run(inputs)))
+                torch.autograd.grad(total, floating(inputs), allow_unused=True)
         assert ovs.last_backend(row.operator) == "cuda"
-    print(row.id)
+print(*sorted(called))
 """
 
 
@@ -231,7 +242,9 @@ def sanitizer() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "said"), [(0, ""), (13, "heap-buffer-overflow"), (14, "heap-buffer-overflow")])
+@pytest.mark.parametrize(
+    ("fault", "said"), [(0, ""), (len(TOLD), "heap-buffer-overflow"), (len(TOLD) + 1, "heap-buffer-overflow")]
+)
 def test_sanitizer_sees_what_is_past_the_end(compile: Callable[..., Path], fault: int, said: str) -> None:
     """Of shared memory, and of a tensor: that it works with the emulator's fibers."""
     sanitizer()
@@ -256,5 +269,5 @@ def test_small_cases_of_every_kernel_are_clean_under_sanitizers() -> None:
     command = [sys.executable, "-c", SMALL_CASES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-5000:]
-    assert "spatial_aggregation" in result.stdout
+    assert result.stdout.split() == sorted(native.FUNCTIONS), "some function has no small sample"
     assert "runtime error" not in result.stderr and "ERROR" not in result.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import native_resources
-from native_resources import LIBRARY, Table
+from native_resources import Table
 
 CSRC = native_resources.ROOT / "csrc"
 SHARED_LIMIT = 48 * 1024  # that a kernel may declare
@@ -22,12 +22,10 @@ PRODUCTS = {"float": "HMMA.1688.F32.TF32", "half": "HMMA.16816.F32", "bfloat16":
 
 
 @pytest.fixture(scope="module")
-def library() -> Path:
-    if not LIBRARY.exists():
-        pytest.skip("the native library is not built here; `make venv` builds it where nvcc is found")
+def library(built_library: Path) -> Path:
     if native_resources.disassembler() is None or native_resources.name_reader() is None:
         pytest.skip("this takes cuobjdump, of CUDA or of triton, and c++filt")
-    return LIBRARY
+    return built_library
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +50,12 @@ def test_no_kernel_spills_registers(measured: Table) -> None:
     assert spilled == []
 
 
-def test_kernels_use_what_is_recorded(measured: Table) -> None:
+def test_kernels_use_what_is_recorded(measured: Table, library: Path) -> None:
     record = json.loads(native_resources.RECORD.read_text())
     assert set(record["kernels"]) == set(measured)
     for kernel, row in measured.items():
         assert all(usage["shared"] <= SHARED_LIMIT and usage["registers"] <= 255 for usage in row.values()), kernel
-    version = native_resources.compiler_version(LIBRARY)
+    version = native_resources.compiler_version(library)
     if version != record["nvcc"]:
         pytest.skip(f"the record is of nvcc {record['nvcc']}; {version} uses other registers")
     for kernel, row in measured.items():  # of the architectures that were built

@@ -50,6 +50,7 @@ template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int device, void *stream,
            Arguments... arguments) {
     if (blocks == 0) return OVSEG_OK;
+    if (blocks < 0) return OVSEG_UNSUPPORTED_SIZE;
     if (blocks > INT32_MAX) return OVSEG_TOO_LARGE;
 #ifdef __CUDACC__
     int before;

@@ -56,7 +56,10 @@ def test_classes_do_not_see_each_other(rng: torch.Generator) -> None:
     torch.testing.assert_close(together, alone)
 
 
-def test_a_window_that_the_kernels_do_not_hold_is_refused_where_they_are_forced(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_window_that_the_kernels_do_not_hold_is_refused_where_they_are_forced(
+    backend: str, rng: torch.Generator
+) -> None:
     call, _ = samples.cost_embedding(kernel=13)(samples.Draw(rng, torch.float32, "cpu"))
-    with ovs.backend("triton"), pytest.raises(RuntimeError, match="window of 13 × 13 is larger than 11 × 11"):
+    with ovs.backend(backend), pytest.raises(RuntimeError, match="window of 13 × 13 is larger than 11 × 11"):
         ops.cost_embedding(*call)
