@@ -61,7 +61,8 @@ def _scores(q, k, u, classes, keys, scale, log_pads, TOKENS: tl.constexpr, PRECI
 @triton.jit
 def _queries(
     projected, terms, v_bias, x, grad, out, logarithms, shares,
-    classes, keys, positions, channels, heads, terms_stride, padding_row, scale, log_pads, height, width, pooling,
+    classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
+    height, width, pooling,
     TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One position, head and tile of classes. Forward: out is y. Backward: out is (dq', dk', dv), of which it writes
@@ -73,7 +74,6 @@ def _queries(
     position = (tl.program_id(0) // tiles // heads).to(tl.int64)
     first = position // positions * classes * positions + position % positions
     terms += position // positions * terms_stride
-    head_channels = channels // heads
     c = head * head_channels + tl.arange(0, HEAD)
     valid = (tl.arange(0, HEAD) < head_channels)[None, :]
     t = tile * TOKENS + tl.arange(0, TOKENS)
@@ -127,7 +127,7 @@ def _queries(
 @triton.jit
 def _keys(
     projected, terms, v_bias, grad, out, pad_out, logarithms, shares,
-    classes, keys, positions, channels, heads, terms_stride, padding_row, scale, log_pads,
+    classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
     TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk' and dv of one position, head and tile of keys; of the padding class in pad_out."""
@@ -138,7 +138,6 @@ def _keys(
     position = (tl.program_id(0) // tiles // heads).to(tl.int64)
     first = position // positions * classes * positions + position % positions
     terms += position // positions * terms_stride
-    head_channels = channels // heads
     c = head * head_channels + tl.arange(0, HEAD)
     valid = (tl.arange(0, HEAD) < head_channels)[None, :]
     u = tile * TOKENS + tl.arange(0, TOKENS)
@@ -178,7 +177,7 @@ def _arguments(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) ->
     positions = (height // pooling) * (width // pooling)
     keys = classes + (pads > 0)
     numbers = (
-        classes, keys, positions, channels, heads, terms.stride(0) if len(terms) > 1 else 0,
+        classes, keys, positions, channels, heads, channels // heads, terms.stride(0) if len(terms) > 1 else 0,
         batch * classes * positions, (channels // heads) ** -0.5, math.log(max(pads, 1)),
     )  # fmt: skip
     tile = sizes(TILES, x)

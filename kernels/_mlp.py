@@ -39,21 +39,19 @@ PROGRAMS = 256  # of the weights kernel: two for each multiprocessor, and their 
 
 @triton.jit
 def _gaussian(a):
-    """Φ(a), the Gaussian's distribution, and exp(−a² / 2): erf as in Abramowitz and Stegun, 7.1.26, whose error of
-    1.5e-7 is float32's own rounding. One exponential serves the value and the slope of GELU."""
-    z = tl.abs(a) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * z)
-    bell = tl.exp(-z * z)
-    series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
-    tail = 0.5 * t * series * bell
-    return tl.where(a < 0, tail, 1.0 - tail), bell
+    """Φ(a), the Gaussian's distribution. Its logarithm to base 2 below 0 is nearly a parabola; this polynomial for it
+    leaves an error of 9e-7 in the result, and in GELU, and needs no division."""
+    z = tl.abs(a)
+    power = z * (-1.1510661 + z * (-0.45937163 + z * (-0.052397665 + z * (0.0073105135 - z * 0.00050511486)))) - 1.0
+    tail = tl.exp2(power)
+    return tl.where(a < 0, tail, 1.0 - tail)
 
 
 @triton.jit
 def _activate(a, GELU: tl.constexpr):
     """act(a)"""
     if GELU:
-        return a * _gaussian(a)[0]
+        return a * _gaussian(a)
     return tl.where(a < 0, 0.0, a)
 
 
@@ -61,7 +59,8 @@ def _activate(a, GELU: tl.constexpr):
 def _activate_backward(a, grad, GELU: tl.constexpr):
     """act(a) and grad ⊙ act′(a)"""
     if GELU:
-        below, bell = _gaussian(a)
+        below = _gaussian(a)
+        bell = tl.exp2(a * a * -0.7213475204444817)  # exp(−a² / 2)
         return a * below, grad * (below + a * 0.3989422804014327 * bell)
     return tl.where(a < 0, 0.0, a), tl.where(a <= 0, 0.0, grad)
 

@@ -28,14 +28,13 @@ BLOCK = 4096  # elements of a normalisation tile
 
 @triton.jit
 def _attend_backward(
-    tokens, grad_attended, grad_tokens, attended, height, width, channels, heads, size, origin, scale,
+    tokens, grad_attended, grad_tokens, attended, height, width, channels, heads, head_width, size, origin, scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
     NEED_ATTENDED: tl.constexpr,
 ):  # fmt: skip
     """One head of one window of one class. Blocks of scores are (keys, queries); `origin` is 0, but not known to be."""
     windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
-    head_width = channels // heads
     head = tl.program_id(0) % heads
     window = tl.program_id(0) // heads % windows
     first = (tl.program_id(0) // heads // windows).to(tl.int64) * height * width
@@ -226,7 +225,7 @@ def _through_attention(
     launch(
         _attend_backward, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),
         tokens, grad @ proj_weight, grad_tokens, attended, height, width, channels, heads,
-        window**2, 0, (channels // heads) ** -0.5,
+        channels // heads, window**2, 0, (channels // heads) ** -0.5,
         **window_tiles(height, width, window, shift), **queries,
         WIDTH=block(channels // heads, most=1 << 16), PRECISION=precision(),
         NEED_ATTENDED=need_attended, warps=warps, stages=1,

@@ -53,13 +53,13 @@ def _output(
 
 @triton.jit
 def _attend(
-    tokens, attended, height, width, channels, heads, size, scale,
+    tokens, attended, height, width, channels, heads, head_width, size, scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one window of one class."""
+    """One head of one window of one class. `head_width` is an argument: what divides it decides how much is read at
+    once."""
     windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
-    head_width = channels // heads
     head = tl.program_id(0) % heads
     window = tl.program_id(0) // heads % windows
     first = (tl.program_id(0) // heads // windows).to(tl.int64) * height * width
@@ -113,7 +113,7 @@ def window_attention(
     warps = queries.pop("warps")
     launch(
         _attend, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),
-        tokens, attended, height, width, channels, heads, window**2, (channels // heads) ** -0.5,
+        tokens, attended, height, width, channels, heads, channels // heads, window**2, (channels // heads) ** -0.5,
         **window_tiles(height, width, window, shift), **queries, WIDTH=block(channels // heads, most=1 << 16),
         PRECISION=precision(), warps=warps, stages=1,
     )  # fmt: skip
