@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
             const float times = classes.share * classes.times(first + d_row(lane, 2 * i));  // 0 beyond the list
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
-                store<T, 2>(pair_place(own_keys, n, lane) + i * (8 * WIDTH),
-                            rounded_pair<T>(d[n].value[2 * i] * times, d[n].value[2 * i + 1] * times));
+                store_pair(pair_place(own_keys, n, lane) + i * (8 * WIDTH), d[n].value[2 * i] * times,
+                           d[n].value[2 * i + 1] * times);
             }
         }
         project(d, normed, Tile<T, C>{stages.next()}, lane);

@@ -76,8 +76,8 @@ __device__ __forceinline__ Vector<T, N> rounded(const float (&numbers)[N]) {
 // ninth is 128 bytes from the first.
 template <typename T, int WIDTH>
 __device__ __forceinline__ T *pair_place(Tile<T, WIDTH> tile, int n, int lane) {
-    const int byte = lane % 4 * 2 * int(sizeof(T)), step = n * int(sizeof(T)) / 2;
-    return reinterpret_cast<T *>(tile.stepped(lane / 4, byte / 16, step % 8) + step / 8 * 128 + byte % 16);
+    const int step = n * int(sizeof(T)) / 2;
+    return tile.at(d_row(lane, 0), d_column(lane, 0), step % 8) + step / 8 * (128 / int(sizeof(T)));
 }
 
 // Back from `chained`: two neighbours of D number n of which the factors of all steps came, i 0 for the upper row.
