@@ -1,11 +1,14 @@
-// Backward of the residual MLP in device/transformer.cuh, y + W2 act(W1 n + b1) + b2 with n = LN(y), from the gradient g:
+// Backward of the residual MLP in device/transformer.cuh, y + W2 act(W1 n + b1) + b2 with n = LN(y), from the gradient
+// g:
 //
 //     a = W1 n + b1,   da = act'(a) ∘ (W2ᵀ g),   dn = W1ᵀ da,   dy = g + LN'(dn)
 //
 // a is worked out again, 32 hidden units at a time, with W1 and W2 streaming through a ring of stages; dn stays in
-// registers. What PyTorch's products make the weights' gradients of, n, act(a) and da, is written where `normed` is not null; of the
-// sums over all rows, those of norm weight, norm bias and b2, each block writes its part.
+// registers. What PyTorch's products make the weights' gradients of, n, act(a) and da, is written where `normed` is not
+// null; of the sums over all rows, those of norm weight, norm bias and b2, each block writes its part.
 
+#include "device/copies.cuh"
+#include "device/products.cuh"
 #include "device/transformer.cuh"
 
 namespace ovseg {
@@ -23,7 +26,6 @@ struct Arguments {
     float *sums;  // (blocks, 3, C), or null
     int64_t rows;
     int hidden;
-    bool gelu;
 };
 
 template <typename T>
@@ -45,41 +47,43 @@ struct Weights {
     __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
         const int unit = stage / 2 * STAGE_ROWS;
         if (stage % 2) {
-            copy_rows<STAGE_ROWS, 32 * WARPS<T>>(Tile<T, C>{buffer}, fc1 + unit * C, C);
+            copy_weights<STAGE_ROWS, 32 * WARPS<T>>(Tile<T, C>{buffer}, fc1 + unit * C, C);
         } else {
-            copy_rows<C, 32 * WARPS<T>>(Tile<T, STAGE_ROWS>{buffer}, fc2 + unit, hidden);
+            copy_weights<C, 32 * WARPS<T>>(Tile<T, STAGE_ROWS>{buffer}, fc2 + unit, hidden);
         }
     }
 };
 
 // act(a), and grad · act'(a).
-__device__ __forceinline__ Pair<float> activate_backward(float a, float grad, bool gelu) {
-    if (gelu) {
-        const float below = gaussian(a), bell = __expf(-0.5f * a * a);
-        return {{a * below, grad * (below + a * 0.3989422804014327f * bell)}};
+template <bool GELU>
+__device__ __forceinline__ Pair<float> activate_backward(float a, float grad) {
+    if constexpr (GELU) {
+        const float below = gaussian(a), bell = fast_exp2(a * a * -0.7213475204444817f - 1.3257480647361592f);
+        return {{a * below, grad * (below + a * bell)}};
+    } else {
+        return {{a < 0.0f ? 0.0f : a, a <= 0.0f ? 0.0f : grad}};
     }
-    return {{a < 0.0f ? 0.0f : a, a <= 0.0f ? 0.0f : grad}};
 }
 
-template <typename T>
+template <typename T, bool GELU>
 __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
     unsigned char *const memory = shared_memory();
     int lane = int(threadIdx.x) % 32;
     const int warp = int(threadIdx.x) / 32;
     const int64_t first = int64_t(blockIdx.x) * Layout::ROWS + warp * 16;
+    const int count = int(a.rows - first < 16 ? a.rows - first : 16);  // of the warp's rows, or less than 1
     const Tile<T, C> normed = Tile<T, C>{memory}.rows_from(warp * 16);
     const Tile<T, C> grad = Tile<T, C>{memory + Layout::TILE}.rows_from(warp * 16);
     unsigned char *const stage_memory = memory + 2 * Layout::TILE;
-    const auto row_of = [&](auto *tensor, int row) { return first + row < a.rows ? tensor + (first + row) * C : nullptr; };
 
     Stages<RING, Layout::STAGE, Weights<T>> stages(stage_memory, Weights<T>{a.fc1_weight, a.fc2_weight, a.hidden});
-    load_rows(normed, lane, [&](int row) { return row_of(a.y, row); });
-    load_rows(grad, lane, [&](int row) { return row_of(a.grad, row); });
+    copy_in(normed, a.y + first * C, C, count, lane);
+    copy_in(grad, a.grad + first * C, C, count, lane);
     __syncwarp();
     normalise_rows(normed, a.norm_weight, a.norm_bias, lane);
     __syncwarp();
-    if (a.normed) store_rows(normed, lane, [&](int row) { return row_of(a.normed, row); });
+    if (a.normed) copy_out(normed, a.normed + first * C, C, count, lane);
 
     D normed_grad[C / 8];
 #pragma unroll
@@ -88,68 +92,55 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
         const Factors<T, C> factors(normed, lane);
         int unit = 0;
         do {
-            lane = recomputed(lane);
+            lane = recomputed_lane(lane);
             D units_grad[STAGE_ROWS / 8] = {}, units[STAGE_ROWS / 8];
-            const Tile<T, STAGE_ROWS> weight2{stages.next()};
-#pragma unroll(sizeof(T) == 2 ? C / K<T> : 1)
-            for (int k = 0; k < C / K<T>; ++k) {
-                const A factor = load_a_chained(grad, k, lane);
-#pragma unroll
-                for (int n = 0; n < STAGE_ROWS / 16; ++n) {
-                    B b[2];
-                    load_b_by_rows(b, weight2, k, n, lane);
-                    mma<T>(units_grad[2 * n], factor, b[0]);
-                    mma<T>(units_grad[2 * n + 1], factor, b[1]);
-                }
-            }
+            multiply<T, C / K<T>, sizeof(T) == 2 ? C / K<T> : 1>(units_grad, Tile<T, STAGE_ROWS>{stages.next()}, lane,
+                                                                 [&](int k) { return load_a_chained(grad, k, lane); });
             const Tile<T, C> weight1{stages.next()};
             project(units, factors, weight1, lane);
 #pragma unroll
             for (int n = 0; n < STAGE_ROWS / 8; ++n) {
-                const int column = unit + 8 * n + d_column(lane, 0);
-                const Pair<T> bias = load<T, 2>(a.fc1_bias + column);
+                const Pair<T> bias = load<T, 2>(a.fc1_bias + unit + 8 * n + d_column(lane, 0));
 #pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-                    Pair<float> activated, through;
+                for (int i = 0; i < 4; ++i) {
+                    const float number = units[n].value[i] + to_float(bias.value[i % 2]);
+                    const Pair<float> found = activate_backward<GELU>(number, units_grad[n].value[i]);
+                    units[n].value[i] = found.value[0];
+                    units_grad[n].value[i] = found.value[1];
+                }
+            }
+            if (a.normed) {
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const Pair<float> found = activate_backward(units[n].value[i + j] + to_float(bias.value[j]),
-                                                                    units_grad[n].value[i + j], a.gelu);
-                        activated.value[j] = found.value[0];
-                        units_grad[n].value[i + j] = through.value[j] = found.value[1];
-                    }
-                    const int64_t row = first + d_row(lane, i);
-                    if (a.normed && row < a.rows) {
-                        const int64_t place = row * a.hidden + column;
-                        store<T, 2>(a.activated + place, rounded_pair<T>(activated.value[0], activated.value[1]));
-                        store<T, 2>(a.units_grad + place, rounded_pair<T>(through.value[0], through.value[1]));
+                for (int i = 0; i < 2; ++i) {
+                    const int row = d_row(lane, 2 * i);
+                    const int64_t place = (first + row) * a.hidden + (unit + d_column(lane, 0));
+                    if (row >= count) continue;
+#pragma unroll
+                    for (int n = 0; n < STAGE_ROWS / 8; ++n) {
+                        const float(&x)[4] = units[n].value, (&g)[4] = units_grad[n].value;
+                        store<T, 2>(a.activated + place + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
+                        store<T, 2>(a.units_grad + place + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
                     }
                 }
             }
-#pragma unroll
-            for (int k = 0; k < STAGE_ROWS / K<T>; ++k) {
-                const A factor = chained<T>(units_grad, k);
-#pragma unroll
-                for (int n = 0; n < C / 16; ++n) {
-                    B b[2];
-                    load_b_by_rows(b, weight1, k, n, lane);
-                    mma<T>(normed_grad[2 * n], factor, b[0]);
-                    mma<T>(normed_grad[2 * n + 1], factor, b[1]);
-                }
-            }
+            multiply<T, STAGE_ROWS / K<T>>(normed_grad, weight1, lane,
+                                           [&](int k) { return chained<T>(units_grad, k); });
             unit += STAGE_ROWS;
         } while (unit < a.hidden);
     }
 
     // The norm's own: with x̂ the standardised row, dy = g + scale (w dn − mean(w dn) − x̂ mean(w dn x̂)).
+    lane = recomputed_lane(lane);
+    __syncwarp();
+    copy_in(normed, a.y + first * C, C, count, lane);
+    __syncwarp();
     D standardised[C / 8];
     float mean[2] = {}, scale[2] = {};
 #pragma unroll
     for (int n = 0; n < C / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            const T *y = row_of(a.y, d_row(lane, i));
-            const Pair<T> pair = y ? load<T, 2>(y + 8 * n + d_column(lane, i)) : Pair<T>{};
+            const Pair<T> pair = load<T, 2>(pair_place(normed, n, lane) + i / 2 * (8 * C));
 #pragma unroll
             for (int j = 0; j < 2; ++j) mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]);
         }
@@ -174,16 +165,17 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
     for (int n = 0; n < C / 8; ++n) {
         const int column = 8 * n + d_column(lane, 0);
         const Pair<T> weight = load<T, 2>(a.norm_weight + column);
+        const T *const place = pair_place(grad, n, lane);
+        const Pair<T> upper = load<T, 2>(place), lower = load<T, 2>(place + 8 * C);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            float weight_sum = 0.0f, bias_sum = 0.0f, grad_sum = 0.0f;
+            float weight_sum = 0.0f, bias_sum = 0.0f, grad_sum = to_float(upper.value[j]) + to_float(lower.value[j]);
 #pragma unroll
             for (int i = j; i < 4; i += 2) {
                 float &x = standardised[n].value[i], &inner = normed_grad[n].value[i];
                 x *= scale[i / 2];
                 weight_sum += inner * x;
                 bias_sum += inner;
-                grad_sum += to_float(*grad.at(d_row(lane, i), column + j));
                 inner *= to_float(weight.value[j]);
                 level[i / 2] += inner;
                 along[i / 2] += inner * x;
@@ -208,11 +200,12 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
         level[i] = sum_over_lanes<4>(level[i]) / C;
         along[i] = sum_over_lanes<4>(along[i]) / C;
     }
+    lane = recomputed_lane(lane);
 #pragma unroll
     for (int n = 0; n < C / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            T *const place = grad.at(d_row(lane, i), 8 * n + d_column(lane, i));
+            T *const place = pair_place(grad, n, lane) + i / 2 * (8 * C);
             const Pair<T> g = load<T, 2>(place);
             float out[2];
 #pragma unroll
@@ -224,7 +217,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
         }
     }
     __syncwarp();
-    if (a.y_grad) store_rows(grad, lane, [&](int row) { return row_of(a.y_grad, row); });
+    if (a.y_grad) copy_out(grad, a.y_grad + first * C, C, count, lane);
     if (!a.sums) return;
     __syncthreads();
     for (int i = int(threadIdx.x); i < 3 * C; i += 32 * WARPS<T>) {
@@ -255,8 +248,9 @@ int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_wei
         const auto out = [](void *pointer) { return static_cast<T *>(pointer); };
         const Arguments<T> a{in(grad),       in(y),      in(norm_weight),         in(norm_bias), in(fc1_weight),
                              in(fc1_bias),   in(fc2_weight), out(y_grad),          out(normed),   out(activated),
-                             out(units_grad), static_cast<float *>(sums), rows, int(hidden), gelu != 0};
+                             out(units_grad), static_cast<float *>(sums), rows, int(hidden)};
         const int64_t blocks = (rows + Shared<T>::ROWS - 1) / Shared<T>::ROWS;
-        return launch(mlp_backward<T>, blocks, 32 * WARPS<T>, Shared<T>::TOTAL, device, stream, a);
+        return launch(gelu ? mlp_backward<T, true> : mlp_backward<T, false>, blocks, 32 * WARPS<T>, Shared<T>::TOTAL,
+                      device, stream, a);
     });
 }

@@ -10,12 +10,13 @@
 // A warp owns 16 classes of a position, from x to out. A list that the block's warps hold together goes through one
 // head after another, and short lists of several positions share a block; a longer list is gone through twice, once for
 // the sums and once for what they are asked. Keys and values lie in shared memory, where each sum over classes is one
-// warp's, in the order of the classes. Weights stream through a ring of stages. The resize that ends a pooled call, and
-// its backward, are kernels of their own.
+// warp's, in the order of the classes; the others work out their queries meanwhile. Weights stream through a ring of
+// stages. The resize that ends a pooled call, and its backward, are kernels of their own.
 
 #include <algorithm>
 
 #include "device/class_sums.cuh"
+#include "device/class_tokens.cuh"
 #include "device/transformer.cuh"
 
 namespace ovseg {
@@ -31,14 +32,13 @@ constexpr int THREADS = WARPS<T> * 32;
 
 template <typename T>
 struct Arguments {
-    const T *x, *terms, *norm1_weight, *norm1_bias, *qkv_weight, *v_bias, *padding_token;
+    ClassMaps<T> maps;
+    const T *terms, *norm1_weight, *norm1_bias, *qkv_weight, *v_bias;
     const T *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
     T *out, *middle;
-    Classes classes;
-    int64_t map, result_map;  // numbers of x and of a result from one class to the next
-    int64_t terms_stride;     // and of terms from one image to the next
-    int positions;            // of all images
-    int height, width, pooling, hidden;
+    int64_t terms_stride;  // numbers of terms from one image to the next
+    int positions;         // of all images
+    int hidden;
     int together;  // positions of a block; in a long list's kernel: turns that the block takes for one
 };
 
@@ -66,80 +66,25 @@ struct Weights {
     }
 
     __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
-        int part = (stage + 1) % 3, head = stage / 3, mlp = stage - 3 * HEADS;  // of q, k, v
+        int head = recomputed(stage) / 3, part = stage - 3 * head, mlp = stage - 3 * HEADS;  // parts: k, v, q
         if constexpr (LONG) {
             const int second = stage - turns * 2 * HEADS, step = second % recomputed(HEADS + of_mlp());
-            part = second < 0 ? 1 + stage % 2 : 0;
+            part = second < 0 ? stage % 2 : 2;
             head = second < 0 ? stage / 2 % HEADS : step;
             mlp = second < 0 ? -1 : step - HEADS;
         }
         if (mlp >= 0 && mlp % 2) {
-            copy_rows<C, THREADS<T>>(Tile<T, STAGE_ROWS>{buffer}, fc2 + mlp / 2 * STAGE_ROWS, hidden);
+            copy_weights<C, THREADS<T>>(Tile<T, STAGE_ROWS>{buffer}, fc2 + mlp / 2 * STAGE_ROWS, hidden);
             return;
         }
-        const T *source = mlp < 0 ? qkv + (part * C + head * WIDTH) * C : fc1 + mlp / 2 * (STAGE_ROWS * C);
-        copy_rows<STAGE_ROWS, THREADS<T>>(Tile<T, C>{buffer}, source, C);
+        const T *const source =
+            mlp < 0 ? qkv + ((part == 2 ? 0 : part + 1) * C + head * WIDTH) * C : fc1 + mlp / 2 * (STAGE_ROWS * C);
+        copy_weights<STAGE_ROWS, THREADS<T>>(Tile<T, C>{buffer}, source, C);
     }
 };
-
-// Where one position's first class begins in x and in the results, and the guidance of its image.
-template <typename T>
-struct Position {
-    const T *x, *terms;
-    int64_t result;
-
-    // Worked out again wherever it is asked for, instead of kept in registers.
-    __device__ __forceinline__ Position(const Arguments<T> &a, int number) {
-        number = recomputed(number);
-        const int width = recomputed(a.width), pooling = recomputed(a.pooling);
-        const int columns = width / pooling, of_map = a.height / pooling * columns;
-        const int image = number / of_map, place = number % of_map;
-        const int first = place / columns * pooling * width + place % columns * pooling;
-        x = a.x + int64_t(image) * a.classes.count * a.map + int64_t(first) * C;
-        result = int64_t(image) * a.classes.count * a.result_map + int64_t(place) * C;
-        terms = a.terms + image * a.terms_stride;
-    }
-};
-
-// Neighbouring channels of a class at a position, `from` the first of them, averaged over the square that is pooled.
-template <typename T>
-__device__ __forceinline__ Piece<T> pooled(const Arguments<T> &a, const T *from) {
-    constexpr int EACH = 16 / int(sizeof(T));
-    if (a.pooling == 1) return load<T, EACH>(from);
-    float total[EACH] = {};
-#pragma unroll 1
-    for (int i = 0; i < a.pooling * a.pooling; ++i) {
-        const Piece<T> piece = load<T, EACH>(from + (int64_t(i / a.pooling) * a.width + i % a.pooling) * C);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) total[j] += to_float(piece.value[j]);
-    }
-    Piece<T> result;
-    const float share = 1.0f / float(a.pooling * a.pooling);
-#pragma unroll
-    for (int j = 0; j < EACH; ++j) result.value[j] = rounded<T>(total[j] * share);
-    return result;
-}
-
-// A warp's 16 classes from `first` on as rows of its tile, with the padding class behind the last; zeros beyond.
-template <typename T>
-__device__ __forceinline__ void load_classes(Tile<T, C> rows, const Arguments<T> &a, const Position<T> &position,
-                                             int first, int lane) {
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
-#pragma unroll 1
-    for (int i = 0; i < 16; i += AT_ONCE) {
-        const int row = i + lane / LANES, column = lane % LANES * EACH, key = first + row;
-        Piece<T> piece{};
-        if (key < a.classes.count) {
-            piece = pooled(a, position.x + key * a.map + column);
-        } else if (key < a.classes.keys()) {
-            piece = load<T, EACH>(a.padding_token + column);
-        }
-        store<T, EACH>(rows.at(row, column), piece);
-    }
-}
 
 template <typename T, bool LONG>
-__global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Arguments<T> a) {
     using Layout = Shared<T>;
     unsigned char *const row_memory = shared_memory();
     unsigned char *const key_memory = row_memory + Layout::ROWS;
@@ -147,7 +92,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
     unsigned char *const stage_memory = value_memory + Layout::KEYS;
     float *const vectors = reinterpret_cast<float *>(stage_memory + RING * Layout::STAGE);
 
-    const Classes &classes = a.classes;
+    const Classes &classes = a.maps.classes;
     const int warp = int(threadIdx.x) / 32, each = LONG ? WARPS<T> : classes.tiles();  // warps of a position
     const int slot = warp / each, own = warp % each, turns = LONG ? a.together : 1;
     const int number = LONG ? int(blockIdx.x) : int(blockIdx.x) * a.together + slot;
@@ -160,7 +105,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 #pragma unroll 1
         for (int stage = 0; stage < stages.stages; ++stage) {
             stages.next();
-            if (stage >= 3 * HEADS || stage % 3 != 1) continue;
+            if (stage >= 3 * HEADS || stage % 3 != 2) continue;
             __syncthreads();
             __syncthreads();
         }
@@ -176,41 +121,71 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
     const auto z_of = [&](int index) { return vectors + index * (2 * WIDTH); };
 
     const auto load_normed = [&](int first) {
-        load_classes(rows, a, Position<T>(a, number), first, lane);
+        load_classes(rows, a.maps, number, first, lane);
         __syncwarp();
         normalise_rows(rows, a.norm1_weight, a.norm1_bias, lane);
         __syncwarp();
     };
 
-    // A head's guidance of two channels of a key, `part` 0 of queries and 1 of keys.
-    const auto guidance = [&](const Position<T> &position, int key, int part, int channel) -> Pair<float> {
-        if (key >= classes.keys()) return {};
-        const Pair<T> pair = load<T, 2>(position.terms + int64_t(key) * (2 * C) + part * C + channel);
-        return {{to_float(pair.value[0]), to_float(pair.value[1])}};
+    const T *guidance = nullptr;  // of the position's image
+    // d = φ(d + guidance) for 16 classes from `first` on, `terms` being the guidance of class 0 in d's columns. A row
+    // beyond the list takes that of the last key.
+    const auto guide = [&](D (&d)[WIDTH / 8], const T *terms, int first) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int key = min(first + d_row(lane, 2 * i), classes.keys() - 1);
+            const T *const row = terms + int64_t(key) * (2 * C) + d_column(lane, 0);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                const Pair<T> term = load<T, 2>(row + 8 * n);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float &value = d[n].value[2 * i + j];
+                    value = feature(value + to_float(term.value[j]));
+                }
+            }
+        }
     };
 
-    const auto stage_keys = [&](int head, int first) {
-        const float share = classes.share();
-        const Factors<T, C> normed(rows, lane);
+    // The warp's rows of keys and values. The barrier that has to follow is the caller's.
+    const auto stage_keys = [&](const Factors<T, C> &normed, int head, int first) {
         D d[WIDTH / 8];
         project(d, normed, Tile<T, C>{stages.next()}, lane);
-        const Position<T> position(a, number);
-        each_pair(d, lane, [&](int row, int column, float one, float other) {
-            const Pair<float> term = guidance(position, first + row, 1, head * WIDTH + column);
-            const float times = share * classes.times(first + row);
-            const bool there = first + row < classes.keys();  // 0 times NaN would be NaN
-            store<T, 2>(own_keys.at(row, column),
-                        rounded_pair<T>(there ? feature(one + term.value[0]) * times : 0.0f,
-                                        there ? feature(other + term.value[1]) * times : 0.0f));
-        });
+        guide(d, guidance + C + head * WIDTH, first);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float times = classes.share * classes.times(first + d_row(lane, 2 * i));  // 0 beyond the list
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                store_pair(pair_place(own_keys, n, lane) + i * (8 * WIDTH), d[n].value[2 * i] * times,
+                           d[n].value[2 * i + 1] * times);
+            }
+        }
         project(d, normed, Tile<T, C>{stages.next()}, lane);
-        each_pair(d, lane, [&](int row, int column, float one, float other) {
-            const Pair<T> bias = load<T, 2>(a.v_bias + head * WIDTH + column);
-            const bool there = first + row < classes.keys();
-            store<T, 2>(own_values.at(row, column), rounded_pair<T>(there ? one + to_float(bias.value[0]) : 0.0f,
-                                                                    there ? other + to_float(bias.value[1]) : 0.0f));
-        });
-        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n) {
+            const Pair<T> bias = load<T, 2>(a.v_bias + head * WIDTH + 8 * n + d_column(lane, 0));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const bool there = first + d_row(lane, 2 * i) < classes.keys();
+                const Waiting<T> pair = Waiting<T>::of(d[n].value[2 * i] + to_float(bias.value[0]),
+                                                       d[n].value[2 * i + 1] + to_float(bias.value[1]));
+                store<T, 2>(pair_place(own_values, n, lane) + i * (8 * WIDTH), (there ? pair : Waiting<T>{}).pair());
+            }
+        }
+    };
+
+    struct Query {  // rounded before anything is taken of it, so that what should cancel does
+        A factor[WIDTH / K<T>];
+    };
+    const auto query_of = [&](const Factors<T, C> &normed, unsigned char *weight, int head, int first) {
+        D d[WIDTH / 8];
+        project(d, normed, Tile<T, C>{weight}, lane);
+        guide(d, guidance + head * WIDTH, first);
+        Query query;
+#pragma unroll
+        for (int k = 0; k < WIDTH / K<T>; ++k) query.factor[k] = chained<T>(d, k);
+        return query;
     };
 
     Waiting<T> attended[HEADS][WIDTH / 8][2];  // m and what is attended to, in the lanes as in D
@@ -221,52 +196,25 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
             for (int n = 0; n < WIDTH / 8; ++n) attended[h][n][0] = attended[h][n][1] = {};
         }
     };
-    const auto attend = [&](int head, int index, int first) {
-        D q[WIDTH / 8], d[WIDTH / 8] = {};
-        {
-            const Factors<T, C> normed(rows, lane);
-            project(q, normed, Tile<T, C>{stages.next()}, lane);
-        }
-        const Position<T> position(a, number);
+    const auto attend = [&](const Query &query, int index) {
         const float *const z = z_of(index), *const m = z + WIDTH;
-        const float eps = NORMALISER_EPS * classes.share();
-        float normaliser[2] = {};
+        const float eps = NORMALISER_EPS * classes.share;
+        const auto factor = [&](int k) { return query.factor[k]; };
+        D d[WIDTH / 8] = {}, total = {};
+        multiply<T, WIDTH / K<T>>(d, outer_of(index), lane, factor);
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
+        for (int k = 0; k < WIDTH / K<T>; ++k) mma<T>(total, query.factor[k], repeated_column<T>(z, k, lane));
+        float normaliser[2];
 #pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                const int column = 8 * n + d_column(lane, 0);
-                const Pair<float> term = guidance(position, first + d_row(lane, i), 0, head * WIDTH + column);
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    // Rounded before anything is taken of it, so that what should cancel does.
-                    float &value = q[n].value[i + j];
-                    value = to_float(rounded<T>(feature(value + term.value[j])));
-                    normaliser[i / 2] += value * z[column + j];
-                }
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) normaliser[i] = 1.0f / (sum_over_lanes<4>(normaliser[i]) + eps);
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) {
-            const A factor = chained<T>(q, k);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 16; ++n) {
-                B b[2];
-                load_b_by_rows(b, outer_of(index), k, n, lane);
-                mma<T>(d[2 * n], factor, b[0]);
-                mma<T>(d[2 * n + 1], factor, b[1]);
-            }
-        }
+        for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
         // The heads move up, so that no register is indexed by a number known at run time only.
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) {
+            const Pair<float> mean = load<float, 2>(m + 8 * n + d_column(lane, 0));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
 #pragma unroll
                 for (int h = 0; h + 1 < HEADS; ++h) attended[h][n][i] = attended[h + 1][n][i];
-                const Pair<float> mean = load<float, 2>(m + 8 * n + d_column(lane, 0));
                 attended[HEADS - 1][n][i] = Waiting<T>::of(
                     mean.value[0] + (d[n].value[2 * i] - eps * mean.value[0]) * normaliser[i],
                     mean.value[1] + (d[n].value[2 * i + 1] - eps * mean.value[1]) * normaliser[i]);
@@ -276,8 +224,8 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 
     // From what is attended to until the result, for the warp's classes from `first` on.
     const auto finish = [&](int first) {
-        lane = recomputed(lane);
-        load_classes(rows, a, Position<T>(a, number), first, lane);
+        lane = recomputed_lane(lane);
+        load_classes(rows, a.maps, number, first, lane);
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
@@ -285,7 +233,7 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
             for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    T *const place = rows.at(d_row(lane, 2 * i), h * WIDTH + 8 * n + d_column(lane, 0));
+                    T *const place = pair_place(rows, h * (WIDTH / 8) + n, lane) + i * (8 * C);
                     const Pair<T> y = load<T, 2>(place), more = attended[h][n][i].pair();
                     store<T, 2>(place, rounded_pair<T>(to_float(y.value[0]) + to_float(more.value[0]),
                                                        to_float(y.value[1]) + to_float(more.value[1])));
@@ -293,64 +241,53 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
             }
         }
         __syncwarp();
-        const auto row_of = [&](T *results, const Position<T> &position, int row) {
-            const int key = first + row;
-            return key < classes.count ? results + position.result + key * a.result_map : nullptr;
-        };
-        if (a.middle) {
-            const Position<T> position(a, number);
-            store_rows(rows, lane, [&](int row) { return row_of(a.middle, position, row); });
-        }
+        const int count = classes.count - first;
+        if (a.middle) copy_out(rows, a.maps.result(a.middle, number, first), a.maps.pooled_map(), count, lane);
         residual_mlp<Relu>(rows, a.norm2_weight, a.norm2_bias, a.fc1_bias, a.fc2_bias, a.hidden, stages, lane);
-        const Position<T> position(a, number);
-        if (a.pooling == 1) {
-            constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
-#pragma unroll 1
-            for (int i = 0; i < 16; i += AT_ONCE) {
-                const int row = i + lane / LANES, column = lane % LANES * EACH, key = first + row;
-                if (key >= classes.count) continue;
-                Piece<T> sum = load<T, EACH>(rows.at(row, column));
-                const Piece<T> x = load<T, EACH>(position.x + key * a.map + column);
-#pragma unroll
-                for (int j = 0; j < EACH; ++j) {
-                    sum.value[j] = rounded<T>(to_float(sum.value[j]) + to_float(x.value[j]));
-                }
-                store<T, EACH>(row_of(a.out, position, row) + column, sum);
-            }
+        lane = recomputed_lane(lane);  // or the compiler would keep places from before the MLP
+        first = recomputed(first);
+        T *const result = a.maps.result(a.out, number, first);
+        if (a.maps.pooling == 1) {
+            store_added(rows, a.maps, number, result, first, lane);
         } else {
-            store_rows(rows, lane, [&](int row) { return row_of(a.out, position, row); });
+            copy_out(rows, result, a.maps.pooled_map(), count, lane);
         }
     };
 
     if constexpr (!LONG) {
         load_normed(own * 16);
+        guidance = a.terms + Position<T>(a.maps, number).image * a.terms_stride;
+        const Factors<T, C> normed(rows, lane);
 #pragma unroll 1
         for (int head = 0; head < HEADS; ++head) {
-            lane = recomputed(lane);
-            stage_keys(head, own * 16);
-            // S takes the place of keys and values once all have been read; a warp may hold all four quarters.
+            lane = recomputed_lane(lane);
+            stage_keys(normed, head, own * 16);
+            // All keys and values are there once the queries' weights are. S takes their place when all have been
+            // read; a warp may hold all four quarters until then.
+            unsigned char *const query_weight = stages.next();
             Waiting<T> held[QUARTERS][4] = {};
+            int which = own;
 #pragma unroll 1
-            for (int i = 0; i < QUARTERS; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                    for (int k = 0; k + 1 < QUARTERS; ++k) held[k][j] = held[k + 1][j];
-                }
-                const int which = own + i * each;
-                if (which >= QUARTERS) continue;
+            for (; which < QUARTERS; which += each) {
                 Quarter quarter{};
                 quarter.add(keys, values, which, 0, each * 16, classes, lane);
                 quarter.store_vectors(z_of(slot), false, which, lane);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) held[QUARTERS - 1][j] = quarter.pair<T>(j);
+                for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                    for (int k = 0; k + 1 < QUARTERS; ++k) held[k][j] = held[k + 1][j];
+                    held[QUARTERS - 1][j] = quarter.pair<T>(j);
+                }
             }
+            const Query query = query_of(normed, query_weight, head, own * 16);
             __syncthreads();
 #pragma unroll
-            for (int i = 0; i < QUARTERS; ++i) {
-                if (own + i * each < QUARTERS) store_quarter(outer_of(slot), held[i], own + i * each, lane);
+            for (int i = QUARTERS - 1; i >= 0; --i) {
+                which -= each;
+                if (which >= 0) store_quarter(outer_of(slot), held[i], which, lane);
             }
-            attend(head, slot, own * 16);
+            __syncthreads();
+            attend(query, slot);
         }
         finish(own * 16);
     } else {
@@ -358,10 +295,13 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 #pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
             load_normed((turn * WARPS<T> + warp) * 16);
+            guidance = a.terms + Position<T>(a.maps, number).image * a.terms_stride;
+            const Factors<T, C> normed(rows, lane);
 #pragma unroll 1
             for (int head = 0; head < HEADS; ++head) {
-                lane = recomputed(lane);
-                stage_keys(head, (turn * WARPS<T> + warp) * 16);
+                lane = recomputed_lane(lane);
+                stage_keys(normed, head, (turn * WARPS<T> + warp) * 16);
+                __syncthreads();
                 Quarter quarter;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[0][i];
@@ -394,11 +334,13 @@ __global__ void __launch_bounds__(THREADS<T>) class_aggregation(const Arguments<
 #pragma unroll 1
         for (int first = warp * 16; first < a.together * WARPS<T> * 16; first += WARPS<T> * 16) {
             load_normed(first);
+            guidance = a.terms + Position<T>(a.maps, number).image * a.terms_stride;
+            const Factors<T, C> normed(rows, lane);
             clear();
 #pragma unroll 1
             for (int head = 0; head < HEADS; ++head) {
-                lane = recomputed(lane);
-                attend(head, head, first);
+                lane = recomputed_lane(lane);
+                attend(query_of(normed, stages.next(), head, first), head);
             }
             finish(first);
         }
@@ -427,21 +369,33 @@ int ovseg_class_aggregation_fwd(const void *x, const void *terms, const void *no
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Classes list{int(classes), int(pads)};
-        const int64_t positions = batch * (height / pooling) * (width / pooling);
+        const Classes list(classes, pads);
+        const ClassMaps<T> maps(in(x), in(padding_token), list, height, width, pooling);
+        const int64_t positions = batch * maps.positions;
         if (positions > INT32_MAX - WARPS<T>) return int(OVSEG_TOO_LARGE);
         const bool fits = list.tiles() <= WARPS<T>;
         const int processors = multiprocessors(device);  // a block takes several positions once each of these has one
         const int64_t spread = (positions + processors - 1) / processors;
         const int64_t together = fits ? std::max<int64_t>(std::min<int64_t>(WARPS<T> / list.tiles(), spread), 1)
                                       : (list.tiles() + WARPS<T> - 1) / WARPS<T>;
-        const Arguments<T> a{in(x),          in(terms),      in(norm1_weight),  in(norm1_bias),   in(qkv_weight),
-                             in(v_bias),     in(padding_token), in(norm2_weight), in(norm2_bias), in(fc1_weight),
-                             in(fc1_bias),   in(fc2_weight), in(fc2_bias),      static_cast<T *>(out),
-                             static_cast<T *>(middle), list, height * width * C,
-                             (height / pooling) * (width / pooling) * C,
-                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0, int(positions), int(height),
-                             int(width),     int(pooling),   int(hidden),       int(together)};
+        const Arguments<T> a{maps,
+                             in(terms),
+                             in(norm1_weight),
+                             in(norm1_bias),
+                             in(qkv_weight),
+                             in(v_bias),
+                             in(norm2_weight),
+                             in(norm2_bias),
+                             in(fc1_weight),
+                             in(fc1_bias),
+                             in(fc2_weight),
+                             in(fc2_bias),
+                             static_cast<T *>(out),
+                             static_cast<T *>(middle),
+                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0,
+                             int(positions),
+                             int(hidden),
+                             int(together)};
         return launch(fits ? class_aggregation<T, false> : class_aggregation<T, true>,
                       fits ? (positions + together - 1) / together : positions, THREADS<T>, Shared<T>::TOTAL, device,
                       stream, a);

@@ -10,6 +10,7 @@
 // added in the warps' order through shared memory. The products with weights around it are PyTorch's.
 
 #include "device/class_attention.cuh"
+#include "device/copies.cuh"
 
 namespace ovseg {
 namespace {
@@ -40,38 +41,6 @@ struct Shared {
     static constexpr int TOTAL = 2 * WARPS * TILE + 2 * OUTER + WARPS * int(sizeof(Part)) + VECTORS;
 };
 
-// d += rows · matrix, and d += rows · matrixᵀ, for 16 rows of a tile.
-template <typename T>
-__device__ __forceinline__ void multiply(D (&d)[WIDTH / 8], Tile<T, WIDTH> rows, Tile<T, WIDTH> matrix, int lane) {
-#pragma unroll
-    for (int k = 0; k < WIDTH / K<T>; ++k) {
-        const A a = load_a_chained(rows, k, lane);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 16; ++n) {
-            B b[2];
-            load_b_by_rows(b, matrix, k, n, lane);
-            mma<T>(d[2 * n], a, b[0]);
-            mma<T>(d[2 * n + 1], a, b[1]);
-        }
-    }
-}
-
-template <typename T>
-__device__ __forceinline__ void multiply_transposed(D (&d)[WIDTH / 8], Tile<T, WIDTH> rows, Tile<T, WIDTH> matrix,
-                                                    int lane) {
-#pragma unroll
-    for (int k = 0; k < WIDTH / K<T>; ++k) {
-        const A a = load_a_chained(rows, k, lane);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 16; ++n) {
-            B b[2];
-            load_b_chained(b, matrix.rows_from(16 * n), k, lane);
-            mma<T>(d[2 * n], a, b[0]);
-            mma<T>(d[2 * n + 1], a, b[1]);
-        }
-    }
-}
-
 // matrix += leftᵀ · right for 16 rows of both.
 template <typename T>
 __device__ __forceinline__ void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
@@ -93,7 +62,8 @@ __device__ __forceinline__ void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> le
 template <typename T>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = WIDTH / EACH;
+    using Pieces = RowPieces<T, WIDTH>;
+    constexpr int EACH = Pieces::EACH, LANES = Pieces::LANES, STEPS = WIDTH / K<T>;
     unsigned char *const memory = shared_memory();
     const int warp = int(threadIdx.x) / 32;
     const Tile<T, WIDTH> left{memory + 2 * warp * Layout::TILE}, right = left.rows_from(16);  // the warp's own
@@ -105,27 +75,27 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
     const Classes classes = a.classes;
     const int channel = int(blockIdx.x) % HEADS * WIDTH, position = int(blockIdx.x) / HEADS;
     const int64_t image = position / a.positions, first = image * classes.count * a.positions + position % a.positions;
-    const float share = classes.share(), eps = NORMALISER_EPS * share;
+    const float share = classes.share, eps = NORMALISER_EPS * share;
 
-    const auto token_of = [&](int key) {
-        return key < classes.count ? first + int64_t(key) * a.positions : a.batch * classes.count * a.positions;
-    };
-    // A piece of queries, keys or values (`part` 0, 1, 2) of a token before φ, in float.
-    const auto load_part = [&](float (&values)[EACH], int part, int key, int column) {
-        const Piece<T> piece = load<T, EACH>(a.tokens + token_of(key) * (3 * C) + part * C + channel + column);
-        const T *more = a.terms + image * a.terms_stride + int64_t(key) * (2 * C) + part * C;
-        const Piece<T> term = load<T, EACH>((part == 2 ? a.v_bias : more) + channel + column);
+    const int64_t pitch = int64_t(a.positions) * (3 * C);  // of tokens, from one class to the next
+    const T *const tokens = a.tokens + first * (3 * C) + channel;
+    const T *const padding = a.tokens + a.batch * classes.count * pitch + channel;
+    const T *const terms = a.terms + image * a.terms_stride + channel;
+
+    // A lane's piece of queries, keys or values (`part` 0, 1, 2) before φ, in float; beyond the list that of the last
+    // key, finite wherever the list is, which counts 0 times.
+    const auto load_part = [&](float (&values)[EACH], int part, int key) {
+        key = min(key, classes.keys() - 1);
+        const int column = part * C + Pieces::column(lane);
+        const Piece<T> piece = load<T, EACH>((key < classes.count ? tokens + key * pitch : padding) + column);
+        const Piece<T> term = load<T, EACH>(part == 2 ? a.v_bias + channel + Pieces::column(lane)
+                                                      : terms + int64_t(key) * (2 * C) + column);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) values[i] = to_float(piece.value[i]) + to_float(term.value[i]);
     };
     const auto store_part = [&](Tile<T, WIDTH> tile, int part, int tile_first) {
-#pragma unroll
-        for (int row = lane / LANES; row < 16; row += 32 / LANES) {
-            const int key = tile_first + row, column = lane % LANES * EACH;
-            if (key >= classes.count) continue;
-            store<T, EACH>(a.grad_tokens + token_of(key) * (3 * C) + part * C + channel + column,
-                           load<T, EACH>(tile.at(row, column)));
-        }
+        copy_out(tile, a.grad_tokens + first * (3 * C) + channel + part * C + tile_first * pitch, pitch,
+                 classes.count - tile_first, lane);
     };
     // The sum over the warps of what each left in its part: of `count` numbers of the vectors to `vectors`, and of the
     // thread's two pieces of the matrix. All threads call it together.
@@ -171,28 +141,23 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
         float totals[EACH] = {}, means[EACH] = {};
 #pragma unroll 1
         for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
-            lane = recomputed(lane);
+            lane = recomputed_lane(lane);
 #pragma unroll
-            for (int row = lane / LANES; row < 16; row += 32 / LANES) {
-                const int key = tile * 16 + row, column = lane % LANES * EACH;
-                const float times = classes.times(key) * share;
-                Piece<T> k{}, v{};
-                if (key < classes.keys()) {
-                    float values[EACH];
-                    load_part(values, 1, key, column);
+            for (int i = 0; i < Pieces::TOGETHER; ++i) {
+                const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
+                const float times = classes.times(key) * share;  // 0 beyond the list
+                float values[EACH];
+                load_part(values, 1, key);
 #pragma unroll
-                    for (int i = 0; i < EACH; ++i) k.value[i] = rounded<T>(feature(values[i]) * times);
-                    load_part(values, 2, key, column);
+                for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]) * times;
+                const Piece<T> k = rounded<T>(values);
 #pragma unroll
-                    for (int i = 0; i < EACH; ++i) v.value[i] = rounded<T>(values[i]);
-                }
+                for (int j = 0; j < EACH; ++j) totals[j] += to_float(k.value[j]);
+                store<T, EACH>(Pieces::place(left, 0, i, lane), k);
+                load_part(values, 2, key);
 #pragma unroll
-                for (int i = 0; i < EACH; ++i) {
-                    totals[i] += to_float(k.value[i]);
-                    means[i] += to_float(v.value[i]) * times;
-                }
-                store<T, EACH>(left.at(row, column), k);
-                store<T, EACH>(right.at(row, column), v);
+                for (int j = 0; j < EACH; ++j) means[j] += values[j] * times;
+                store<T, EACH>(Pieces::place(right, 0, i, lane), rounded<T>(values));
             }
             __syncwarp();
             add_outer(matrix, left, right, lane);
@@ -229,67 +194,75 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
         Pair<float> totals[WIDTH / 8] = {};
 #pragma unroll 1
         for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
-            lane = recomputed(lane);
+            lane = recomputed_lane(lane);
 #pragma unroll
-            for (int row = lane / LANES; row < 16; row += 32 / LANES) {
-                const int key = tile * 16 + row, column = lane % LANES * EACH;
-                Piece<T> q{}, grad{};
-                if (key < classes.count) {
-                    float values[EACH];
-                    load_part(values, 0, key, column);
+            for (int i = 0; i < Pieces::TOGETHER; ++i) {
+                const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
+                float values[EACH];
+                load_part(values, 0, key);
 #pragma unroll
-                    for (int i = 0; i < EACH; ++i) q.value[i] = rounded<T>(feature(values[i]));
-                    grad = load<T, EACH>(a.grad + token_of(key) * C + channel + column);
-                }
-                store<T, EACH>(left.at(row, column), q);
-                store<T, EACH>(right.at(row, column), grad);
+                for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]);
+                store<T, EACH>(Pieces::place(left, 0, i, lane), rounded<T>(values));
+                // The padding asks nothing, and a row beyond the list, which holds the last key once more, neither.
+                const int64_t token = first + int64_t(key) * a.positions;
+                const T *const grad = a.grad + token * C + channel + Pieces::column(lane);
+                store<T, EACH>(Pieces::place(right, 0, i, lane), load_if(key < classes.count, grad));
             }
             __syncwarp();
-            D attended[WIDTH / 8] = {}, q_grad[WIDTH / 8];
-            multiply(attended, left, outer, lane);
-            float normaliser[2] = {}, along[2] = {};
+            A q[STEPS];
+            D attended[WIDTH / 8] = {}, total = {};
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                q[k] = load_a_chained(left, k, lane);
+                mma<T>(total, q[k], repeated_column<T>(z, k, lane));
+            }
+            multiply<T, STEPS>(attended, outer, lane, [&](int k) { return q[k]; });
+            float normaliser[2], along[2] = {};
+#pragma unroll
+            for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
+            D ratio[WIDTH / 8], q_grad[WIDTH / 8];
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
+                const Pair<float> mean = load<float, 2>(m + 8 * n + d_column(lane, 0));
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int column = 8 * n + d_column(lane, i);
-                    normaliser[i / 2] += to_float(*left.at(d_row(lane, i), column)) * z[column];
+                for (int i = 0; i < 2; ++i) {
+                    T *const place = pair_place(right, n, lane) + i * (8 * WIDTH);
+                    const Pair<T> grad = load<T, 2>(place);
+                    const Pair<T> pair = rounded_pair<T>(to_float(grad.value[0]) * normaliser[i],
+                                                         to_float(grad.value[1]) * normaliser[i]);
+                    store<T, 2>(place, pair);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const float number = to_float(pair.value[j]);
+                        ratio[n].value[2 * i + j] = number;
+                        along[i] += (attended[n].value[2 * i + j] - eps * mean.value[j]) * number;
+                    }
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 2; ++i) normaliser[i] = 1.0f / (sum_over_lanes<4>(normaliser[i]) + eps);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int column = 8 * n + d_column(lane, i);
-                    T *const place = right.at(d_row(lane, i), column);
-                    const T ratio = rounded<T>(to_float(*place) * normaliser[i / 2]);
-                    *place = ratio;
-                    along[i / 2] -= (attended[n].value[i] - eps * m[column]) * normaliser[i / 2] * to_float(ratio);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) along[i] = sum_over_lanes<4>(along[i]);
+            for (int i = 0; i < 2; ++i) along[i] = -normaliser[i] * sum_over_lanes<4>(along[i]);
             __syncwarp();
             add_outer(matrix, left, right, lane);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
+                const Pair<float> pair = load<float, 2>(z + 8 * n + d_column(lane, 0));
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int column = 8 * n + d_column(lane, i);
-                    totals[n].value[i % 2] += to_float(*left.at(d_row(lane, i), column)) * along[i / 2];
-                    q_grad[n].value[i] = z[column] * along[i / 2];
-                }
+                for (int i = 0; i < 4; ++i) q_grad[n].value[i] = pair.value[i % 2] * along[i / 2];
             }
-            multiply_transposed(q_grad, right, outer, lane);
+            multiply_transposed<T, STEPS>(q_grad, outer, lane, [&](int k) { return chained<T>(ratio, k); });
             __syncwarp();
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    T *const place = left.at(d_row(lane, i), 8 * n + d_column(lane, i));
-                    *place = rounded<T>(q_grad[n].value[i] * fminf(to_float(*place), 1.0f));
+                for (int i = 0; i < 2; ++i) {
+                    const Pair<float> pair = chained_pair<T>(q, n, i);
+                    float grad[2];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        totals[n].value[j] += pair.value[j] * along[i];
+                        grad[j] = q_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f);
+                    }
+                    store<T, 2>(pair_place(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
                 }
             }
             __syncwarp();
@@ -322,49 +295,56 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 
 #pragma unroll 1
     for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
-        lane = recomputed(lane);
+        lane = recomputed_lane(lane);
 #pragma unroll
-        for (int row = lane / LANES; row < 16; row += 32 / LANES) {
-            const int key = tile * 16 + row, column = lane % LANES * EACH;
-            Piece<T> k{}, v{};
-            if (key < classes.keys()) {
-                float values[EACH];
-                load_part(values, 1, key, column);
+        for (int i = 0; i < Pieces::TOGETHER; ++i) {
+            const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
+            float values[EACH];
+            load_part(values, 1, key);
 #pragma unroll
-                for (int i = 0; i < EACH; ++i) k.value[i] = rounded<T>(feature(values[i]));
-                load_part(values, 2, key, column);
+            for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]);
+            store<T, EACH>(Pieces::place(left, 0, i, lane), rounded<T>(values));
+            load_part(values, 2, key);
+            const Piece<T> v = rounded<T>(values);
 #pragma unroll
-                for (int i = 0; i < EACH; ++i) {
-                    v.value[i] = rounded<T>(to_float(rounded<T>(values[i])) - m[column + i]);
-                }
-            }
-            store<T, EACH>(left.at(row, column), k);
-            store<T, EACH>(right.at(row, column), v);
+            for (int j = 0; j < EACH; ++j) values[j] = to_float(v.value[j]) - m[Pieces::column(lane) + j];
+            store<T, EACH>(Pieces::place(right, 0, i, lane), rounded<T>(values));
         }
         __syncwarp();
+        A keys[STEPS];
         D k_grad[WIDTH / 8], v_grad[WIDTH / 8] = {};
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
+        for (int k = 0; k < STEPS; ++k) keys[k] = load_a_chained(left, k, lane);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) k_grad[n].value[i] = z_grad[8 * n + d_column(lane, i)];
+        for (int n = 0; n < WIDTH / 8; ++n) {
+            const Pair<float> pair = load<float, 2>(z_grad + 8 * n + d_column(lane, 0));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) k_grad[n].value[i] = pair.value[i % 2];
         }
-        multiply_transposed(k_grad, right, outer_grad, lane);
-        multiply(v_grad, left, outer_grad, lane);
+        multiply_transposed<T, STEPS>(k_grad, outer_grad, lane, [&](int k) { return load_a_chained(right, k, lane); });
+        multiply<T, STEPS>(v_grad, outer_grad, lane, [&](int k) { return keys[k]; });
         __syncwarp();
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
+        for (int i = 0; i < 2; ++i) {
+            const int key = tile * 16 + d_row(lane, 2 * i);
+            const float times = classes.times(key);
+            const bool pad = key >= classes.count && key < classes.keys();
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = d_row(lane, i), column = 8 * n + d_column(lane, i), key = tile * 16 + row;
-                const float times = classes.times(key);
-                T *const place = left.at(row, column);
-                const float grad = k_grad[n].value[i] * fminf(to_float(*place), 1.0f) * times;
-                *place = rounded<T>(grad);
-                *right.at(row, column) = rounded<T>(v_grad[n].value[i] * times);
-                if (key < classes.count || key >= classes.keys()) continue;
-                float *const target = a.grad_padding + int64_t(position) * (2 * C) + channel + column;
-                target[0] = grad;
-                target[C] = v_grad[n].value[i] * times;
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                const Pair<float> pair = chained_pair<T>(keys, n, i);
+                Pair<float> of_key, of_value;
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    of_key.value[j] = k_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f) * times;
+                    of_value.value[j] = v_grad[n].value[2 * i + j] * times;
+                }
+                const int place = i * (8 * WIDTH);
+                store<T, 2>(pair_place(left, n, lane) + place, rounded_pair<T>(of_key.value[0], of_key.value[1]));
+                store<T, 2>(pair_place(right, n, lane) + place, rounded_pair<T>(of_value.value[0], of_value.value[1]));
+                if (!pad) continue;
+                float *const target = a.grad_padding + int64_t(position) * (2 * C) + channel + d_column(lane, 0);
+                store<float, 2>(target + 8 * n, of_key);
+                store<float, 2>(target + C + 8 * n, of_value);
             }
         }
         __syncwarp();
@@ -387,7 +367,7 @@ int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms,
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Classes list{int(classes), int(pads)};
+        const Classes list(classes, pads);
         const Arguments<T> a{in(tokens),
                              in(terms),
                              in(v_bias),

@@ -13,6 +13,23 @@ namespace {
 
 constexpr int THREADS = 256;
 
+// Divides numbers n below 2³¹ by d in three instructions: n / d = (n + n (2^shift − d) / d) / 2^shift, where `more` is
+// 2³² (2^shift − d) / d, rounded up.
+struct Divisor {
+    uint32_t divisor, more;
+    int shift = 0;
+
+    explicit Divisor(int64_t number) : divisor(uint32_t(number)) {
+        while ((int64_t(1) << shift) < number) ++shift;
+        more = uint32_t((uint64_t((int64_t(1) << shift) - number) << 32) / uint64_t(number) + 1);
+    }
+
+    __device__ __forceinline__ int of(int n) const {
+        return int((uint32_t(uint64_t(uint32_t(n)) * more >> 32) + uint32_t(n)) >> shift);
+    }
+    __device__ __forceinline__ int rest(int n, int quotient) const { return n - quotient * int(divisor); }
+};
+
 // One side of the maps.
 struct Side {
     int size, low;
@@ -38,46 +55,52 @@ struct Arguments {
     const T *x, *y;  // backward: grad and nothing
     T *out;
     Side lines, columns;
-    int pieces, blocks;  // pieces of a token, blocks of a map
+    Divisor width, pieces, blocks;  // tokens of a line of `out`, pieces of a token, blocks of a map
+    int height;                     // of `out`
 };
 
-// What a thread works on: a piece of a token of map `map`, whose maps of `out` are `height` by `width`.
+// What a thread works on: a piece of a token of map `map`.
 struct Place {
     int map, line, column, piece;
     int64_t index;  // among all pieces of `out`
     bool inside;
 
-    __device__ __forceinline__ Place(int pieces, int blocks, int height, int width) {
-        map = int(blockIdx.x) / blocks;
-        const int of_map = int(blockIdx.x) % blocks * THREADS + int(threadIdx.x), token = of_map / pieces;
-        piece = of_map % pieces;
-        column = token % width;
-        line = token / width;
-        inside = line < height;
-        index = int64_t(map) * (height * width * pieces) + of_map;
+    template <typename T>
+    __device__ __forceinline__ explicit Place(const Arguments<T> &a) {
+        map = a.blocks.of(int(blockIdx.x));
+        const int of_map = a.blocks.rest(int(blockIdx.x), map) * THREADS + int(threadIdx.x);
+        const int token = a.pieces.of(of_map);
+        piece = a.pieces.rest(of_map, token);
+        line = a.width.of(token);
+        column = a.width.rest(token, line);
+        inside = line < a.height;
+        index = int64_t(map) * (a.height * int(a.width.divisor * a.pieces.divisor)) + of_map;
     }
 };
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
     constexpr int EACH = 16 / int(sizeof(T));
-    const Place place(a.pieces, a.blocks, a.lines.size, a.columns.size);
+    const Place place(a);
     if (!place.inside) return;
     const float line = float(place.line) * a.lines.scale, column = float(place.column) * a.columns.scale;
     const int top = min(int(line), a.lines.low - 1), bottom = min(top + 1, a.lines.low - 1);
     const int left = min(int(column), a.columns.low - 1), right = min(left + 1, a.columns.low - 1);
-    const float down = line - float(top), across = column - float(left);
+    const float down = line - float(top), across = column - float(left), up = 1.0f - down, back = 1.0f - across;
+    const int pieces = int(a.pieces.divisor);
+    const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * EACH;
     const auto read = [&](int i, int j) {
-        const int64_t token = int64_t(place.map) * (a.lines.low * a.columns.low) + i * a.columns.low + j;
-        return load<T, EACH>(a.y + (token * a.pieces + place.piece) * EACH);
+        return load<T, EACH>(map + (i * a.columns.low + j) * pieces * EACH);
     };
     const Piece<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
+    const float shares[4] = {up * back, up * across, down * back, down * across};
     Piece<T> sum = load<T, EACH>(a.x + place.index * EACH);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        const float upper = (1.0f - across) * to_float(corners[0].value[i]) + across * to_float(corners[1].value[i]);
-        const float lower = (1.0f - across) * to_float(corners[2].value[i]) + across * to_float(corners[3].value[i]);
-        sum.value[i] = rounded<T>(to_float(sum.value[i]) + ((1.0f - down) * upper + down * lower));
+        float total = to_float(sum.value[i]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total += shares[j] * to_float(corners[j].value[i]);
+        sum.value[i] = rounded<T>(total);
     }
     store<T, EACH>(a.out + place.index * EACH, sum);
 }
@@ -85,18 +108,21 @@ __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T> a) {
     constexpr int EACH = 16 / int(sizeof(T));
-    const Place place(a.pieces, a.blocks, a.lines.low, a.columns.low);
+    const Place place(a);
     if (!place.inside) return;
+    const int first = a.columns.first(place.column), behind = a.columns.behind(place.column);
+    const int last = a.lines.behind(place.line), pitch = int(a.pieces.divisor) * EACH;
+    const T *const map = a.x + int64_t(place.map) * (a.lines.size * a.columns.size * pitch) + place.piece * EACH;
     float total[EACH] = {};
 #pragma unroll 1
-    for (int i = a.lines.first(place.line); i < a.lines.behind(place.line); ++i) {
+    for (int i = a.lines.first(place.line); i < last; ++i) {
         const float of_line = a.lines.share(i, place.line);
-        const int64_t first = int64_t(place.map) * (a.lines.size * a.columns.size) + i * a.columns.size;
+        const T *from = map + (i * a.columns.size + first) * pitch;
 #pragma unroll 1
-        for (int j = a.columns.first(place.column); j < a.columns.behind(place.column); ++j) {
+        for (int j = first; j < behind; ++j, from += pitch) {
             const float share = of_line * a.columns.share(j, place.column);
             if (share == 0.0f) continue;  // 0 times NaN would be NaN
-            const Piece<T> grad = load<T, EACH>(a.x + ((first + j) * a.pieces + place.piece) * EACH);
+            const Piece<T> grad = load<T, EACH>(from);
 #pragma unroll
             for (int c = 0; c < EACH; ++c) total[c] += share * to_float(grad.value[c]);
         }
@@ -122,9 +148,15 @@ int resize(const void *x, const void *y, void *out, int64_t maps, int64_t height
         if (channels % EACH) return int(OVSEG_UNSUPPORTED_SIZE);
         const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH);
         const int64_t blocks = (of_map + THREADS - 1) / THREADS;
-        const Arguments<T> a{static_cast<const T *>(x), static_cast<const T *>(y), static_cast<T *>(out),
-                             Side(height, low_height),  Side(width, low_width),    int(channels / EACH),
-                             int(blocks)};
+        const Arguments<T> a{static_cast<const T *>(x),
+                             static_cast<const T *>(y),
+                             static_cast<T *>(out),
+                             Side(height, low_height),
+                             Side(width, low_width),
+                             Divisor(BACKWARD ? low_width : width),
+                             Divisor(channels / EACH),
+                             Divisor(blocks),
+                             int(BACKWARD ? low_height : height)};
         return launch(BACKWARD ? resize_backward<T> : resize_add<T>, maps * blocks, THREADS, 0, device, stream, a);
     });
 }

@@ -2,12 +2,13 @@
 //
 // What a head knows of all classes is the matrix S of 32 keys' channels (rows) and 32 values' (columns), a tile, and
 // the vectors z, of keys' channels, and m, of values', float32 side by side. S and z are sums over the classes, each
-// counted with a weight of 1 / N, so that they stay in float16's range; m is about the values' mean and taken out of them: only
-// their differences are multiplied, and those are kept precise. Any m gives the same result but for rounding.
+// counted with a weight of 1 / N, so that they stay in float16's range; m is about the values' mean and taken out of
+// them: only their differences are multiplied, and those are kept precise. Any m gives the same result but for
+// rounding.
 
 #pragma once
 
-#include "mma.cuh"
+#include "products.cuh"
 #include "warp.cuh"
 
 namespace ovseg {
@@ -15,15 +16,19 @@ namespace ovseg {
 constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
 constexpr float NORMALISER_EPS = 1e-6f;  // published
 
-__device__ __forceinline__ float feature(float x) { return x > 0.0f ? x + 1.0f : __expf(x); }  // elu + 1
+// φ = elu + 1
+__device__ __forceinline__ float feature(float x) { return x > 0.0f ? x + 1.0f : fast_exp2(x * 1.4426950408889634f); }
 
 // The classes of a list, and the one that pads it as one more key where `pads` is not 0.
 struct Classes {
     int count, pads;
+    float share;  // 1 / N
+
+    Classes(int64_t count, int64_t pads)
+        : count(int(count)), pads(int(pads)), share(float(1.0 / (double(count) + double(pads)))) {}
 
     __host__ __device__ __forceinline__ int keys() const { return count + (pads > 0); }
     __host__ __device__ __forceinline__ int tiles() const { return (keys() + 15) / 16; }
-    __device__ __forceinline__ float share() const { return 1.0f / (float(count) + float(pads)); }  // 1 / N
     __device__ __forceinline__ float times(int key) const {  // how often a key counts
         return key < count ? 1.0f : key < keys() ? float(pads) : 0.0f;
     }
@@ -51,6 +56,19 @@ __device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, i
         }
     }
     return a;
+}
+
+// The B of step k whose columns all are `column`, with its K in the order of `chained`.
+template <typename T>
+__device__ __forceinline__ B repeated_column(const float *column, int k, int lane) {
+    const float *const from = column + k * K<T> + d_column(lane, 0);
+    const Pair<float> first = load<float, 2>(from);
+    if constexpr (sizeof(T) == 2) {
+        const Pair<float> second = load<float, 2>(from + 8);
+        return {{rounded_word<T>(first.value[0], first.value[1]), rounded_word<T>(second.value[0], second.value[1])}};
+    } else {
+        return {{__float_as_uint(first.value[0]), __float_as_uint(first.value[1])}};
+    }
 }
 
 }  // namespace ovseg

@@ -1,7 +1,7 @@
 // A head's sums over the classes, see class_attention.cuh, as warps work them out from keys and values in tiles.
 //
 // A warp takes a quarter of S at a time, 16 × 16, over all rows of the tiles: each sum is one warp's, in the order of
-// the classes. z and m come from products as well, with ones and with the classes' weights.
+// the classes. z and m come from products as well, with ones.
 
 #pragma once
 
@@ -14,26 +14,30 @@ constexpr int QUARTERS = 4;
 // Two neighbours of a factor's row in a register, or in float32 the first of them alone.
 template <typename T>
 __device__ __forceinline__ uint32_t factor_word(float first, float second) {
-    if constexpr (sizeof(T) == 2) return packed<T>(first, second);
+    if constexpr (sizeof(T) == 2) return rounded_word<T>(first, second);
     return __float_as_uint(first);
 }
 
-// Two numbers that wait in registers. As 16-bit ones they share one; `recomputed` keeps the compiler from parting them.
+// Two numbers that wait in registers. As 16-bit ones they share one; `recomputed`, both ways, keeps the compiler from
+// parting them.
 template <typename T>
 struct Waiting {
     uint32_t word[sizeof(T) / 2];
 
     static __device__ __forceinline__ Waiting of(float first, float second) {
         if constexpr (sizeof(T) == 2) {
-            return {{recomputed(packed<T>(first, second))}};
+            return {{recomputed(rounded_word<T>(first, second))}};
         } else {
             return {{__float_as_uint(first), __float_as_uint(second)}};
         }
     }
 
     __device__ __forceinline__ Pair<T> pair() const {
+        uint32_t same[sizeof(T) / 2];
+#pragma unroll
+        for (int i = 0; i < int(sizeof(T) / 2); ++i) same[i] = recomputed(word[i]);
         Pair<T> pair;
-        memcpy(&pair, word, sizeof(pair));
+        memcpy(&pair, same, sizeof(pair));
         return pair;
     }
 };
@@ -44,36 +48,38 @@ struct Quarter {
     float outer[8], total[2], mean[4];
 
     // Adds to S what `rows` keys and values give, the first being number `first` of the list; z and m become theirs.
+    // Values beyond the list are 0. m is a sum of ones times values, and the padding class, as often as it counts.
     template <typename T>
     __device__ __forceinline__ void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows,
                                         const Classes &classes, int lane) {
         const uint32_t one = factor_word<T>(1.0f, 1.0f);
-        const float share = classes.share();
         D of_outer[2] = {{{outer[0], outer[1], outer[2], outer[3]}}, {{outer[4], outer[5], outer[6], outer[7]}}};
         D of_total = {}, of_mean[2] = {};
-#pragma unroll 1
+#pragma unroll 2
         for (int k = 0; k < rows / K<T>; ++k) {
             const A key = load_a_by_rows(keys, k, which / 2, lane);
-            A weights;  // of the classes, the same in all rows; m need not be exact
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int column = sizeof(T) == 2 ? d_column(lane, 0) + i / 2 * 8 : d_column(lane, i / 2);
-                const int number = first + k * K<T> + column;
-                weights.word[i] = factor_word<T>(share * classes.times(number), share * classes.times(number + 1));
-            }
             B value[2];
             load_b_by_rows(value, values, k, which % 2, lane);
             mma<T>(of_total, key, B{{one, one}});
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 mma<T>(of_outer[n], key, value[n]);
-                mma<T>(of_mean[n], weights, value[n]);
+                mma<T>(of_mean[n], A{{one, one, one, one}}, value[n]);
             }
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) outer[i] = of_outer[i / 4].value[i % 4];
+        const int pad = classes.count - first;
+        const bool padded = classes.pads > 1 && pad >= 0 && pad < rows;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) mean[i] = of_mean[i / 2].value[i % 2];
+        for (int i = 0; i < 4; ++i) {
+            mean[i] = of_mean[i / 2].value[i % 2];
+            if (padded) {
+                const int column = which % 2 * 16 + i / 2 * 8 + d_column(lane, i % 2);
+                mean[i] += float(classes.pads - 1) * to_float(*values.at(pad, column));
+            }
+            mean[i] *= classes.share;
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) total[i] = of_total.value[2 * i];
     }
@@ -118,9 +124,8 @@ template <typename T>
 __device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int row = which / 2 * 16 + d_row(lane, i % 2 * 2);
-        const int column = which % 2 * 16 + i / 2 * 8 + d_column(lane, 0);
-        store<T, 2>(outer.at(row, column), pairs[i].pair());
+        T *const place = pair_place(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);
+        store<T, 2>(place + i % 2 * (8 * WIDTH), pairs[i].pair());
     }
 }
 
