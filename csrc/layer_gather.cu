@@ -39,35 +39,49 @@ struct Shape {
         RING * STAGE + 2 * CHUNK + ROWS * int(sizeof(Statistics)) + ROWS * WARPS * int(sizeof(float));
 };
 
-// Rows of the projections of `layers` layers, K<T> of them a stage.
+// Rows of the projections of `layers` layers, which lie behind each other, K<T> of them a stage. Stages are asked for in
+// their order; the last ones of a layer are filled with zeros.
 template <typename T, int COLUMNS>
 struct Projections {
-    const T *first;
-    int layers, channels, width, steps;
+    static constexpr int PIECES = COLUMNS / EACH<T>, AT_ONCE = THREADS / PIECES;  // rows that all threads copy at once
+    static_assert(THREADS % PIECES == 0 && K<T> % AT_ONCE == 0, "every thread copies as many pieces, all of a column");
 
-    __device__ __forceinline__ int stages() const { return layers * steps; }
+    const T *source;  // of the thread's first piece of the next stage
+    int layers, channels, width, chunks;
+    int row, column, target;  // the piece's in a stage; its place in the tile
+    int passed = 0;           // rows of the layer in earlier stages
 
-    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
-        constexpr int PIECES = COLUMNS / EACH<T>;
-        static_assert(K<T> * PIECES % THREADS == 0, "every thread copies as many pieces");
-        const Tile<T, COLUMNS> tile{buffer};
-        const int channel = stage % steps * K<T>, thread = recomputed(int(threadIdx.x));
-        const T *const source = first + (int64_t(stage / steps) * channels + channel) * width;
+    __device__ __forceinline__ Projections(const T *first, int layers, int channels, int width, int chunks)
+        : layers(layers), channels(channels), width(width), chunks(chunks) {
+        const int thread = recomputed(int(threadIdx.x));
+        row = thread / PIECES, column = thread % PIECES * EACH<T>;
+        target = tile_offset<COLUMNS * int(sizeof(T))>(row, thread % PIECES);
+        source = first + row * width + column;
+    }
+
+    __device__ __forceinline__ int stages() const { return layers * chunks * STEPS; }
+
+    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+        const int left = channels - passed;                  // rows of the layer
+        const int present = column < width ? left - row : 0;  // of them, from the thread's first one on
+        // `row` is less than AT_ONCE: what a row's pieces are exchanged by, row + at, is row ^ at
+        const auto place = [&](int at) { return buffer + at * COLUMNS * int(sizeof(T)) + (target ^ (at & 7) * 16); };
+        const T *piece = source;
         if (whole_pieces<T>(width)) {
 #pragma unroll
-            for (int at = 0; at < K<T> * PIECES; at += THREADS) {
-                const int row = (at + thread) / PIECES, piece = (at + thread) % PIECES, column = piece * EACH<T>;
-                const bool present = channel + row < channels && column < width;
-                copy_async(tile.piece(row, piece), present ? source + row * width + column : first, present);
+            for (int at = 0; at < K<T>; at += AT_ONCE, piece += AT_ONCE * width) {
+                copy_async(place(at), piece, at < present);
             }
         } else {
 #pragma unroll 1
-            for (int at = thread; at < K<T> * COLUMNS; at += THREADS) {
-                const int row = at / COLUMNS, column = at % COLUMNS;
-                const bool present = channel + row < channels && column < width;
-                *tile.at(row, column) = present ? source[row * width + column] : rounded<T>(0.0f);
+            for (int at = 0; at < K<T>; at += AT_ONCE, piece += AT_ONCE * width) {
+                const int count = at < present ? width - column : 0;
+                store(reinterpret_cast<T *>(place(at)), load_piece(piece, 0, count, false));
             }
         }
+        source += min(K<T>, max(left, 0)) * width;
+        passed += K<T>;
+        if (passed == chunks * STEPS * K<T>) passed = 0;
     }
 };
 
@@ -90,12 +104,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
     const int tiles = (rows + ROWS - 1) / ROWS, group = int(blockIdx.x) / tiles;
     const int row = int(blockIdx.x) % tiles * ROWS, strip = warp * Layout::STRIP;
     const int layers = SUMMED ? a.together : 1, first = group * layers;
-    const int steps = (channels + K<T> - 1) / K<T>;
-    const bool whole = a.hidden.whole;
+    const int chunks = (channels + CHANNELS - 1) / CHANNELS;
 
     Stages<Layout::RING, Layout::STAGE, Projections<T, COLUMNS>> stages(
-        shared_memory(), Projections<T, COLUMNS>{a.projection + int64_t(first) * channels * a.width, layers, channels,
-                                                 a.width, steps});
+        shared_memory(), Projections<T, COLUMNS>(a.projection + int64_t(first) * channels * a.width, layers, channels,
+                                                 a.width, chunks));
 
     // Past the last token, that one stands in.
     const auto token = [&](int layer, int r) { return a.hidden.row(layer, min(row + r, rows - 1)); };
@@ -108,7 +121,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             Statistics found[WARP_ROWS];
 #pragma unroll
             for (int i = 0; i < WARP_ROWS; ++i) own[i] = token(layer, warp * WARP_ROWS + i);
-            find_statistics(found, own, a.norms, channels, whole, lane);
+            by_wholeness(a.hidden.whole, [&](auto whole) {
+                find_statistics(found, own, a.norms, channels, whole, lane);
+            });
 #pragma unroll
             for (int i = 0; i < WARP_ROWS; ++i) {
                 if (lane == 0) statistics[warp * WARP_ROWS + i] = found[i];
@@ -121,37 +136,36 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         const bool normalises = piece_row < ROWS;
         const T *const source = token(layer, normalises ? piece_row : 0);
         D d[ROW_TILES][COUNT] = {};
-        int step = 0;
-        do {
-            const Tile<T, CHANNELS> tokens{chunk_memory + step / STEPS % 2 * Layout::CHUNK};
-            const int column = step * K<T> + piece * EACH<T>;
+        int chunk = 0;
+        do {  // there is at least one chunk
+            lane = recomputed(lane);
+            const Tile<T, CHANNELS> tokens{chunk_memory + chunk % 2 * Layout::CHUNK};
             if (normalises) {
-                const Piece<T> x = load_piece(source, column, channels, whole);
-                store(tokens.at(piece_row, piece * EACH<T>),
-                      normalised(x, statistics[piece_row], a.norms, layer, column, channels, whole));
+                by_wholeness(a.hidden.whole, [&](auto whole) {
+                    const int column = chunk * CHANNELS + piece * EACH<T>;
+                    const Floats<T> x = floats(load_piece(source, column, channels, whole));
+                    store(tokens.at(piece_row, piece * EACH<T>),
+                          normalised(x, statistics[piece_row], a.norms, layer, column, channels, whole));
+                });
             }
-            do {
-                lane = recomputed(lane);
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
                 const Tile<T, COLUMNS> projection{stages.next()};
-                if (strip < a.width) {
-                    A factors[ROW_TILES];
+                A factors[ROW_TILES];
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; ++i) factors[i] = load_a_chained(tokens.rows_from(16 * i), step, lane);
+#pragma unroll
+                for (int n = 0; n < COUNT / 2; ++n) {
+                    B b[2];
+                    load_b_by_rows(b, projection, 0, strip / 16 + n, lane);
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; ++i) {
-                        factors[i] = load_a_chained(tokens.rows_from(16 * i), step % STEPS, lane);
-                    }
-#pragma unroll
-                    for (int n = 0; n < COUNT / 2; ++n) {
-                        B b[2];
-                        load_b_by_rows(b, projection, 0, strip / 16 + n, lane);
-#pragma unroll
-                        for (int i = 0; i < ROW_TILES; ++i) {
-                            mma<T>(d[i][2 * n], factors[i], b[0]);
-                            mma<T>(d[i][2 * n + 1], factors[i], b[1]);
-                        }
+                        mma<T>(d[i][2 * n], factors[i], b[0]);
+                        mma<T>(d[i][2 * n + 1], factors[i], b[1]);
                     }
                 }
-            } while (++step < steps && step % STEPS);
-        } while (step < steps);
+            }
+        } while (++chunk < chunks);
 
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
@@ -161,7 +175,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const float z = d[i / 2][n].value[i % 2 * 2 + j];
-                    if (strip + 8 * n + d_column(lane, j) < a.width) sum += z * z;
+                    sum += z * z;  // 0 past the width, unless the whole row is infinite or NaN
                 }
             }
             sum = sum_over_lanes<4>(sum);
@@ -175,14 +189,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < WARPS; ++j) sum += parts[j];
-            const float length = sqrtf(sum), scale = 1.0f / (length < SHORTEST ? SHORTEST : length);  // NaN stays
+            const float length = sqrtf(sum), scale = weight / (length < SHORTEST ? SHORTEST : length);  // NaN stays
 #pragma unroll
             for (int n = 0; n < COUNT; ++n) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     float &z = d[i / 2][n].value[i % 2 * 2 + j];
-                    z *= scale;
-                    if (SUMMED) total[SUMMED ? i / 2 : 0][n].value[i % 2 * 2 + j] += weight * z;
+                    if (SUMMED) {
+                        total[SUMMED ? i / 2 : 0][n].value[i % 2 * 2 + j] += z * scale;
+                    } else {
+                        z *= scale;
+                    }
                 }
             }
         }

@@ -43,15 +43,17 @@ __global__ void __launch_bounds__(THREADS) normalise(const PatchTokens<T> hidden
     const int layer = int(index / rows);
     if (layer >= hidden.layers) return;
     const T *const row[1] = {hidden.row(layer, int(index % rows))};
-    Statistics found[1];
-    find_statistics(found, row, norms, channels, hidden.whole, lane);
-    if (lane == 0) statistics[index] = found[0];
+    by_wholeness(hidden.whole, [&](auto whole) {
+        Statistics found[1];
+        find_statistics(found, row, norms, channels, whole, lane);
+        if (lane == 0) statistics[index] = found[0];
 #pragma unroll 1
-    for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
-        const Piece<T> x = load_piece(row[0], column, channels, hidden.whole);
-        store_piece(y + index * channels, column, channels, hidden.whole,
-                    normalised(x, found[0], norms, layer, column, channels, hidden.whole));
-    }
+        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
+            const Floats<T> x = floats(load_piece(row[0], column, channels, whole));
+            store_piece(y + index * channels, column, channels, whole,
+                        normalised(x, found[0], norms, layer, column, channels, whole));
+        }
+    });
 }
 
 // dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row
@@ -65,34 +67,35 @@ __global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, 
     if (layer >= layers) return;
     const T *const d = grad + (weights ? index % rows : index) * width;
     T *const own = z + index * width;
-    const bool whole = whole_pieces<T>(width);
-    float squares = 0.0f, product = 0.0f;
+    by_wholeness(whole_pieces<T>(width), [&](auto whole) {
+        float squares = 0.0f, product = 0.0f;
 #pragma unroll 1
-    for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
-        const Piece<T> zs = load_piece(own, column, width, whole), ds = load_piece(d, column, width, whole);
+        for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
+            const Floats<T> zs = floats(load_piece(own, column, width, whole));
+            const Floats<T> ds = floats(load_piece(d, column, width, whole));
 #pragma unroll
-        for (int i = 0; i < EACH<T>; ++i) {
-            squares += to_float(zs.value[i]) * to_float(zs.value[i]);
-            product += to_float(zs.value[i]) * to_float(ds.value[i]);
+            for (int i = 0; i < EACH<T>; ++i) {
+                squares += zs.value[i] * zs.value[i];
+                product += zs.value[i] * ds.value[i];
+            }
         }
-    }
-    const float length = sqrtf(sum_over_lanes<32>(squares));
-    const bool shortened = length < SHORTEST;
-    const float scale = 1.0f / (shortened ? SHORTEST : length);  // NaN stays
-    product = sum_over_lanes<32>(product) * scale;
-    if (along && lane == 0) along[index] = product;
-    const float weight = (weights ? to_float(weights[layer]) : 1.0f) * scale;
-    const float of_z = shortened ? 0.0f : product * scale;
+        const float length = sqrtf(sum_over_lanes<32>(squares));
+        const bool shortened = length < SHORTEST;
+        const float scale = 1.0f / (shortened ? SHORTEST : length);  // NaN stays
+        product = sum_over_lanes<32>(product) * scale;
+        if (along && lane == 0) along[index] = product;
+        const float weight = (weights ? to_float(weights[layer]) : 1.0f) * scale;
+        const float of_z = shortened ? 0.0f : product * scale;
 #pragma unroll 1
-    for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
-        Piece<T> zs = load_piece(own, column, width, whole);
-        const Piece<T> ds = load_piece(d, column, width, whole);
+        for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
+            const Floats<T> zs = floats(load_piece(own, column, width, whole));
+            const Floats<T> ds = floats(load_piece(d, column, width, whole));
+            Piece<T> dz;
 #pragma unroll
-        for (int i = 0; i < EACH<T>; ++i) {
-            zs.value[i] = rounded<T>(weight * (to_float(ds.value[i]) - of_z * to_float(zs.value[i])));
+            for (int i = 0; i < EACH<T>; ++i) dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i]));
+            store_piece(own, column, width, whole, dz);
         }
-        store_piece(own, column, width, whole, zs);
-    }
+    });
 }
 
 // From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the
@@ -103,62 +106,62 @@ __global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const P
                                                           T *hidden_grad, Means *means) {
     const int64_t index = own_row(), tokens = int64_t(hidden.batch) * hidden.tokens;
     const int channels = hidden.channels, lane = int(threadIdx.x) % 32;
-    const bool whole = hidden.whole;
     const int layer = int(index / tokens), token = int(index % tokens);
     if (layer >= hidden.layers) return;
     const int patch = token % hidden.tokens - (hidden.tokens - hidden.patches);
-    T *const dx = hidden_grad ? hidden_grad + index * channels : nullptr;
-    if (patch < 0) {
-        if (!dx) return;
+    by_wholeness(hidden.whole, [&](auto whole) {
+        T *const dx = hidden_grad ? hidden_grad + index * channels : nullptr;
+        if (patch < 0) {
+            if (!dx) return;
 #pragma unroll 1
-        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
-            store_piece(dx, column, channels, whole, Piece<T>{});
-        }
-        return;
-    }
-    const int row = token / hidden.tokens * hidden.patches + patch;
-    const int64_t place = int64_t(layer) * hidden.rows() + row;
-    const T *const x = hidden.row(layer, row), *const dy = grad + place * channels;
-    const Statistics found = statistics[place];
-    const float share = 1.0f / float(channels);
-
-    // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores what it
-    // returns as dx where `stored`.
-    const auto each_channel = [&](bool stored, auto function) {
-#pragma unroll 1
-        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
-            const Piece<T> xs = load_piece(x, column, channels, whole), dys = load_piece(dy, column, channels, whole);
-            const Piece<T> as = load_piece(norms.shared_weight, column, channels, whole);
-            const Piece<T> cs = load_piece(norms.shared_bias, column, channels, whole);
-            const Piece<T> gs = load_piece(norms.weight + int64_t(layer) * channels, column, channels, whole);
-            Piece<T> result;
-#pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
-                const float x_hat = found.x_hat(to_float(xs.value[i])), a = to_float(as.value[i]);
-                const float u_hat = found.u_hat(x_hat * a + to_float(cs.value[i]));
-                result.value[i] = rounded<T>(function(x_hat, u_hat, to_float(gs.value[i]) * to_float(dys.value[i]), a));
+            for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
+                store_piece(dx, column, channels, whole, Piece<T>{});
             }
-            if (stored) store_piece(dx, column, channels, whole, result);
+            return;
         }
-    };
-    float sum = 0.0f, sum_along = 0.0f;
-    each_channel(false, [&](float, float u_hat, float h, float) {
-        sum += h, sum_along += h * u_hat;
-        return 0.0f;
-    });
-    const Means of_h{sum_over_lanes<32>(sum) * share, sum_over_lanes<32>(sum_along) * share};
-    if (means && lane == 0) means[place] = of_h;
-    if (!dx) return;
-    const auto u_grad = [&](float u_hat, float h) { return (h - of_h.h - u_hat * of_h.h_along) * found.u_scale; };
-    sum = sum_along = 0.0f;
-    each_channel(false, [&](float x_hat, float u_hat, float h, float a) {
-        const float along = a * u_grad(u_hat, h);
-        sum += along, sum_along += along * x_hat;
-        return 0.0f;
-    });
-    const float mean = sum_over_lanes<32>(sum) * share, mean_along = sum_over_lanes<32>(sum_along) * share;
-    each_channel(true, [&](float x_hat, float u_hat, float h, float a) {
-        return (a * u_grad(u_hat, h) - mean - x_hat * mean_along) * found.x_scale;
+        const int row = token / hidden.tokens * hidden.patches + patch;
+        const int64_t place = int64_t(layer) * hidden.rows() + row;
+        const T *const x = hidden.row(layer, row), *const dy = grad + place * channels;
+        const Statistics found = statistics[place];
+        const float share = 1.0f / float(channels);
+
+        // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores what
+        // it returns as dx where `stored`.
+        const auto each_channel = [&](bool stored, auto function) {
+#pragma unroll 1
+            for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
+                const auto read = [&](const T *row) { return floats(load_piece(row, column, channels, whole)); };
+                const Floats<T> xs = read(x), dys = read(dy), gs = read(norms.weight + layer * channels);
+                const Floats<T> as = read(norms.shared_weight), cs = read(norms.shared_bias);
+                Piece<T> result;
+#pragma unroll
+                for (int i = 0; i < EACH<T>; ++i) {
+                    const float x_hat = found.x_hat(xs.value[i]), a = as.value[i];
+                    const float u_hat = found.u_hat(x_hat * a + cs.value[i]);
+                    result.value[i] = rounded<T>(function(x_hat, u_hat, gs.value[i] * dys.value[i], a));
+                }
+                if (stored) store_piece(dx, column, channels, whole, result);
+            }
+        };
+        float sum = 0.0f, sum_along = 0.0f;
+        each_channel(false, [&](float, float u_hat, float h, float) {
+            sum += h, sum_along += h * u_hat;
+            return 0.0f;
+        });
+        const Means of_h{sum_over_lanes<32>(sum) * share, sum_over_lanes<32>(sum_along) * share};
+        if (means && lane == 0) means[place] = of_h;
+        if (!dx) return;
+        const auto u_grad = [&](float u_hat, float h) { return (h - of_h.h - u_hat * of_h.h_along) * found.u_scale; };
+        sum = sum_along = 0.0f;
+        each_channel(false, [&](float x_hat, float u_hat, float h, float a) {
+            const float along = a * u_grad(u_hat, h);
+            sum += along, sum_along += along * x_hat;
+            return 0.0f;
+        });
+        const float mean = sum_over_lanes<32>(sum) * share, mean_along = sum_over_lanes<32>(sum_along) * share;
+        each_channel(true, [&](float x_hat, float u_hat, float h, float a) {
+            return (a * u_grad(u_hat, h) - mean - x_hat * mean_along) * found.x_scale;
+        });
     });
 }
 
@@ -175,15 +178,22 @@ __global__ void __launch_bounds__(THREADS) sum_norm_gradients(const T *grad, con
     const float a = to_float(norms.shared_weight[channel]), c = to_float(norms.shared_bias[channel]);
     const float g = to_float(norms.weight[int64_t(layer) * channels + channel]);
     float a_sum = 0.0f, c_sum = 0.0f, g_sum = 0.0f, b_sum = 0.0f;
+    const T *x = hidden.row(layer, first) + channel;
+    int patch = first % hidden.patches;
+    const int64_t start = int64_t(layer) * rows + first;
+    const T *dy = grad + start * channels + channel;
+    const int together = min(TOGETHER, rows - first);
 #pragma unroll 4
-    for (int row = first; row < min(first + TOGETHER, rows); ++row) {
-        const int64_t place = int64_t(layer) * rows + row;
-        const Statistics found = statistics[place];
-        const Means mean = means[place];
-        const float dy = to_float(grad[place * channels + channel]);
-        const float x_hat = found.x_hat(to_float(hidden.row(layer, row)[channel])), u_hat = found.u_hat(x_hat * a + c);
-        const float du = (g * dy - mean.h - u_hat * mean.h_along) * found.u_scale;
-        a_sum += du * x_hat, c_sum += du, g_sum += dy * u_hat, b_sum += dy;
+    for (int i = 0; i < together; ++i) {
+        const Statistics found = statistics[start + i];
+        const Means mean = means[start + i];
+        const float d = to_float(*dy), x_hat = found.x_hat(to_float(*x)), u_hat = found.u_hat(x_hat * a + c);
+        const float du = (g * d - mean.h - u_hat * mean.h_along) * found.u_scale;
+        a_sum += du * x_hat, c_sum += du, g_sum += d * u_hat, b_sum += d;
+        dy += channels, x += hidden.token_stride;
+        if (++patch == hidden.patches) {  // the next image
+            patch = 0, x += hidden.batch_stride - hidden.patches * hidden.token_stride;
+        }
     }
     float *const target = sums + int64_t(chunk) * 4 * channels + channel;
     const float all[4] = {a_sum, c_sum, g_sum, b_sum};

@@ -58,27 +58,28 @@ __device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const
     each_column([&](int column) {
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const Piece<T> x = load_piece(rows[row], column, channels, whole);
+            const Floats<T> x = floats(load_piece(rows[row], column, channels, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) sums[row] += to_float(x.value[i]);
+            for (int i = 0; i < EACH<T>; ++i) sums[row] += x.value[i];
         }
     });
     float squares[ROWS] = {}, along[ROWS] = {}, offset = 0.0f;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) found[row].x_mean = sum_over_lanes<32>(sums[row]) * share;
     each_column([&](int column) {
-        const Piece<T> a = load_piece(norms.shared_weight, column, channels, whole);
-        const Piece<T> c = load_piece(norms.shared_bias, column, channels, whole);
+        const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
+        const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
 #pragma unroll
-        for (int i = 0; i < EACH<T>; ++i) offset += to_float(c.value[i]);
+        for (int i = 0; i < EACH<T>; ++i) offset += c.value[i];
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const Piece<T> x = load_piece(rows[row], column, channels, whole);
+            const Floats<T> x = floats(load_piece(rows[row], column, channels, whole));
 #pragma unroll
             for (int i = 0; i < EACH<T>; ++i) {
-                const float away = column + i < channels ? to_float(x.value[i]) - found[row].x_mean : 0.0f;
+                const float full = x.value[i] - found[row].x_mean;
+                const float away = whole || column + i < channels ? full : 0.0f;
                 squares[row] += away * away;
-                along[row] += away * to_float(a.value[i]);
+                along[row] += away * a.value[i];
             }
         }
     });
@@ -90,15 +91,15 @@ __device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const
         squares[row] = 0.0f;
     }
     each_column([&](int column) {
-        const Piece<T> a = load_piece(norms.shared_weight, column, channels, whole);
-        const Piece<T> c = load_piece(norms.shared_bias, column, channels, whole);
+        const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
+        const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const Piece<T> x = load_piece(rows[row], column, channels, whole);
+            const Floats<T> x = floats(load_piece(rows[row], column, channels, whole));
 #pragma unroll
             for (int i = 0; i < EACH<T>; ++i) {
-                const float u = found[row].x_hat(to_float(x.value[i])) * to_float(a.value[i]) + to_float(c.value[i]);
-                const float away = column + i < channels ? u - found[row].u_mean : 0.0f;
+                const float u = found[row].x_hat(x.value[i]) * a.value[i] + c.value[i];
+                const float away = whole || column + i < channels ? u - found[row].u_mean : 0.0f;
                 squares[row] += away * away;
             }
         }
@@ -109,21 +110,20 @@ __device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const
     }
 }
 
-// y of a piece of x from `column` on; 0 past the channels.
+// y of a piece of x from `column` on; 0 past the channels, as g and b are, unless the row's statistics are NaN.
 template <typename T>
-__device__ __forceinline__ Piece<T> normalised(const Piece<T> &x, const Statistics &found, const Norms<T> &norms,
+__device__ __forceinline__ Piece<T> normalised(const Floats<T> &x, const Statistics &found, const Norms<T> &norms,
                                                int layer, int column, int channels, bool whole) {
-    const int64_t first = int64_t(layer) * channels;
-    const Piece<T> a = load_piece(norms.shared_weight, column, channels, whole);
-    const Piece<T> c = load_piece(norms.shared_bias, column, channels, whole);
-    const Piece<T> g = load_piece(norms.weight + first, column, channels, whole);
-    const Piece<T> b = load_piece(norms.bias + first, column, channels, whole);
+    const int first = layer * channels;  // `check_patch_tokens` keeps it small
+    const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
+    const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
+    const Floats<T> g = floats(load_piece(norms.weight + first, column, channels, whole));
+    const Floats<T> b = floats(load_piece(norms.bias + first, column, channels, whole));
     Piece<T> y;
 #pragma unroll
     for (int i = 0; i < EACH<T>; ++i) {
-        const float u = found.x_hat(to_float(x.value[i])) * to_float(a.value[i]) + to_float(c.value[i]);
-        const float full = found.u_hat(u) * to_float(g.value[i]) + to_float(b.value[i]);
-        y.value[i] = rounded<T>(column + i < channels ? full : 0.0f);
+        const float u = found.x_hat(x.value[i]) * a.value[i] + c.value[i];
+        y.value[i] = rounded<T>(found.u_hat(u) * g.value[i] + b.value[i]);
     }
     return y;
 }
