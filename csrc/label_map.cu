@@ -15,204 +15,32 @@
 // Scores are compared as integers that order like them, NaN above everything, with the class in the lower half so that
 // the lower one wins among equals.
 
-#include "device/resize.cuh"
-#include "device/warp.cuh"
+#include "device/label_scores.cuh"
 
 namespace ovseg {
 namespace {
 
-constexpr int ROWS = 8, COLUMNS = 32, WARPS = ROWS, THREADS = WARPS * 32;  // a warp takes a row of the rectangle
-constexpr int MOST_WINDOWS = 64;
 constexpr int MOST_LABELS = 8;
 constexpr int PARTS = 2048;     // bounds that a block keeps; where there are more classes, neighbours share one
 constexpr int BOUNDED = 4;      // classes whose bounds a warp works out at a time
 constexpr int PATCH_ROWS = 4;   // logits of each among which it looks for the largest at a time
 constexpr int PATCH_COLUMNS = 32 / PATCH_ROWS;
-constexpr int TOGETHER = 4;     // classes whose scores a thread works out together where all are wanted
+constexpr int TOGETHER = 2;     // classes whose scores a thread works out together where all are wanted
 constexpr int EACH_BLOCK = 16;  // classes that a block takes there
 
 constexpr int32_t LAST = INT32_MAX, NONE = INT32_MIN;
 constexpr float SLACK = 1e-5f;  // how far rounding may lift a score above its bound
 
-template <typename T>
-struct Arguments {
-    const T *logits, *whole, *offset;
-    T *scores;
-    int32_t *labels;
-    int64_t area;  // of a map of logits
-    int windows, classes, k, out_height, out_width, window_height, window_width;
-    Resizing from_maps, from_window, from_canvas;  // maps -> window; the whole image's window -> canvas -> result
-    int tops[MOST_WINDOWS], lefts[MOST_WINDOWS];
-
-    __device__ __forceinline__ bool meets(int window, Rectangle r) const {
-        return tops[window] <= r.bottom && tops[window] + window_height > r.top && lefts[window] <= r.right &&
-               lefts[window] + window_width > r.left;
-    }
-
-    __device__ __forceinline__ int64_t at(int window, int c) const {  // where a map begins
-        return (int64_t(window) * classes + c) * area;
-    }
-};
-
-struct Window {  // one that meets the block's rectangle
-    int number, top, left;
-    Rectangle logits;  // that the rectangle reads
+// The largest bound, the first part of the classes that has it, and the lowest of the pixels' k-th scores, as keys.
+struct alignas(16) Choice {
+    int key, part, last;
 };
 
 struct Shared {
-    Window windows[MOST_WINDOWS];
-    Rectangle whole;  // of its logits, that the rectangle reads
-    int count;
+    WindowsBelow windows;
     int bounds[PARTS];
-    int64_t largest[2][WARPS];
-    int last[2][WARPS];
+    Choice choices[2][WARPS];
 };
-
-// The block's rectangle number `tile` of the result, and its threads' pixels.
-struct Target {
-    int top, left, height, width;  // the result's height and width
-
-    template <typename T>
-    __device__ __forceinline__ Target(const Arguments<T> &a, int tile) : height(a.out_height), width(a.out_width) {
-        const int across = (width + COLUMNS - 1) / COLUMNS;
-        top = tile / across * ROWS, left = tile % across * COLUMNS;
-    }
-
-    __device__ __forceinline__ Rectangle rectangle() const {
-        return {top, left, min(top + ROWS, height) - 1, min(left + COLUMNS, width) - 1};
-    }
-
-    __device__ __forceinline__ int row() const { return top + recomputed(int(threadIdx.x)) / COLUMNS; }
-    __device__ __forceinline__ int column() const { return left + recomputed(int(threadIdx.x)) % COLUMNS; }
-    __device__ __forceinline__ bool there() const { return row() < height && column() < width; }
-    __device__ __forceinline__ int64_t place() const { return int64_t(row()) * width + column(); }
-};
-
-// What a thread's pixel reads of the canvas; pixels beyond the border repeat the last one.
-struct Pixel {
-    Taps y, x;
-
-    __device__ __forceinline__ Pixel(const Target &target, const Resizing &from_canvas) {
-        const int row = min(target.row(), target.height - 1), column = min(target.column(), target.width - 1);
-        y = from_canvas.needed ? from_canvas.y.taps(row) : Taps{row, row, 0.0f};
-        x = from_canvas.needed ? from_canvas.x.taps(column) : Taps{column, column, 0.0f};
-    }
-};
-
-// Lists the windows below a block's rectangle of the result, in their order.
-template <typename T>
-__device__ __forceinline__ void find(const Arguments<T> &a, Shared &shared, const Target &target) {
-    const int thread = int(threadIdx.x);
-    const Rectangle below = a.from_canvas.source(target.rectangle());
-    if (thread <= a.windows) {
-        int place = 0;
-#pragma unroll 1
-        for (int n = 0; n < thread; ++n) place += a.meets(n, below);
-        if (thread == a.windows) {
-            shared.count = place;
-            shared.whole = a.from_maps.source(a.from_window.source(below));
-        } else if (a.meets(thread, below)) {
-            const int from_y = a.tops[thread], from_x = a.lefts[thread];
-            const Rectangle inside{max(below.top - from_y, 0), max(below.left - from_x, 0),
-                                   min(below.bottom - from_y, a.window_height - 1),
-                                   min(below.right - from_x, a.window_width - 1)};
-            shared.windows[place] = {thread, from_y, from_x, a.from_maps.source(inside)};
-        }
-    }
-    __syncthreads();
-}
-
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-
-// What a pixel of a window reads of its map of logits, whatever the class.
-struct Source {
-    int above_left, above_right, below_left, below_right;
-    float down, along;
-    bool resized;
-
-    __device__ __forceinline__ Source(const Resizing &from_maps, int y, int x) : resized(from_maps.needed) {
-        const int width = from_maps.x.size;
-        const Taps v = resized ? from_maps.y.taps(y) : Taps{y, y, 0.0f};
-        const Taps h = resized ? from_maps.x.taps(x) : Taps{x, x, 0.0f};
-        above_left = v.low * width + h.low, above_right = v.low * width + h.high;
-        below_left = v.high * width + h.low, below_right = v.high * width + h.high;
-        down = v.weight, along = h.weight;
-    }
-
-    template <typename T>
-    __device__ __forceinline__ float probability(const T *map) const {
-        float logit = to_float(map[above_left]);
-        if (resized) {
-            const float upper = mixed(logit, to_float(map[above_right]), along);
-            const float lower = mixed(to_float(map[below_left]), to_float(map[below_right]), along);
-            logit = mixed(upper, lower, down);
-        }
-        return sigmoid(logit);
-    }
-};
-
-// Scores of N classes from `first` on at pixel (y, x) of the canvas; beyond the last class, that one's again.
-template <int N, typename T>
-__device__ __forceinline__ void score_canvas(float (&total)[N], const Arguments<T> &a, const Shared &shared, int first,
-                                             int y, int x) {
-    const T *maps[N];
-    float lowered[N];
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const int c = min(first + i, a.classes - 1);
-        maps[i] = a.logits + a.at(0, c);
-        lowered[i] = a.offset ? to_float(a.offset[c]) : 0.0f;
-        total[i] = 0.0f;
-    }
-#pragma unroll 1
-    for (int n = 0; n < shared.count; ++n) {
-        const Window &window = shared.windows[n];
-        const int within_y = y - window.top, within_x = x - window.left;
-        if (within_y < 0 || within_y >= a.window_height || within_x < 0 || within_x >= a.window_width) continue;
-        const Source source(a.from_maps, within_y, within_x);
-        const int64_t start = a.at(window.number, 0);
-#pragma unroll
-        for (int i = 0; i < N; ++i) total[i] += source.probability(maps[i] + start);
-        ++count;
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) total[i] = fmaf(total[i], __fdividef(1.0f, float(count)), -lowered[i]);
-    if (!a.whole) return;
-
-    float certain[N] = {};
-    const Taps v = a.from_window.needed ? a.from_window.y.taps(y) : Taps{y, y, 0.0f};
-    const Taps h = a.from_window.needed ? a.from_window.x.taps(x) : Taps{x, x, 0.0f};
-#pragma unroll 1
-    for (int corner = 0; corner < (a.from_window.needed ? 4 : 1); ++corner) {
-        const Source source(a.from_maps, corner & 2 ? v.high : v.low, corner & 1 ? h.high : h.low);
-        const float weight = (corner & 2 ? v.weight : 1.0f - v.weight) * (corner & 1 ? h.weight : 1.0f - h.weight);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const T *const map = a.whole + a.at(0, min(first + i, a.classes - 1));
-            certain[i] = fmaf(weight, source.probability(map), certain[i]);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) total[i] = (total[i] + certain[i]) * 0.5f;
-}
-
-// Scores of N classes from `first` on.
-template <int N, typename T>
-__device__ __forceinline__ void score(float (&total)[N], const Arguments<T> &a, const Shared &shared, int first,
-                                      const Pixel &pixel) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) total[i] = 0.0f;
-#pragma unroll 1
-    for (int corner = 0; corner < (a.from_canvas.needed ? 4 : 1); ++corner) {
-        const Taps &v = pixel.y, &h = pixel.x;
-        const float weight = (corner & 2 ? v.weight : 1.0f - v.weight) * (corner & 1 ? h.weight : 1.0f - h.weight);
-        float part[N];
-        score_canvas(part, a, shared, first, corner & 2 ? v.high : v.low, corner & 1 ? h.high : h.low);
-#pragma unroll
-        for (int i = 0; i < N; ++i) total[i] = fmaf(weight, part[i], total[i]);
-    }
-}
 
 // An integer that orders like the score, and the score again.
 __device__ __forceinline__ int key(float score) {
@@ -230,95 +58,98 @@ __device__ __forceinline__ int64_t order(int key, int number) {
 __device__ __forceinline__ int key_of(int64_t order) { return int(order >> 32); }
 __device__ __forceinline__ int number_of(int64_t order) { return int(order & LAST) ^ LAST; }
 
-__device__ __forceinline__ int64_t maximum_of_warp(int64_t x) {
+#ifdef __CUDACC__
+__device__ __forceinline__ int maximum_of_warp(int x) { return __reduce_max_sync(ALL_LANES, x); }
+__device__ __forceinline__ int minimum_of_warp(int x) { return __reduce_min_sync(ALL_LANES, x); }
+#else
+inline int maximum_of_warp(int x) {
+    for (int distance = 16; distance; distance /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
+}
+inline int minimum_of_warp(int x) { return ~maximum_of_warp(~x); }
+#endif
+
+__device__ __forceinline__ Choice choice_of_warp(const Choice &own) {
+    const int key = maximum_of_warp(own.key);
+    return {key, minimum_of_warp(own.key == key ? own.part : LAST), minimum_of_warp(own.last)};
+}
+
+// The largest of all lanes' numbers i, for the lanes whose number is i modulo N; NaN is passed over.
+template <int N>
+__device__ __forceinline__ float shared_maximum(float (&x)[N], int lane) {
 #pragma unroll
-    for (int distance = 16; distance; distance /= 2) {
-        const uint32_t upper = __shfl_xor_sync(ALL_LANES, uint32_t(x >> 32), distance);
-        const uint32_t lower = __shfl_xor_sync(ALL_LANES, uint32_t(x), distance);
-        x = max(x, int64_t(uint64_t(upper) << 32 | lower));
+    for (int half = N / 2; half; half /= 2) {  // a lane gives away those that are not its own
+        const bool upper = lane & half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const float other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + half], half);
+            x[i] = fmaxf(upper ? x[i + half] : x[i], other);
+        }
     }
-    return x;
-}
-
-__device__ __forceinline__ int minimum_of_warp(int x) {
 #pragma unroll
-    for (int distance = 16; distance; distance /= 2) x = min(x, __shfl_xor_sync(ALL_LANES, x, distance));
-    return x;
+    for (int distance = N; distance < 32; distance *= 2) {
+        x[0] = fmaxf(x[0], __shfl_xor_sync(ALL_LANES, x[0], distance));
+    }
+    return x[0];
 }
 
-// Keys of what the scores of BOUNDED classes do not exceed in the block's rectangle, above all others where that is
-// unknown: of classes `first`, `first` + `step`, ..., beyond the last class, that one's again. A warp works them out
-// together. Every averaging keeps below the largest.
+// The key of what the scores of a class do not exceed in the block's rectangle, above all others where that is unknown.
+// A warp works it out for BOUNDED classes `first`, `first` + `step`, ..., beyond the last class that one's again; the
+// lanes below BOUNDED get it, one class each. Every averaging keeps below the largest.
 template <typename T>
-__device__ __forceinline__ void bound(int (&keys)[BOUNDED], const Arguments<T> &a, const Shared &shared, int first,
-                                      int step, int lane) {
-    float found[BOUNDED], bounds[BOUNDED];
-    // Larger of what was found and the logits in a rectangle; infinity where one is no finite number.
-    const auto search = [&](const T *start, Rectangle r) {
-        const T *maps[BOUNDED];
+__device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
+    float largest[2 * BOUNDED], spoilt[2 * BOUNDED] = {};  // of the windows' logits, of the whole image's
 #pragma unroll
-        for (int i = 0; i < BOUNDED; ++i) maps[i] = start + a.at(0, min(first + i * step, a.classes - 1));
+    for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = -INFINITY;
+    int64_t maps[BOUNDED];
+#pragma unroll
+    for (int i = 0; i < BOUNDED; ++i) maps[i] = a.at(0, min(first + i * step, a.classes - 1));
+    const auto search = [&](const T *start, Rectangle r, int kind) {
+        const T *own[BOUNDED];
+#pragma unroll
+        for (int i = 0; i < BOUNDED; ++i) own[i] = start + maps[i];
 #pragma unroll 1
         for (int y = r.top + lane / PATCH_COLUMNS; y <= r.bottom; y += PATCH_ROWS) {
 #pragma unroll 1
             for (int x = r.left + lane % PATCH_COLUMNS; x <= r.right; x += PATCH_COLUMNS) {
+                const uint32_t place = y * a.from_maps.x.size + x;
 #pragma unroll
                 for (int i = 0; i < BOUNDED; ++i) {
-                    const float logit = to_float(maps[i][y * a.from_maps.x.size + x]);
-                    found[i] = fmaxf(found[i], fabsf(logit) < INFINITY ? logit : INFINITY);
+                    const float logit = to_float(own[i][place]);
+                    largest[kind * BOUNDED + i] = fmaxf(largest[kind * BOUNDED + i], logit);
+                    spoilt[kind * BOUNDED + i] = fmaf(logit, 0.0f, spoilt[kind * BOUNDED + i]);  // NaN if not finite
                 }
             }
         }
     };
-    const auto certainty = [](float found) {
-        found = maximum_over_lanes<32>(found);
-        return found < INFINITY ? sigmoid(found) : INFINITY;
-    };
-#pragma unroll
-    for (int i = 0; i < BOUNDED; ++i) found[i] = -INFINITY;
 #pragma unroll 1
-    for (int n = 0; n < shared.count; ++n) {
-        const Window &window = shared.windows[n];
-        search(a.logits + a.at(window.number, 0), window.logits);
-    }
+    for (int n = 0; n < windows.count; ++n) search(a.logits + windows.list[n].start, windows.list[n].logits, 0);
+    if (a.whole) search(a.whole, windows.whole, 1);
 #pragma unroll
-    for (int i = 0; i < BOUNDED; ++i) {
-        bounds[i] = certainty(found[i]);
-        if (a.offset) bounds[i] -= to_float(a.offset[min(first + i * step, a.classes - 1)]);
-        found[i] = -INFINITY;
-    }
-    if (a.whole) search(a.whole, shared.whole);
-#pragma unroll
-    for (int i = 0; i < BOUNDED; ++i) {
-        if (a.whole) bounds[i] = (bounds[i] + certainty(found[i])) * 0.5f;
-        const float raised = bounds[i] + SLACK * (1.0f + fabsf(bounds[i]));
-        keys[i] = fabsf(raised) < INFINITY ? key(raised) : LAST;
-    }
+    for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = spoilt[i] == 0.0f ? largest[i] : INFINITY;
+    const float own = shared_maximum(largest, lane);
+    float bound = own < INFINITY ? sigmoid(own) : INFINITY;
+    const float certain = __shfl_xor_sync(ALL_LANES, bound, BOUNDED);
+    if (a.offset) bound -= to_float(a.offset[min(first + lane % BOUNDED * step, a.classes - 1)]);
+    if (a.whole) bound = (bound + certain) * 0.5f;
+    bound += SLACK * (1.0f + fabsf(bound));
+    return fabsf(bound) < INFINITY ? key(bound) : LAST;
 }
 
 // The best `k` ≤ K classes of each pixel.
 template <typename T, int K>
-__global__ void __launch_bounds__(THREADS, 4) top_labels(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, K == 1 ? 4 : K <= 4 ? 3 : 2) top_labels(const LabelMap<T> a) {
     Shared &shared = *reinterpret_cast<Shared *>(shared_memory());
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Target target(a, int(blockIdx.x));
-    find(a, shared, target);
+    find(a, shared.windows, target);
     const int each = (a.classes - 1) / PARTS + 1, parts = (a.classes - 1) / each + 1;
 #pragma unroll 1
     for (int part = warp * BOUNDED; part < parts; part += WARPS * BOUNDED) {
-        int highest[BOUNDED], keys[BOUNDED];
-#pragma unroll
-        for (int i = 0; i < BOUNDED; ++i) highest[i] = NONE;
+        int highest = NONE;
 #pragma unroll 1
-        for (int i = 0; i < each; ++i) {
-            bound(keys, a, shared, part * each + i, each, lane);
-#pragma unroll
-            for (int j = 0; j < BOUNDED; ++j) highest[j] = max(highest[j], keys[j]);
-        }
-#pragma unroll
-        for (int i = 0; i < BOUNDED; ++i) {
-            if (lane == 0 && part + i < parts) shared.bounds[part + i] = highest[i];
-        }
+        for (int i = 0; i < each; ++i) highest = max(highest, bound(a, shared.windows, part * each + i, each, lane));
+        if (lane < BOUNDED && part + lane < parts) shared.bounds[part + lane] = highest;
     }
     __syncthreads();
 
@@ -329,27 +160,25 @@ __global__ void __launch_bounds__(THREADS, 4) top_labels(const Arguments<T> a) {
 #pragma unroll 1
     for (int turn = 0;; turn ^= 1) {
         // The part with the largest bound of those that are left, and the lowest of the pixels' k-th scores.
-        int64_t chosen = INT64_MIN;
+        Choice choice{NONE, LAST, NONE};
 #pragma unroll 1
-        for (int part = thread; part < parts; part += THREADS) chosen = max(chosen, order(shared.bounds[part], part));
-        int last = NONE;
-#pragma unroll
-        for (int r = 0; r < K; ++r) last = r < a.k ? key_of(best[r]) : last;
-        chosen = maximum_of_warp(chosen), last = minimum_of_warp(last);
-        if (lane == 0) shared.largest[turn][warp] = chosen, shared.last[turn][warp] = last;
-        __syncthreads();
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            chosen = max(chosen, shared.largest[turn][w]);
-            last = min(last, shared.last[turn][w]);
+        for (int part = thread; part < parts; part += THREADS) {
+            const int key = shared.bounds[part];
+            if (key > choice.key) choice.key = key, choice.part = part;
         }
-        if (key_of(chosen) == NONE || key_of(chosen) < last) break;
-        const int part = number_of(chosen);
+#pragma unroll
+        for (int r = 0; r < K; ++r) choice.last = r < a.k ? key_of(best[r]) : choice.last;
+        choice = choice_of_warp(choice);
+        if (lane == 0) shared.choices[turn][warp] = choice;
+        __syncthreads();
+        choice = choice_of_warp(shared.choices[turn][lane % WARPS]);
+        if (choice.key == NONE || choice.key < choice.last) break;
+        const int part = choice.part;
         if (part % THREADS == thread) shared.bounds[part] = NONE;  // done; only this thread looks at it
 #pragma unroll 1
         for (int c = part * each; c < min((part + 1) * each, a.classes); ++c) {
             float found[1];
-            score(found, a, shared, c, pixel);
+            pixel.score(found, a, shared.windows, c);
             int64_t candidate = order(key(found[0]), c);
 #pragma unroll
             for (int r = 0; r < K; ++r) {
@@ -371,17 +200,17 @@ __global__ void __launch_bounds__(THREADS, 4) top_labels(const Arguments<T> a) {
 
 // All scores.
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) score_map(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, 3) score_map(const LabelMap<T> a) {
     Shared &shared = *reinterpret_cast<Shared *>(shared_memory());
     const int runs = (a.classes - 1) / EACH_BLOCK + 1;
     const Target target(a, int(blockIdx.x) / runs);
-    find(a, shared, target);
+    find(a, shared.windows, target);
     const Pixel pixel(target, a.from_canvas);
     const int first = int(blockIdx.x) % runs * EACH_BLOCK, end = min(first + EACH_BLOCK, a.classes);
 #pragma unroll 1
     for (int c = first; c < end; c += TOGETHER) {
         float found[TOGETHER];
-        score(found, a, shared, c, pixel);
+        pixel.score(found, a, shared.windows, c);
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
             const int64_t place = target.place() + int64_t(a.out_height) * a.out_width * (c + i);
@@ -411,7 +240,7 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        Arguments<T> a{in(logits), in(whole), in(offset), static_cast<T *>(scores), labels, height * width,
+        LabelMap<T> a{in(logits), in(whole), in(offset), static_cast<T *>(scores), labels, height * width,
                        int(windows), int(classes), int(k), int(out_height), int(out_width), int(window_height),
                        int(window_width), Resizing(height, width, window_height, window_width),
                        Resizing(window_height, window_width, canvas_height, canvas_width),

@@ -48,23 +48,22 @@ struct Projections {
 
     const T *source;  // of the thread's first piece of the next stage
     int layers, channels, width, chunks;
-    int row, column, target;  // the piece's in a stage; its place in the tile
-    int passed = 0;           // rows of the layer in earlier stages
+    int target;      // that piece's place in the tile
+    int present;     // rows of the layer from it on; none or less past the width
+    int passed = 0;  // rows of the layer in earlier stages
 
     __device__ __forceinline__ Projections(const T *first, int layers, int channels, int width, int chunks)
         : layers(layers), channels(channels), width(width), chunks(chunks) {
-        const int thread = recomputed(int(threadIdx.x));
-        row = thread / PIECES, column = thread % PIECES * EACH<T>;
-        target = tile_offset<COLUMNS * int(sizeof(T))>(row, thread % PIECES);
+        const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, column = thread % PIECES * EACH<T>;
         source = first + row * width + column;
+        target = tile_offset<COLUMNS * int(sizeof(T))>(row, thread % PIECES);
+        present = column < width ? channels - row : INT32_MIN / 2;
     }
 
     __device__ __forceinline__ int stages() const { return layers * chunks * STEPS; }
 
     __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
-        const int left = channels - passed;                  // rows of the layer
-        const int present = column < width ? left - row : 0;  // of them, from the thread's first one on
-        // `row` is less than AT_ONCE: what a row's pieces are exchanged by, row + at, is row ^ at
+        // The first row is less than AT_ONCE: what a row's pieces are exchanged by, first + at, is first ^ at.
         const auto place = [&](int at) { return buffer + at * COLUMNS * int(sizeof(T)) + (target ^ (at & 7) * 16); };
         const T *piece = source;
         if (whole_pieces<T>(width)) {
@@ -73,15 +72,16 @@ struct Projections {
                 copy_async(place(at), piece, at < present);
             }
         } else {
+            const int column = recomputed(int(threadIdx.x)) % PIECES * EACH<T>;
 #pragma unroll 1
             for (int at = 0; at < K<T>; at += AT_ONCE, piece += AT_ONCE * width) {
                 const int count = at < present ? width - column : 0;
                 store(reinterpret_cast<T *>(place(at)), load_piece(piece, 0, count, false));
             }
         }
-        source += min(K<T>, max(left, 0)) * width;
-        passed += K<T>;
-        if (passed == chunks * STEPS * K<T>) passed = 0;
+        source += max(min(K<T>, channels - passed), 0) * width;
+        passed += K<T>, present -= K<T>;
+        if (passed == chunks * STEPS * K<T>) present += passed, passed = 0;
     }
 };
 
@@ -132,24 +132,33 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         __syncthreads();
 
         // A thread normalises one piece of a chunk. Finding the statistics has brought it near, and the ring is full.
-        const int piece_row = thread / CHUNK_PIECES, piece = thread % CHUNK_PIECES;
-        const bool normalises = piece_row < ROWS;
-        const T *const source = token(layer, normalises ? piece_row : 0);
+        const bool normalises = thread < ROWS * CHUNK_PIECES;
+        const T *const source = token(layer, normalises ? thread / CHUNK_PIECES : 0);
         D d[ROW_TILES][COUNT] = {};
         int chunk = 0;
         do {  // there is at least one chunk
             lane = recomputed(lane);
             const Tile<T, CHANNELS> tokens{chunk_memory + chunk % 2 * Layout::CHUNK};
             if (normalises) {
-                by_wholeness(a.hidden.whole, [&](auto whole) {
-                    const int column = chunk * CHANNELS + piece * EACH<T>;
-                    const Floats<T> x = floats(load_piece(source, column, channels, whole));
-                    store(tokens.at(piece_row, piece * EACH<T>),
-                          normalised(x, statistics[piece_row], a.norms, layer, column, channels, whole));
-                });
+                const int piece_row = thread / CHUNK_PIECES, within = thread % CHUNK_PIECES * EACH<T>;
+                const int column = chunk * CHANNELS + within;
+                T *const place = tokens.at(piece_row, within);
+                if (a.hidden.whole) {
+                    const Floats<T> x = floats(load_piece(source, column, channels, true));
+                    store(place, normalised(x, statistics[piece_row], a.norms, layer, column, channels, true));
+                } else {
+#pragma unroll 1
+                    for (int i = 0; i < EACH<T>; ++i) {
+                        const bool present = column + i < channels;
+                        place[i] = present ? normalised(source[column + i], statistics[piece_row], a.norms, layer,
+                                                        column + i, channels)
+                                           : rounded<T>(0.0f);
+                    }
+                }
             }
-#pragma unroll
+#pragma unroll(SUMMED ? STEPS : 1)  // without a sum two blocks share the registers
             for (int step = 0; step < STEPS; ++step) {
+                if (!SUMMED) lane = recomputed(lane);
                 const Tile<T, COLUMNS> projection{stages.next()};
                 A factors[ROW_TILES];
 #pragma unroll

@@ -1,8 +1,10 @@
 // Cosines between 128 image embeddings and 16 text embeddings, 16 of the image's to each of eight warps. Products and
-// squares of both sides are summed in one pass over the channels, which come through shared memory a stage at a time.
+// squares of both sides are summed in one pass over the channels, which come through shared memory a stage at a time, in
+// rows of 128 bytes: the image's, then the text's.
 
 #pragma once
 
+#include "pieces.cuh"
 #include "transformer.cuh"
 
 namespace ovseg {
@@ -10,72 +12,96 @@ namespace ovseg {
 constexpr int PIXELS = 128, TEXTS = 16, COSINE_THREADS = PIXELS / 16 * 32;
 constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
 
-// Copies 16 bytes of a row of `columns` numbers, from `column` on, into a tile: zeros beyond its end, and where `present` is
-// false. Rows that are no multiple of 16 bytes (`whole` is false) are read number by number, at once.
+// Copies 16 bytes of a row, of which `left` numbers are left, into a tile; zeros beyond its end. Rows that are no whole
+// pieces are read number by number, at once.
 template <typename T>
-__device__ __forceinline__ void copy_piece(void *target, const T *row, int column, int columns, bool present,
-                                           bool whole) {
-    constexpr int EACH = 16 / int(sizeof(T));
+__device__ __forceinline__ void copy_piece(void *target, const T *source, int left, bool whole) {
     if (whole) {
-        const bool there = present && column < columns;
-        copy_async(target, there ? row + column : row, there);
+        copy_async(target, source, left > 0);
     } else {
-        Piece<T> piece;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            piece.value[i] = present && column + i < columns ? row[column + i] : rounded<T>(0.0f);
-        }
-        store<T, EACH>(static_cast<T *>(target), piece);
+        store(static_cast<T *>(target), load_piece(source, 0, left, false));
     }
 }
 
-// The stages of both sides: rows of 128 bytes, of the image, then of the text.
+// The stages of both sides. A thread copies the same piece of every AT_ONCE-th row.
 template <typename T>
 struct Embeddings {
     static constexpr int WIDTH = 128 / int(sizeof(T));
     static constexpr int BYTES = (PIXELS + TEXTS) * 128;
+    static constexpr int AT_ONCE = COSINE_THREADS / 8, OWN = PIXELS / AT_ONCE;
+    static_assert(PIXELS % AT_ONCE == 0 && TEXTS <= AT_ONCE, "the text's rows are one of a thread at most");
 
-    const T *image, *text;
-    const int *places;  // the pixels' rows of `image`, or −1
-    int texts, channels;
+    const T *sources[OWN + 1];  // of the thread's pieces of the next stage: of the image, and of the text
+    int left[OWN + 1];          // numbers of their rows from there on; none or less where there is no row
+    int target, channels, texts;
+
+    // places: the pixels' rows of `image`, or −1
+    __device__ __forceinline__ Embeddings(const T *image, const T *text, const int *places, int texts, int channels)
+        : channels(channels), texts(texts) {
+        const int thread = recomputed(int(threadIdx.x)), row = thread / 8, column = thread % 8 * EACH<T>;
+        target = tile_offset<128>(row, thread % 8);
+#pragma unroll
+        for (int i = 0; i <= OWN; ++i) {
+            const int place = i < OWN ? places[row + i * AT_ONCE] : row < texts ? row : -1;
+            sources[i] = (i < OWN ? image : text) + int64_t(max(place, 0)) * channels + column;
+            left[i] = place < 0 ? 0 : channels - column;
+        }
+    }
 
     __device__ __forceinline__ int stages() const { return (channels + WIDTH - 1) / WIDTH; }
 
-    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
-        constexpr int PIECES = 8, EACH = 16 / int(sizeof(T));
-        const Tile<T, WIDTH> rows{buffer};
-        const bool whole = channels % EACH == 0;
-#pragma unroll 1
-        for (int i = int(threadIdx.x); i < (PIXELS + TEXTS) * PIECES; i += COSINE_THREADS) {
-            const int row = i / PIECES, piece = i % PIECES;
-            const int place = row < PIXELS ? places[row] : row - PIXELS < texts ? row - PIXELS : -1;
-            const T *const source = (row < PIXELS ? image : text) + int64_t(max(place, 0)) * channels;
-            copy_piece(rows.piece(row, piece), source, stage * WIDTH + piece * EACH, channels, place >= 0, whole);
-        }
+    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+        by_wholeness(whole_pieces<T>(channels), [&](auto whole) {
+#pragma unroll
+            for (int i = 0; i <= OWN; ++i) {
+                if (i == OWN && int(threadIdx.x) >= 8 * TEXTS) continue;
+                copy_piece(buffer + target + i * AT_ONCE * 128, sources[i], left[i], whole);
+            }
+        });
+#pragma unroll
+        for (int i = 0; i <= OWN; ++i) sources[i] += WIDTH, left[i] -= WIDTH;
     }
 };
-
-template <typename T>
-__device__ __forceinline__ float square(uint32_t word) {  // or two of them
-    if constexpr (sizeof(T) == 2) {
-        T pair[2];
-        memcpy(pair, &word, 4);
-        const float first = to_float(pair[0]), second = to_float(pair[1]);
-        return first * first + second * second;
-    } else {
-        return __uint_as_float(word) * __uint_as_float(word);
-    }
-}
 
 __device__ __forceinline__ float length_of(float squares) {
     const float length = sqrtf(squares);
     return length < SHORTEST ? SHORTEST : length;  // NaN stays
 }
 
-// d = cosines of the warp's 16 pixels, rows, with the 16 texts, columns.
+// Sums of the squares of 16 rows. Those of 16-bit numbers are the diagonal of the rows' products with each other: a
+// factor's rows are, as they lie in the lanes, also columns of the other one.
+template <typename T>
+struct Squares {
+    D products[2] = {};  // with rows 0..7, with rows 8..15
+
+    __device__ __forceinline__ void add(const A &a) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if constexpr (sizeof(T) == 2) {
+                mma<T>(products[i], a, B{{a.word[i], a.word[i + 2]}});
+            } else {
+                const float first = __uint_as_float(a.word[i]), second = __uint_as_float(a.word[i + 2]);
+                products[i].value[0] = fmaf(first, first, fmaf(second, second, products[i].value[0]));
+            }
+        }
+    }
+
+    // Of row lane / 4 + 8 · i.
+    __device__ __forceinline__ float of_row(int i, int lane) const {
+        if constexpr (sizeof(T) == 2) {
+            const int row = lane / 4;  // of the diagonal: in lane row / 2 of its four, value row % 2
+            const float value = row % 2 ? products[i].value[2 * i + 1] : products[i].value[2 * i];
+            return __shfl_sync(ALL_LANES, value, 4 * row + row / 2);
+        } else {
+            return sum_over_lanes<4>(products[i].value[0]);
+        }
+    }
+};
+
+// The cosines of a warp's 16 pixels and all texts, in the layout of a product.
 template <typename T, typename Stages>
 __device__ __forceinline__ void cosines(D (&d)[TEXTS / 8], Stages &stages, int warp, int lane) {
-    float pixels[2] = {}, texts[2] = {};  // squares
+    Squares<T> pixels, texts;
     d[0] = d[1] = {};
 #pragma unroll 1
     for (int stage = 0; stage < stages.stages; ++stage) {
@@ -85,25 +111,22 @@ __device__ __forceinline__ void cosines(D (&d)[TEXTS / 8], Stages &stages, int w
             const A a = load_a(rows.rows_from(16 * warp), k, lane);
             B b[2];
             load_b(b, rows.rows_from(PIXELS), k, lane);
+            pixels.add(a);
+            texts.add({{b[0].word[0], b[1].word[0], b[0].word[1], b[1].word[1]}});
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                pixels[i] += square<T>(a.word[i]) + square<T>(a.word[i + 2]);
-                texts[i] += square<T>(b[i].word[0]) + square<T>(b[i].word[1]);
-                mma<T>(d[i], a, b[i]);
-            }
+            for (int i = 0; i < 2; ++i) mma<T>(d[i], a, b[i]);
         }
     }
+    float of_pixel[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        pixels[i] = length_of(sum_over_lanes<4>(pixels[i]));
-        texts[i] = length_of(sum_over_lanes<4>(texts[i]));
-    }
+    for (int i = 0; i < 2; ++i) of_pixel[i] = fast_reciprocal(length_of(pixels.of_row(i, lane)));
 #pragma unroll
     for (int n = 0; n < TEXTS / 8; ++n) {
+        const float own = fast_reciprocal(length_of(texts.of_row(n, lane)));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float text = __shfl_sync(ALL_LANES, texts[n], 4 * d_column(lane, i));  // who read that text's row
-            d[n].value[i] = d[n].value[i] / text / pixels[i / 2];
+            const float of_text = __shfl_sync(ALL_LANES, own, 4 * d_column(lane, i));  // who holds that text's row
+            d[n].value[i] = d[n].value[i] * of_text * of_pixel[i / 2];
         }
     }
 }

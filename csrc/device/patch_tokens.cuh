@@ -128,6 +128,15 @@ __device__ __forceinline__ Piece<T> normalised(const Floats<T> &x, const Statist
     return y;
 }
 
+// The same of a single number.
+template <typename T>
+__device__ __forceinline__ T normalised(T x, const Statistics &found, const Norms<T> &norms, int layer, int column,
+                                        int channels) {
+    const int own = layer * channels + column;
+    const float u = found.x_hat(to_float(x)) * to_float(norms.shared_weight[column]) + to_float(norms.shared_bias[column]);
+    return rounded<T>(found.u_hat(u) * to_float(norms.weight[own]) + to_float(norms.bias[own]));
+}
+
 // Whether a launch takes these sizes: an ovseg.h error code.
 inline int check_patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
                               int64_t channels) {

@@ -37,6 +37,11 @@ struct Resizing {
           x{int(width), float(width) / float(new_width)},
           needed(height != new_height || width != new_width) {}
 
+    __device__ __forceinline__ Taps down(int row) const { return needed ? y.taps(row) : Taps{row, row, 0.0f}; }
+    __device__ __forceinline__ Taps along(int column) const {
+        return needed ? x.taps(column) : Taps{column, column, 0.0f};
+    }
+
     // What the pixels of a rectangle read.
     __device__ __forceinline__ Rectangle source(Rectangle r) const {
         if (!needed) return r;
