@@ -19,7 +19,6 @@
 namespace ovseg {
 namespace {
 
-constexpr int LARGEST = 11;   // window, whose 121 pixels are the halo of one
 constexpr int RING = 3;
 constexpr int OUTPUTS = 128;  // at a time
 constexpr int TAPS = 64;      // elements of the windows at a time
@@ -27,8 +26,6 @@ constexpr int PITCH = PIXELS + 8;  // between the costs of two texts, so that th
 constexpr int ZERO = TEXTS * PITCH;  // the place of a zero behind them
 constexpr int WARPS = COSINE_THREADS / 32;
 
-template <typename T>
-constexpr int EACH = 16 / int(sizeof(T));
 template <typename T>
 constexpr int GROUP = 4 * EACH<T>;  // outputs of which a lane has EACH neighbours
 
@@ -45,6 +42,7 @@ template <typename T>
 struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
     unsigned char weights[OUTPUTS * TAPS * sizeof(T)];
+    float bias[OUTPUTS];
     T costs[ZERO + 8];
     int sources[PIXELS];  // of tile and halo: positions in the map, −1 beyond
     int targets[PIXELS];  // of the tile, likewise
@@ -99,7 +97,7 @@ struct Block {
 
     // The costs of `texts` embeddings from prompt `prompt` on, whose copies begin with `stages`.
     __device__ __forceinline__ Embeddings<T> embeddings(int prompt, int texts) const {
-        return {image, text + int64_t(prompt) * a.channels, shared.sources, texts, a.channels};
+        return Embeddings<T>(image, text + int64_t(prompt) * a.channels, shared.sources, texts, a.channels);
     }
 
     template <typename Stages>
@@ -120,19 +118,24 @@ struct Block {
     // Brings `taps` weights of OUTPUTS outputs from `output` on: those of the elements from `tap` on, counted from
     // prompt `prompt`.
     __device__ __forceinline__ void load_weights(int output, int prompt, int tap, int taps) const {
+        constexpr int AT_ONCE = COSINE_THREADS / TAPS;
         const Tile<T, TAPS> tile{shared.weights};
-        const int area = a.size * a.size, i = recomputed(int(threadIdx.x)), column = i % TAPS;
+        const int area = a.size * a.size, i = recomputed(int(threadIdx.x)) % COSINE_THREADS;
+        const int first = i / TAPS, column = i % TAPS, left = column < taps ? a.outputs - output - first : 0;
         const int64_t pitch = int64_t(a.prompts) * area;
-        const T *const source = a.weight + int64_t(prompt) * area + tap + column;
-#pragma unroll 8
-        for (int row = i / TAPS; row < OUTPUTS; row += COSINE_THREADS / TAPS) {
-            const bool there = column < taps && output + row < a.outputs;
-            const float value = there ? to_float(source[(output + row) * pitch]) : 0.0f;
+        const T *source = a.weight + (output + first) * pitch + int64_t(prompt) * area + tap + column;
+        bool all_finite = true;
+#pragma unroll
+        for (int at = 0; at < OUTPUTS; at += AT_ONCE, source += AT_ONCE * pitch) {
+            const float value = at < left ? to_float(*source) : 0.0f;
             const bool finite = fabsf(value) < INFINITY;
-            if (!finite) shared.not_finite = 1;
+            const int row = first + at;
+            all_finite = all_finite && finite;
             *tile.at(row / GROUP<T> * GROUP<T> + place_of<T>(row % GROUP<T>), column) =
                 rounded<T>(finite ? value : 0.0f);
         }
+        if (!all_finite) shared.not_finite = 1;
+        if (i < OUTPUTS) shared.bias[i] = output + i < a.outputs ? to_float(a.bias[output + i]) : 0.0f;
         if (i < TAPS) {
             const int whole = (tap + i) / area, element = (tap + i) % area;
             shared.offsets[i] = i >= taps ? ZERO
@@ -205,38 +208,28 @@ struct Windows16 {
         }
     }
 
-    __device__ __forceinline__ void store_outputs(const D (&d)[GROUP<T> / 8], int output, int lane) const {
+    // Of the group that begins at output `first` of those from `output` on.
+    __device__ __forceinline__ void store_outputs(const D (&d)[GROUP<T> / 8], int output, int first, int lane) const {
         const Arguments<T> &a = block.a;
-        const int c = output + lane % 4 * EACH<T>;
+        const int own = first + lane % 4 * EACH<T>, left = a.outputs - output - own;
+        float bias[EACH<T>];
+#pragma unroll
+        for (int j = 0; j < EACH<T>; j += 4) {
+            const Vector<float, 4> four = load<float, 4>(block.shared.bias + own + j);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) bias[j + i] = four.value[i];
+        }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             if (tokens[row] < 0) continue;
-            T *const target = block.out + int64_t(tokens[row]) * a.outputs + c;
             Piece<T> piece;
 #pragma unroll
-            for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2]);
-            if (a.outputs % EACH<T> == 0) {
-                if (c < a.outputs) store<T, EACH<T>>(target, piece);
-            } else {
-#pragma unroll
-                for (int j = 0; j < EACH<T>; ++j) {
-                    if (c + j < a.outputs) target[j] = piece.value[j];
-                }
-            }
+            for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2] + bias[j]);
+            store_piece(block.out + int64_t(tokens[row]) * a.outputs + output + own, 0, left,
+                        whole_pieces<T>(a.outputs), piece);
         }
     }
 };
-
-// d = bias, of a lane's outputs of the group that begins at `output`
-template <typename T>
-__device__ __forceinline__ void start(D (&d)[GROUP<T> / 8], const Arguments<T> &a, int output, int lane) {
-#pragma unroll
-    for (int j = 0; j < EACH<T>; ++j) {
-        const int c = output + lane % 4 * EACH<T> + j;
-        const float bias = c < a.outputs ? to_float(a.bias[c]) : 0.0f;
-        d[j / 2].value[j % 2] = d[j / 2].value[2 + j % 2] = bias;
-    }
-}
 
 // d += windows · weights of a step of K, for M times 16 windows and a group of outputs.
 template <typename T, int M>
@@ -289,9 +282,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
 #pragma unroll 1
             for (int c = 0; c < end; c += GROUP<T>) {
                 lane = recomputed(lane);
-                D d[M][GROUP<T> / 8];
-#pragma unroll
-                for (int m = 0; m < M; ++m) start<T>(d[m], a, output + c, lane);
+                D d[M][GROUP<T> / 8] = {};
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) {
                     if (k * K<T> < taps) multiply<T, M>(d, factors[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
@@ -299,7 +290,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                     if (shared.not_finite) windows[m].add_rest(d[m], output + c, 0, 0, taps, lane);
-                    windows[m].store_outputs(d[m], output + c, lane);
+                    windows[m].store_outputs(d[m], output, c, lane);
                 }
             }
         }
@@ -324,8 +315,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
         for (int job = warp; job - warp < jobs; job += WARPS) {
             const int c = job % (OUTPUTS / GROUP<T>) * GROUP<T>;
             const Windows16<T> own(block, job / (OUTPUTS / GROUP<T>) * 16, lane);
-            D d[1][GROUP<T> / 8];
-            start<T>(d[0], a, output + c, lane);
+            D d[1][GROUP<T> / 8] = {};
 #pragma unroll 1
             for (int prompt = 0; prompt < a.prompts; prompt += TEXTS) {
                 const int prompts = min(TEXTS, a.prompts - prompt), texts = a.prompts == 1 ? block.present : prompts;
@@ -350,7 +340,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
                     if (shared.not_finite) own.add_rest(d[0], output + c, prompt, tap, taps, lane);
                 }
             }
-            own.store_outputs(d[0], output + c, lane);
+            own.store_outputs(d[0], output, c, lane);
         }
     }
 }
@@ -363,7 +353,7 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
                              int64_t prompts, int64_t own_text, int64_t outputs, int64_t size, int dtype, int device,
                              void *stream) {
     using namespace ovseg;
-    if (size < 1 || size > LARGEST || size % 2 == 0 || height < 1 || width < 1 || height > INT32_MAX / TEXTS / width ||
+    if (size < 1 || size > LARGEST_WINDOW || size % 2 == 0 || height < 1 || width < 1 || height > INT32_MAX / TEXTS / width ||
         channels < 1 || channels > INT32_MAX / 2 || classes < 1 || classes > INT32_MAX / 2 || prompts < 1 ||
         prompts > INT32_MAX / 2 / (size * size) || outputs > INT32_MAX / 2) {
         return OVSEG_UNSUPPORTED_SIZE;

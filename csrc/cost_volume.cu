@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
         shared.places[i] = first_patch < a.patches - i ? first_patch + i : -1;
     }
     __syncthreads();
-    const Embeddings<T> embeddings{a.image + batch * a.patches * a.channels,
+    const Embeddings<T> embeddings(a.image + batch * a.patches * a.channels,
                                    a.text + batch * a.text_stride + int64_t(first_prompt) * a.channels, shared.places,
-                                   min(TEXTS, a.prompts - first_prompt), a.channels};
+                                   min(TEXTS, a.prompts - first_prompt), a.channels);
     Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, embeddings);
     D d[TEXTS / 8];
     cosines<T>(d, stages, warp, lane);
@@ -63,55 +63,41 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
     }
 }
 
-// Columns of a row that a lane reads at a time; zeros beyond its end.
-template <typename T>
-__device__ __forceinline__ Piece<T> piece_of(const T *row, int column, int columns, bool whole) {
-    constexpr int EACH = 16 / int(sizeof(T));
-    if (whole) return load<T, EACH>(row + column);
-    Piece<T> piece;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) piece.value[i] = column + i < columns ? row[column + i] : rounded<T>(0.0f);
-    return piece;
-}
-
 // dx of each row from its p, or x̂ where `products` is null.
 template <typename T>
 __global__ void __launch_bounds__(ROWS * 32) through_norm(const T *products, const T *x, T *out, int64_t rows,
                                                           int columns) {
-    constexpr int EACH = 16 / int(sizeof(T));
     const int lane = int(threadIdx.x) % 32;
     const int64_t row = int64_t(blockIdx.x) * ROWS + int(threadIdx.x) / 32;
     if (row >= rows) return;
-    const bool whole = columns % EACH == 0;
     const T *const own = x + row * columns, *const product = products ? products + row * columns : own;
-    float squares = 0.0f, along = 0.0f;
-    for (int column = lane * EACH; column < columns; column += 32 * EACH) {
-        const Piece<T> a = piece_of(own, column, columns, whole), b = piece_of(product, column, columns, whole);
+    by_wholeness(whole_pieces<T>(columns), [&](auto whole) {
+        float squares = 0.0f, along = 0.0f;
+#pragma unroll 2
+        for (int column = lane * EACH<T>; column < columns; column += 32 * EACH<T>) {
+            const Floats<T> a = floats(load_piece(own, column, columns, whole));
+            const Floats<T> b = floats(load_piece(product, column, columns, whole));
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            squares += to_float(a.value[i]) * to_float(a.value[i]);
-            along += to_float(a.value[i]) * to_float(b.value[i]);
-        }
-    }
-    const float length = length_of(sum_over_lanes<32>(squares));
-    along = sum_over_lanes<32>(along) / length;
-    for (int column = lane * EACH; column < columns; column += 32 * EACH) {
-        Piece<T> a = piece_of(own, column, columns, whole);
-        const Piece<T> b = piece_of(product, column, columns, whole);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const float unit = to_float(a.value[i]) / length;
-            a.value[i] = rounded<T>(products ? (to_float(b.value[i]) - unit * along) / length : unit);
-        }
-        if (whole) {
-            store<T, EACH>(out + row * columns + column, a);
-        } else {
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                if (column + i < columns) out[row * columns + column + i] = a.value[i];
+            for (int i = 0; i < EACH<T>; ++i) {
+                squares = fmaf(a.value[i], a.value[i], squares);
+                along = fmaf(a.value[i], b.value[i], along);
             }
         }
-    }
+        const float scale = fast_reciprocal(length_of(sum_over_lanes<32>(squares)));
+        along = sum_over_lanes<32>(along) * scale;
+#pragma unroll 2
+        for (int column = lane * EACH<T>; column < columns; column += 32 * EACH<T>) {
+            const Floats<T> a = floats(load_piece(own, column, columns, whole));
+            const Floats<T> b = floats(load_piece(product, column, columns, whole));
+            Piece<T> result;
+#pragma unroll
+            for (int i = 0; i < EACH<T>; ++i) {
+                const float unit = a.value[i] * scale;
+                result.value[i] = rounded<T>(products ? (b.value[i] - unit * along) * scale : unit);
+            }
+            store_piece(out + row * columns, column, columns, whole, result);
+        }
+    });
 }
 
 }  // namespace

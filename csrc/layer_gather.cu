@@ -44,7 +44,7 @@ struct Shape {
 template <typename T, int COLUMNS>
 struct Projections {
     static constexpr int PIECES = COLUMNS / EACH<T>, AT_ONCE = THREADS / PIECES;  // rows that all threads copy at once
-    static_assert(THREADS % PIECES == 0 && K<T> % AT_ONCE == 0, "every thread copies as many pieces, all of a column");
+    static_assert(THREADS % PIECES == 0 && K<T> % AT_ONCE == 0, "every thread copies as many pieces of a column");
 
     const T *source;  // of the thread's first piece of the next stage
     int layers, channels, width, chunks;

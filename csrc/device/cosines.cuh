@@ -1,6 +1,6 @@
 // Cosines between 128 image embeddings and 16 text embeddings, 16 of the image's to each of eight warps. Products and
-// squares of both sides are summed in one pass over the channels, which come through shared memory a stage at a time, in
-// rows of 128 bytes: the image's, then the text's.
+// squares of both sides are summed in one pass over the channels, which come through shared memory a stage at a time,
+// in rows of 128 bytes: the image's, then the text's.
 
 #pragma once
 
@@ -19,7 +19,9 @@ __device__ __forceinline__ void copy_piece(void *target, const T *source, int le
     if (whole) {
         copy_async(target, source, left > 0);
     } else {
-        store(static_cast<T *>(target), load_piece(source, 0, left, false));
+        T *const place = static_cast<T *>(target);
+#pragma unroll 4
+        for (int i = 0; i < EACH<T>; ++i) place[i] = i < left ? source[i] : rounded<T>(0.0f);
     }
 }
 

@@ -7,6 +7,16 @@
 
 namespace ovseg {
 
+constexpr int LARGEST_WINDOW = 11;  // whose 121 pixels are the halo of one
+
+// Whether the backward of a convolution over `maps` takes these sizes.
+inline bool takes_convolution(int64_t maps, int64_t prompts, int64_t height, int64_t width, int64_t outputs,
+                              int64_t size) {
+    return size >= 1 && size <= LARGEST_WINDOW && size % 2 == 1 && height >= 1 && width >= 1 &&
+           height <= INT32_MAX / width && prompts >= 1 && prompts <= INT32_MAX / 2 && outputs <= INT32_MAX / 2 &&
+           maps <= INT32_MAX;
+}
+
 struct MapTiles {
     int height, width;  // of a tile
     int across, count;  // tiles of a row of them, of the map

@@ -133,7 +133,8 @@ template <typename T>
 __device__ __forceinline__ T normalised(T x, const Statistics &found, const Norms<T> &norms, int layer, int column,
                                         int channels) {
     const int own = layer * channels + column;
-    const float u = found.x_hat(to_float(x)) * to_float(norms.shared_weight[column]) + to_float(norms.shared_bias[column]);
+    const float a = to_float(norms.shared_weight[column]), c = to_float(norms.shared_bias[column]);
+    const float u = found.x_hat(to_float(x)) * a + c;
     return rounded<T>(found.u_hat(u) * to_float(norms.weight[own]) + to_float(norms.bias[own]));
 }
 

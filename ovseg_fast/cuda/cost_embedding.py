@@ -1,4 +1,4 @@
-"""Launchers of `csrc/cost_embedding.cu` and `csrc/cost_embedding_backward.cu`."""
+"""Launchers of `csrc/cost_embedding.cu`, `csrc/cost_embedding_backward.cu` and its weight's."""
 
 from __future__ import annotations
 
