@@ -1,4 +1,4 @@
-"""Launchers of `csrc/cost_embedding.cu`, `csrc/cost_embedding_backward.cu` and its weight's."""
+"""Launchers of `csrc/cost_embedding.cu`, `cost_embedding_backward.cu` and `cost_embedding_weight_backward.cu`."""
 
 from __future__ import annotations
 

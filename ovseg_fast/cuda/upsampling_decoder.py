@@ -1,4 +1,4 @@
-"""Launchers of `csrc/upsampling_decoder.cu`."""
+"""Launchers of `csrc/upsampling_decoder.cu` and `csrc/upsampling_decoder_backward.cu`."""
 
 from __future__ import annotations
 

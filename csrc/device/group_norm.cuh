@@ -1,0 +1,161 @@
+// Positions and channels of a guided group normalisation, as its kernels share them out.
+//
+// A "map" is one class of one image, (positions, channels). A block takes a chunk of its positions with all of their
+// channels, one piece of memory; a thread keeps to N neighbouring channels of one group, 16 bytes of them where the
+// sizes allow and else one.
+
+#pragma once
+
+#include "pieces.cuh"
+#include "warp.cuh"
+
+namespace ovseg {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int BATCH = 2;  // pieces of a tensor that a thread reads at once
+
+struct Sizes {
+    int classes, positions, channels, group, chunk;  // group: channels of one; chunk: positions that a block takes
+
+    __device__ __forceinline__ int chunks() const { return (positions - 1) / chunk + 1; }
+    __device__ __forceinline__ int groups() const { return channels / group; }
+    __device__ __forceinline__ int64_t map() const { return int64_t(positions) * channels; }
+};
+
+// The thread's channels, and its position among those that a block reads at once.
+template <int N>
+struct Place {
+    int column, row, rows;  // column: the first channel
+    bool active;
+
+    __device__ __forceinline__ Place(const Sizes &s, int part) {
+        const int columns = min(s.channels / N, THREADS);
+        rows = THREADS / columns, row = int(threadIdx.x) / columns;
+        column = (part * columns + int(threadIdx.x) % columns) * N;
+        active = row < rows && column < s.channels;
+    }
+
+    // Blocks that share a position's channels.
+    static __host__ __device__ int parts(const Sizes &s) {
+        const int pieces = s.channels / N;
+        return (pieces - 1) / (pieces < THREADS ? pieces : THREADS) + 1;
+    }
+};
+
+// A block's chunk of a map: block number -> map, chunk, part of the channels.
+struct Chunk {
+    int64_t map;
+    int number, part, first, end;  // positions
+
+    __device__ __forceinline__ Chunk(const Sizes &s, int64_t block, int parts) {
+        part = int(block % parts);
+        number = int(block / parts % s.chunks());
+        map = block / parts / s.chunks();
+        first = number * s.chunk, end = min(first + s.chunk, s.positions);
+    }
+
+    // Where its sums for the channels of a kind begin in (maps, chunks, 2, channels).
+    __device__ __forceinline__ int64_t sums(const Sizes &s, int kind) const {
+        return ((map * s.chunks() + number) * 2 + kind) * s.channels;
+    }
+};
+
+// N numbers, a piece or a single one; zeros where they are not `present`.
+template <int N, typename T>
+__device__ __forceinline__ void load_floats(float (&values)[N], const T *address, bool present = true) {
+    if constexpr (N == EACH<T>) {
+        const Floats<T> found = floats(load_piece(address, 0, present ? N : 0, true));
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = found.value[i];
+    } else {
+        static_assert(N == 1);
+        values[0] = present ? to_float(*address) : 0.0f;
+    }
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store_floats(T *address, const float (&values)[N]) {
+    constexpr int AT_ONCE = N * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : N;
+#pragma unroll
+    for (int first = 0; first < N; first += AT_ONCE) {
+        Vector<T, AT_ONCE> vector;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) vector.value[i] = rounded<T>(values[first + i]);
+        store<T, AT_ONCE>(address + first, vector);
+    }
+}
+
+// Goes through the thread's positions of a chunk, BATCH of them at a time: calls function(there, at, z) with how many
+// there are, where the first one lies among the maps, and z of their channels, 0 of positions beyond the chunk. The other
+// one lies place.rows · s.channels further on.
+template <int N, typename T, typename Function>
+__device__ __forceinline__ void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &place, const T *y,
+                                              const T *term, Function function) {
+    const int step = place.rows * s.channels;
+    const int64_t to_term = (chunk.map / s.classes - chunk.map) * s.map();
+    int64_t at = chunk.map * s.map() + int64_t(chunk.first + place.row) * s.channels + place.column;
+#pragma unroll 1
+    for (int left = chunk.end - chunk.first - place.row; left > 0; left -= BATCH * place.rows) {
+        float z[BATCH][N], terms[BATCH][N];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            load_floats(z[b], y + at + b * step, b * place.rows < left);
+            load_floats(terms[b], term + to_term + at + b * step, term != nullptr && b * place.rows < left);
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) z[b][i] += terms[b][i];
+        }
+        static_assert(BATCH == 2);
+        function(left > place.rows ? 2 : 1, at, z);
+        at += BATCH * step;
+    }
+}
+
+// w ⊙ x̂ + β as z · slope + shift, in PyTorch's order, so that an infinite w gives what it gives there. Multiplied and
+// added at once: forward and backward agree on what passes ReLU.
+struct Affine {
+    float slope, shift;
+
+    Affine() = default;
+    __device__ __forceinline__ Affine(float mean, float scale, float weight, float bias)
+        : slope(scale * weight), shift(fmaf(-mean, slope, bias)) {}
+
+    __device__ __forceinline__ float operator()(float z) const { return fmaf(z, slope, shift); }
+};
+
+template <int N, typename T>
+__device__ __forceinline__ void load_affine(Affine (&affine)[N], const Pair<float> &group, const T *weight,
+                                            const T *bias) {
+    float w[N], shift[N];
+    load_floats(w, weight);
+    load_floats(shift, bias);
+#pragma unroll
+    for (int i = 0; i < N; ++i) affine[i] = Affine(group.value[0], group.value[1], w[i], shift[i]);
+}
+
+// Both numbers of the group of a channel of a map, from (maps, groups, 2).
+__device__ __forceinline__ Pair<float> of_group(const float *values, const Sizes &s, int64_t map, int channel) {
+    return load<float, 2>(values + (map * s.groups() + channel / s.group) * 2);
+}
+
+// Calls `function` with a number of the format and how many channels a thread takes, as a type.
+template <typename Function>
+int by_format(const Sizes &s, int dtype, Function function) {
+    return by_dtype(dtype, [&](auto number) {
+        constexpr int MOST = 16 / int(sizeof(number));
+        // A piece lies within one group.
+        return s.group % MOST ? function(number, std::integral_constant<int, 1>())
+                              : function(number, std::integral_constant<int, MOST>());
+    });
+}
+
+inline bool takes_norm(int64_t classes, int64_t positions, int64_t channels, int64_t groups, int64_t chunk) {
+    constexpr int64_t MOST = INT32_MAX / 2;
+    return classes >= 1 && classes <= MOST && positions >= 1 && positions <= MOST && channels >= 1 && channels <= MOST &&
+           groups >= 1 && channels % groups == 0 && chunk >= 1 && chunk <= MOST &&
+           ((positions - 1) / chunk + 1) * (channels / groups) <= MOST;
+}
+
+}  // namespace ovseg
