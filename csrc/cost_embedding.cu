@@ -233,7 +233,8 @@ struct Windows16 {
 
 // d += windows · weights of a step of K, for M times 16 windows and a group of outputs.
 template <typename T, int M>
-__device__ __forceinline__ void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k, int lane) {
+__device__ __forceinline__ void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k,
+                                         int lane) {
 #pragma unroll
     for (int n = 0; n < GROUP<T> / 16; ++n) {
         B b[2];
@@ -285,7 +286,8 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
                 D d[M][GROUP<T> / 8] = {};
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) {
-                    if (k * K<T> < taps) multiply<T, M>(d, factors[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                    if (k * K<T> >= taps) continue;
+                    multiply<T, M>(d, factors[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                 }
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
@@ -321,7 +323,8 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
                 const int prompts = min(TEXTS, a.prompts - prompt), texts = a.prompts == 1 ? block.present : prompts;
                 if (!found || a.prompts > TEXTS) {
                     __syncthreads();
-                    Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, block.embeddings(prompt, texts));
+                    Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring,
+                                                                             block.embeddings(prompt, texts));
                     block.find_costs(stages, warp, lane);
                     found = true;
                 }
@@ -353,8 +356,8 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
                              int64_t prompts, int64_t own_text, int64_t outputs, int64_t size, int dtype, int device,
                              void *stream) {
     using namespace ovseg;
-    if (size < 1 || size > LARGEST_WINDOW || size % 2 == 0 || height < 1 || width < 1 || height > INT32_MAX / TEXTS / width ||
-        channels < 1 || channels > INT32_MAX / 2 || classes < 1 || classes > INT32_MAX / 2 || prompts < 1 ||
+    if (size < 1 || size > LARGEST_WINDOW || size % 2 == 0 || height < 1 || width < 1 ||
+        height > INT32_MAX / TEXTS / width || channels < 1 || channels > INT32_MAX / 2 || classes < 1 || classes > INT32_MAX / 2 || prompts < 1 ||
         prompts > INT32_MAX / 2 / (size * size) || outputs > INT32_MAX / 2) {
         return OVSEG_UNSUPPORTED_SIZE;
     }

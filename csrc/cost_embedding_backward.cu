@@ -49,7 +49,8 @@ struct Region {
 };
 
 // Stages of both factors of z: SOURCES pixels' gradients and TAPS elements of the window. A thread copies the same
-// piece of every AT_ONCE-th of them. From stage to stage the outputs go on, then the rows of the map, then the elements.
+// piece of every AT_ONCE-th of them. From stage to stage the outputs go on, then the rows of the map, then the
+// elements.
 template <typename T>
 struct GradientsAndTaps {
     static constexpr int WIDTH = 64 / int(sizeof(T)), PIECES = 4;
@@ -90,7 +91,8 @@ struct GradientsAndTaps {
         by_wholeness(whole_pieces<T>(outputs), [&](auto whole) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
-                copy_piece(buffer + target + i * AT_ONCE * 64, pixels[i], own + i * AT_ONCE < present ? left : 0, whole);
+                const bool there = own + i * AT_ONCE < present;
+                copy_piece(buffer + target + i * AT_ONCE * 64, pixels[i], there ? left : 0, whole);
             }
             copy_piece(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
                        element < size * size ? left : 0, whole);

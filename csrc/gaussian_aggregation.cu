@@ -23,10 +23,10 @@ __global__ void __launch_bounds__(THREADS) aggregate(const T *features, const T 
     float total[EACH<T>] = {};
 #pragma unroll 4
     for (int layer = 0; layer < layers; ++layer) {
-        const Piece<T> f = load_piece(features + layer * size, at, size, whole);
+        const Floats<T> f = floats(load_piece(features + layer * size, at, size, whole));
         const float weight = to_float(weights[layer]);
 #pragma unroll
-        for (int i = 0; i < EACH<T>; ++i) total[i] += weight * to_float(f.value[i]);
+        for (int i = 0; i < EACH<T>; ++i) total[i] += weight * f.value[i];
     }
     Piece<T> result;
 #pragma unroll

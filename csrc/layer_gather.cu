@@ -39,8 +39,8 @@ struct Shape {
         RING * STAGE + 2 * CHUNK + ROWS * int(sizeof(Statistics)) + ROWS * WARPS * int(sizeof(float));
 };
 
-// Rows of the projections of `layers` layers, which lie behind each other, K<T> of them a stage. Stages are asked for in
-// their order; the last ones of a layer are filled with zeros.
+// Rows of the projections of `layers` layers, which lie behind each other, K<T> of them a stage. Stages are asked for
+// in their order; the last ones of a layer are filled with zeros.
 template <typename T, int COLUMNS>
 struct Projections {
     static constexpr int PIECES = COLUMNS / EACH<T>, AT_ONCE = THREADS / PIECES;  // rows that all threads copy at once

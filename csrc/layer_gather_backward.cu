@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const P
         const Statistics found = statistics[place];
         const float share = 1.0f / float(channels);
 
-        // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores what
-        // it returns as dx where `stored`.
+        // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores
+        // what it returns as dx where `stored`.
         const auto each_channel = [&](bool stored, auto function) {
 #pragma unroll 1
             for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
