@@ -80,17 +80,7 @@ __device__ __forceinline__ Piece<T> load_piece(const T *row, int64_t column, int
 template <typename T>
 __device__ __forceinline__ void store_piece(T *row, int64_t column, int64_t count, bool whole, const Piece<T> &piece) {
     if (whole) {
-#ifdef __CUDACC__
-        uint32_t words[4];
-        memcpy(words, &piece, 16);
-        if (column < count) {  // the compiler stores numbers one by one that come from different places
-            asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(row + column), "r"(words[0]), "r"(words[1]),
-                         "r"(words[2]), "r"(words[3])
-                         : "memory");
-        }
-#else
         if (column < count) store<T, EACH<T>>(row + column, piece);
-#endif
     } else {
 #pragma unroll
         for (int i = 0; i < EACH<T>; ++i) {
