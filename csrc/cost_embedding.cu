@@ -225,8 +225,12 @@ struct Windows16 {
             Piece<T> piece;
 #pragma unroll
             for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2] + bias[j]);
-            store_piece(block.out + int64_t(tokens[row]) * a.outputs + output + own, 0, left,
-                        whole_pieces<T>(a.outputs), piece);
+            T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + own;
+            if (!whole_pieces<T>(a.outputs)) {
+                store_piece(target, 0, left, false, piece);
+            } else if (left > 0) {
+                store_at_once(target, piece);
+            }
         }
     }
 };

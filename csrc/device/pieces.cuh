@@ -89,4 +89,18 @@ __device__ __forceinline__ void store_piece(T *row, int64_t column, int64_t coun
     }
 }
 
+// A whole piece in one instruction; the compiler stores numbers one by one that come from different places.
+template <typename T>
+__device__ __forceinline__ void store_at_once(T *address, const Piece<T> &piece) {
+#ifdef __CUDACC__
+    uint32_t words[4];
+    memcpy(words, &piece, 16);
+    asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+#else
+    store<T, EACH<T>>(address, piece);
+#endif
+}
+
 }  // namespace ovseg
