@@ -361,8 +361,8 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
                              void *stream) {
     using namespace ovseg;
     if (size < 1 || size > LARGEST_WINDOW || size % 2 == 0 || height < 1 || width < 1 ||
-        height > INT32_MAX / TEXTS / width || channels < 1 || channels > INT32_MAX / 2 || classes < 1 || classes > INT32_MAX / 2 || prompts < 1 ||
-        prompts > INT32_MAX / 2 / (size * size) || outputs > INT32_MAX / 2) {
+        height > INT32_MAX / TEXTS / width || channels < 1 || channels > INT32_MAX / 2 || classes < 1 ||
+        classes > INT32_MAX / 2 || prompts < 1 || prompts > INT32_MAX / 2 / (size * size) || outputs > INT32_MAX / 2) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
     if (!aligned(image, text, weight, bias, out)) return OVSEG_MISALIGNED;
