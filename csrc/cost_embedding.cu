@@ -4,14 +4,15 @@
 //
 // with the cosines of image and text embeddings as cost, and 0 outside the map.
 //
-// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: of 16 classes where
-// each has one prompt, else 16 prompts of a class after another. One product gives the costs of tile and halo, which stay in
-// shared memory. Windows gathered from there are the rows of a second product, with the weights (P · K², C).
+// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: of 16 classes
+// where each has one prompt, else 16 prompts of a class after another. One product gives the costs of tile and halo,
+// which stay in shared memory. Windows gathered from there are the rows of a second product, with the weights (P · K²,
+// C).
 //
 // Columns of that product are the outputs in an order of their own, in which a lane's are neighbours: see `place_of`.
 //
-// Padding never meets a weight that is infinite or NaN, as 0 · ∞ would spread it: products take the weights' finite part,
-// and `add_rest`, which other weights never enter, the rest.
+// Padding never meets a weight that is infinite or NaN, as 0 · ∞ would spread it: products take the weights' finite
+// part, and `add_rest`, which other weights never enter, the rest.
 
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"
@@ -51,7 +52,8 @@ struct Shared {
     int not_finite;       // a weight
 };
 
-// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH neighbours.
+// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH
+// neighbours.
 template <typename T>
 __device__ __forceinline__ int place_of(int c) {
     return c % EACH<T> / 2 * 8 + c / EACH<T> * 2 + c % 2;
@@ -303,8 +305,8 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
     }
 }
 
-// Any number of prompts and windows of any size: a warp keeps the sums of 16 windows and a group of outputs, while prompts
-// and weights come one after another.
+// Any number of prompts and windows of any size: a warp keeps the sums of 16 windows and a group of outputs, while
+// prompts and weights come one after another.
 template <typename T>
 __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a) {
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());

@@ -121,8 +121,8 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
     });
 }
 
-int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows, int64_t channels, int dtype,
-                               int device, void *stream) {
+int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows, int64_t channels,
+                               int dtype, int device, void *stream) {
     using namespace ovseg;
     if (channels < 1 || channels > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
     if (!aligned(products, x, out)) return OVSEG_MISALIGNED;

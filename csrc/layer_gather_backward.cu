@@ -10,8 +10,8 @@
 //     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
 //     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
 //
-// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's; around them a
-// warp works on one token in each kernel, and the sums over tokens have a kernel of their own, a thread for each
+// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's; around them
+// a warp works on one token in each kernel, and the sums over tokens have a kernel of their own, a thread for each
 // channel.
 
 #include "device/partial_sums.cuh"
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(THREADS) normalise(const PatchTokens<T> hidden
     });
 }
 
-// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row
-// goes to `along`, where that is not null; else each has its own d.
+// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each
+// row goes to `along`, where that is not null; else each has its own d.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, const T *weights, float *along,
                                                            int layers, int64_t rows, int width) {

@@ -45,13 +45,14 @@ OVSEG_API int ovseg_architectures(int *architectures, int size);
  * (batch, height * width, channels), the guidance's share of queries and keys with their bias; qkv_weight
  * (3 * channels, channels); proj_weight (channels, channels); fc1_weight (hidden, channels); fc2_weight (channels,
  * hidden). `middle`, like x, takes what the attention half gives, for the backward pass; null where it is not wanted.
- * channels = 128, heads = 4, window <= 12, hidden a multiple of 32. */
+ * channels = 128, heads = 4, window <= 12, hidden a multiple of 128. */
 OVSEG_API int ovseg_spatial_aggregation_fwd(
     const void *x, const void *q_term, const void *k_term, const void *norm1_weight, const void *norm1_bias,
-    const void *qkv_weight, const void *v_bias, const void *proj_weight, const void *proj_bias, const void *norm2_weight,
-    const void *norm2_bias, const void *fc1_weight, const void *fc1_bias, const void *fc2_weight, const void *fc2_bias,
-    void *out, void *middle, int64_t batch, int64_t classes, int64_t height, int64_t width, int64_t channels,
-    int64_t hidden, int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream);
+    const void *qkv_weight, const void *v_bias, const void *proj_weight, const void *proj_bias,
+    const void *norm2_weight, const void *norm2_bias, const void *fc1_weight, const void *fc1_bias,
+    const void *fc2_weight, const void *fc2_bias, void *out, void *middle, int64_t batch, int64_t classes,
+    int64_t height, int64_t width, int64_t channels, int64_t hidden, int64_t heads, int64_t window, int64_t shift,
+    int dtype, int device, void *stream);
 
 /* Backward of its window attention: tokens (batch * classes * height * width, 3 * channels), q, k and v of each;
  * grad_attended (batch * classes * height * width, channels) -> grad_tokens like tokens, and what was attended to, like

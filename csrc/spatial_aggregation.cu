@@ -4,8 +4,8 @@
 //     y = x + Wo softmax(q kᵀ / √d + mask) v + bo,        within each window and head
 //     out = y + W2 GELU(W1 LN2(y) + b1) + b2
 //
-// Twelve warps own a window of up to 144 tokens from x to out: three groups of 48 tokens by four heads of 32 channels. A
-// product with weights gives each warp its tokens' results in its channels: a weight that it has read serves three
+// Twelve warps own a window of up to 144 tokens from x to out: three groups of 48 tokens by four heads of 32 channels.
+// A product with weights gives each warp its tokens' results in its channels: a weight that it has read serves three
 // products, a token four. Factors are shared through two tiles, which hold one after another
 //
 //     rows     n,  keys,  what the tokens attended to,  128 hidden units at a time
@@ -32,9 +32,9 @@ struct Arguments {
     int classes, hidden;
 };
 
-// Which thread of the block this is. What follows from its number, its places in tiles and maps, is worked out `again` in
-// each part of the kernel instead of kept in registers all the while: `recomputed` alone does not keep ptxas from it, a
-// number that comes from memory does.
+// Which thread of the block this is. What follows from its number, its places in tiles and maps, is worked out `again`
+// in each part of the kernel instead of kept in registers all the while: `recomputed` alone does not keep ptxas from
+// it, a number that comes from memory does.
 struct Self {
     int thread;
 
@@ -89,16 +89,18 @@ struct Stream {
         const Tile<T, Sizes::WIDTH> tile{buffer};
         const int row = self.thread / tile.PIECES, piece = self.thread % tile.PIECES;
         if (weight.first && self.thread < COPYING) {
-            const T *const source = weight.first + int64_t(row) * weight.pitch + (piece * EACH<T> + slice * Sizes::WIDTH);
+            const int column = piece * EACH<T> + slice * Sizes::WIDTH;
+            const T *const source = weight.first + int64_t(row) * weight.pitch + column;
             copy_async(tile.piece(row, piece), source);
             copy_async(tile.rows_from(C / 2).piece(row, piece), source + int64_t(C / 2) * weight.pitch);
         }
         commit_copies();
     }
 
-    // A slice of `weight`, to be multiplied before the next one is asked for, after which it is gone. All of the block ask
-    // together, slice by slice, and say which weight follows.
-    __device__ __forceinline__ Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following, Self self) {
+    // A slice of `weight`, to be multiplied before the next one is asked for, after which it is gone. All of the block
+    // ask together, slice by slice, and say which weight follows.
+    __device__ __forceinline__ Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following,
+                                                                Self self) {
         wait_for_copies<Sizes::RING - 2>();
         __syncthreads();
         const int ahead = index + Sizes::RING - 1;  // goes where the slice before this one was
@@ -119,7 +121,7 @@ __device__ __forceinline__ void multiply(Results &results, Tile<T, C> rows, Stre
                                          Weight<T> following, Self self) {
 #pragma unroll(sizeof(T) == 2 ? Slices<T>::COUNT : 1)
     for (int slice = 0; slice < Slices<T>::COUNT; ++slice) {
-        const Tile<T, Slices<T>::WIDTH> columns = stream.slice(slice, weight, following, self).rows_from(self.channel());
+        const auto columns = stream.slice(slice, weight, following, self).rows_from(self.channel());
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
             A a[TILES];
@@ -139,8 +141,8 @@ __device__ __forceinline__ void multiply(Results &results, Tile<T, C> rows, Stre
     }
 }
 
-// A lane's results, two neighbours at a time: function(row_of(eight), n, first, second) for those in the lane's row of the
-// eight rows from `eight` on, and in its columns of the eight columns from 8 · n on.
+// A lane's results, two neighbours at a time: function(row_of(eight), n, first, second) for those in the lane's row of
+// the eight rows from `eight` on, and in its columns of the eight columns from 8 · n on.
 template <typename RowOf, typename Function>
 __device__ __forceinline__ void each_pair(Results &results, RowOf row_of, Function function) {
 #pragma unroll
@@ -189,7 +191,7 @@ __device__ __forceinline__ void zero(Results &results) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T> a) {
     using Layout = Shared<T>;
-    constexpr int LANES = C / EACH<T>, AT_ONCE = THREADS / LANES;  // lanes to a row, and rows that the block takes at once
+    constexpr int LANES = C / EACH<T>, AT_ONCE = THREADS / LANES;  // lanes to a row, rows that the block takes at once
     unsigned char *const row_memory = shared_memory();
     unsigned char *const other_memory = row_memory + Layout::ROWS;
     unsigned char *const stage_memory = other_memory + Layout::ROWS;
@@ -239,7 +241,8 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
     };
 
     {
-        const Piece<T> weight = load<T, EACH<T>>(a.norm1_weight + piece()), bias = load<T, EACH<T>>(a.norm1_bias + piece());
+        const Piece<T> weight = load<T, EACH<T>>(a.norm1_weight + piece());
+        const Piece<T> bias = load<T, EACH<T>>(a.norm1_bias + piece());
         each_piece(a.x + window.map * C, [&](int row, const T *place, bool) {
             store<T, EACH<T>>(rows.at(row, piece()), normalised<LANES>(load<T, EACH<T>>(place), weight, bias));
         });
@@ -309,7 +312,8 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
     }
     __syncthreads();
     {
-        const Piece<T> weight = load<T, EACH<T>>(a.norm2_weight + piece()), bias = load<T, EACH<T>>(a.norm2_bias + piece());
+        const Piece<T> weight = load<T, EACH<T>>(a.norm2_weight + piece());
+        const Piece<T> bias = load<T, EACH<T>>(a.norm2_bias + piece());
         each_piece(a.middle + window.map * C, [&](int row, T *place, bool there) {
             const Piece<T> y = load<T, EACH<T>>(others.at(row, piece()));
             if (a.middle && there) store<T, EACH<T>>(place, y);

@@ -3,9 +3,9 @@
 //     P = softmax(q kᵀ / √d + mask),   δ = rowsum(da ∘ P v)
 //     dv = Pᵀ da,   dS = P ∘ (da vᵀ − δ) / √d,   dq = dS k,   dk = dSᵀ q
 //
-// A block takes one head of one window. Each of its nine warps owns 16 tokens, first as queries, then as keys: the scores
-// are worked out twice, so that no sum is shared and no gradient added up in memory. What the first turn found of a
-// query's softmax waits for the second in shared memory. The products with weights around it are PyTorch's.
+// A block takes one head of one window. Each of its nine warps owns 16 tokens, first as queries, then as keys: the
+// scores are worked out twice, so that no sum is shared and no gradient added up in memory. What the first turn found
+// of a query's softmax waits for the second in shared memory. The products with weights around it are PyTorch's.
 
 #include "device/window_attention.cuh"
 
@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
             for (int n = 0; n < CHUNK<T> / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float weight = fast_exp2(scores[n].value[i] * POWER - softmax.base[i / 2]) * softmax.share[i / 2];
+                    const float power = scores[n].value[i] * POWER - softmax.base[i / 2];
+                    const float weight = fast_exp2(power) * softmax.share[i / 2];
                     scores[n].value[i] = weight * (weight_grads[n].value[i] - delta[i / 2]) * SCALE;
                 }
             }

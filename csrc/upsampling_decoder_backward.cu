@@ -1,7 +1,8 @@
 // Backward of the guided group normalisation in upsampling_decoder.cu, from the gradient g of out, with h = g where
 // out > 0, else 0, and means over a group:
 //
-//     dy = (w ⊙ h − mean(w ⊙ h) − x̂ · mean(w ⊙ h ⊙ x̂)) / s,   dterm = Σ dy over the classes,   dw = Σ h ⊙ x̂,   dβ = Σ h
+//     dy = (w ⊙ h − mean(w ⊙ h) − x̂ · mean(w ⊙ h ⊙ x̂)) / s,   dterm = Σ dy over the classes
+//     dw = Σ h ⊙ x̂,   dβ = Σ h
 //
 // The last kernel's threads keep to one position, and go through the classes. Every sum has its order.
 
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(THREADS, 3)
     if (lane == 0) store<float, 2>(means + group * 2, {{passed, along}});
 }
 
-// dy, where that is not null, and dterm of some of the classes, where that is not: (batch, splits, positions, channels).
+// dy, where that is not null, and dterm of some of the classes, where that is not: (batch, splits, positions,
+// channels).
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS, 3)
     differentiate(const T *grad, const T *y, const T *term, const float *statistics, const float *means,

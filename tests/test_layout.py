@@ -126,6 +126,17 @@ def test_cuda_sources_begin_with_what_they_compute_or_assume(path: Path) -> None
         assert "#pragma once" in path.read_text()
 
 
+def test_cuda_sources_keep_to_120_columns() -> None:
+    lines = {
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in listed_files()
+        if path.is_relative_to(ROOT / "csrc") and path.suffix != ".md"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    }
+    assert lines == set()
+
+
 def test_device_headers_are_used_and_use_nothing_above_them() -> None:
     users = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")]
     included = {Path(name).name for path in users for name in re.findall(r'#include "([^"]+)"', path.read_text())}

@@ -1,5 +1,5 @@
-// A position's tokens, one of each class, from maps (batch, classes, height, width, C). With a `pooling` of more than 1 a
-// position is a square of so many pixels a side, and what is left over at the maps' ends belongs to none.
+// A position's tokens, one of each class, from maps (batch, classes, height, width, C). With a `pooling` of more than 1
+// a position is a square of so many pixels a side, and what is left over at the maps' ends belongs to none.
 
 #pragma once
 

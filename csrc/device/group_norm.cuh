@@ -86,8 +86,8 @@ __device__ __forceinline__ void store_floats(T *address, const float (&values)[N
 }
 
 // Goes through the thread's positions of a chunk, BATCH of them at a time: calls function(there, at, z) with how many
-// there are, where the first one lies among the maps, and z of their channels, 0 of positions beyond the chunk. The other
-// one lies place.rows · s.channels further on.
+// there are, where the first one lies among the maps, and z of their channels, 0 of positions beyond the chunk. The
+// other one lies place.rows · s.channels further on.
 template <int N, typename T, typename Function>
 __device__ __forceinline__ void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &place, const T *y,
                                               const T *term, Function function) {
@@ -153,8 +153,8 @@ int by_format(const Sizes &s, int dtype, Function function) {
 
 inline bool takes_norm(int64_t classes, int64_t positions, int64_t channels, int64_t groups, int64_t chunk) {
     constexpr int64_t MOST = INT32_MAX / 2;
-    return classes >= 1 && classes <= MOST && positions >= 1 && positions <= MOST && channels >= 1 && channels <= MOST &&
-           groups >= 1 && channels % groups == 0 && chunk >= 1 && chunk <= MOST &&
+    return classes >= 1 && classes <= MOST && positions >= 1 && positions <= MOST && channels >= 1 &&
+           channels <= MOST && groups >= 1 && channels % groups == 0 && chunk >= 1 && chunk <= MOST &&
            ((positions - 1) / chunk + 1) * (channels / groups) <= MOST;
 }
 

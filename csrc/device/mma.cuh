@@ -199,7 +199,8 @@ __device__ __forceinline__ void load_b_chained(B (&b)[2], Tile<T, WIDTH> tile, i
     }
 }
 
-// Two B from columns 0..7 and 8..15, counted from 16 · n, of a tile that holds B: its rows from K · k on. A is `chained`.
+// Two B from columns 0..7 and 8..15, counted from 16 · n, of a tile that holds B: its rows from K · k on. A is
+// `chained`.
 template <typename T, int WIDTH>
 __device__ __forceinline__ void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, int k, int n, int lane) {
     if constexpr (sizeof(T) == 2) {
@@ -252,8 +253,8 @@ __device__ __forceinline__ void mma_once(D &d, const A &a, const B &b) {
 #endif
 }
 
-// The leading bits of a float32 that a TF32 product reads, and the rest: 0 where the number is not finite, and so is the
-// lead that it meets, as 0 · ∞ would be NaN.
+// The leading bits of a float32 that a TF32 product reads, and the rest: 0 where the number is not finite, and so is
+// the lead that it meets, as 0 · ∞ would be NaN.
 struct Split {
     uint32_t lead, finite_lead, rest;
 };

@@ -25,8 +25,8 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// 2ˣ and 1 / x in one instruction, to about 2⁻²²; what is below 2⁻¹²⁶ counts as 0. `exp2f`, `__expf` and `__fdividef` take
-// several more, for numbers that small.
+// 2ˣ and 1 / x in one instruction, to about 2⁻²²; what is below 2⁻¹²⁶ counts as 0. `exp2f`, `__expf` and `__fdividef`
+// take several more, for numbers that small.
 __device__ __forceinline__ float fast_exp2(float x) {
 #ifdef __CUDACC__
     float power;

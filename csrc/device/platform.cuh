@@ -27,8 +27,8 @@ __device__ __forceinline__ unsigned char *shared_memory() {
 #endif
 }
 
-// The number, but the compiler does not know it: what a loop works out from it is worked out in each turn, where it would
-// otherwise be kept in registers all the while.
+// The number, but the compiler does not know it: what a loop works out from it is worked out in each turn, where it
+// would otherwise be kept in registers all the while.
 __device__ __forceinline__ uint32_t recomputed(uint32_t x) {
 #ifdef __CUDACC__
     asm volatile("" : "+r"(x));

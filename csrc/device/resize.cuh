@@ -27,7 +27,8 @@ struct Rectangle {  // of pixels, the last ones included
     int top, left, bottom, right;
 };
 
-// Not needed where the sizes are the same: then a pixel is read as it is, and an infinite neighbour does not make it NaN.
+// Not needed where the sizes are the same: then a pixel is read as it is, and an infinite neighbour does not make it
+// NaN.
 struct Resizing {
     Axis y, x;
     bool needed;

@@ -8,8 +8,8 @@ namespace ovseg {
 
 // Where the 16-byte piece `piece` of row `row` lies in a tile with rows of BYTES bytes, in bytes.
 //
-// Eight rows of a column of pieces are what ldmatrix reads at once: they have to lie in different banks (32 of 4 bytes).
-// So the pieces of a row are exchanged, by the number of the 128 bytes that the row lies in.
+// Eight rows of a column of pieces are what ldmatrix reads at once: they have to lie in different banks (32 of 4
+// bytes). So the pieces of a row are exchanged, by the number of the 128 bytes that the row lies in.
 template <int BYTES>
 __host__ __device__ constexpr int tile_offset(int row, int piece) {
     static_assert(BYTES >= 32 && (BYTES & (BYTES - 1)) == 0, "rows of 32 bytes or more, a power of two");
@@ -28,8 +28,8 @@ struct Tile {
         return start + tile_offset<BYTES>(row, piece);
     }
 
-    // The piece `first + step`, where these have no bit in common. What depends on the lane stays apart from what an unrolled
-    // loop knows: one instruction a step.
+    // The piece `first + step`, where these have no bit in common. What depends on the lane stays apart from what an
+    // unrolled loop knows: one instruction a step.
     __device__ __forceinline__ unsigned char *stepped(int row, int first, int step) const {
         return start + (tile_offset<BYTES>(row, first) ^ step * 16);
     }

@@ -16,7 +16,7 @@ constexpr int STAGE_ROWS = 32;  // outputs of a layer, or hidden units of the ML
 __device__ __forceinline__ float gaussian(float x) {
     const float z = fabsf(x);
     const float power =
-        -1.0f + z * (-1.1510661f + z * (-0.45937163f + z * (-0.052397665f + z * (0.0073105135f + z * -0.00050511486f))));
+        z * (-1.1510661f + z * (-0.45937163f + z * (-0.052397665f + z * (0.0073105135f - z * 0.00050511486f)))) - 1.0f;
     const float tail = fast_exp2(power);
     return x < 0.0f ? tail : 1.0f - tail;
 }
@@ -120,7 +120,8 @@ struct Factors {
 
 // d = rows · weightᵀ: STAGE_ROWS outputs, from a weight (STAGE_ROWS, C).
 template <typename T, int C>
-__device__ __forceinline__ void project(D (&d)[STAGE_ROWS / 8], const Factors<T, C> &rows, Tile<T, C> weight, int lane) {
+__device__ __forceinline__ void project(D (&d)[STAGE_ROWS / 8], const Factors<T, C> &rows, Tile<T, C> weight,
+                                        int lane) {
 #pragma unroll
     for (int n = 0; n < STAGE_ROWS / 8; ++n) d[n] = {};
 #pragma unroll(Factors<T, C>::KEPT ? C / K<T> : 1)

@@ -107,8 +107,8 @@ struct Softmax {
     float base[2], share[2];
 };
 
-// sums = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, of which q are the factors. Where not all keys are
-// taken at once, the sums are brought to each new maximum.
+// sums = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, of which q are the factors. Where not all
+// keys are taken at once, the sums are brought to each new maximum.
 template <typename T>
 __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys,
                                           Tile<T, WIDTH> values, const Window &window, int row, int lane) {
@@ -132,7 +132,8 @@ __device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WID
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             largest[i] = maximum_over_lanes<4>(largest[i]);
-            softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i] * POWER;  // who sees nothing attends to nothing
+            // Who sees nothing attends to nothing.
+            softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i] * POWER;
             if constexpr (AT_ONCE<T> < TOKENS) {
                 const float kept = before[i] == largest[i] ? 1.0f : fast_exp2((before[i] - largest[i]) * POWER);
                 total[i] *= kept;

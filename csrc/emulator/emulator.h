@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the CPU, thread by thread, so that their numbers can be tested where there is no GPU.
 //
 // Every CUDA thread is a fiber with its own stack. Fibers change only where threads have to meet: in __syncthreads and
-// in what a warp does together (shuffles, ldmatrix, mma). Blocks run one after another. Faults that a GPU would hide are
-// told: shared memory begins as NaN, blocks take turns in running their warps and lanes forwards and backwards, so that
-// a missing barrier shows in the numbers; cp.async copies only when it is waited for; threads that wait for each other
-// at different places, and misaligned addresses, end the process with a sentence.
+// in what a warp does together (shuffles, ldmatrix, mma). Blocks run one after another. Faults that a GPU would hide
+// are told: shared memory begins as NaN, blocks take turns in running their warps and lanes forwards and backwards, so
+// that a missing barrier shows in the numbers; cp.async copies only when it is waited for; threads that wait for each
+// other at different places, and misaligned addresses, end the process with a sentence.
 //
 // It says nothing of speed, of memory order within a warp's instruction, or of what another GPU's rounding does.
 
