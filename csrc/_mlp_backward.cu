@@ -14,7 +14,7 @@
 namespace ovseg {
 namespace {
 
-constexpr int C = 128, RING = 3;
+constexpr int C = 128;
 
 template <typename T>
 constexpr int WARPS = sizeof(T) == 2 ? 8 : 4;
@@ -29,12 +29,16 @@ struct Arguments {
 };
 
 template <typename T>
+constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as there is memory for everywhere
+
+template <typename T>
 struct Shared {
     static constexpr int ROWS = WARPS<T> * 16;
     static constexpr int TILE = ROWS * C * int(sizeof(T));
     static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
-    static constexpr int TOTAL = 2 * TILE + RING * STAGE;
-    static_assert(RING * STAGE >= WARPS<T> * 3 * C * int(sizeof(float)), "the warps' sums take the stages' place");
+    static constexpr int TOTAL = 2 * TILE + RING<T> * STAGE;
+    static_assert(RING<T> * STAGE >= WARPS<T> * 3 * C * int(sizeof(float)), "the warps' sums take the stages' place");
+    static_assert(TOTAL <= SHARED_EVERYWHERE, "see platform.cuh");
 };
 
 template <typename T>
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
     const Tile<T, C> grad = Tile<T, C>{memory + Layout::TILE}.rows_from(warp * 16);
     unsigned char *const stage_memory = memory + 2 * Layout::TILE;
 
-    Stages<RING, Layout::STAGE, Weights<T>> stages(stage_memory, Weights<T>{a.fc1_weight, a.fc2_weight, a.hidden});
+    Stages<RING<T>, Layout::STAGE, Weights<T>> stages(stage_memory, Weights<T>{a.fc1_weight, a.fc2_weight, a.hidden});
     copy_in(normed, a.y + first * C, C, count, lane);
     copy_in(grad, a.grad + first * C, C, count, lane);
     __syncwarp();

@@ -51,6 +51,7 @@ struct Shared {
     static constexpr int VECTORS = WARPS<T> * 2 * WIDTH * int(sizeof(float));
     static constexpr int TOTAL = ROWS + 2 * KEYS + RING * STAGE + VECTORS;
     static_assert(2 * KEYS >= WARPS<T> * OUTER && WARPS<T> >= HEADS, "S takes the place of keys and values");
+    static_assert(TOTAL <= SHARED_EVERYWHERE, "see platform.cuh");
 };
 
 // The weights in the order in which a block multiplies by them: k, v, q of a head, then of the next, then those of the

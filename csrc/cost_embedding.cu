@@ -51,6 +51,7 @@ struct Shared {
     int offsets[TAPS];    // from there to an element of the window, among the costs
     int not_finite;       // a weight
 };
+static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
 // Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH
 // neighbours.

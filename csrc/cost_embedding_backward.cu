@@ -117,6 +117,7 @@ struct Shared {
     unsigned char ring[RING * GradientsAndTaps<T>::BYTES];
     float z[TAPS * PITCH];
 };
+static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a) {

@@ -31,6 +31,7 @@ struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
     int places[PIXELS];
 };
+static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
 template <typename T>
 __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T> a) {

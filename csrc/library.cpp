@@ -34,6 +34,8 @@ const char *ovseg_error_string(int error) {
             return "a tensor does not begin at a multiple of 16 bytes";
         case OVSEG_TOO_LARGE:
             return "a launch would need more than 2^31 - 1 blocks";
+        case OVSEG_TOO_MUCH_SHARED_MEMORY:
+            return "this GPU has too little shared memory for the kernel in float32; float16 and bfloat16 need half";
         default:
 #ifdef OVSEG_ARCHITECTURES
             return cudaGetErrorString(static_cast<cudaError_t>(error));

@@ -30,7 +30,8 @@ enum {
     OVSEG_BAD_DTYPE = -1,
     OVSEG_UNSUPPORTED_SIZE = -2,
     OVSEG_MISALIGNED = -3,
-    OVSEG_TOO_LARGE = -4
+    OVSEG_TOO_LARGE = -4,
+    OVSEG_TOO_MUCH_SHARED_MEMORY = -5
 };
 
 OVSEG_API int ovseg_abi_version(void);

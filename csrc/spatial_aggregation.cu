@@ -61,6 +61,7 @@ template <typename T>
 struct Shared {
     static constexpr int ROWS = TOKENS * C * int(sizeof(T)), HEAD = ROWS / HEADS;
     static constexpr int TOTAL = 2 * ROWS + Slices<T>::RING * Slices<T>::BYTES + int(sizeof(Window));
+    static_assert(TOTAL <= (sizeof(T) == 2 ? SHARED_EVERYWHERE : 163 * 1024), "see SHARED_MEMORY of native.py");
 };
 
 // A weight (C, C), or such a part of one: its rows are `pitch` numbers apart. Nothing where `first` is null.

@@ -115,7 +115,7 @@ def refusal(
     if capability is not None and capability < CAPABILITY:
         return "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*CAPABILITY, *capability)
     if name == "cuda":
-        if reason := native.refusal(device, capability):
+        if reason := native.refusal(operator, dtype, device, capability):
             return reason
         if forced or (operator in native.VERIFIED and device != "cpu"):
             return None

@@ -52,6 +52,11 @@ FUNCTIONS = {
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
 VERIFIED: frozenset[str] = frozenset()
 
+# KB of shared memory that a kernel takes where not every GPU has them, and what blocks may have by compute capability:
+# the CUDA C++ Programming Guide's table of technical specifications. Others have 99.
+SHARED_MEMORY = {("spatial_aggregation", torch.float32): 163}
+SHARED_MEMORY_OF = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+
 
 class NativeLibraryError(RuntimeError):
     """The native library cannot be used; the message says why and what helps."""
@@ -131,8 +136,9 @@ def capabilities() -> str:
     return ", ".join(f"{number // 10}.{number % 10}" for number in architectures())
 
 
-def refusal(device: str, capability: tuple[int, int] | None) -> str | None:
-    """Why the library's kernels cannot run on tensors of this kind of device, or None where they can."""
+def refusal(operator: str, dtype: torch.dtype | None, device: str, capability: tuple[int, int] | None) -> str | None:
+    """Why the library's kernels of an operator cannot run on tensors of this dtype, if it is known, and kind of device;
+    None where they can."""
     if reason := problem():
         return reason
     if not architectures():
@@ -144,7 +150,14 @@ def refusal(device: str, capability: tuple[int, int] | None) -> str | None:
     major, minor = capability
     # Machine code runs on GPUs of its own major number with at least its minor one.
     if any(built // 10 == major and built % 10 <= minor for built in architectures()):
-        return None
+        needed = SHARED_MEMORY.get((operator, dtype), 0) if dtype else 0
+        there = SHARED_MEMORY_OF.get(capability, 99)
+        if needed <= there:
+            return None
+        return (
+            f"its kernel takes {needed} KB of shared memory in float32, this GPU has {there}; "
+            "float16 and bfloat16 need half"
+        )
     return (
         f"the native library was built for GPUs of compute capability {capabilities()}, this one has {major}.{minor}; "
         f"build it again with OVSEG_CUDA_ARCHS={major}{minor}"

@@ -259,6 +259,21 @@ def test_kernels_that_no_gpu_has_verified_run_only_where_forced(
     assert ovs.explain("cuda:0").choices["spatial_aggregation"] == "cuda"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_gpus_with_too_little_shared_memory_for_float32(gpu: Callable, capability: tuple[int, int]) -> None:
+    gpu(capability, 80, 86, 89, 90, 120)
+
+    def reason(dtype: torch.dtype) -> str | None:
+        return backends.refusal("spatial_aggregation", "cuda", "cuda", 0, dtype, True)
+
+    assert reason(torch.bfloat16) is None
+    assert reason(torch.float32) == (
+        None
+        if capability in {(8, 0), (9, 0)}
+        else "its kernel takes 163 KB of shared memory in float32, this GPU has 99; float16 and bfloat16 need half"
+    )
+
+
 def test_verified_operators_have_kernels() -> None:
     assert set(backends.operators_with_kernels("cuda")) >= native.VERIFIED
 

@@ -45,6 +45,9 @@ __device__ __forceinline__ int recomputed(int x) {
     return same;
 }
 
+// Bytes of shared memory that a block may have on every GPU: sm_86, sm_89 and sm_120 have no more.
+constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
+
 // Launches `kernel` on a device's stream without waiting; an ovseg.h error code.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int device, void *stream,
@@ -56,6 +59,14 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t sh
     int before;
     cudaError_t error = cudaGetDevice(&before);
     if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+    if (error == cudaSuccess && shared > 48 * 1024) {
+        int most;
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (error == cudaSuccess && shared > size_t(most)) {
+            if (before != device) cudaSetDevice(before);
+            return OVSEG_TOO_MUCH_SHARED_MEMORY;
+        }
+    }
     if (error == cudaSuccess && shared > 48 * 1024) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     }
