@@ -68,31 +68,37 @@ __device__ __forceinline__ void normalise_rows(Tile<T, C> rows, const T *weight,
 }
 
 // A ring of COUNT buffers through which weights stream from global memory while earlier ones are multiplied.
-// `fetch(stage, buffer)` begins the copies of one of `fetch.stages()`; all threads call `next` together, once a stage.
+// `fetch(stage, buffer)` begins the copies of one of `fetch.stages()`, stage after stage; all threads call `next`
+// together, once a stage.
 template <int COUNT, int BYTES, typename Fetch>
 struct Stages {
+    static constexpr int LAST = (COUNT - 1) * BYTES;
+
     unsigned char *start;
     Fetch fetch;
     int stages;
-    int current = -1;
+    int begun = 0, place = 0;  // stages whose copies have begun; where the next one lies
 
     __device__ __forceinline__ Stages(unsigned char *start, Fetch fetch)
         : start(start), fetch(fetch), stages(fetch.stages()) {
-        for (int stage = 0; stage < COUNT - 1; ++stage) begin(stage);
+        for (int stage = 0; stage < COUNT - 1; ++stage) begin(start + stage * BYTES);
     }
 
-    __device__ __forceinline__ void begin(int stage) {
-        if (stage < stages) fetch(stage, start + stage % COUNT * BYTES);
+    __device__ __forceinline__ void begin(unsigned char *buffer) {
+        if (begun < stages) fetch(begun, buffer);
+        ++begun;
         commit_copies();
     }
 
-    // The buffer of the next stage. The barrier also tells that everybody is done with the stage before.
+    // The buffer of the next stage. The barrier also tells that everybody is done with the stage before, whose place is
+    // free.
     __device__ __forceinline__ unsigned char *next() {
-        ++current;
         wait_for_copies<COUNT - 2>();
         __syncthreads();
-        begin(current + COUNT - 1);
-        return start + current % COUNT * BYTES;
+        begin(start + (place == 0 ? LAST : place - BYTES));
+        unsigned char *const buffer = start + place;
+        place = place == LAST ? 0 : place + BYTES;
+        return buffer;
     }
 };
 
