@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
 #pragma unroll 1
         for (int row = 0; row < pixels; row += Gradients<T>::ROWS) {
             const Tile<T, CHANNELS> grads{stages.next()};
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 2 ? 2 : 1)  // float32 is short of registers
             for (int k = 0; k < STEPS; ++k) {
                 const short *const corners = shared.corners + row + k * K<T> + lane % 4 * 2;
                 A factor;
