@@ -3,8 +3,8 @@
     python tests/native_resources.py            prints the table
     python tests/native_resources.py --write    and records it in tests/resources/native.json
 
-Shared memory is what the kernels declare, and on sm_90 and newer a kilobyte that the system takes; what a launch asks
-for is known to the launchers alone.
+Shared memory is what the kernels declare, and on sm_90 and newer a kilobyte that the system takes; what the launches of
+each C function ask for beside it goes into tests/resources/native_shared_memory.json, as the emulator sees it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "ovseg_fast" / "libovseg.so"
 RECORD = Path(__file__).with_name("resources") / "native.json"
+SHARED_RECORD = RECORD.with_name("native_shared_memory.json")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 OPERATION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)")
 LOOKED_AT = re.compile(r"\w*MMA|STL|LDL")  # tensor cores and local memory
@@ -133,3 +134,7 @@ if __name__ == "__main__":
         )
         version = compiler_version(LIBRARY)
         RECORD.write_text(f'{{\n "nvcc": "{version}",\n "kernels": {{\n{rows}\n }}\n}}\n')
+        from emulated import build
+        from test_native_functions import shared_memory
+
+        SHARED_RECORD.write_text(json.dumps(shared_memory(build()), indent=1) + "\n")

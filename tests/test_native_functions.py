@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import native_resources
 import ovseg_fast as ovs
 from native_header import OPERATOR_FUNCTIONS, defined
 from ovseg_fast import native
@@ -214,8 +215,9 @@ def value(argument):
         return (ctypes.c_void_p * 64)(*map(value, 64 * argument))
     return ctypes.addressof(zeros) + 127 & ~127 if argument == "zeros" else argument
 
+shared_memory = getattr(native.library(), "emulated_shared_memory", int)
 for function, arguments in json.load(sys.stdin):
-    print(getattr(native.library(), function)(*map(value, arguments)), flush=True)
+    print(getattr(native.library(), function)(*map(value, arguments)), shared_memory(), flush=True)
 """
 
 Calls = dict[tuple[str, ...], list[Any]]  # (function, what is special of the call) -> its arguments
@@ -223,6 +225,11 @@ Calls = dict[tuple[str, ...], list[Any]]  # (function, what is special of the ca
 
 def outcomes(library: Path, calls: Calls) -> dict[tuple[str, ...], int]:
     """What each call returns, in another process."""
+    return {call: code for call, (code, _) in runs(library, calls).items()}
+
+
+def runs(library: Path, calls: Calls) -> dict[tuple[str, ...], tuple[int, int]]:
+    """What each call returns and, of the emulated library, the most shared memory that its launches ask for."""
     result = subprocess.run(
         [sys.executable, "-c", CALLS],
         input=json.dumps([(function, values) for (function, *_), values in calls.items()]),
@@ -232,7 +239,7 @@ def outcomes(library: Path, calls: Calls) -> dict[tuple[str, ...], int]:
         check=False,
         timeout=300,
     )
-    found = [int(line) for line in result.stdout.split()]
+    found = [(int(code), int(shared)) for code, shared in map(str.split, result.stdout.splitlines())]
     if result.returncode:
         pytest.fail(f"{[*calls, 'no call'][len(found)]} ended the process\n{result.stderr[-2000:]}")
     return dict(zip(calls, found, strict=True))
@@ -259,14 +266,43 @@ def test_every_function_has_a_smallest_call() -> None:
         assert len(tensors_of(function)) >= 2
 
 
+def smallest_calls() -> Calls:
+    return {
+        (function, str(dtype).removeprefix("torch.")): arguments(function, memory="zeros", dtype=number)
+        for function in SMALLEST
+        for dtype, number in native.DTYPES.items()
+    }
+
+
 def test_smallest_calls_run(emulated_library: Path) -> None:
     """So that what another size or pointer makes of them is its doing."""
-    calls: Calls = {
-        (function, str(dtype)): arguments(function, memory="zeros", dtype=dtype)
-        for function in SMALLEST
-        for dtype in native.DTYPES.values()
+    assert others(outcomes(emulated_library, smallest_calls()), "OVSEG_OK") == {}
+
+
+def shared_memory(library: Path) -> dict[str, dict[str, int]]:
+    """Function -> dtype -> bytes of shared memory that its launches ask for."""
+    found: dict[str, dict[str, int]] = {}
+    for (function, dtype), (_, shared) in runs(library, smallest_calls()).items():
+        found.setdefault(function, {})[dtype] = shared
+    return found
+
+
+def test_launches_ask_for_the_shared_memory_that_is_recorded(emulated_library: Path) -> None:
+    """And for no more than every GPU has, but where `native.SHARED_MEMORY` says so."""
+    found = shared_memory(emulated_library)
+    assert found == json.loads(native_resources.SHARED_RECORD.read_text())
+    large = {
+        (function, dtype): -(-bytes_ // 1024)
+        for function, row in found.items()
+        for dtype, bytes_ in row.items()
+        if bytes_ > 99 * 1024
     }
-    assert others(outcomes(emulated_library, calls), "OVSEG_OK") == {}
+    allowed = {
+        (f"ovseg_{operator}_fwd", str(dtype).removeprefix("torch.")): kilobytes
+        for (operator, dtype), kilobytes in native.SHARED_MEMORY.items()
+    }
+    assert set(large) == set(allowed)
+    assert all(large[call] <= kilobytes for call, kilobytes in allowed.items())
 
 
 def test_empty_calls_launch_nothing(library: Path) -> None:

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -216,10 +217,13 @@ void async_wait(int groups) {
     if (finished > 0) self->groups.erase(self->groups.begin(), self->groups.begin() + finished);
 }
 
+static size_t most_shared = 0;
+
 void run(dim3 grid, dim3 size, size_t shared, const std::function<void()> &kernel) {
     const int threads = int(size.x * size.y * size.z);
     block_size = size;
     grid_size = grid;
+    most_shared = std::max(most_shared, shared);
     block.kernel = &kernel;
     // Of exactly this size, so that the address sanitizer sees what goes past its end.
     void *memory = nullptr;
@@ -253,3 +257,8 @@ void run(dim3 grid, dim3 size, size_t shared, const std::function<void()> &kerne
 }
 
 }  // namespace emulator
+
+// For tests: the most shared memory that a launch has asked for since the last call.
+extern "C" __attribute__((visibility("default"))) size_t emulated_shared_memory() {
+    return std::exchange(emulator::most_shared, 0);
+}
