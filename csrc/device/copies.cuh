@@ -113,7 +113,7 @@ __device__ __forceinline__ void copy_out(Tile<T, WIDTH> tile, T *to, int64_t pit
     }
 }
 
-// `copy_rows` for weights: a thread works out its first piece's places, from which those of the others follow.
+// All THREADS threads of the block copy ROWS rows of weights, `pitch` numbers apart, into a tile.
 template <int ROWS, int THREADS, typename T, int WIDTH>
 __device__ __forceinline__ void copy_weights(Tile<T, WIDTH> tile, const T *source, int pitch) {
     constexpr int PIECES = Tile<T, WIDTH>::PIECES, AT_ONCE = THREADS / PIECES;

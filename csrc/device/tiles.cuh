@@ -73,16 +73,4 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// All THREADS threads of the block copy ROWS rows, `pitch` numbers apart, into a tile.
-template <int ROWS, int THREADS, typename T, int WIDTH>
-__device__ __forceinline__ void copy_rows(Tile<T, WIDTH> tile, const T *source, int64_t pitch) {
-    constexpr int PIECES = Tile<T, WIDTH>::PIECES;
-    const int thread = recomputed(int(threadIdx.x));
-#pragma unroll
-    for (int first = 0; first < ROWS * PIECES; first += THREADS) {
-        const int i = first + thread, row = i / PIECES, piece = i % PIECES;
-        if (i < ROWS * PIECES) copy_async(tile.piece(row, piece), source + row * pitch + piece * (16 / int(sizeof(T))));
-    }
-}
-
 }  // namespace ovseg

@@ -155,30 +155,6 @@ __device__ __forceinline__ void each_pair(D (&d)[N], int lane, Function function
     }
 }
 
-// Copies 16 rows of C numbers into a tile: `source(row)` is where one lies, or null for zeros.
-template <typename T, int C, typename Source>
-__device__ __forceinline__ void load_rows(Tile<T, C> rows, int lane, Source source) {
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
-#pragma unroll
-    for (int first = 0; first < 16; first += AT_ONCE) {
-        const int row = first + lane / LANES, column = lane % LANES * EACH;
-        const T *place = source(row);
-        store<T, EACH>(rows.at(row, column), place ? load<T, EACH>(place + column) : Piece<T>{});
-    }
-}
-
-// Copies a tile's 16 rows of C numbers to global memory: `target(row)` is where one goes, or null.
-template <typename T, int C, typename Target>
-__device__ __forceinline__ void store_rows(Tile<T, C> rows, int lane, Target target) {
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
-#pragma unroll 4
-    for (int first = 0; first < 16; first += AT_ONCE) {
-        const int row = first + lane / LANES, column = lane % LANES * EACH;
-        T *place = target(row);
-        if (place) store<T, EACH>(place + column, load<T, EACH>(rows.at(row, column)));
-    }
-}
-
 // The residual MLP of a warp's 16 rows, in place:  y + W₂ act(W₁ LN(y) + b₁) + b₂. Takes two of `stages` for each
 // STAGE_ROWS of the `hidden` units: of W₁ (STAGE_ROWS, C), then of W₂ (C, STAGE_ROWS).
 template <typename Activation, typename T, int C, typename Stages>
