@@ -114,8 +114,6 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 using std::max;
 using std::min;
 
