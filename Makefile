@@ -37,9 +37,10 @@ test: lint ## linter, type checker, then all tests but the slow ones
 slow: venv ## the slow tests
 	$(BIN)/pytest -m slow
 
-lint: venv ## ruff (rules and format) and mypy
+lint: venv ## ruff (rules and format), clang-format and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 bench: venv ## benchmarks: each checks that the results agree, then times them; RESULTS=... names the JSON file

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
                     if (row >= count) continue;
 #pragma unroll
                     for (int n = 0; n < STAGE_ROWS / 8; ++n) {
-                        const float(&x)[4] = units[n].value, (&g)[4] = units_grad[n].value;
+                        const float (&x)[4] = units[n].value, (&g)[4] = units_grad[n].value;
                         store<T, 2>(a.activated + place + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
                         store<T, 2>(a.units_grad + place + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
                     }
@@ -250,9 +250,10 @@ int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_wei
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const auto out = [](void *pointer) { return static_cast<T *>(pointer); };
-        const Arguments<T> a{in(grad),       in(y),      in(norm_weight),         in(norm_bias), in(fc1_weight),
-                             in(fc1_bias),   in(fc2_weight), out(y_grad),          out(normed),   out(activated),
-                             out(units_grad), static_cast<float *>(sums), rows, int(hidden)};
+        const Arguments<T> a{in(grad),       in(y),          in(norm_weight), in(norm_bias),
+                             in(fc1_weight), in(fc1_bias),   in(fc2_weight),  out(y_grad),
+                             out(normed),    out(activated), out(units_grad), static_cast<float *>(sums),
+                             rows,           int(hidden)};
         const int64_t blocks = (rows + Shared<T>::ROWS - 1) / Shared<T>::ROWS;
         return launch(gelu ? mlp_backward<T, true> : mlp_backward<T, false>, blocks, 32 * WARPS<T>, Shared<T>::TOTAL,
                       device, stream, a);

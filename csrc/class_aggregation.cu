@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
     const T *guidance = nullptr;  // of the position's image
     // d = φ(d + guidance) for 16 classes from `first` on, `terms` being the guidance of class 0 in d's columns. A row
     // beyond the list takes that of the last key.
-    const auto guide = [&](D (&d)[WIDTH / 8], const T *terms, int first) {
+    const auto guide = [&](D(&d)[WIDTH / 8], const T *terms, int first) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int key = min(first + d_row(lane, 2 * i), classes.keys() - 1);
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
     };
 
     Waiting<T> attended[HEADS][WIDTH / 8][2];  // m and what is attended to, in the lanes as in D
-    const auto clear = [&] {  // or the compiler would keep them from one turn to the next
+    // Or the compiler would keep them from one turn to the next.
+    const auto clear = [&] {
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
 #pragma unroll
@@ -216,9 +217,9 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
             for (int i = 0; i < 2; ++i) {
 #pragma unroll
                 for (int h = 0; h + 1 < HEADS; ++h) attended[h][n][i] = attended[h + 1][n][i];
-                attended[HEADS - 1][n][i] = Waiting<T>::of(
-                    mean.value[0] + (d[n].value[2 * i] - eps * mean.value[0]) * normaliser[i],
-                    mean.value[1] + (d[n].value[2 * i + 1] - eps * mean.value[1]) * normaliser[i]);
+                attended[HEADS - 1][n][i] =
+                    Waiting<T>::of(mean.value[0] + (d[n].value[2 * i] - eps * mean.value[0]) * normaliser[i],
+                                   mean.value[1] + (d[n].value[2 * i + 1] - eps * mean.value[1]) * normaliser[i]);
             }
         }
     };

@@ -25,7 +25,7 @@ struct Arguments {
     float *grad_padding;
     Classes classes;
     int64_t batch, terms_stride;  // of terms: numbers from one image to the next
-    int positions;  // of a map
+    int positions;                // of a map
 };
 
 // What a warp found of two vectors of 32 channels, side by side, and of a matrix.
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
     };
     // The sum over the warps of what each left in its part: of `count` numbers of the vectors to `vectors`, and of the
     // thread's two pieces of the matrix. All threads call it together.
-    const auto sum_parts = [&](D (&sums)[PIECES / WARPS], float *vectors, int count, float scale) {
+    const auto sum_parts = [&](D(&sums)[PIECES / WARPS], float *vectors, int count, float scale) {
         __syncthreads();
         if (int(threadIdx.x) < count) {
             float sum = 0.0f;
@@ -121,17 +121,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
         }
         __syncthreads();
     };
-    const auto leave = [&](const D (&matrix)[PIECES]) {
+    const auto leave = [&](const D(&matrix)[PIECES]) {
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
-            const float(&v)[4] = matrix[i].value;
+            const float (&v)[4] = matrix[i].value;
             parts[warp].matrix[i][lane] = {{v[0], v[1], v[2], v[3]}};
         }
     };
     // Row and column of value i of a piece that `sum_parts` gives.
-    const auto row_of = [&](int piece, int i) {
-        return (warp * (PIECES / WARPS) + piece) / 4 * 16 + d_row(lane, i);
-    };
+    const auto row_of = [&](int piece, int i) { return (warp * (PIECES / WARPS) + piece) / 4 * 16 + d_row(lane, i); };
     const auto column_of = [&](int piece, int i) {
         return (warp * (PIECES / WARPS) + piece) % 4 * 8 + d_column(lane, i);
     };

@@ -89,9 +89,7 @@ __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
     const float down = line - float(top), across = column - float(left), up = 1.0f - down, back = 1.0f - across;
     const int pieces = int(a.pieces.divisor);
     const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * EACH;
-    const auto read = [&](int i, int j) {
-        return load<T, EACH>(map + (i * a.columns.low + j) * pieces * EACH);
-    };
+    const auto read = [&](int i, int j) { return load<T, EACH>(map + (i * a.columns.low + j) * pieces * EACH); };
     const Piece<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
     const float shares[4] = {up * back, up * across, down * back, down * across};
     Piece<T> sum = load<T, EACH>(a.x + place.index * EACH);
@@ -148,15 +146,10 @@ int resize(const void *x, const void *y, void *out, int64_t maps, int64_t height
         if (channels % EACH) return int(OVSEG_UNSUPPORTED_SIZE);
         const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH);
         const int64_t blocks = (of_map + THREADS - 1) / THREADS;
-        const Arguments<T> a{static_cast<const T *>(x),
-                             static_cast<const T *>(y),
-                             static_cast<T *>(out),
-                             Side(height, low_height),
-                             Side(width, low_width),
-                             Divisor(BACKWARD ? low_width : width),
-                             Divisor(channels / EACH),
-                             Divisor(blocks),
-                             int(BACKWARD ? low_height : height)};
+        const Arguments<T> a{
+            static_cast<const T *>(x), static_cast<const T *>(y), static_cast<T *>(out),
+            Side(height, low_height),  Side(width, low_width),    Divisor(BACKWARD ? low_width : width),
+            Divisor(channels / EACH),  Divisor(blocks),           int(BACKWARD ? low_height : height)};
         return launch(BACKWARD ? resize_backward<T> : resize_add<T>, maps * blocks, THREADS, 0, device, stream, a);
     });
 }

@@ -21,9 +21,9 @@ namespace ovseg {
 namespace {
 
 constexpr int RING = 3;
-constexpr int OUTPUTS = 128;  // at a time
-constexpr int TAPS = 64;      // elements of the windows at a time
-constexpr int PITCH = PIXELS + 8;  // between the costs of two texts, so that they lie in other banks
+constexpr int OUTPUTS = 128;         // at a time
+constexpr int TAPS = 64;             // elements of the windows at a time
+constexpr int PITCH = PIXELS + 8;    // between the costs of two texts, so that they lie in other banks
 constexpr int ZERO = TEXTS * PITCH;  // the place of a zero behind them
 constexpr int WARPS = COSINE_THREADS / 32;
 
@@ -87,8 +87,8 @@ struct Block {
         const int i = int(threadIdx.x);
         if (i < PIXELS) {
             const int row = i / halo_width, y = i / a.tiles.width, x = i % a.tiles.width;
-            shared.sources[i] = position(top - a.size / 2 + row, left - a.size / 2 + i % halo_width,
-                                         row < a.tiles.height + a.size - 1);
+            shared.sources[i] =
+                position(top - a.size / 2 + row, left - a.size / 2 + i % halo_width, row < a.tiles.height + a.size - 1);
             shared.targets[i] = position(top + y, left + x, y < a.tiles.height);
             shared.corners[i] = y < a.tiles.height ? y * halo_width + x : 0;
         }
@@ -141,9 +141,8 @@ struct Block {
         if (i < OUTPUTS) shared.bias[i] = output + i < a.outputs ? to_float(a.bias[output + i]) : 0.0f;
         if (i < TAPS) {
             const int whole = (tap + i) / area, element = (tap + i) % area;
-            shared.offsets[i] = i >= taps ? ZERO
-                                          : whole * PITCH + element / a.size * (a.tiles.width + a.size - 1) +
-                                                element % a.size;
+            shared.offsets[i] =
+                i >= taps ? ZERO : whole * PITCH + element / a.size * (a.tiles.width + a.size - 1) + element % a.size;
         }
     }
 };
@@ -315,15 +314,16 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
     int lane = int(threadIdx.x) % 32;
     const Block<T> block(a, shared);
     const int area = a.size * a.size;
-    const int jobs = (block.items() + 15) / 16 * (OUTPUTS / GROUP<T>);
+    constexpr int GROUPS = OUTPUTS / GROUP<T>;
+    const int jobs = (block.items() + 15) / 16 * GROUPS;
     bool found = false;
     __syncthreads();
 #pragma unroll 1
     for (int output = 0; output < a.outputs; output += OUTPUTS) {
 #pragma unroll 1
         for (int job = warp; job - warp < jobs; job += WARPS) {
-            const int c = job % (OUTPUTS / GROUP<T>) * GROUP<T>;
-            const Windows16<T> own(block, job / (OUTPUTS / GROUP<T>) * 16, lane);
+            const int c = job % GROUPS * GROUP<T>;
+            const Windows16<T> own(block, job / GROUPS * 16, lane);
             D d[1][GROUP<T> / 8] = {};
 #pragma unroll 1
             for (int prompt = 0; prompt < a.prompts; prompt += TEXTS) {
@@ -376,9 +376,20 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Arguments<T> a{in(image), in(text), in(weight), in(bias), static_cast<T *>(out),
-                             own_text ? classes * prompts * channels : 0, tiles, int(classes), int(prompts),
-                             int(height), int(width), int(channels), int(outputs), int(size)};
+        const Arguments<T> a{in(image),
+                             in(text),
+                             in(weight),
+                             in(bias),
+                             static_cast<T *>(out),
+                             own_text ? classes * prompts * channels : 0,
+                             tiles,
+                             int(classes),
+                             int(prompts),
+                             int(height),
+                             int(width),
+                             int(channels),
+                             int(outputs),
+                             int(size)};
         const auto kernel = prompts == 1 && size * size <= TAPS ? embed_one_prompt<T> : embed<T>;
         return launch(kernel, groups * tiles.count, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
     });

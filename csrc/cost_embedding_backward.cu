@@ -15,7 +15,7 @@ namespace ovseg {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TAPS = 64;  // elements of the windows at a time
+constexpr int TAPS = 64;             // elements of the windows at a time
 constexpr int SOURCES = WARPS * 16;  // pixels whose z is worked out at a time
 constexpr int SIDE = 32;             // of a tile
 constexpr int SUMS = SIDE * SIDE / THREADS;
@@ -61,8 +61,8 @@ struct GradientsAndTaps {
     const Region &region;
     const T *first_tap, *pixels[OWN];  // pixels: of the thread's pieces of the next stage
     int width, outputs, size, steps;
-    int own, target;         // the first one's row in a stage, its place in the tile
-    int left;                // numbers of a row from the next stage's piece on
+    int own, target;             // the first one's row in a stage, its place in the tile
+    int left;                    // numbers of a row from the next stage's piece on
     int step = 0, row, element;  // where the next stage is; element: of the window, the thread's
 
     __device__ __forceinline__ GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width,
@@ -211,10 +211,15 @@ int ovseg_cost_embedding_cost_bwd(const void *grad, const void *taps, void *grad
     if (maps * prompts > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(grad), static_cast<const T *>(taps),
-                                 static_cast<T *>(grad_cost), tiles, int(prompts), int(height), int(width),
-                                 int(outputs), int(size)};
-        return launch(cost_gradient<T>, maps * prompts * tiles.count, THREADS, sizeof(Shared<T>), device, stream,
-                      a);
+        const Arguments<T> a{static_cast<const T *>(grad),
+                             static_cast<const T *>(taps),
+                             static_cast<T *>(grad_cost),
+                             tiles,
+                             int(prompts),
+                             int(height),
+                             int(width),
+                             int(outputs),
+                             int(size)};
+        return launch(cost_gradient<T>, maps * prompts * tiles.count, THREADS, sizeof(Shared<T>), device, stream, a);
     });
 }

@@ -16,11 +16,11 @@ namespace ovseg {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TAPS = 64;         // elements of the windows, of a block
-constexpr int SIDE = 32;         // of a tile, at most
-constexpr int CHANNELS = 128;         // of the gradient, that a block sums; half of them to a warp
-constexpr int MOST_PIXELS = 256;      // of a tile
-constexpr int MOST_COSTS = 1040;      // of a tile with its halo
+constexpr int TAPS = 64;          // elements of the windows, of a block
+constexpr int SIDE = 32;          // of a tile, at most
+constexpr int CHANNELS = 128;     // of the gradient, that a block sums; half of them to a warp
+constexpr int MOST_PIXELS = 256;  // of a tile
+constexpr int MOST_COSTS = 1040;  // of a tile with its halo
 constexpr int RING = 3;
 
 template <typename T>
@@ -56,22 +56,22 @@ struct Place {
 template <typename T>
 struct Gradients {
     static constexpr int ROWS = 64 / int(sizeof(T)) * 2, PIECES = CHANNELS / EACH<T>;
-    static constexpr int BYTES = ROWS * CHANNELS * int(sizeof(T));
+    static constexpr int PITCH = CHANNELS * int(sizeof(T)), BYTES = ROWS * PITCH;
     static constexpr int AT_ONCE = THREADS / PIECES;
     static_assert(AT_ONCE % 8 == 0, "its rows' pieces are exchanged alike");
 
     const Arguments<T> &a;
     const short *pixels;  // of a tile, see below; of the thread's first row
     int jobs;
-    int column, target;   // of the thread's pieces; the first one's place in a tile
+    int column, target;  // of the thread's pieces; the first one's place in a tile
     Place place;
-    int pixel = 0;        // the next stage's first one
+    int pixel = 0;  // the next stage's first one
 
     __device__ __forceinline__ Gradients(const Arguments<T> &a, const short *all, int first, int end, int channel)
         : a(a), jobs(max(end - first, 0)), place(a.tiles, first) {
         const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, piece = thread % PIECES;
         pixels = all + row, column = channel + piece * EACH<T>;
-        target = tile_offset<CHANNELS * int(sizeof(T))>(row, piece);
+        target = tile_offset<PITCH>(row, piece);
     }
 
     __device__ __forceinline__ int count() const { return a.tiles.height * a.tiles.width; }  // of a tile's pixels
@@ -90,7 +90,7 @@ struct Gradients {
             for (int i = 0; i < OWN; ++i) {
                 const int y = int(uint32_t(own[i]) / SIDE), x = int(uint32_t(own[i]) % SIDE);
                 const bool there = own[i] >= 0 && y < bottom && x < right;
-                copy_piece(buffer + target + i * AT_ONCE * CHANNELS * int(sizeof(T)),
+                copy_piece(buffer + target + i * AT_ONCE * PITCH,
                            source + int64_t(there ? y * a.width + x : 0) * a.outputs, there ? left : 0, whole);
             }
         });
@@ -104,7 +104,7 @@ struct Gradients {
 template <typename T>
 struct Shared {
     unsigned char ring[RING * Gradients<T>::BYTES];
-    T costs[MOST_COSTS + 8];  // of tile and halo; behind all a zero and a one
+    T costs[MOST_COSTS + 8];                          // of tile and halo; behind all a zero and a one
     short corners[MOST_PIXELS + Gradients<T>::ROWS];  // of each pixel's window among them
     short pixels[MOST_PIXELS + Gradients<T>::ROWS];   // row · SIDE + column in the tile, −1 beyond
 };
@@ -201,9 +201,9 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
 
 // Adds the parts up: every 32 neighbours of a block's threads read 32 neighbours of a part, eight parts at a time.
 template <typename T>
-__global__ void __launch_bounds__(THREADS) sum_parts(const float *partial, T *grad_weight, T *grad_bias, int64_t size,
-                                                     int parts, int prompts, int area) {
-    float(&sums)[WARPS][32] = *reinterpret_cast<float(*)[WARPS][32]>(shared_memory());
+__global__ void __launch_bounds__(THREADS)
+    sum_parts(const float *partial, T *grad_weight, T *grad_bias, int64_t size, int parts, int prompts, int area) {
+    float (&sums)[WARPS][32] = *reinterpret_cast<float (*)[WARPS][32]>(shared_memory());
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int64_t i = int64_t(blockIdx.x) * 32 + lane;
     float sum = 0.0f;
@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(THREADS) sum_parts(const float *partial, T *gr
 
 int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *partial, void *grad_weight,
                                     void *grad_bias, int64_t maps, int64_t prompts, int64_t height, int64_t width,
-                                    int64_t outputs, int64_t size, int64_t parts, int dtype, int device,
-                                    void *stream) {
+                                    int64_t outputs, int64_t size, int64_t parts, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (!takes_convolution(maps, prompts, height, width, outputs, size) || parts < 1) return OVSEG_UNSUPPORTED_SIZE;
     if (!aligned(grad, cost, partial, grad_weight, grad_bias)) return OVSEG_MISALIGNED;
@@ -246,11 +245,19 @@ int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *pa
     }
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(grad), static_cast<const T *>(cost),
-                                   static_cast<float *>(partial), tiles, int(jobs),
-                                   int((jobs + parts - 1) / parts),
-                                   int(prompts), int(height), int(width), int(outputs), int(size), tap_groups,
-                                   channel_groups};
+        const Arguments<T> a{static_cast<const T *>(grad),
+                             static_cast<const T *>(cost),
+                             static_cast<float *>(partial),
+                             tiles,
+                             int(jobs),
+                             int((jobs + parts - 1) / parts),
+                             int(prompts),
+                             int(height),
+                             int(width),
+                             int(outputs),
+                             int(size),
+                             tap_groups,
+                             channel_groups};
         const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
                                  sizeof(Shared<T>), device, stream, a);
         if (error) return error;

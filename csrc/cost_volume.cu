@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
 
 // dx of each row from its p, or x̂ where `products` is null.
 template <typename T>
-__global__ void __launch_bounds__(ROWS * 32) through_norm(const T *products, const T *x, T *out, int64_t rows,
-                                                          int columns) {
+__global__ void __launch_bounds__(ROWS * 32)
+    through_norm(const T *products, const T *x, T *out, int64_t rows, int columns) {
     const int lane = int(threadIdx.x) % 32;
     const int64_t row = int64_t(blockIdx.x) * ROWS + int(threadIdx.x) / 32;
     if (row >= rows) return;
@@ -116,8 +116,13 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
     if (blocks > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(image), static_cast<const T *>(text), static_cast<T *>(cost),
-                             own_text ? prompts * channels : 0, int(patches), int(prompts), int(channels)};
+        const Arguments<T> a{static_cast<const T *>(image),
+                             static_cast<const T *>(text),
+                             static_cast<T *>(cost),
+                             own_text ? prompts * channels : 0,
+                             int(patches),
+                             int(prompts),
+                             int(channels)};
         return launch(cost_volume<T>, batch * blocks, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
     });
 }

@@ -15,8 +15,8 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int PIECES = 4;  // that a thread of the backward pass takes: shuffles and shares are few for what is read
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) aggregate(const T *features, const T *weights, T *out, int layers,
-                                                     int64_t size) {
+__global__ void __launch_bounds__(THREADS)
+    aggregate(const T *features, const T *weights, T *out, int layers, int64_t size) {
     const int64_t at = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * EACH<T>;
     const bool whole = whole_pieces<T>(size);
     if (at >= size) return;
@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(THREADS) aggregate(const T *features, const T 
 
 // Either gradient may be null. `shares` holds one number a layer and warp.
 template <typename T>
-__global__ void __launch_bounds__(THREADS) aggregate_backward(const T *grad, const T *features, const T *weights,
-                                                              T *features_grad, float *shares, int layers,
-                                                              int64_t size) {
+__global__ void __launch_bounds__(THREADS)
+    aggregate_backward(const T *grad, const T *features, const T *weights, T *features_grad, float *shares, int layers,
+                       int64_t size) {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const int64_t first = ((int64_t(blockIdx.x) * WARPS + warp) * PIECES * 32 + lane) * EACH<T>;
     const bool whole = whole_pieces<T>(size);
@@ -99,10 +99,10 @@ int ovseg_gaussian_aggregation_bwd(const void *grad, const void *features, const
         constexpr int64_t BLOCK = THREADS * PIECES * EACH<T>;
         const int64_t blocks = (size + BLOCK - 1) / BLOCK;
         if (weights_grad && count != blocks * WARPS) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int error = launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream,
-                                 static_cast<const T *>(grad), static_cast<const T *>(features),
-                                 static_cast<const T *>(weights), static_cast<T *>(features_grad),
-                                 weights_grad ? shares : nullptr, int(layers), size);
+        const int error =
+            launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream, static_cast<const T *>(grad),
+                   static_cast<const T *>(features), static_cast<const T *>(weights), static_cast<T *>(features_grad),
+                   weights_grad ? shares : nullptr, int(layers), size);
         if (error || !weights_grad) return error;
         return launch_adding(shares, static_cast<T *>(weights_grad), layers, count, device, stream);
     });

@@ -21,9 +21,9 @@ namespace ovseg {
 namespace {
 
 constexpr int MOST_LABELS = 8;
-constexpr int PARTS = 2048;     // bounds that a block keeps; where there are more classes, neighbours share one
-constexpr int BOUNDED = 4;      // classes whose bounds a warp works out at a time
-constexpr int PATCH_ROWS = 4;   // logits of each among which it looks for the largest at a time
+constexpr int PARTS = 2048;    // bounds that a block keeps; where there are more classes, neighbours share one
+constexpr int BOUNDED = 4;     // classes whose bounds a warp works out at a time
+constexpr int PATCH_ROWS = 4;  // logits of each among which it looks for the largest at a time
 constexpr int PATCH_COLUMNS = 32 / PATCH_ROWS;
 constexpr int TOGETHER = 2;     // classes whose scores a thread works out together where all are wanted
 constexpr int EACH_BLOCK = 16;  // classes that a block takes there
@@ -136,9 +136,14 @@ __device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &w
     return fabsf(bound) < INFINITY ? key(bound) : LAST;
 }
 
+template <int K>
+constexpr int BLOCKS = K == 1   ? 4
+                       : K <= 4 ? 3
+                                : 2;  // on a multiprocessor
+
 // The best `k` ≤ K classes of each pixel.
 template <typename T, int K>
-__global__ void __launch_bounds__(THREADS, K == 1 ? 4 : K <= 4 ? 3 : 2) top_labels(const LabelMap<T> a) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<K>) top_labels(const LabelMap<T> a) {
     Shared &shared = *reinterpret_cast<Shared *>(shared_memory());
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Target target(a, int(blockIdx.x));
@@ -227,8 +232,8 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
                         int64_t window_height, int64_t window_width, int64_t canvas_height, int64_t canvas_width,
                         int64_t out_height, int64_t out_width, int64_t k, int dtype, int device, void *stream) {
     using namespace ovseg;
-    for (const int64_t size : {classes, height, width, window_height, window_width, canvas_height, canvas_width,
-                               out_height, out_width}) {
+    for (const int64_t size :
+         {classes, height, width, window_height, window_width, canvas_height, canvas_width, out_height, out_width}) {
         if (size < 1 || size > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
     }
     if (windows < 1 || windows > MOST_WINDOWS || k < 0 || k > MOST_LABELS || k > classes ||
@@ -240,11 +245,24 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        LabelMap<T> a{in(logits), in(whole), in(offset), static_cast<T *>(scores), labels, height * width,
-                       int(windows), int(classes), int(k), int(out_height), int(out_width), int(window_height),
-                       int(window_width), Resizing(height, width, window_height, window_width),
-                       Resizing(window_height, window_width, canvas_height, canvas_width),
-                       Resizing(canvas_height, canvas_width, out_height, out_width), {}, {}};
+        LabelMap<T> a{in(logits),
+                      in(whole),
+                      in(offset),
+                      static_cast<T *>(scores),
+                      labels,
+                      height * width,
+                      int(windows),
+                      int(classes),
+                      int(k),
+                      int(out_height),
+                      int(out_width),
+                      int(window_height),
+                      int(window_width),
+                      Resizing(height, width, window_height, window_width),
+                      Resizing(window_height, window_width, canvas_height, canvas_width),
+                      Resizing(canvas_height, canvas_width, out_height, out_width),
+                      {},
+                      {}};
         for (int n = 0; n < windows; ++n) a.tops[n] = int(positions[2 * n]), a.lefts[n] = int(positions[2 * n + 1]);
         if (k == 0) {
             const int64_t runs = (classes - 1) / EACH_BLOCK + 1;

@@ -43,6 +43,7 @@ struct Shape {
 // in their order; the last ones of a layer are filled with zeros.
 template <typename T, int COLUMNS>
 struct Projections {
+    static constexpr int PITCH = COLUMNS * int(sizeof(T));
     static constexpr int PIECES = COLUMNS / EACH<T>, AT_ONCE = THREADS / PIECES;  // rows that all threads copy at once
     static_assert(THREADS % PIECES == 0 && K<T> % AT_ONCE == 0, "every thread copies as many pieces of a column");
 
@@ -56,7 +57,7 @@ struct Projections {
         : layers(layers), channels(channels), width(width), chunks(chunks) {
         const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, column = thread % PIECES * EACH<T>;
         source = first + row * width + column;
-        target = tile_offset<COLUMNS * int(sizeof(T))>(row, thread % PIECES);
+        target = tile_offset<PITCH>(row, thread % PIECES);
         present = column < width ? channels - row : INT32_MIN / 2;
     }
 
@@ -107,8 +108,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
     const int chunks = (channels + CHANNELS - 1) / CHANNELS;
 
     Stages<Layout::RING, Layout::STAGE, Projections<T, COLUMNS>> stages(
-        shared_memory(), Projections<T, COLUMNS>(a.projection + int64_t(first) * channels * a.width, layers, channels,
-                                                 a.width, chunks));
+        shared_memory(),
+        Projections<T, COLUMNS>(a.projection + int64_t(first) * channels * a.width, layers, channels, a.width, chunks));
 
     // Past the last token, that one stands in.
     const auto token = [&](int layer, int r) { return a.hidden.row(layer, min(row + r, rows - 1)); };
@@ -121,9 +122,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             Statistics found[WARP_ROWS];
 #pragma unroll
             for (int i = 0; i < WARP_ROWS; ++i) own[i] = token(layer, warp * WARP_ROWS + i);
-            by_wholeness(a.hidden.whole, [&](auto whole) {
-                find_statistics(found, own, a.norms, channels, whole, lane);
-            });
+            by_wholeness(a.hidden.whole,
+                         [&](auto whole) { find_statistics(found, own, a.norms, channels, whole, lane); });
 #pragma unroll
             for (int i = 0; i < WARP_ROWS; ++i) {
                 if (lane == 0) statistics[warp * WARP_ROWS + i] = found[i];
@@ -263,7 +263,11 @@ int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight,
         const Arguments<T> a{
             patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
             {in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
-            in(projection), in(weights), static_cast<T *>(out), int(width), weights ? int(layers) : 1};
+            in(projection),
+            in(weights),
+            static_cast<T *>(out),
+            int(width),
+            weights ? int(layers) : 1};
         if (width > 512) return launch_gather<1024, true>(a, device, stream);
         if (weights) return launch_gather<512, true>(a, device, stream);
         return launch_gather<512, false>(a, device, stream);

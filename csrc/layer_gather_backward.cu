@@ -36,8 +36,8 @@ struct Means {
 
 // y (layers, rows, channels) and the statistics (layers, rows).
 template <typename T>
-__global__ void __launch_bounds__(THREADS) normalise(const PatchTokens<T> hidden, const Norms<T> norms, T *y,
-                                                     Statistics *statistics) {
+__global__ void __launch_bounds__(THREADS)
+    normalise(const PatchTokens<T> hidden, const Norms<T> norms, T *y, Statistics *statistics) {
     const int64_t index = own_row();
     const int rows = hidden.rows(), channels = hidden.channels, lane = int(threadIdx.x) % 32;
     const int layer = int(index / rows);
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(THREADS) normalise(const PatchTokens<T> hidden
 // dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each
 // row goes to `along`, where that is not null; else each has its own d.
 template <typename T>
-__global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, const T *weights, float *along,
-                                                           int layers, int64_t rows, int width) {
+__global__ void __launch_bounds__(THREADS)
+    length_backward(const T *grad, T *z, const T *weights, float *along, int layers, int64_t rows, int width) {
     const int64_t index = own_row();
     const int lane = int(threadIdx.x) % 32;
     const int layer = int(index / rows);
@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(THREADS) length_backward(const T *grad, T *z, 
 // From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the
 // means that the sums take; either may be null.
 template <typename T>
-__global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const PatchTokens<T> hidden,
-                                                          const Norms<T> norms, const Statistics *statistics,
-                                                          T *hidden_grad, Means *means) {
+__global__ void __launch_bounds__(THREADS)
+    norms_backward(const T *grad, const PatchTokens<T> hidden, const Norms<T> norms, const Statistics *statistics,
+                   T *hidden_grad, Means *means) {
     const int64_t index = own_row(), tokens = int64_t(hidden.batch) * hidden.tokens;
     const int channels = hidden.channels, lane = int(threadIdx.x) % 32;
     const int layer = int(index / tokens), token = int(index % tokens);
@@ -167,9 +167,9 @@ __global__ void __launch_bounds__(THREADS) norms_backward(const T *grad, const P
 
 // da, dc, dg and db of TOGETHER tokens: sums (layers, count, 4, channels).
 template <typename T>
-__global__ void __launch_bounds__(THREADS) sum_norm_gradients(const T *grad, const PatchTokens<T> hidden,
-                                                              const Norms<T> norms, const Statistics *statistics,
-                                                              const Means *means, float *sums) {
+__global__ void __launch_bounds__(THREADS)
+    sum_norm_gradients(const T *grad, const PatchTokens<T> hidden, const Norms<T> norms, const Statistics *statistics,
+                       const Means *means, float *sums) {
     const int rows = hidden.rows(), channels = hidden.channels;
     const int parts = (channels + THREADS - 1) / THREADS, count = (rows + TOGETHER - 1) / TOGETHER;
     const int channel = int(blockIdx.x) % parts * THREADS + int(threadIdx.x), chunk = int(blockIdx.x) / parts;
@@ -215,11 +215,11 @@ int ovseg_layer_gather_normed_bwd(const void *const *hidden, const void *shared_
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        return launch(normalise<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
-                      patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
-                      Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps,
-                               norm_eps},
-                      static_cast<T *>(normed), reinterpret_cast<Statistics *>(statistics));
+        return launch(
+            normalise<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
+            patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
+            Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
+            static_cast<T *>(normed), reinterpret_cast<Statistics *>(statistics));
     });
 }
 
@@ -232,10 +232,10 @@ int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void 
     if (!aligned(grad, projected, weights, weights_grad, along)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const int error = launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream,
-                                 static_cast<const T *>(grad), static_cast<T *>(projected),
-                                 static_cast<const T *>(weights), weights_grad ? along : nullptr, int(layers), rows,
-                                 int(width));
+        const int error =
+            launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream,
+                   static_cast<const T *>(grad), static_cast<T *>(projected), static_cast<const T *>(weights),
+                   weights_grad ? along : nullptr, int(layers), rows, int(width));
         if (error || !weights_grad) return error;
         return launch_adding(along, static_cast<T *>(weights_grad), layers, rows, device, stream);
     });
@@ -244,8 +244,8 @@ int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void 
 int ovseg_layer_gather_norms_bwd(const void *grad, const void *const *hidden, const void *shared_weight,
                                  const void *shared_bias, const void *norm_weight, const float *statistics,
                                  void *hidden_grad, float *means, float *sums, int64_t layers, int64_t batch,
-                                 int64_t tokens, int64_t patches, int64_t channels, int64_t count,
-                                 int64_t batch_stride, int64_t token_stride, int dtype, int device, void *stream) {
+                                 int64_t tokens, int64_t patches, int64_t channels, int64_t count, int64_t batch_stride,
+                                 int64_t token_stride, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (const int error = check_patch_tokens(hidden, layers, batch, tokens, patches, channels)) return error;
     if (sums && count != (batch * patches + TOGETHER - 1) / TOGETHER) return OVSEG_UNSUPPORTED_SIZE;

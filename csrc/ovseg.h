@@ -47,13 +47,14 @@ OVSEG_API int ovseg_architectures(int *architectures, int size);
  * (3 * channels, channels); proj_weight (channels, channels); fc1_weight (hidden, channels); fc2_weight (channels,
  * hidden). `middle`, like x, takes what the attention half gives, for the backward pass; null where it is not wanted.
  * channels = 128, heads = 4, window <= 12, hidden a multiple of 128. */
-OVSEG_API int ovseg_spatial_aggregation_fwd(
-    const void *x, const void *q_term, const void *k_term, const void *norm1_weight, const void *norm1_bias,
-    const void *qkv_weight, const void *v_bias, const void *proj_weight, const void *proj_bias,
-    const void *norm2_weight, const void *norm2_bias, const void *fc1_weight, const void *fc1_bias,
-    const void *fc2_weight, const void *fc2_bias, void *out, void *middle, int64_t batch, int64_t classes,
-    int64_t height, int64_t width, int64_t channels, int64_t hidden, int64_t heads, int64_t window, int64_t shift,
-    int dtype, int device, void *stream);
+OVSEG_API int ovseg_spatial_aggregation_fwd(const void *x, const void *q_term, const void *k_term,
+                                            const void *norm1_weight, const void *norm1_bias, const void *qkv_weight,
+                                            const void *v_bias, const void *proj_weight, const void *proj_bias,
+                                            const void *norm2_weight, const void *norm2_bias, const void *fc1_weight,
+                                            const void *fc1_bias, const void *fc2_weight, const void *fc2_bias,
+                                            void *out, void *middle, int64_t batch, int64_t classes, int64_t height,
+                                            int64_t width, int64_t channels, int64_t hidden, int64_t heads,
+                                            int64_t window, int64_t shift, int dtype, int device, void *stream);
 
 /* Backward of its window attention: tokens (batch * classes * height * width, 3 * channels), q, k and v of each;
  * grad_attended (batch * classes * height * width, channels) -> grad_tokens like tokens, and what was attended to, like
@@ -69,10 +70,10 @@ OVSEG_API int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad
  * block's share of the gradients of norm_weight, norm_bias and the last bias, or null. A block takes 128 rows of 16-bit
  * numbers, 64 of float32. gelu: 1 for GELU, 0 for ReLU. channels = 128, hidden a multiple of 32. */
 OVSEG_API int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_weight, const void *norm_bias,
-                                     const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
-                                     void *y_grad, void *normed, void *activated, void *units_grad, void *sums,
-                                     int64_t rows, int64_t channels, int64_t hidden, int64_t gelu, int dtype,
-                                     int device, void *stream);
+                                     const void *fc1_weight, const void *fc1_bias, const void *fc2_weight, void *y_grad,
+                                     void *normed, void *activated, void *units_grad, void *sums, int64_t rows,
+                                     int64_t channels, int64_t hidden, int64_t gelu, int dtype, int device,
+                                     void *stream);
 
 /* Patch tokens of `layers` encoder blocks, at most 32 of them, normalised twice, projected and brought to unit
  * length. `hidden` points to as many pointers, read before the function returns: (batch, tokens, channels) each,
@@ -165,8 +166,8 @@ OVSEG_API int ovseg_cost_volume_fwd(const void *image, const void *text, void *c
 /* Backward of its normalisation: x and products (rows, channels), the sums of the other side's rows of length 1,
  * weighted by the gradient -> out, the gradient of x. Where `products` is null, out takes the rows of x brought to
  * length 1. */
-OVSEG_API int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows,
-                                         int64_t channels, int dtype, int device, void *stream);
+OVSEG_API int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, int64_t rows, int64_t channels,
+                                         int dtype, int device, void *stream);
 
 /* Cosines of image (batch, height, width, channels) and text (classes, prompts, channels), or (batch, classes, ...)
  * where `own_text`, through a convolution: weight (outputs, prompts, size, size), bias (outputs) -> out (batch,
@@ -200,10 +201,10 @@ OVSEG_API int ovseg_class_aggregation_fwd(const void *x, const void *terms, cons
                                           const void *norm1_bias, const void *qkv_weight, const void *v_bias,
                                           const void *padding_token, const void *norm2_weight, const void *norm2_bias,
                                           const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
-                                          const void *fc2_bias, void *out, void *middle, int64_t batch,
-                                          int64_t classes, int64_t height, int64_t width, int64_t channels,
-                                          int64_t hidden, int64_t heads, int64_t pooling, int64_t pads,
-                                          int64_t images_of_terms, int dtype, int device, void *stream);
+                                          const void *fc2_bias, void *out, void *middle, int64_t batch, int64_t classes,
+                                          int64_t height, int64_t width, int64_t channels, int64_t hidden,
+                                          int64_t heads, int64_t pooling, int64_t pads, int64_t images_of_terms,
+                                          int dtype, int device, void *stream);
 
 /* Backward of its attention: tokens (batch * classes * positions, and one more with the padding class where pads > 0,
  * 3 * channels), the products of normalised tokens with qkv_weight, `positions` being those of a map; terms as above;
@@ -211,20 +212,20 @@ OVSEG_API int ovseg_class_aggregation_fwd(const void *x, const void *terms, cons
  * keys and values, go to grad_padding (batch, positions, 2 * channels), float32, null where pads = 0. */
 OVSEG_API int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms, const void *v_bias,
                                                     const void *grad, void *grad_tokens, void *grad_padding,
-                                                    int64_t batch, int64_t classes, int64_t positions,
-                                                    int64_t channels, int64_t heads, int64_t pads,
-                                                    int64_t images_of_terms, int dtype, int device, void *stream);
+                                                    int64_t batch, int64_t classes, int64_t positions, int64_t channels,
+                                                    int64_t heads, int64_t pads, int64_t images_of_terms, int dtype,
+                                                    int device, void *stream);
 
 /* out = x + y resized to x's size, bilinear with aligned corners: x, out (maps, height, width, channels); y (maps,
  * low_height, low_width, channels). channels: a multiple of what fits 16 bytes. */
 OVSEG_API int ovseg_class_aggregation_resize_fwd(const void *x, const void *y, void *out, int64_t maps, int64_t height,
-                                                 int64_t width, int64_t low_height, int64_t low_width,
-                                                 int64_t channels, int dtype, int device, void *stream);
+                                                 int64_t width, int64_t low_height, int64_t low_width, int64_t channels,
+                                                 int dtype, int device, void *stream);
 
 /* Backward of the resize: grad like out -> grad_y like y. */
 OVSEG_API int ovseg_class_aggregation_resize_bwd(const void *grad, void *grad_y, int64_t maps, int64_t height,
-                                                 int64_t width, int64_t low_height, int64_t low_width,
-                                                 int64_t channels, int dtype, int device, void *stream);
+                                                 int64_t width, int64_t low_height, int64_t low_width, int64_t channels,
+                                                 int dtype, int device, void *stream);
 
 #ifdef __cplusplus
 }

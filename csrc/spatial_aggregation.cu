@@ -101,7 +101,7 @@ struct Stream {
     // A slice of `weight`, to be multiplied before the next one is asked for, after which it is gone. All of the block
     // ask together, slice by slice, and say which weight follows.
     __device__ __forceinline__ Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following,
-                                                                Self self) {
+                                                           Self self) {
         wait_for_copies<Sizes::RING - 2>();
         __syncthreads();
         const int ahead = index + Sizes::RING - 1;  // goes where the slice before this one was
@@ -176,9 +176,9 @@ struct Bias {
 template <typename T>
 __device__ __forceinline__ void begin(Results &results, const T *first, int column) {
     const Bias<T> bias(first, column);
-    each_pair(results, [](int) { return 0; }, [&](int, int n, float &first, float &second) {
-        first = bias.at(n, 0), second = bias.at(n, 1);
-    });
+    each_pair(
+        results, [](int) { return 0; },
+        [&](int, int n, float &first, float &second) { first = bias.at(n, 0), second = bias.at(n, 1); });
 }
 
 __device__ __forceinline__ void zero(Results &results) {
@@ -254,26 +254,29 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
     begin(results, a.v_bias + self.channel(), self.column());
     multiply(results, own(rows), stream, of_v, of_q, self);
     if (!window.whole) {  // a weight of 0 times NaN would be NaN
-        each_pair(results, [&](int eight) { return window.places[self.token() + eight + self.row()]; },
-                  [](int place, int, float &first, float &second) {
-                      if (place < 0) first = second = 0.0f;
-                  });
+        each_pair(
+            results, [&](int eight) { return window.places[self.token() + eight + self.row()]; },
+            [](int place, int, float &first, float &second) {
+                if (place < 0) first = second = 0.0f;
+            });
     }
     each_pair(results, to(of_head(other_memory), 0), keep);
     self.again(window);
     zero(results);
     raise(results, a.q_term + window.image * C);
     multiply(results, own(rows), stream, of_q, of_k, self);
-    A tokens[TILES][WIDTH / K<T>];  // the tokens' queries, and later what they attended to, as factors
+    constexpr int STEPS = WIDTH / K<T>;
+    A tokens[TILES][STEPS];  // the tokens' queries, and later what they attended to, as factors
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
 #pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) tokens[m][k] = chained<T>(results[m], k);
+        for (int k = 0; k < STEPS; ++k) tokens[m][k] = chained<T>(results[m], k);
     }
     self.again(window);
     zero(results);
     multiply(results, own(rows), stream, of_k, projection, self);
-    raise(results, a.k_term + window.image * C);  // not before: the queries wait in registers
+    // Not before: the queries wait in registers.
+    raise(results, a.k_term + window.image * C);
     __syncthreads();  // n has been read by all
     each_pair(results, to(of_head(row_memory), 0), keep);
     __syncthreads();
@@ -286,7 +289,7 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
         attend<T>(attended, tokens[0], of_head(row_memory), of_head(other_memory), window, self.token() + 16 * m,
                   self.lane());
 #pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) {
+        for (int k = 0; k < STEPS; ++k) {
 #pragma unroll
             for (int i = 0; i + 1 < TILES; ++i) tokens[i][k] = tokens[i + 1][k];
             tokens[TILES - 1][k] = chained<T>(attended, k);
@@ -296,8 +299,8 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
 #pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) {
-            store_chained<T>(own(rows).rows_from(16 * m), tokens[m][k], self.head() * (WIDTH / K<T>) + k, self.lane());
+        for (int k = 0; k < STEPS; ++k) {
+            store_chained<T>(own(rows).rows_from(16 * m), tokens[m][k], self.head() * STEPS + k, self.lane());
         }
     }
     begin(results, a.proj_bias + self.channel(), self.column());
@@ -354,8 +357,8 @@ int ovseg_spatial_aggregation_fwd(const void *x, const void *q_term, const void 
                                   int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t hidden,
                                   int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream) {
     using namespace ovseg;
-    if (!takes_windows(classes, height, width, channels, heads, window, shift) || hidden < UNITS ||
-        hidden % UNITS || hidden > INT32_MAX / C) {
+    if (!takes_windows(classes, height, width, channels, heads, window, shift) || hidden < UNITS || hidden % UNITS ||
+        hidden > INT32_MAX / C) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
     if (!aligned(x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias, norm2_weight,
@@ -366,10 +369,26 @@ int ovseg_spatial_aggregation_fwd(const void *x, const void *q_term, const void 
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Arguments<T> a{in(x),           in(q_term),     in(k_term),      in(norm1_weight), in(norm1_bias),
-                             in(qkv_weight),  in(v_bias),     in(proj_weight), in(proj_bias),    in(norm2_weight),
-                             in(norm2_bias),  in(fc1_weight), in(fc1_bias),    in(fc2_weight),   in(fc2_bias),
-                             static_cast<T *>(out), static_cast<T *>(middle), windows, int(classes), int(hidden)};
+        const Arguments<T> a{in(x),
+                             in(q_term),
+                             in(k_term),
+                             in(norm1_weight),
+                             in(norm1_bias),
+                             in(qkv_weight),
+                             in(v_bias),
+                             in(proj_weight),
+                             in(proj_bias),
+                             in(norm2_weight),
+                             in(norm2_bias),
+                             in(fc1_weight),
+                             in(fc1_bias),
+                             in(fc2_weight),
+                             in(fc2_bias),
+                             static_cast<T *>(out),
+                             static_cast<T *>(middle),
+                             windows,
+                             int(classes),
+                             int(hidden)};
         return launch(spatial_aggregation<T>, batch * classes * windows.count(), THREADS, Shared<T>::TOTAL, device,
                       stream, a);
     });

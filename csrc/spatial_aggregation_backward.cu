@@ -181,8 +181,12 @@ int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad_attended,
     const Windows windows{int(height), int(width), int(window), int(shift)};
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(tokens), static_cast<const T *>(grad_attended),
-                             static_cast<T *>(grad_tokens), static_cast<T *>(attended), windows, int(classes)};
+        const Arguments<T> a{static_cast<const T *>(tokens),
+                             static_cast<const T *>(grad_attended),
+                             static_cast<T *>(grad_tokens),
+                             static_cast<T *>(attended),
+                             windows,
+                             int(classes)};
         return launch(attention_backward<T>, batch * classes * windows.count() * HEADS, THREADS, Shared<T>::TOTAL,
                       device, stream, a);
     });

@@ -79,16 +79,14 @@ __global__ void __launch_bounds__(THREADS, 3)
         return sum_over_lanes<32>(sum) / (float(s.positions) * float(s.group));
     };
     const float mean = each([](float count, float part, float) { return count * part; });
-    const float variance = each([&](float count, float part, float squares) {
-        return squares + count * (part - mean) * (part - mean);
-    });
+    const float variance =
+        each([&](float count, float part, float squares) { return squares + count * (part - mean) * (part - mean); });
     if (lane == 0) store<float, 2>(statistics + group * 2, {{mean, 1.0f / sqrtf(variance + eps)}});
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 3)
-    normalise(const T *y, const T *term, const float *statistics, const T *weight, const T *bias, T *out,
-              const Sizes s) {
+__global__ void __launch_bounds__(THREADS, 3) normalise(const T *y, const T *term, const float *statistics,
+                                                        const T *weight, const T *bias, T *out, const Sizes s) {
     // From the end: what the moments were taken of last may still be in the cache.
     const Chunk chunk(s, gridDim.x - 1 - blockIdx.x, Place<N>::parts(s));
     const Place<N> place(s, chunk.part);

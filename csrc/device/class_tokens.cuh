@@ -18,8 +18,7 @@ struct ClassMaps {
 
     ClassMaps(const T *x, const T *padding_token, Classes classes, int64_t height, int64_t width, int64_t pooling)
         : x(x), padding_token(padding_token), classes(classes), map(height * width * C), width(int(width)),
-          pooling(int(pooling)), positions(int((height / pooling) * (width / pooling))),
-          columns(int(width / pooling)) {}
+          pooling(int(pooling)), positions(int(height / pooling * (width / pooling))), columns(int(width / pooling)) {}
 
     // Of maps with a token for each position: numbers from one class to the next, and where that of a class is.
     __device__ __forceinline__ int64_t pooled_map() const { return int64_t(positions) * C; }

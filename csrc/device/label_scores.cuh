@@ -35,7 +35,8 @@ struct LabelMap {
     }
 };
 
-struct WindowBelow {  // one that meets the block's rectangle
+// One that meets the block's rectangle.
+struct WindowBelow {
     int64_t start;  // of its maps
     int top, left;
     Rectangle logits;  // that the rectangle reads
@@ -175,8 +176,8 @@ __device__ __forceinline__ void score_canvas(float (&scores)[SIDE][SIDE][N], con
             for (int corner = 0; corner < 4; ++corner) {
                 if (corner > 0 && !a.from_window.needed) continue;
                 const int lower = corner / 2, right = corner % 2;
-                const float weight = (lower ? down.weight : 1.0f - down.weight) *
-                                     (right ? along[c].weight : 1.0f - along[c].weight);
+                const float weight =
+                    (lower ? down.weight : 1.0f - down.weight) * (right ? along[c].weight : 1.0f - along[c].weight);
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
                     const float p = probability(a.whole + maps[i], a.from_maps, v[lower], h[c][right]);

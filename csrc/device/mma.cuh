@@ -38,7 +38,7 @@ __host__ __device__ constexpr int d_row(int lane, int i) { return lane / 4 + 8 *
 __host__ __device__ constexpr int d_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
 // Which row and piece of a tile a lane names to ldmatrix, four 8×16-byte matrices at once, to get
-__host__ __device__ constexpr int a_row(int lane) { return lane & 15; }         // an A
+__host__ __device__ constexpr int a_row(int lane) { return lane & 15; }  // an A
 __host__ __device__ constexpr int a_piece(int lane) { return lane >> 4; }
 __host__ __device__ constexpr int b_row(int lane) { return (lane & 7) + (lane >> 4 << 3); }  // two B
 __host__ __device__ constexpr int b_piece(int lane) { return lane >> 3 & 1; }
@@ -235,10 +235,10 @@ __device__ __forceinline__ A chained(const D *results, int k) {
 template <typename T>
 __device__ __forceinline__ void mma_once(D &d, const A &a, const B &b) {
 #ifdef __CUDACC__
-    float(&x)[4] = d.value;
-#define OVSEG_MMA(SHAPE_AND_FORMATS)                                                                                \
-    asm("mma.sync.aligned." SHAPE_AND_FORMATS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"               \
-        : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])                                                             \
+    float (&x)[4] = d.value;
+#define OVSEG_MMA(SHAPE_AND_FORMATS)                                                                   \
+    asm("mma.sync.aligned." SHAPE_AND_FORMATS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+        : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])                                               \
         : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
     if constexpr (std::is_same_v<T, __half>) {
         OVSEG_MMA("m16n8k16.row.col.f32.f16.f16.f32");

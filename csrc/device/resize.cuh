@@ -34,8 +34,7 @@ struct Resizing {
     bool needed;
 
     Resizing(int64_t height, int64_t width, int64_t new_height, int64_t new_width)
-        : y{int(height), float(height) / float(new_height)},
-          x{int(width), float(width) / float(new_width)},
+        : y{int(height), float(height) / float(new_height)}, x{int(width), float(width) / float(new_width)},
           needed(height != new_height || width != new_width) {}
 
     __device__ __forceinline__ Taps down(int row) const { return needed ? y.taps(row) : Taps{row, row, 0.0f}; }

@@ -9,7 +9,7 @@
 namespace ovseg {
 
 constexpr float LAYER_NORM_EPS = 1e-5f;  // torch.nn.functional.layer_norm
-constexpr int STAGE_ROWS = 32;  // outputs of a layer, or hidden units of the MLP, in a stage
+constexpr int STAGE_ROWS = 32;           // outputs of a layer, or hidden units of the MLP, in a stage
 
 // The distribution of the Gaussian. Its logarithm to base 2 below 0 is nearly a parabola; this polynomial for it leaves
 // an error of 9e-7 in the result, and in GELU.

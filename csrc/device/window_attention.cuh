@@ -10,8 +10,8 @@ namespace ovseg {
 
 constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
 constexpr int TOKENS = 144;
-constexpr float SCALE = 0.17677669529663688f;  // 1 / √WIDTH
-constexpr float REGION_MASK = -100.0f / SCALE;  // published, of scores that are yet to be scaled
+constexpr float SCALE = 0.17677669529663688f;         // 1 / √WIDTH
+constexpr float REGION_MASK = -100.0f / SCALE;        // published, of scores that are yet to be scaled
 constexpr float POWER = SCALE * 1.4426950408889634f;  // exp(SCALE · score) = exp2(POWER · score)
 
 template <typename T>
@@ -21,8 +21,8 @@ constexpr int AT_ONCE = sizeof(T) == 2 ? TOKENS : TOKENS / 3;  // keys that a wa
 struct Window {
     int64_t map, image;  // positions before the class's map, among those of all, and before the image's
     int places[TOKENS], regions[TOKENS];  // -1 beyond the map
-    int zero;  // which the compiler does not know
-    bool whole, plain;  // no token is beyond it; and all tokens see each other
+    int zero;                             // which the compiler does not know
+    bool whole, plain;                    // no token is beyond it; and all tokens see each other
 
     // Fills it in, by all threads of the block; a barrier has to follow. `index` counts the windows of all maps.
     template <int THREADS>
