@@ -98,7 +98,6 @@ def choose(operator: str, *tensors: Tensor, refusals: Mapping[str, str | None] |
     raise RuntimeError(f"{operator}: the {asked} backend was asked for but cannot run: {reasons[asked]}.")
 
 
-@torch.compiler.assume_constant_result
 def refusal(
     operator: str, name: str, device: str, index: int | None, dtype: torch.dtype | None, forced: bool
 ) -> str | None:
@@ -129,6 +128,11 @@ def refusal(
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU"
     return None if forced else "on the CPU only Triton's slow interpreter runs it, and only where forced"
+
+
+# torch.compiler.assume_constant_result(refusal), which would import all of the compiler together with this package: two
+# seconds that only torch.compile has use for.
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(operator: str, name: str) -> ModuleType:

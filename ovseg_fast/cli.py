@@ -82,7 +82,6 @@ def segment(
     from tqdm import tqdm
 
     from .images import MAX_SIDE, list_images
-    from .models.presets import get_preset
     from .vocabulary import check_classes, parse_classes, read_classes
 
     try:
@@ -90,7 +89,6 @@ def segment(
             raise ValueError("give class names either by --classes or by --classes-file.")
         names = check_classes(parse_classes(classes) if classes is not None else read_classes(Path(str(classes_file))))
         images = list_images(inputs)
-        get_preset(preset)
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out must be a folder, {out} is a file.")
         from . import backends

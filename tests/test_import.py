@@ -12,7 +12,7 @@ import time
 import pytest
 
 OPTIONAL = ("triton", "xformers")
-LAZY = (*OPTIONAL, "open_clip", "timm", "torchvision", "torch.utils.cpp_extension")
+LAZY = (*OPTIONAL, "open_clip", "timm", "torchvision", "torch.utils.cpp_extension", "torch._dynamo")
 
 
 def run(code: str, **environment: str) -> str:
@@ -40,8 +40,25 @@ def test_import_takes_less_than_three_seconds() -> None:
 
 
 def test_import_loads_nothing_heavy_or_optional() -> None:
-    loaded = run(f"import sys, ovseg_fast; print([name for name in {LAZY} if name in sys.modules])")
+    loaded = run(f"""
+        import sys
+        import ovseg_fast.ops, ovseg_fast.models, ovseg_fast.segmenter
+        print([name for name in {LAZY} if name in sys.modules])
+    """)
     assert loaded.strip() == "[]"
+
+
+def test_a_typing_mistake_is_answered_before_pytorch_is_imported() -> None:
+    run("""
+        import sys
+        from ovseg_fast.cli import main
+        for words in (["missing.png", "-c", "cat"], ["missing.png"], ["missing.png", "-c", "cat, cat"]):
+            try:
+                main(["segment", *words])
+            except SystemExit as end:
+                assert end.code == 2
+        assert "torch" not in sys.modules
+    """)
 
 
 def test_import_does_not_initialise_cuda() -> None:
