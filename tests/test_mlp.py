@@ -27,9 +27,8 @@ def build(
     """The seven tensors of a call, of `sizes` (shape without channels, C, M)."""
     shape, channels, hidden = sizes
     draw = Draw(rng, dtype, DEVICE)
-    return [
-        draw(*shape, channels), *draw.norm(channels), *draw.linear(hidden, channels), *draw.linear(channels, hidden)
-    ]  # fmt: skip
+    parts = draw.norm(channels), draw.linear(hidden, channels), draw.linear(channels, hidden)
+    return [draw.tokens(*shape, channels), *(tensor for part in parts for tensor in part)]
 
 
 def away_from_ties(call: list[Tensor]) -> list[Tensor]:

@@ -30,6 +30,14 @@ class Draw:
         drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
         return drawn.to(self.device, self.dtype)
 
+    def tokens(self, *shape: int) -> Tensor:
+        """Tokens (..., channels) for a layer norm: half of a token's channels, at random, lie 3 above the others.
+
+        A norm over a few channels which happen to be nearly equal would magnify their rounding as nothing real does.
+        """
+        order = torch.rand(shape, generator=self.generator, device=self.generator.device).argsort(-1)
+        return self(*shape) + (order % 2 * 3 - 1.5).to(self.device, self.dtype)
+
     def weight(self, *shape: int) -> Tensor:
         """A weight (out, in, ...) that keeps the variance."""
         return self(*shape) / math.sqrt(max(math.prod(shape[1:]), 1))

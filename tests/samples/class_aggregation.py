@@ -12,7 +12,7 @@ def class_aggregation(
     height: int = 6,
     width: int = 6,
     channels: int = 8,
-    guidance: int = 6,
+    guidance: int = 18,
     hidden: int | None = None,
     heads: int = 2,
     pooling: int = 1,
@@ -31,11 +31,11 @@ def class_aggregation(
             draw.linear(m, c),
             draw.linear(c, m),
         )
-        x = draw(batch, classes, height, width, c)
+        x = draw.tokens(batch, classes, height, width, c)
         g = draw(*((batch,) if per_image else ()), classes, guidance)
         weights = [tensor for part in parts for tensor in part]
         keywords = {"heads": heads, "pooling": pooling, "pad_length": pad_length, "attention": attention}
-        return (x, g, *weights, 0.5 * draw(c), 0.5 * draw(guidance)), keywords
+        return (x, g, *weights, 0.5 * draw.tokens(c), 0.5 * draw(guidance)), keywords
 
     return build
 
@@ -45,7 +45,7 @@ CLASS_AGGREGATION = [
     row(
         "class_aggregation",
         "small",
-        class_aggregation(classes=2, height=2, width=2, channels=12, guidance=4, hidden=9, pad_length=5),
+        class_aggregation(classes=5, height=2, width=2, channels=12, guidance=14, hidden=9, pad_length=5),
         "small",
     ),
     row(
@@ -53,11 +53,11 @@ CLASS_AGGREGATION = [
         "small, pooled, guidance of each image",
         class_aggregation(
             batch=2,
-            classes=2,
+            classes=4,
             height=3,
             width=4,
             channels=12,
-            guidance=4,
+            guidance=14,
             hidden=9,
             pooling=2,
             pad_length=2,
@@ -72,12 +72,17 @@ CLASS_AGGREGATION = [
         "class_aggregation",
         "odd",
         class_aggregation(
-            batch=2, classes=5, height=7, width=9, channels=15, guidance=5, hidden=13, heads=3, pooling=2
+            batch=2, classes=5, height=5, width=7, channels=15, guidance=5, hidden=13, heads=3, pooling=2
         ),
         "odd",
         "batch",
     ),
-    row("class_aggregation", "one class", class_aggregation(classes=1), "one-class"),
+    row(
+        "class_aggregation",
+        "one class",
+        class_aggregation(batch=3, classes=1, height=3, width=4, per_image=True),
+        "one-class",
+    ),
     row(
         "class_aggregation",
         "one class alone",
@@ -95,7 +100,7 @@ CLASS_AGGREGATION = [
         "class_aggregation",
         "full attention, small",
         class_aggregation(
-            classes=2, height=2, width=2, channels=12, guidance=4, hidden=9, pad_length=5, attention="full"
+            classes=5, height=2, width=2, channels=12, guidance=14, hidden=9, pad_length=5, attention="full"
         ),
         "small",
     ),
@@ -105,8 +110,8 @@ CLASS_AGGREGATION = [
         class_aggregation(
             batch=2,
             classes=5,
-            height=7,
-            width=9,
+            height=5,
+            width=7,
             channels=15,
             guidance=5,
             hidden=13,

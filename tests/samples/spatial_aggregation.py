@@ -30,7 +30,7 @@ def spatial_aggregation(
             draw.linear(m, c),
             draw.linear(c, m),
         )
-        x, g = draw(batch, classes, height, width, c), draw(batch, height, width, guidance)
+        x, g = draw.tokens(batch, classes, height, width, c), draw(batch, height, width, guidance)
         weights = [tensor for part in parts for tensor in part]
         return (x, g, *weights), {"heads": heads, "window": window, "shift": shift}
 
@@ -73,7 +73,7 @@ SPATIAL_AGGREGATION = [
         "spatial_aggregation",
         "odd",
         spatial_aggregation(
-            batch=2, classes=3, height=5, width=7, channels=15, guidance=5, hidden=13, heads=3, window=4, shift=2
+            batch=2, classes=2, height=5, width=7, channels=15, guidance=5, hidden=13, heads=3, window=4, shift=2
         ),
         "odd",
         "batch",
@@ -102,8 +102,8 @@ SPATIAL_AGGREGATION = [
     ),
     row(
         "spatial_aggregation",
-        "300 classes",
-        spatial_aggregation(classes=300, height=4, width=4, heads=1),
+        "70 classes",
+        spatial_aggregation(classes=70, height=4, width=4, heads=1),
         "many-classes",
     ),
     row("spatial_aggregation", "no image", spatial_aggregation(batch=0, shift=2), "empty"),

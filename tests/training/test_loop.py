@@ -152,18 +152,16 @@ def test_two_processes_train_as_one_does_with_the_same_global_batch(folder, mode
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     checkpoints.save(start, file)
-    results = {}
-    for processes in (1, 2):
-        own = dataclasses.replace(config, weights=str(file), out=str(folder / f"run{processes}"))
-        run = subprocess.run(
-            command(write(own, folder / f"run{processes}.toml"), "--quiet", processes=processes),
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
-        results[processes] = weights(Path(own.out) / WEIGHTS)
-    began = weights(file)
-    moved = torch.cat([(results[1][name] - began[name]).flatten() for name in began])
-    apart = torch.cat([(results[1][name] - results[2][name]).flatten() for name in began])
+    alone, shared = (dataclasses.replace(config, weights=str(file), out=str(folder / name)) for name in ("1", "2"))
+    train(alone, progress=False)
+    run = subprocess.run(
+        command(write(shared, folder / "shared.toml"), "--quiet", processes=2),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    began, one, two = (weights(path) for path in (file, Path(alone.out) / WEIGHTS, Path(shared.out) / WEIGHTS))
+    moved = torch.cat([(one[name] - began[name]).flatten() for name in began])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in began])
     assert moved.norm() > 0
     assert apart.norm() <= 0.05 * moved.norm()
 
