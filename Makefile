@@ -32,7 +32,7 @@ $(KERNELS): $(VENV)/installed $(shell find csrc -type f)
 	@touch $@
 
 test: lint ## linter, type checker, then all tests but the slow ones
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 slow: venv ## the slow tests
 	$(BIN)/pytest -m slow
