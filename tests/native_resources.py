@@ -128,7 +128,7 @@ if __name__ == "__main__":
             sys.exit(f"build all architectures first, without OVSEG_CUDA_ARCHS: {sorted(missing)[0]} is missing")
         rows = ",\n".join(
             f"  {json.dumps(label)}: {{\n"
-            + ",\n".join(f"   {json.dumps(name)}: {json.dumps(usage)}" for name, usage in row.items())
+            + ",\n".join(f"   {json.dumps(name)}: {json.dumps(row[name])}" for name in ARCHITECTURES)
             + "\n  }"
             for label, row in measured.items()
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def model_and_inputs(name: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]
     return model, inputs
 
 
+def assert_same(graph: nn.Module, model: nn.Module, inputs: list[tuple[Any, ...]], backend: str) -> None:
+    """The graph, run with a backend, gives what the model gives in PyTorch form."""
+    limit = REWRITE_FLOAT32 if backend == "torch" else GOLDEN_OUTPUT
+    with torch.no_grad():
+        for call in inputs:
+            with ovs.backend(backend):
+                result = graph(*call)
+            with ovs.backend("torch"):
+                assert relative_error(result, model(*call)) <= limit
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_kernels_give_what_the_pytorch_forms_give(name: str) -> None:
     """The published sizes, whose golden numbers these forms reproduce, are too large for Triton's interpreter."""
@@ -63,9 +75,7 @@ def test_kernels_give_what_the_pytorch_forms_give(name: str) -> None:
 def test_model_compiles_as_one_graph(name: str, backend: str) -> None:
     model, inputs = model_and_inputs(name)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad(), ovs.backend(backend):
-        for images, text in inputs:
-            assert relative_error(compiled(images, text), model(images, text)) <= REWRITE_FLOAT32
+    assert_same(compiled, model, inputs, backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -78,7 +88,6 @@ def test_model_exports(name: str, backend: str) -> None:
         inputs = [(*pair, 2) for pair in inputs]
     with torch.no_grad(), ovs.backend(backend):
         exported = torch.export.export(model, inputs[0], dynamic_shapes=dynamic).module()
-        for call in inputs:
-            assert relative_error(exported(*call), model(*call)) <= REWRITE_FLOAT32
+    assert_same(exported, model, inputs, backend)
     operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert any(target.startswith("ovseg_fast.") for target in operators) == (backend == "triton")
