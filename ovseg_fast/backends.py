@@ -130,8 +130,8 @@ def refusal(
     return None if forced else "on the CPU only Triton's slow interpreter runs it, and only where forced"
 
 
-# torch.compiler.assume_constant_result(refusal), which would import all of the compiler together with this package: two
-# seconds that only torch.compile has use for.
+# torch.compiler.assume_constant_result(refusal), which would import all of the compiler together with this package: one
+# to two seconds, about what torch itself takes, that only torch.compile has use for.
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
