@@ -124,7 +124,11 @@ class Wheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        packages=[*find_packages(include=["ovseg_fast", "ovseg_fast.*"]), "ovseg_fast.kernels"],
+        packages=[
+            *find_packages(include=["ovseg_fast", "ovseg_fast.*"]),
+            "ovseg_fast.kernels",
+            "ovseg_fast.kernels.common",
+        ],
         package_dir={"ovseg_fast.kernels": "kernels"},
         distclass=NativeDistribution,
         ext_modules=[],

@@ -36,15 +36,15 @@ from claim_tables import plot, table
 from safetensors import SafetensorError
 
 import ovseg_fast
-from ovseg_fast.data.world import WORLD, WorldScenes
+from ovseg_fast.data.world.scenes import WORLD, WorldScenes
 from ovseg_fast.evaluation.evaluate import evaluate
 from ovseg_fast.files import write_whole
 from ovseg_fast.models.clip import CLIP, TINY_CLIP
 from ovseg_fast.models.presets import get_preset
 from ovseg_fast.segmenter import Segmenter
-from ovseg_fast.training.clip_pretraining import zero_shot_scores
+from ovseg_fast.tiny.clip import zero_shot_scores
 from ovseg_fast.training.config import DataConfig, TrainingConfig
-from ovseg_fast.training.loop import Run
+from ovseg_fast.training.run import Run
 from ovseg_fast.vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
 
 FORMAT = "ovseg-fast claims"

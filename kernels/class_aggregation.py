@@ -30,11 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._class_resize import class_aggregation_resize, class_aggregation_resize_backward
-from ._class_softmax import attend, attend_backward
-from ._class_tokens import normalise_backward, normed_tokens, pooled, row_tile
-from ._launch import block, cdiv, launch, precision, sizes
-from ._math import dot, rounded
+from .class_aggregation_resize import class_aggregation_resize, class_aggregation_resize_backward
+from .class_aggregation_softmax import attend, attend_backward
+from .class_aggregation_tokens import normalise_backward, normed_tokens, pooled, row_tile
+from .common.launch import block, cdiv, launch, precision, sizes
+from .common.math import dot, rounded
 
 __all__ = [
     "class_aggregation_attention",

@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._cost_embedding_backward import cost_gradient, weight_gradient
-from ._launch import block, cdiv, launch, precision, sizes
-from ._map_tiles import halo_pixels, map_tile, tile_pixels
-from ._math import dot
+from .common.launch import block, cdiv, launch, precision, sizes
+from .common.map_tiles import halo_pixels, map_tile, tile_pixels
+from .common.math import dot
+from .cost_embedding_backward import cost_gradient, weight_gradient
 from .cost_volume import EPS, cost_volume, cost_volume_backward
 
 HALO = 128  # pixels of a tile and its halo

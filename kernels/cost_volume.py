@@ -14,13 +14,15 @@ and the same with the sides exchanged for dt, summed over b too where all images
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, precision, sizes
-from ._math import dot
+from .common.launch import cdiv, launch, precision, sizes
+from .common.math import dot
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
 
@@ -113,7 +115,6 @@ def _backward(
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
-    image, text = image.contiguous(), text.contiguous()
     batch, patches, channels = image.shape
     prompts = text.shape[-2]
     cost = image.new_empty(batch, prompts, patches)
@@ -127,36 +128,40 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
 
 
 def cost_volume_backward(
-    grad: Tensor, cost: Tensor, image: Tensor, text: Tensor, need_image: bool, need_text: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of image and text; an empty tensor where none is needed."""
-    grad, image, text = grad.contiguous(), image.contiguous(), text.contiguous()
+    grad: Tensor, cost: Tensor, image: Tensor, text: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of image and text."""
     batch, patches, channels = image.shape
     prompts = text.shape[-2]
-    own = text.dim() == 3
     tile = sizes(TILES, image)
-    norms = []
-    for side in (image, text):
-        rows = side.numel() // channels
-        norms.append(side.new_empty(rows, dtype=torch.float32))
-        launch(_norms, (cdiv(rows, tile["ROWS"]),), side, norms[-1], rows, channels, **tile)
-    image_norm, text_norm = norms
-    image_grad = torch.empty_like(image) if need_image else image.new_empty(0)
-    text_grad = torch.empty_like(text) if need_text else text.new_empty(0)
+    image_norm, text_norm = (_lengths(side, tile) for side in (image, text))
+    own = text.dim() == 3
+    groups, sums = (batch, 1) if own else (1, batch)
     volume = prompts * patches
-    if need_image:
+
+    def side_grad(x: Tensor, groups: int, rows: int, *arguments: Any) -> Tensor:
+        out = torch.empty_like(x)
         launch(
-            _backward, (batch * cdiv(patches, tile["ROWS"]) * cdiv(channels, tile["CHANNELS"]),),
-            grad, cost, image, image_norm, text, text_norm, image_grad,
-            patches, prompts, channels, 1, 1, patches, volume, patches * channels, prompts * channels if own else 0,
-            **tile, PRECISION=precision(),
+            _backward, (groups * cdiv(rows, tile["ROWS"]) * cdiv(channels, tile["CHANNELS"]),),
+            grad, cost, x, *arguments[:3], out, rows, *arguments[3:], **tile, PRECISION=precision(),
         )  # fmt: skip
-    if need_text:
-        groups, sums = (batch, 1) if own else (1, batch)
-        launch(
-            _backward, (groups * cdiv(prompts, tile["ROWS"]) * cdiv(channels, tile["CHANNELS"]),),
-            grad, cost, text, text_norm, image, image_norm, text_grad,
-            prompts, patches, channels, sums, patches, 1, volume, prompts * channels, patches * channels,
-            **tile, PRECISION=precision(),
-        )  # fmt: skip
-    return image_grad, text_grad
+        return out
+
+    return [
+        side_grad(
+            image, batch, patches, image_norm, text, text_norm,
+            prompts, channels, 1, 1, patches, volume, patches * channels, prompts * channels if own else 0,
+        ) if needs[0] else None,
+        side_grad(
+            text, groups, prompts, text_norm, image, image_norm,
+            patches, channels, sums, patches, 1, volume, prompts * channels, patches * channels,
+        ) if needs[1] else None,
+    ]  # fmt: skip
+
+
+def _lengths(x: Tensor, tile: dict[str, int]) -> Tensor:
+    """Lengths of the rows of x, in float32."""
+    rows = x.numel() // x.shape[-1]
+    out = x.new_empty(rows, dtype=torch.float32)
+    launch(_norms, (cdiv(rows, tile["ROWS"]),), x, out, rows, x.shape[-1], **tile)
+    return out

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
-from ._layer_gather import LAYERS
-from ._layer_gather_backward import gather_backward
+from .common.launch import cdiv, launch
 from .layer_gather import gather
+from .layer_gather_backward import gather_backward
+from .layer_gather_tokens import LAYERS
 
 BLOCK = 2048  # elements of one layer's map that a program works on
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch
+from .common.launch import block, cdiv, launch
 
 # Classes that a program works on at a time, and its rectangle of pixels: a warp takes a row of it. What a pixel needs
 # whatever the class (which source pixels, with which weights) is worked out once for CLASSES of them.

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, precision
-from ._layer_gather import LAYERS, aligned, of_layer, padded, project, tiles
-from ._layer_gather_backward import gather_backward
+from .common.launch import cdiv, launch, precision
+from .layer_gather_backward import gather_backward
+from .layer_gather_tokens import LAYERS, aligned, of_layer, padded, project, tiles
 
 
 @triton.jit

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision, sizes
-from ._math import dot
+from .common.launch import block, cdiv, launch, precision, sizes
+from .common.math import dot
 
 # Queries and keys of a tile by bytes of an element. Where small tiles are few, they spread the work over more
 # multiprocessors; where they are many, large ones read the keys less often. Float32 products do not run on tensor cores

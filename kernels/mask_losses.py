@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
+from .common.launch import cdiv, launch
 
 SUMS = tl.constexpr(5)
 ALPHA = tl.constexpr(0.25)

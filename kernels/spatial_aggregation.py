@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch, precision, sizes
-from ._math import dot, rounded
-from ._spatial_aggregation_backward import window_attention_backward  # noqa: F401
-from ._windows import LOG2E, masked, project, projection_tile, slots, window_tiles
+from .common.launch import block, cdiv, launch, precision, sizes
+from .common.math import dot, rounded
+from .spatial_aggregation_backward import window_attention_backward  # noqa: F401
+from .spatial_aggregation_windows import LOG2E, masked, project, projection_tile, slots, window_tiles
 
 # Tokens that ask at a time in a window, by bytes of an element.
 QUERIES = {2: {"QUERIES": 32, "warps": 2}, 4: {"QUERIES": 16, "warps": 8}}

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, launch
+from .common.launch import block, cdiv, launch
 
 ELEMENTS = 4096  # of a tile: enough bytes on their way for each program, few enough registers for many programs
 GRAD_ELEMENTS = 2048  # of a tile of the last backward kernel, which holds dterm too

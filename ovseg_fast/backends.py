@@ -138,9 +138,9 @@ refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def implementation(operator: str, name: str) -> ModuleType:
     """The module with the launchers of `operator` in a backend other than PyTorch; notes that it ran.
 
-    A name with a leading underscore is a part that several operators share.
+    `common.X` is a part that several operators share.
     """
-    if not operator.startswith("_"):
+    if not operator.startswith("common."):
         _last[operator] = name
     return import_module(f"{LAUNCHERS[name]}.{operator}")
 
@@ -253,7 +253,7 @@ def _triton_installed() -> bool:
 @lru_cache
 def operators_with_kernels(backend: str = "triton") -> tuple[str, ...]:
     """Names of the operators that have kernels in a backend, one module of launchers each."""
-    return _modules(import_module(LAUNCHERS[backend]).__path__)
+    return tuple(name for name in _modules(import_module(LAUNCHERS[backend]).__path__) if name in _operators())
 
 
 @lru_cache(maxsize=1)
@@ -263,4 +263,4 @@ def _operators() -> tuple[str, ...]:
 
 
 def _modules(path: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(module.name for module in iter_modules(path) if not module.name.startswith("_")))
+    return tuple(sorted(module.name for module in iter_modules(path) if not module.ispkg))

@@ -20,8 +20,8 @@ from .data.vocabularies import VOCABULARIES
 from .images import MAX_SIDE, ImageSource, load_image
 from .models import CascadeCLIP, CATSeg, build, get_preset
 from .models.clip import TEXT_BATCH
-from .models.windows import Windows
-from .ops._attention import prepare_attention
+from .models.sliding import Windows
+from .ops.common.attention import prepare_attention
 from .segmentation import Segmentation
 from .vocabulary import (
     CASCADE_TEMPLATES,

@@ -214,7 +214,7 @@ def _warn_of_same_prompts(first: str, second: str) -> None:
 @lru_cache(maxsize=1)
 def _tokenizer() -> Any:
     # Heavy, and needs torchvision: only when there is something to tokenise.
-    from ._torchvision import ensure_importable
+    from .compat import ensure_importable
 
     ensure_importable()
     import open_clip

@@ -9,8 +9,8 @@ from torch import Tensor
 import literal
 import ovseg_fast as ovs
 from goldens import DEVICE, filled
+from ovseg_fast.checkpoints.upstream import CASCADE_RULES, CATSEG_RULES, Stored, upstream_layout
 from ovseg_fast.models import CascadeCLIP, CATSeg
-from ovseg_fast.upstream_names import CASCADE_RULES, CATSEG_RULES, Stored, upstream_layout
 
 
 def full_model(preset: str, keys: str, salt: str) -> torch.nn.Module:

@@ -214,7 +214,7 @@ def gradient_errors(
     leaves = case.leaves(op)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "relu", relu)
-        patch.setattr("ovseg_fast.layers._recompute.recomputes", lambda x: False)  # relu counts, and once only
+        patch.setattr("ovseg_fast.layers.recompute.recomputes", lambda x: False)  # relu counts, and once only
         out = function(leaves)
     assert case.error(f"{op}.out", out) <= output
     (out * case.randn(f"{op}.cot", tuple(out.shape))).sum().backward()

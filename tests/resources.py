@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ovseg_fast import backends
-from ovseg_fast.kernels import _launch
+from ovseg_fast.kernels.common import launch
 from samples import floating, map_floating, select, tensors
 
 RECORDS = Path(__file__).with_name("resources")
@@ -61,7 +61,7 @@ def requests(operator: str, architecture: int) -> dict[str, tuple[Any, ...]]:
     """What the launchers of `operator` launch on `architecture`: name and dtype -> (module, kernel, signature,
     constants, divisible, options)."""
     found: dict[str, tuple[Any, ...]] = {}
-    _launch.recorded_generation = architecture
+    launch.recorded_generation = architecture
     backends.refusal = lambda operator, name, *_: None if name == "triton" else "the kernels are looked at"
     for dtype in DTYPES:
 
@@ -87,7 +87,7 @@ def requests(operator: str, architecture: int) -> dict[str, tuple[Any, ...]]:
             while found.setdefault(f"{label} #{number}", entry) != entry:
                 number += 1
 
-        _launch.recorder = record
+        launch.recorder = record
         for row in select("bench", operator=operator):
             if "171" in row.name or "156" in row.name:
                 continue  # the same kernels as with fewer classes

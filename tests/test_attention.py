@@ -19,7 +19,7 @@ import ovseg_fast as ovs
 from ovseg_fast import ops
 from ovseg_fast.layers.cascade_head import DecoderLayer
 from ovseg_fast.models.clip import SplitAttention
-from ovseg_fast.ops._attention import plain_attention
+from ovseg_fast.ops.common.attention import plain_attention
 from samples import Draw, mask_attention
 from tolerances import REWRITE_FLOAT32, REWRITE_FLOAT64, relative_error
 

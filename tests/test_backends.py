@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import ovseg_fast as ovs
-from ovseg_fast import backends, info, native
+from ovseg_fast import backends, native
+from ovseg_fast.cli import info
 
 
 def volume(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -180,7 +181,7 @@ def test_a_bad_environment_is_told_at_the_first_use_and_not_at_import() -> None:
     assert run(code, OVSEG_BACKEND="gpu").strip() == "OVSEG_BACKEND must be auto, cuda, triton or torch, got 'gpu'."
 
 
-INFO = "from ovseg_fast.info import report; print(report())"
+INFO = "from ovseg_fast.cli.info import report; print(report())"
 
 
 @pytest.mark.usefixtures("on_cpu")

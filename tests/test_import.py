@@ -104,9 +104,9 @@ def test_import_and_operators_work_without_triton_xformers_and_nvcc() -> None:
 
 def test_torchvision_imports_and_open_clip_with_it() -> None:
     run("""
-        from ovseg_fast import _torchvision
-        _torchvision.ensure_importable()
-        _torchvision.ensure_importable()
+        from ovseg_fast import compat
+        compat.ensure_importable()
+        compat.ensure_importable()
         import torchvision.transforms
         import open_clip
     """)
@@ -137,12 +137,12 @@ def stub_torchvision(folder, compiled_half_loads: bool) -> str:
 def test_torchvision_schemas_are_defined_only_when_missing(tmp_path, compiled_half_loads: bool) -> None:
     defined = run(
         """
-        from ovseg_fast import _torchvision
-        _torchvision.ensure_importable()
-        _torchvision.ensure_importable()
+        from ovseg_fast import compat
+        compat.ensure_importable()
+        compat.ensure_importable()
         import torch, torchvision
         assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms
-        print(len(_torchvision._libraries))
+        print(len(compat._libraries))
         """,
         PYTHONPATH=stub_torchvision(tmp_path, compiled_half_loads),
     )
@@ -153,9 +153,9 @@ def test_torchvision_failing_otherwise_is_not_hidden(tmp_path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('another failure')")
     run(
         """
-        from ovseg_fast import _torchvision
+        from ovseg_fast import compat
         try:
-            _torchvision.ensure_importable()
+            compat.ensure_importable()
         except RuntimeError as error:
             assert str(error) == "another failure"
         else:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layouts import LAYOUTS
-from ovseg_fast.kernels import _mlp as kernels
-from ovseg_fast.ops._mlp import KERNEL_CHANNELS, mlp_refusal, residual_mlp
+from ovseg_fast.kernels.common import residual_mlp as kernels
+from ovseg_fast.ops.common.residual_mlp import KERNEL_CHANNELS, mlp_refusal, residual_mlp
 from samples import Draw, map_tensors, tensors
 from test_kernels import DEVICE, CustomCalls, check_gradients, poisoned  # noqa: F401
 from tolerances import KERNEL, relative_error

@@ -15,7 +15,7 @@ import samples
 from counterparts import COUNTERPARTS, counterpart
 from layouts import LAYOUTS
 from ovseg_fast import ops
-from ovseg_fast.ops import _tiles
+from ovseg_fast.ops.common import tiles
 from samples import Sample, arguments, floating, map_floating, map_tensors, select, tensors
 from tolerances import KERNEL, REWRITE_FLOAT64, relative_error
 
@@ -120,7 +120,7 @@ def test_gradients_are_the_derivatives(row: Sample, rng: torch.Generator) -> Non
 def test_tiles_do_not_matter(row: Sample, tokens: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     call = row.build(rng, torch.float64)
     expected, expected_gradients = row.run(call), gradients(row, call)
-    monkeypatch.setattr(_tiles, "TILE_TOKENS", tokens)
+    monkeypatch.setattr(tiles, "TILE_TOKENS", tokens)
     for module in (LABEL_MAP, MASK_LOSSES):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", tokens)
     assert_same(row, call, row.run(call), expected, REWRITE_FLOAT64)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ovseg_fast import backends
-from ovseg_fast.kernels import _launch
+from ovseg_fast.kernels.common import launch
 
 TESTS = Path(__file__).parent
 SHARED_LIMIT = 99 * 1024  # of a consumer card
@@ -46,13 +46,13 @@ def test_kernels_compile_and_use_what_is_recorded(operator: str) -> None:
 def test_a_generation_may_have_block_sizes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {2: "common", (2, 80): "of sm_80", 4: "float32"}
     low, wide = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
-    assert _launch.sizes(table, low) == "common"  # the interpreter
-    monkeypatch.setattr(_launch, "recorder", print)
+    assert launch.sizes(table, low) == "common"  # the interpreter
+    monkeypatch.setattr(launch, "recorder", print)
     found = {}
     for generation in (80, 90, 100):
-        monkeypatch.setattr(_launch, "recorded_generation", generation)
-        found[generation] = _launch.sizes(table, low)
-        assert _launch.sizes(table, wide) == "float32"
+        monkeypatch.setattr(launch, "recorded_generation", generation)
+        found[generation] = launch.sizes(table, low)
+        assert launch.sizes(table, wide) == "float32"
     assert found == {80: "of sm_80", 90: "common", 100: "common"}
 
 
@@ -64,4 +64,4 @@ def test_gpus_belong_to_a_generation(
     capability: tuple[int, int], generation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert _launch.generation.__wrapped__(0) == generation
+    assert launch.generation.__wrapped__(0) == generation

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from ._mlp import EPS
-from ._norm import layer_norm_backward
+from .common.layer_norm import layer_norm_backward
+from .common.residual_mlp import EPS
 
 
 def class_aggregation(

@@ -6,8 +6,8 @@ Augmentations are in `ovseg_fast.data.augmentation`, which needs torchvision and
 from __future__ import annotations
 
 from .check import Problem, check_dataset, report
+from .conventions import LAYOUTS
 from .datasets import Pair, SegmentationDataset, open_dataset
-from .layouts import LAYOUTS
 from .masks import NO_CLASS, DataError
 from .vocabularies import (
     ADE20K_150,
@@ -19,7 +19,7 @@ from .vocabularies import (
     WORLD,
     Vocabulary,
 )
-from .world import World, WorldScenes
+from .world.scenes import World, WorldScenes
 
 __all__ = [
     "ADE20K_150",

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .._torchvision import ensure_importable
+from ..compat import ensure_importable
 from .masks import NO_CLASS
 
 ensure_importable()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..images import SUFFIXES, load_image
 from ..vocabulary import check_classes, read_classes
-from .layouts import LAYOUTS, Layout, Source
+from .conventions import LAYOUTS, Layout, Source
 from .masks import DataError, MaskValues, read_mask
 from .vocabularies import Vocabulary
 

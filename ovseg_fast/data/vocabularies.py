@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._world_classes import NAMES, UNSEEN
+from .world.classes import NAMES, UNSEEN
 
 
 @dataclass(frozen=True)

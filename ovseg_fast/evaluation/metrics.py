@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._torchvision import ensure_importable
+from ..compat import ensure_importable
 
 CHUNK = 2**24  # pixels counted at once; their int64 temporaries take some 500 MB
 

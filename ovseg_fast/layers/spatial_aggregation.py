@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._tiles import tile_size
-from . import _recompute
+from ..ops.common.tiles import tile_size
+from . import recompute
 
 
 class SpatialBlock(nn.Module):
@@ -54,11 +54,11 @@ class SpatialAggregation(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """(B, T, H, W, C) and guidance (B, H, W, G) -> (B, T, H, W, C)."""
         guidance = self.guidance_norm(guidance)
-        if not _recompute.recomputes(x):
+        if not recompute.recomputes(x):
             return self._blocks(x, guidance)
         batch, classes, height, width, _ = x.shape
         tiles = x.split(tile_size(classes, batch * height * width, x.device), 1)
-        return torch.cat([_recompute.recomputed(self, self._blocks, tile, guidance) for tile in tiles], 1)
+        return torch.cat([recompute.recomputed(self, self._blocks, tile, guidance) for tile in tiles], 1)
 
     def _blocks(self, x: Tensor, guidance: Tensor) -> Tensor:
         for block in self.blocks:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._tiles import tile_size
-from ._recompute import recomputed
+from ..ops.common.tiles import tile_size
+from .recompute import recomputed
 
 
 class DecoderStage(nn.Module):

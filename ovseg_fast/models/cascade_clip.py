@@ -15,7 +15,7 @@ from .. import ops
 from ..layers.cascade_head import CascadeHead
 from .clip import CLIP, ImageEncoder
 from .losses import NO_CLASS, check_labels, share_of_masks
-from .windows import Windows, resize, to_pixels, window_starts
+from .sliding import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's statistics of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)

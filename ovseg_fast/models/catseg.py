@@ -16,7 +16,7 @@ from .. import ops
 from ..layers.cost_aggregator import CostAggregator
 from .clip import CLIP
 from .losses import NO_CLASS, check_labels
-from .windows import Windows, resize, to_pixels, window_starts
+from .sliding import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's statistics of RGB in 0..255
 PIXEL_STD = (68.5005327, 66.6321579, 70.3231630)

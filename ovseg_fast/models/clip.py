@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._torchvision import ensure_importable
-from ..checkpoint_files import read
-from ..ops._attention import plain_attention
-from ..token_tables import expand
+from ..compat import ensure_importable
+from ..ops.common.attention import plain_attention
+from .token_table import expand
 
 PACKAGED = Path(__file__).parent.parent / "weights"  # what comes with this package
 TINY_CLIP = "world"  # the tag of the tiny CLIP among it, which knows the procedural world
@@ -277,7 +277,7 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
     custom_text = settings.pop("custom_text", False)
     model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**settings)
     if pretrained == TINY_CLIP:
-        model.load_state_dict(expand(read(PACKAGED / "clip-tiny.safetensors")[0]))
+        model.load_state_dict(expand(load_file(PACKAGED / "clip-tiny.safetensors")))
     elif pretrained is not None:
         open_clip.load_checkpoint(model, str(pretrained))
     return model

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..layers.cascade_head import DecoderLayer
-from ..ops._attention import prepare_attention
-from ..token_tables import CLIP_TOKENS
+from ..ops.common.attention import prepare_attention
 from .cascade_clip import CascadeCLIP, CascadeCLIPConfig
 from .catseg import CATSeg, CATSegConfig
 from .clip import PACKAGED, SplitAttention
+from .token_table import CLIP_TOKENS
 
 
 @dataclass(frozen=True)

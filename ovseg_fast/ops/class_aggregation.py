@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_heads, check_positive, check_tensors
-from ._mlp import mlp_refusal, residual_mlp
-from ._tiles import map_tiles, tile_size
+from .common import legacy, registration
+from .common.checks import check_heads, check_positive, check_tensors
+from .common.residual_mlp import mlp_refusal, residual_mlp
+from .common.tiles import map_tiles, tile_size
 
 NORMALISER_EPS = 1e-6
 KERNEL_HEAD_CHANNELS = 128  # the widest heads that the Triton kernels take
@@ -146,7 +146,7 @@ def class_aggregation(
     options["pads"] = max(pad_length - classes, 0)
     if backend == "torch":
         return _in_pytorch(*tensors, **options)
-    return _in_kernels(*_library.autocast(*tensors), **options, backend=backend)
+    return _in_kernels(*registration.autocast(*tensors), **options, backend=backend)
 
 
 def _in_pytorch(
@@ -348,7 +348,7 @@ def _resize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
 _TENSORS = (
     "Tensor x, Tensor terms, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor v_bias, Tensor padding_token"
 )
-_library.define(
+legacy.define(
     f"class_aggregation_attention({_TENSORS}, SymInt pads, SymInt heads, SymInt pooling, bool full, str backend) "
     "-> Tensor",
     "class_aggregation",
@@ -356,20 +356,20 @@ _library.define(
     backward=_attention_backward,
     setup_context=_attention_setup_context,
 )
-_library.define(
+legacy.define(
     f"class_aggregation_attention_backward(Tensor grad, {_TENSORS}, SymInt pads, SymInt heads, SymInt pooling, "
     f"bool full, bool parameters, str backend) -> ({', '.join(['Tensor'] * 7)})",
     "class_aggregation",
     _attention_backward_fake,
 )
-_library.define(
+legacy.define(
     "class_aggregation_resize(Tensor x, Tensor y, str backend) -> Tensor",
     "class_aggregation",
     _resize_fake,
     backward=_resize_backward,
     setup_context=_resize_setup_context,
 )
-_library.define(
+legacy.define(
     "class_aggregation_resize_backward(Tensor grad, SymInt low_height, SymInt low_width, str backend) -> Tensor",
     "class_aggregation",
     _resize_backward_fake,
@@ -420,7 +420,7 @@ def _layer_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     return (*found, *[None] * 5)
 
 
-_library.define(
+legacy.define(
     f"class_aggregation({_TENSORS}, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
     "Tensor fc2_weight, Tensor fc2_bias, SymInt pads, SymInt heads, SymInt pooling, bool keep, str backend) "
     "-> (Tensor, Tensor)",

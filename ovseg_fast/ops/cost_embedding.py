@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_positive, check_tensors
+from .common import legacy, registration
+from .common.checks import check_positive, check_tensors
 from .cost_volume import check_cost_inputs, cost_volume
 
 LARGEST = 11  # K of the kernels: a pixel's window has to fit into the 128 costs of a tile and its halo
@@ -42,7 +42,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     if backend == "torch":
         with backends.backend("torch"):
             return embed_volume(cost_volume(image, text), weight, bias)
-    return torch.ops.ovseg_fast.cost_embedding(*_library.autocast(image, text, weight, bias), backend)
+    return torch.ops.ovseg_fast.cost_embedding(*registration.autocast(image, text, weight, bias), backend)
 
 
 def embed_volume(volume: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -95,14 +95,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(part if need else None for part, need in zip(gradients, ctx.needs_input_grad, strict=False)), None
 
 
-_library.define(
+legacy.define(
     "cost_embedding(Tensor image, Tensor text, Tensor weight, Tensor bias, str backend) -> Tensor",
     "cost_embedding",
     _fake,
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.define(
+legacy.define(
     "cost_embedding_backward(Tensor grad, Tensor image, Tensor text, Tensor weight, bool need_image, bool need_text, "
     "bool need_weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "cost_embedding",

@@ -5,15 +5,13 @@ cost[b, t, y, x, p] = <image[b, y, x], text[b, t, p]> / (‖image[b, y, x]‖ ·
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_positive, check_tensors
+from .common import registration
+from .common.checks import check_positive, check_tensors
 
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
@@ -35,10 +33,15 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     backend = backends.choose("cost_volume", image, text)
     image, text = image.flatten(1, 2), text.flatten(-3, -2)
     if backend == "torch":
-        volume = torch.matmul(F.normalize(text, dim=-1), F.normalize(image, dim=-1).transpose(1, 2))
+        volume = torch_form(image, text)
     else:
-        volume = torch.ops.ovseg_fast.cost_volume(*_library.autocast(image, text), backend)
+        volume = torch.ops.ovseg_fast.cost_volume(*registration.autocast(image, text), backend)
     return volume.view(batch, classes, prompts, height, width).permute(0, 1, 3, 4, 2)
+
+
+def torch_form(image: Tensor, text: Tensor) -> Tensor:
+    """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
+    return torch.matmul(F.normalize(text, dim=-1), F.normalize(image, dim=-1).transpose(1, 2))
 
 
 def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **others: tuple[Tensor, str]) -> tuple[int, int, int]:
@@ -51,42 +54,10 @@ def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **others: tupl
     return batch, height, width
 
 
-# --- kernels: image (B, S, E), text (K, E) or (B, K, E) -> cost (B, K, S), K = T · P ---
-
-
-def _fake(image: Tensor, text: Tensor) -> Tensor:
-    return image.new_empty(image.shape[0], text.shape[-2], image.shape[1])
-
-
-def _backward_fake(
-    grad: Tensor, cost: Tensor, image: Tensor, text: Tensor, need_image: bool, need_text: bool
-) -> tuple[Tensor, Tensor]:
-    return image.new_empty(image.shape if need_image else 0), text.new_empty(text.shape if need_text else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(output, *tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    need_image, need_text, _ = ctx.needs_input_grad
-    image, text = torch.ops.ovseg_fast.cost_volume_backward(
-        grad, *ctx.saved_tensors, need_image, need_text, ctx.backend
-    )
-    return image if need_image else None, text if need_text else None, None
-
-
-_library.define(
-    "cost_volume(Tensor image, Tensor text, str backend) -> Tensor",
+# Kernels: image (B, S, E), text (K, E) or (B, K, E) with K = T · P -> cost (B, K, S), which their backward reads.
+registration.define(
+    "cost_volume(Tensor image, Tensor text) -> Tensor",
     "cost_volume",
-    _fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
-_library.define(
-    "cost_volume_backward(Tensor grad, Tensor cost, Tensor image, Tensor text, bool need_image, bool need_text, "
-    "str backend) -> (Tensor, Tensor)",
-    "cost_volume",
-    _backward_fake,
+    lambda image, text: image.new_empty(image.shape[0], text.shape[-2], image.shape[1]),
+    saved=(0,),
 )

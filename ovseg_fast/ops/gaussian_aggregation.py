@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_positive, check_tensors
+from .common import legacy, registration
+from .common.checks import check_positive, check_tensors
 from .layer_gather import (
     EPSILONS,
     PARAMETERS,
@@ -46,7 +46,7 @@ def gaussian_aggregation(features: Tensor, weights: Tensor) -> Tensor:
     backend = backends.choose("gaussian_aggregation", features, weights)
     if backend == "torch":
         return torch.einsum("lbse,l->bse", features, weights)
-    return torch.ops.ovseg_fast.gaussian_aggregation(*_library.autocast(features, weights), backend)
+    return torch.ops.ovseg_fast.gaussian_aggregation(*registration.autocast(features, weights), backend)
 
 
 def gather_stage(
@@ -83,7 +83,7 @@ def gather_stage(
     if backend == "torch":
         features = gather_layers(hidden, patches, *parameters, shared_eps, norm_eps)
         return torch.einsum("lbse,l->bse", features, weights)
-    tensors = _library.autocast(*hidden, *parameters, weights)
+    tensors = registration.autocast(*hidden, *parameters, weights)
     layers, rest = list(tensors[: len(hidden)]), tensors[len(hidden) :]
     return torch.ops.ovseg_fast.gather_stage(layers, patches, *rest, shared_eps, norm_eps, backend)
 
@@ -123,14 +123,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return features if need_features else None, weights if need_weights else None, None
 
 
-_library.define(
+legacy.define(
     "gaussian_aggregation(Tensor features, Tensor weights, str backend) -> Tensor",
     "gaussian_aggregation",
     _fake,
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.define(
+legacy.define(
     "gaussian_aggregation_backward(Tensor grad, Tensor features, Tensor weights, bool need_features, "
     "bool need_weights, str backend) -> (Tensor, Tensor)",
     "gaussian_aggregation",
@@ -173,14 +173,14 @@ def _stage_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *gather_gradients(ctx, gradients), None
 
 
-_library.define(
+legacy.define(
     f"gather_stage({PARAMETERS}, Tensor weights, {EPSILONS}, str backend) -> Tensor",
     "gaussian_aggregation",
     _stage_fake,
     backward=_stage_backward,
     setup_context=setup_gather_context,
 )
-_library.define(
+legacy.define(
     f"gather_stage_backward(Tensor grad, {PARAMETERS}, Tensor weights, {EPSILONS}, bool need_hidden, bool need_norms, "
     "bool need_projection, bool need_weights, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

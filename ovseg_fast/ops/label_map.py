@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_positive, check_tensors
-from ._tiles import tiles
+from .common import legacy
+from .common.checks import check_positive, check_tensors
+from .common.tiles import tiles
 
 CHUNK_ELEMENTS = 2**22  # scores worked on at a time: 16 MB in float32
 MOST_LABELS = 8  # that `top_labels` gives: kernels keep them in registers
@@ -320,9 +320,9 @@ def _score_map_fake(
 _ARGUMENTS = (
     "Tensor logits, Tensor? whole, Tensor? offset, SymInt[] positions, SymInt[] window, SymInt[] canvas, SymInt[] size"
 )
-_library.define(
+legacy.define(
     f"top_labels({_ARGUMENTS}, SymInt k, bool need_scores, str backend) -> (Tensor, Tensor)",
     "label_map",
     _top_labels_fake,
 )
-_library.define(f"score_map({_ARGUMENTS}, str backend) -> Tensor", "label_map", _score_map_fake)
+legacy.define(f"score_map({_ARGUMENTS}, str backend) -> Tensor", "label_map", _score_map_fake)

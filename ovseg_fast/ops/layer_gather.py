@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_tensors
+from .common import legacy, registration
+from .common.checks import check_tensors
 
 WIDEST = 1024  # columns of a projection whose rows' lengths one program of the kernels can take
 MOST_LAYERS = 32  # that one call of the CUDA C++ kernels takes
@@ -54,7 +54,7 @@ def layer_gather(
     backend = backends.choose("layer_gather", *hidden, *parameters, refusals=gather_refusals(projection))
     if backend == "torch":
         return gather_layers(hidden, patches, *parameters, shared_eps, norm_eps)
-    cast = _library.autocast(*hidden, *parameters)
+    cast = registration.autocast(*hidden, *parameters)
     layers = len(hidden)
     return torch.ops.ovseg_fast.layer_gather(
         list(cast[:layers]), patches, *cast[layers:], shared_eps, norm_eps, backend
@@ -194,14 +194,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *gather_gradients(ctx, gradients), None
 
 
-_library.define(
+legacy.define(
     f"layer_gather({PARAMETERS}, {EPSILONS}, str backend) -> Tensor",
     "layer_gather",
     _fake,
     backward=_backward,
     setup_context=setup_gather_context,
 )
-_library.define(
+legacy.define(
     f"layer_gather_backward(Tensor grad, {PARAMETERS}, {EPSILONS}, bool need_hidden, bool need_norms, "
     "bool need_projection, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "layer_gather",

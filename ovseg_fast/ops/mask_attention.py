@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._attention import check_attention, plain_attention
-from ._checks import check_heads, check_positive, check_tensors
+from .common import legacy, registration
+from .common.attention import check_attention, plain_attention
+from .common.checks import check_heads, check_positive, check_tensors
 
 HEAD_WIDTH = 128  # channels of a head that a kernel's tile holds
 
@@ -98,7 +98,7 @@ def mask_attention(
         scores = _scores(q, k, heads) if return_scores else None
     else:
         attended, scores, _, _ = torch.ops.ovseg_fast.mask_attention(
-            *_library.autocast(q, k, v), heads, return_scores, backend
+            *registration.autocast(q, k, v), heads, return_scores, backend
         )
         scores = scores if return_scores else None
     return F.linear(attended, proj_weight, proj_bias), scores
@@ -130,7 +130,7 @@ def mask_scores(
     q, k = F.linear(queries, q_weight, q_bias), F.linear(memory, k_weight, k_bias)
     if backend == "torch":
         return _scores(q, k, heads)
-    return torch.ops.ovseg_fast.mask_scores(*_library.autocast(q, k), heads, backend)
+    return torch.ops.ovseg_fast.mask_scores(*registration.autocast(q, k), heads, backend)
 
 
 def _scores(q: Tensor, k: Tensor, heads: int) -> Tensor:
@@ -227,7 +227,7 @@ def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dq if need_q else None, dk if need_k else None, None, None
 
 
-_library.define(
+legacy.define(
     "mask_attention(Tensor q, Tensor k, Tensor v, SymInt heads, bool scores, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "mask_attention",
@@ -235,20 +235,20 @@ _library.define(
     backward=_attention_backward,
     setup_context=_attention_context,
 )
-_library.define(
+legacy.define(
     "mask_attention_backward(Tensor grad, Tensor? scores_grad, Tensor q, Tensor k, Tensor v, Tensor output, "
     "Tensor log_sum, SymInt heads, bool need_queries, bool need_keys, str backend) -> (Tensor, Tensor, Tensor)",
     "mask_attention",
     _attention_backward_fake,
 )
-_library.define(
+legacy.define(
     "mask_scores(Tensor q, Tensor k, SymInt heads, str backend) -> Tensor",
     "mask_attention",
     _scores_fake,
     backward=_scores_backward,
     setup_context=_scores_context,
 )
-_library.define(
+legacy.define(
     "mask_scores_backward(Tensor grad, Tensor q, Tensor k, SymInt heads, bool need_queries, bool need_keys, "
     "str backend) -> (Tensor, Tensor)",
     "mask_attention",

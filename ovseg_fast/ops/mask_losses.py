@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from . import _library
-from ._checks import check_integers, check_positive, check_tensors
-from ._tiles import tiles
+from .common import legacy
+from .common.checks import check_integers, check_positive, check_tensors
+from .common.tiles import tiles
 
 TERMS = ("bce", "focal", "dice")
 SUMS = 5  # Σ of bce, of focal, of |p − y|, of p and of y over an image's pixels, for each class; 0 where not asked for
@@ -220,14 +220,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return logits, *[None] * (1 + len(ctx.options))
 
 
-_library.define(
+legacy.define(
     "mask_sums(Tensor logits, Tensor labels, int ignore, bool bce, bool focal, bool dice, str backend) -> Tensor",
     "mask_losses",
     _fake,
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.define(
+legacy.define(
     "mask_sums_backward(Tensor grad, Tensor logits, Tensor labels, int ignore, bool bce, bool focal, bool dice, "
     "str backend) -> Tensor",
     "mask_losses",

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_heads, check_positive, check_tensors
-from ._mlp import mlp_refusal, residual_mlp
-from ._tiles import map_tiles, tile_size
+from .common import legacy, registration
+from .common.checks import check_heads, check_positive, check_tensors
+from .common.residual_mlp import mlp_refusal, residual_mlp
+from .common.tiles import map_tiles, tile_size
 
 REGION_MASK = -100.0  # what the published code adds to scores between regions that only the shift made neighbours
 WIDEST_WINDOW = 16  # that the kernels hold in one piece
@@ -123,10 +123,10 @@ def spatial_aggregation(
         qkv_weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
         tensors = (x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias)
         if backend == "cuda":
-            cast = _library.autocast(*tensors, *mlp)
+            cast = registration.autocast(*tensors, *mlp)
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in cast)
             return torch.ops.ovseg_fast.spatial_aggregation(*cast, heads, window, shift, keep, backend)[0]
-        x = torch.ops.ovseg_fast.window_attention(*_library.autocast(*tensors), heads, window, shift, backend)
+        x = torch.ops.ovseg_fast.window_attention(*registration.autocast(*tensors), heads, window, shift, backend)
         return residual_mlp(x, *mlp, activation="gelu", backend=backend)
 
     # A tracer's stand-ins for tensors must neither meet cached tensors nor be cached themselves.
@@ -252,14 +252,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*found, None, None, None, None)
 
 
-_library.define(
+legacy.define(
     f"window_attention({TENSORS}, str backend) -> Tensor",
     "spatial_aggregation",
     _fake,
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.define(
+legacy.define(
     f"window_attention_backward(Tensor grad, {TENSORS}, bool[] needs, str backend) -> Tensor[]",
     "spatial_aggregation",
     _backward_fake,
@@ -302,7 +302,7 @@ def _block_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     return (*found, *[None] * 5)
 
 
-_library.define(
+legacy.define(
     f"spatial_aggregation({TENSORS.partition(', int')[0]}, {MLP_TENSORS}, int heads, int window, int shift, bool keep, "
     "str backend) -> (Tensor, Tensor)",
     "spatial_aggregation",

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import _library
-from ._checks import check_positive, check_tensors
+from .common import legacy, registration
+from .common.checks import check_positive, check_tensors
 
 EPS = 1e-5  # of both group normalisations, as published
 
@@ -135,9 +135,9 @@ def _guided_group_norm(
         return F.relu(F.group_norm(maps, groups, weight, bias, EPS))
     tokens = maps.permute(0, 2, 3, 1).unflatten(0, sizes)
     if term is None:
-        tokens, weight, bias = _library.autocast(tokens, weight, bias)
+        tokens, weight, bias = registration.autocast(tokens, weight, bias)
     else:
-        tokens, weight, bias, term = _library.autocast(tokens, weight, bias, term)
+        tokens, weight, bias, term = registration.autocast(tokens, weight, bias, term)
     out, _ = torch.ops.ovseg_fast.guided_group_norm(tokens, term, weight, bias, groups, EPS, backend)
     return out.flatten(0, 1).permute(0, 3, 1, 2)
 
@@ -183,7 +183,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None, None
 
 
-_library.define(
+legacy.define(
     "guided_group_norm(Tensor y, Tensor? term, Tensor weight, Tensor bias, int groups, float eps, str backend) "
     "-> (Tensor, Tensor)",
     "upsampling_decoder",
@@ -191,7 +191,7 @@ _library.define(
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.define(
+legacy.define(
     "guided_group_norm_backward(Tensor grad, Tensor y, Tensor? term, Tensor statistics, Tensor weight, Tensor bias, "
     "bool need_y, bool need_term, bool need_affine, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "upsampling_decoder",

@@ -1,4 +1,1 @@
-"""Training as published: what is trained, on which labels, how fast it moves, and the loop around it.
-
-Nothing is imported here: the command line loads `command` at every start.
-"""
+"""Training as published: what is trained, on which labels, how fast it moves, and the loop around it."""

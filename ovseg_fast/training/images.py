@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from ..data.augmentation import Augmentation
 from ..data.datasets import SegmentationDataset
-from ..data.world import WorldScenes
+from ..data.world.scenes import WorldScenes
 
 
 def stream(*numbers: int) -> int:

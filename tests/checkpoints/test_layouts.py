@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from checkpoints.common import CATSEG_PREFIX, assert_same, build_empty, build_random, copy_of
-from ovseg_fast import checkpoints, upstream_names
+from ovseg_fast import checkpoints
+from ovseg_fast.checkpoints import upstream
 from parity import make_weights
 
-RULES = {"catseg": upstream_names.CATSEG_RULES, "cascade": upstream_names.CASCADE_RULES}
+RULES = {"catseg": upstream.CATSEG_RULES, "cascade": upstream.CASCADE_RULES}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -22,13 +23,13 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("preset", make_weights.PRESETS)
 def test_every_upstream_key_has_its_place_and_back(preset: str) -> None:
-    ours, upstream = shapes_of(build_empty(preset)), make_weights.shapes(preset)
+    ours, published = shapes_of(build_empty(preset)), make_weights.shapes(preset)
     keys = json.loads((Path(make_weights.__file__).parent / make_weights.PRESETS[preset][0]).read_text())
-    assert [key for key in upstream if upstream_names.is_derived(key)] == keys["buffers"]
+    assert [key for key in published if upstream.is_derived(key)] == keys["buffers"]
 
-    layout = upstream_names.upstream_layout(RULES[preset.split("-")[0]], ours)
+    layout = upstream.upstream_layout(RULES[preset.split("-")[0]], ours)
     assert {key: stored.shape for key, stored in layout.items()} == {
-        key: shape for key, shape in upstream.items() if key not in keys["buffers"]
+        key: shape for key, shape in published.items() if key not in keys["buffers"]
     }
     places = [part for stored in layout.values() for part in stored.parts]
     stacked = ("image_encoder.norm_weight", "image_encoder.norm_bias")
@@ -39,10 +40,10 @@ def test_every_upstream_key_has_its_place_and_back(preset: str) -> None:
 @pytest.mark.parametrize("preset", ["catseg-vitb", "cascade-clip-vitb"])
 def test_no_rule_is_idle(preset: str) -> None:
     rules, shapes = RULES[preset.split("-")[0]], shapes_of(build_empty(preset))
-    layout = upstream_names.upstream_layout(rules, shapes)
+    layout = upstream.upstream_layout(rules, shapes)
     for left_out in rules:
         try:
-            without = upstream_names.upstream_layout([rule for rule in rules if rule != left_out], shapes)
+            without = upstream.upstream_layout([rule for rule in rules if rule != left_out], shapes)
         except ValueError:
             continue
         assert without != layout, f"idle: {left_out}"
@@ -50,7 +51,7 @@ def test_no_rule_is_idle(preset: str) -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'adapter\.weight'"):
-        upstream_names.upstream_layout(upstream_names.CATSEG_RULES, {"adapter.weight": (3, 4)})
+        upstream.upstream_layout(upstream.CATSEG_RULES, {"adapter.weight": (3, 4)})
 
 
 def test_q_k_v_are_joined_in_upstreams_order(rng: torch.Generator) -> None:

@@ -111,7 +111,7 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, model: nn.Module, monkeypat
         Path(file).write_bytes(before[:1000])
         raise safetensors.SafetensorError("no space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", fail_halfway)
+    monkeypatch.setattr("ovseg_fast.checkpoints.storage.save_file", fail_halfway)
     with pytest.raises(OSError, match="no space left on device"):
         checkpoints.save(model, path)
     assert path.read_bytes() == before

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from checkpoints.common import CATSEG_PREFIX, TINY, assert_same, build_empty, build_random, copy_of, refused
-from ovseg_fast import checkpoints, upstream_names
+from ovseg_fast import checkpoints
+from ovseg_fast.checkpoints import upstream
 from ovseg_fast.models import CATSeg, build, get_preset
 from parity import fill, make_weights
 
@@ -66,7 +67,7 @@ def test_a_half_precision_model_stays_one(model: nn.Module, other: nn.Module) ->
 
 def test_derived_buffers_may_be_missing_or_anything(model: nn.Module, other: nn.Module) -> None:
     state = checkpoints.to_upstream(model)
-    derived = [key for key in state if upstream_names.is_derived(key)]
+    derived = [key for key in state if upstream.is_derived(key)]
     assert len(derived) == (2 if isinstance(model, CATSeg) else 1)
     for value in (None, torch.full((3,), float("nan")), torch.ones(2, dtype=torch.int64)):
         changed = {key: value if key in derived else tensor for key, tensor in state.items()}
@@ -176,7 +177,7 @@ def test_clip_alone_and_own_layouts_are_recognised(rng: torch.Generator) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_values_that_are_not_finite_are_refused(model: nn.Module, value: float, dtype: torch.dtype) -> None:
     state = {key: tensor.to(dtype) for key, tensor in checkpoints.to_upstream(model).items()}
-    key = [key for key in state if not upstream_names.is_derived(key)][-1]
+    key = [key for key in state if not upstream.is_derived(key)][-1]
     state[key].view(-1)[-1] = value
     before = copy_of(model.state_dict())
     error = refused(checkpoints.load_upstream, model, state)

@@ -62,7 +62,7 @@ def test_classes(op: str) -> None:
 @pytest.mark.parametrize("tokens", [2304, 64])
 def test_decoder(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All classes at once, and one at a time."""
-    monkeypatch.setattr("ovseg_fast.ops._tiles.TILE_TOKENS", tokens)
+    monkeypatch.setattr("ovseg_fast.ops.common.tiles.TILE_TOKENS", tokens)
 
     def decoder(leaves: Mapping[str, Tensor]) -> Tensor:
         state = layer_state(AGGREGATOR_RULES, leaves, "decoder.")

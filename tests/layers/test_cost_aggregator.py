@@ -208,7 +208,7 @@ def test_tiles_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     aggregator, named = small(**sizes), small_inputs({**sizes, "classes": 6})
     expected = aggregator(**named, pooling=1)
     for tokens in (1, 40, 10**9):
-        monkeypatch.setattr("ovseg_fast.ops._tiles.TILE_TOKENS", tokens)
+        monkeypatch.setattr("ovseg_fast.ops.common.tiles.TILE_TOKENS", tokens)
         assert relative_error(aggregator(**named, pooling=1), expected) <= REWRITE_FLOAT64
         with torch.no_grad():
             assert relative_error(aggregator(**named, pooling=1), expected) <= REWRITE_FLOAT64

@@ -9,9 +9,9 @@ from torch.func import functional_call
 
 import ovseg_fast as ovs
 from ovseg_fast import backends
-from ovseg_fast.layers import _recompute
-from ovseg_fast.layers._recompute import recomputed
+from ovseg_fast.layers import recompute
 from ovseg_fast.layers.cost_aggregator import CostAggregator
+from ovseg_fast.layers.recompute import recomputed
 from tolerances import REWRITE_FLOAT64, REWRITE_GRADIENT_FACTOR, relative_error
 
 CLASSES, SIDE = 40, 12  # several tiles
@@ -56,7 +56,7 @@ def step(aggregator, image, text, *appearance):
 def test_same_results_and_less_held(rng, aggregator, monkeypatch):
     arguments = inputs(rng)
     logits, gradients, kept = step(aggregator, *arguments)
-    monkeypatch.setattr(_recompute, "recomputes", lambda x: False)
+    monkeypatch.setattr(recompute, "recomputes", lambda x: False)
     stored_logits, stored_gradients, stored_kept = step(aggregator, *arguments)
     assert relative_error(logits, stored_logits) <= REWRITE_FLOAT64
     for gradient, stored in zip(gradients, stored_gradients, strict=True):
@@ -69,7 +69,7 @@ def test_nothing_is_recomputed_without_gradients(aggregator, rng, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("recomputed")
 
-    monkeypatch.setattr("ovseg_fast.layers._recompute.checkpoint", refuse)
+    monkeypatch.setattr("ovseg_fast.layers.recompute.checkpoint", refuse)
     image, text, *appearance = inputs(rng)
     with torch.no_grad():
         aggregator(image, text, appearance, 2)

@@ -10,7 +10,7 @@ import ovseg_fast as ovs
 from full_models import full_model
 from goldens import Golden, golden
 from ovseg_fast import ops
-from ovseg_fast.models.windows import resize
+from ovseg_fast.models.sliding import resize
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, relative_error
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ovseg_fast._torchvision import ensure_importable
+from ovseg_fast.compat import ensure_importable
 from ovseg_fast.models.clip import CLIP, TEXT_BATCH, resize_positions
 from ovseg_fast.models.presets import PRESETS
 from tolerances import REWRITE_FLOAT64, relative_error

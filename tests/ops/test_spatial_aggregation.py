@@ -194,7 +194,7 @@ def test_layout_of_windows() -> None:
 
 def test_golden_output_holds_in_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes that are worked on one by one, though they are alike, each give what the golden has."""
-    monkeypatch.setattr("ovseg_fast.ops._tiles.TILE_TOKENS", 1)
+    monkeypatch.setattr("ovseg_fast.ops.common.tiles.TILE_TOKENS", 1)
     leaves = golden("catseg_ops").leaves("swin_shift")
     weights = {name: w.detach() for name, w in to_operator(SPATIAL, leaves, "layers.0.swin_block.block_2.").items()}
     x, guidance = (leaves[name].detach().unflatten(1, (24, 24)) for name in ("in.x", "in.guidance"))

@@ -23,7 +23,7 @@ from ovseg_fast import ops
 from ovseg_fast.layers import cost_aggregator
 from ovseg_fast.models import build
 from ovseg_fast.models.catseg import CATSeg
-from ovseg_fast.training.clip_pretraining import to_open_clip
+from ovseg_fast.tiny.clip import to_open_clip
 from ovseg_fast.training.finetuning import set_trainable
 
 CATSEG = [name for name in VARIANTS if VARIANTS[name].preset == "catseg-tiny"]

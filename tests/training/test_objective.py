@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ovseg_fast.training.loop import Objective
+from ovseg_fast.training.run import Objective
 
 
 class Recorder(nn.Module):

@@ -1,0 +1,125 @@
+"""The end of class aggregation behind a pooling: x + y resized to the size of x, bilinear with aligned corners.
+
+    out[i, j] = x[i, j] + Σ_{a,b} hat(i · s_h − a) · hat(j · s_w − b) · y[a, b],   hat(d) = max(1 − |d|, 0)
+
+with s_h = (h − 1) / (H − 1), s_w likewise, so that at most two lines and two columns of y count. Backward sums over the
+lines and columns of the result that a token of y counts in:
+
+    dy[a, b] = Σ_{i,j} hat(i · s_h − a) · hat(j · s_w − b) · dout[i, j]
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .class_aggregation_tokens import row_tile
+from .common.launch import cdiv, launch
+from .common.math import rounded
+
+
+@triton.jit
+def _taps(place, scale, size):
+    """The two places in a line of `size` that `place` of the larger one lies between, and the share of the second."""
+    exact = place.to(tl.float32) * scale
+    low = tl.minimum(exact.to(tl.int32), size - 1)
+    high = tl.where(low < size - 1, low + 1, low)
+    return low, high, exact - low.to(tl.float32)
+
+
+@triton.jit
+def _resize_add(
+    x, y, out, rows, height, width, low_height, low_width, channels, scale_h, scale_w,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, CHANNELS)[None, :]
+    mask = (row < rows)[:, None] & (c < channels)
+    top, bottom, down = _taps((row // width % height).to(tl.int32), scale_h, low_height)
+    left, right, across = _taps((row % width).to(tl.int32), scale_w, low_width)
+    first = row // (height * width) * (low_height * low_width)
+    down, across = down[:, None], across[:, None]
+    upper, lower = first + top * low_width, first + bottom * low_width
+    y += c
+    a = tl.load(y + (upper + left)[:, None] * channels, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(y + (upper + right)[:, None] * channels, mask=mask, other=0.0).to(tl.float32)
+    value = (1.0 - down) * ((1.0 - across) * a + across * b)
+    a = tl.load(y + (lower + left)[:, None] * channels, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(y + (lower + right)[:, None] * channels, mask=mask, other=0.0).to(tl.float32)
+    value += down * ((1.0 - across) * a + across * b)
+    place = row[:, None] * channels + c
+    value += tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, rounded(value, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _reach(place, size, low_size):
+    """The first place in a line of `size` that `place` in the smaller one may count in."""
+    return tl.maximum((place - 1) * (size - 1) // tl.maximum(low_size - 1, 1), 0)
+
+
+@triton.jit
+def _resize_backward(
+    grad, out, rows, height, width, low_height, low_width, channels, scale_h, scale_w, lines, columns,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """`lines` and `columns`: how far a token of y reaches at most."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, CHANNELS)[None, :]
+    a = (row // low_width % low_height).to(tl.int32)
+    b = (row % low_width).to(tl.int32)
+    first = row // (low_height * low_width) * (height * width)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for step in range(lines * columns):
+        i = _reach(a, height, low_height) + step // columns
+        j = _reach(b, width, low_width) + step % columns
+        share = tl.maximum(1.0 - tl.abs(i.to(tl.float32) * scale_h - a.to(tl.float32)), 0.0)
+        share *= tl.maximum(1.0 - tl.abs(j.to(tl.float32) * scale_w - b.to(tl.float32)), 0.0)
+        counts = (row < rows) & (i < height) & (j < width) & (share > 0)
+        place = (first + i * width + j)[:, None] * channels + c
+        g = tl.load(grad + place, mask=counts[:, None] & (c < channels), other=0.0).to(tl.float32)
+        total += share[:, None] * g
+    total = rounded(total, out.dtype.element_ty)
+    tl.store(out + row[:, None] * channels + c, total, mask=(row < rows)[:, None] & (c < channels))
+
+
+def _scale(low: int, high: int) -> float:
+    return (low - 1) / (high - 1) if high > 1 else 0.0
+
+
+def _reached(low: int, high: int) -> int:
+    """Places in a line of `high` that one in a line of `low` may count in, from `_reach` on."""
+    return min(high, 2 * (high - 1) // (low - 1) + 2) if low > 1 else high
+
+
+def class_aggregation_resize(x: Tensor, y: Tensor) -> Tensor:
+    """(B, T, H, W, C) and (B, T, h, w, C) -> (B, T, H, W, C)."""
+    x, y = x.contiguous(), y.contiguous()
+    *_, height, width, channels = x.shape
+    low_height, low_width = y.shape[2:4]
+    rows = x.shape[0] * x.shape[1] * height * width
+    out = x.new_empty(x.shape)
+    tile = row_tile(x)
+    launch(
+        _resize_add, (cdiv(rows, tile["ROWS"]),),
+        x, y, out, rows, height, width, low_height, low_width, channels,
+        _scale(low_height, height), _scale(low_width, width), **tile,
+    )  # fmt: skip
+    return out
+
+
+def class_aggregation_resize_backward(grad: Tensor, low_height: int, low_width: int) -> Tensor:
+    """Gradient of y; that of x is `grad` itself."""
+    grad = grad.contiguous()
+    batch, classes, height, width, channels = grad.shape
+    rows = batch * classes * low_height * low_width
+    out = grad.new_empty(batch, classes, low_height, low_width, channels)
+    tile = row_tile(grad)
+    launch(
+        _resize_backward, (cdiv(rows, tile["ROWS"]),),
+        grad, out, rows, height, width, low_height, low_width, channels,
+        _scale(low_height, height), _scale(low_width, width),
+        _reached(low_height, height), _reached(low_width, width), **tile,
+    )  # fmt: skip
+    return out

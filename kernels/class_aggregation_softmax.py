@@ -1,0 +1,217 @@
+"""Full attention over the classes of a position, from projected tokens; class aggregation's other kernels surround it.
+
+With q', k', v' the weights' products with n, without guidance and biases, at each position and head of d channels:
+
+    q_t = q'_t + g_t,   k_t = k'_t + h_t,   v_t = v'_t + b
+    s_tu = q_t · k_u / √d,   and log(pads) more where u is the padding class
+    p_tu = exp(s_tu) / Σ_u exp(s_tu),   a_t = Σ_u p_tu v_u,   y_t = average-pool(x)_t + a_t
+
+The classes that pad the list are all alike: one key with the logarithm of their number added to its score. Backward,
+from the gradient g_t of y_t:
+
+    ds_tu = p_tu (g_t · v_u − g_t · a_t)
+    dq_t = Σ_u ds_tu k_u / √d,   dk_u = Σ_t ds_tu q_t / √d,   dv_u = Σ_t p_tu g_t
+
+One kernel takes what belongs to queries; another, with the logarithms of the sums and g_t · a_t, what belongs to keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .class_aggregation_tokens import pooled
+from .common.launch import block, cdiv, launch, precision, sizes
+from .common.math import dot, rounded
+
+# Classes in a tile, at most, and the warps of a program, by bytes of an element. float32 products do not run on tensor
+# cores unless TF32 is allowed, and their unrolled form needs the registers.
+TILES = {2: {"TOKENS": 64, "warps": 4}, 4: {"TOKENS": 32, "warps": 8}}
+
+
+@triton.jit
+def _part(
+    projected, row, terms, t, inside, c, channels,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """q, k or v (PART 0, 1, 2) of one tile, in the tensors' dtype; `terms` is v's bias for v."""
+    value = tl.load(projected + row[:, None] * (3 * channels) + PART * channels + c[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    if PART == 2:
+        value += tl.load(terms + c[None, :] + t[:, None] * 0, mask=inside, other=0.0).to(tl.float32)
+    else:
+        place = t[:, None] * (2 * channels) + PART * channels + c[None, :]
+        value += tl.load(terms + place, mask=inside, other=0.0).to(tl.float32)
+    return rounded(value, projected.dtype.element_ty)
+
+
+@triton.jit
+def _scores(q, k, u, classes, keys, scale, log_pads, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+    """s of one tile of queries and one of keys; −∞ beyond the last key."""
+    s = dot(q, tl.trans(k), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) * scale
+    s += tl.where(u < classes, 0.0, log_pads)[None, :]
+    return tl.where((u < keys)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _queries(
+    projected, terms, v_bias, x, grad, out, logarithms, shares,
+    classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
+    height, width, pooling,
+    TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """One position, head and tile of classes. Forward: out is y. Backward: out is (dq', dk', dv), of which it writes
+    the first, with the logarithm of each class's sum and its g · a."""
+    dtype = projected.dtype.element_ty
+    tiles = tl.cdiv(classes, TOKENS)
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % heads
+    position = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    first = position // positions * classes * positions + position % positions
+    terms += position // positions * terms_stride
+    c = head * head_channels + tl.arange(0, HEAD)
+    valid = (tl.arange(0, HEAD) < head_channels)[None, :]
+    t = tile * TOKENS + tl.arange(0, TOKENS)
+    row = first + t.to(tl.int64) * positions
+    mask = (t < classes)[:, None] & valid
+    q = _part(projected, row, terms, t, mask, c, channels, 0)
+
+    largest = tl.full((TOKENS,), float("-inf"), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    attended = tl.zeros((TOKENS, HEAD), tl.float32)
+    for start in range(0, keys, TOKENS):
+        u = start + tl.arange(0, TOKENS)
+        other = tl.where(u < classes, first + u.to(tl.int64) * positions, padding_row)
+        inside = (u < keys)[:, None] & valid
+        k = _part(projected, other, terms, u, inside, c, channels, 1)
+        v = _part(projected, other, v_bias, u, inside, c, channels, 2)
+        s = _scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION)
+        before = largest
+        largest = tl.maximum(largest, tl.max(s, 1))
+        p = tl.exp(s - largest[:, None])
+        decay = tl.exp(before - largest)
+        total = total * decay + tl.sum(p, 1)
+        attended = dot(rounded(p, dtype), v, attended * decay[:, None], PRECISION)
+    attended = attended / total[:, None]
+
+    place = row[:, None] * channels + c[None, :]
+    if BACKWARD:
+        g = tl.load(grad + place, mask=mask, other=0.0)
+        share = tl.sum(tl.where(mask, attended, 0.0) * g.to(tl.float32), 1)
+        logarithm = largest + tl.log(total)
+        line = (position * heads + head) * classes + t
+        tl.store(shares + line, share, mask=t < classes)
+        tl.store(logarithms + line, logarithm, mask=t < classes)
+        dq = tl.zeros((TOKENS, HEAD), tl.float32)
+        for start in range(0, keys, TOKENS):
+            u = start + tl.arange(0, TOKENS)
+            other = tl.where(u < classes, first + u.to(tl.int64) * positions, padding_row)
+            inside = (u < keys)[:, None] & valid
+            k = _part(projected, other, terms, u, inside, c, channels, 1)
+            v = _part(projected, other, v_bias, u, inside, c, channels, 2)
+            s = _scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION)
+            p = tl.exp(s - logarithm[:, None])
+            ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - share[:, None]
+            dq = dot(rounded(p * ds * scale, dtype), k, dq, PRECISION)
+        tl.store(out + row[:, None] * (3 * channels) + c[None, :], rounded(dq, dtype), mask=mask)
+    else:
+        y = pooled(x, row, c, mask, height, width, channels, pooling) + attended
+        tl.store(out + place, rounded(y, dtype), mask=mask)
+
+
+@triton.jit
+def _keys(
+    projected, terms, v_bias, grad, out, pad_out, logarithms, shares,
+    classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
+    TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk' and dv of one position, head and tile of keys; of the padding class in pad_out."""
+    dtype = projected.dtype.element_ty
+    tiles = tl.cdiv(keys, TOKENS)
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % heads
+    position = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    first = position // positions * classes * positions + position % positions
+    terms += position // positions * terms_stride
+    c = head * head_channels + tl.arange(0, HEAD)
+    valid = (tl.arange(0, HEAD) < head_channels)[None, :]
+    u = tile * TOKENS + tl.arange(0, TOKENS)
+    other = tl.where(u < classes, first + u.to(tl.int64) * positions, padding_row)
+    inside = (u < keys)[:, None] & valid
+    k = _part(projected, other, terms, u, inside, c, channels, 1)
+    v = _part(projected, other, v_bias, u, inside, c, channels, 2)
+
+    dk = tl.zeros((TOKENS, HEAD), tl.float32)
+    dv = tl.zeros((TOKENS, HEAD), tl.float32)
+    for start in range(0, classes, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        row = first + t.to(tl.int64) * positions
+        mask = (t < classes)[:, None] & valid
+        q = _part(projected, row, terms, t, mask, c, channels, 0)
+        g = tl.load(grad + row[:, None] * channels + c[None, :], mask=mask, other=0.0)
+        line = (position * heads + head) * classes + t
+        logarithm = tl.load(logarithms + line, mask=t < classes, other=float("inf"))
+        share = tl.load(shares + line, mask=t < classes, other=0.0)
+        p = tl.exp(_scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION) - logarithm[:, None])
+        dv = dot(tl.trans(rounded(p, dtype)), g, dv, PRECISION)
+        ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - share[:, None]
+        dk = dot(tl.trans(rounded(p * ds * scale, dtype)), q, dk, PRECISION)
+    target = out + other[:, None] * (3 * channels) + channels + c[None, :]
+    mask = (u < classes)[:, None] & valid
+    tl.store(target, rounded(dk, dtype), mask=mask)
+    tl.store(target + channels, rounded(dv, dtype), mask=mask)
+    target = pad_out + position * (2 * channels) + c[None, :] + u[:, None] * 0
+    mask = inside & (u >= classes)[:, None]
+    tl.store(target, dk, mask=mask)
+    tl.store(target + channels, dv, mask=mask)
+
+
+def _arguments(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What all kernels take: numbers known at the call, the tile and its warps."""
+    batch, classes, height, width, channels = x.shape
+    positions = (height // pooling) * (width // pooling)
+    keys = classes + (pads > 0)
+    numbers = (
+        classes, keys, positions, channels, heads, channels // heads, terms.stride(0) if len(terms) > 1 else 0,
+        batch * classes * positions, (channels // heads) ** -0.5, math.log(max(pads, 1)),
+    )  # fmt: skip
+    tile = sizes(TILES, x)
+    tokens = block(keys, 16, tile["TOKENS"])
+    return numbers, tile | {"TOKENS": tokens, "HEAD": block(channels // heads, 16), "PRECISION": precision()}
+
+
+def attend(
+    projected: Tensor, x: Tensor, terms: Tensor, v_bias: Tensor, out: Tensor, pads: int, heads: int, pooling: int
+) -> None:
+    """Writes y, (B, T, h, w, C), from projected (tokens and the padding class, 3C) and x, (B, T, H, W, C)."""
+    numbers, tile = _arguments(x, terms, pads, heads, pooling)
+    launch(
+        _queries, (out.shape[0] * out.shape[2] * out.shape[3] * heads * cdiv(x.shape[1], tile["TOKENS"]),),
+        projected, terms, v_bias, x, x, out, out, out, *numbers, *x.shape[2:4], pooling, **tile, BACKWARD=False,
+    )  # fmt: skip
+
+
+def attend_backward(
+    projected: Tensor, x: Tensor, grad: Tensor, terms: Tensor, v_bias: Tensor, out: Tensor, pad_out: Tensor,
+    pads: int, heads: int, pooling: int,
+) -> None:  # fmt: skip
+    """Writes (dq', dk', dv) of the tokens, (tokens, 3C), and (dk', dv) of the padding class at each position."""
+    numbers, tile = _arguments(x, terms, pads, heads, pooling)
+    classes, keys, positions = numbers[:3]
+    lines = x.shape[0] * positions * heads
+    logarithms = x.new_empty(lines * classes, dtype=torch.float32)
+    shares = torch.empty_like(logarithms)
+    launch(
+        _queries, (lines * cdiv(classes, tile["TOKENS"]),),
+        projected, terms, v_bias, x, grad, out, logarithms, shares, *numbers, *x.shape[2:4], pooling,
+        **tile, BACKWARD=True,
+    )  # fmt: skip
+    launch(
+        _keys, (lines * cdiv(keys, tile["TOKENS"]),),
+        projected, terms, v_bias, grad, out, pad_out, logarithms, shares, *numbers, **tile,
+    )  # fmt: skip

@@ -1,0 +1,5 @@
+"""The command line: one file a command, `main` puts them together."""
+
+from .main import main
+
+__all__ = ["main"]

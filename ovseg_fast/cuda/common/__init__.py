@@ -1,0 +1,1 @@
+"""What the CUDA C++ launchers of several operators share."""

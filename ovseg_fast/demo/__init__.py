@@ -1,0 +1,1 @@
+"""The demo: a scene of the procedural world, segmented by words."""

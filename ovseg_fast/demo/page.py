@@ -1,0 +1,132 @@
+"""The picture that `ovseg-fast demo` writes: the scene, the truth, the prediction, and what led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from .. import ops
+from ..models import CATSeg
+from ..segmentation import Segmentation
+from ..segmenter import Segmenter
+from ..visualize import Panel, cost_map, key, overlay, palette, panels
+
+COLUMNS = 5  # the first row: scene, truth, prediction, wrong pixels, key
+MIN_SIDE = 192  # of a panel in pixels, so that names fit above it
+WRONG, PAPER, HATCH = (222, 36, 36), (255, 255, 255), (176, 176, 184)
+UNNAMED = "no name was typed"
+
+
+def cost_maps(segmenter: Segmenter, image: Image.Image, names: Sequence[str]) -> NDArray[np.float32]:
+    """Cosines of the dense image embeddings with the names' text embeddings: what the model starts from.
+
+    For CAT-Seg that is the cost volume that is aggregated (section 3.2), the mean over a name's prompts; for
+    Cascade-CLIP the embeddings are those of the last stage, the last block of the encoder. The whole image is encoded
+    in one pass, whatever the mode.
+
+    Returns:
+        (T, H, W) in −1..1, resized to the image.
+    """
+    model = segmenter.model.eval()
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(segmenter.device, model.pixel_mean.dtype)
+    size = covered = (image.height, image.width)
+    with torch.no_grad():
+        text = model.text_from_prompts(segmenter.embed_text(names))
+        if isinstance(model, CATSeg):
+            dense = model.encode_pixels(pixels[None]).dense
+            covered = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)  # CAT-Seg's padding is in the map
+        else:
+            features = model.encode_pixels(model.windows(pixels, "whole").pixels)
+            dense, text = features.stages[-1].unflatten(1, features.grid), text[:, None]
+        maps = ops.cost_volume(dense, text).mean(-1)
+        maps = F.interpolate(maps, covered, mode="bilinear", align_corners=False)
+    return maps[0, :, : size[0], : size[1]].float().cpu().numpy()
+
+
+def page(
+    result: Segmentation,
+    truth: NDArray[np.int32],
+    costs: NDArray[np.float32],
+    notes: Sequence[str],
+    shown: Sequence[int],
+    title: str,
+    subtitle: str,
+) -> Image.Image:
+    """Everything side by side.
+
+    Args:
+        result: of T names. truth: (H, W) indices into them, −1 for none. costs: (T, H, W), see `cost_maps`.
+        notes: a few words on each name. shown: indices of the names whose maps are shown.
+
+    Returns:
+        an RGB image: a first row with scene, truth, prediction, wrong pixels and key; then for each shown name its
+        costs, all on one scale, and its scores, on the scale 0..1, with their ranges.
+    """
+    colours = [tuple(colour) for colour in palette(len(result.classes)).tolist()]
+    longest = max(result.image.size)
+    side = longest * -(-MIN_SIDE // longest)  # a whole step, so that borders stay even
+    width, height = (length * side // longest for length in result.image.size)
+
+    counted = truth >= 0
+    wrong = counted & (result.labels != truth)
+    judged = "pixels" if counted.all() else "named pixels"
+    share = f"{100 * wrong.sum() / counted.sum():.1f} % of the {judged}" if counted.any() else "no pixel can be judged"
+    present = sorted({*truth[counted].tolist(), *result.labels.ravel().tolist()})
+    entries = [(colours[index], result.classes[index]) for index in present]
+    if not counted.all():
+        entries.append((HATCH, UNNAMED))
+    rows = [
+        [
+            Panel(result.image, "Scene"),
+            Panel(_coloured(result.image, truth, result.classes), "Truth"),
+            Panel(_coloured(result.image, result.labels, result.classes), "Prediction"),
+            Panel(_errors(result.image, wrong, counted), "Wrong pixels", note=share),
+            Panel(key(entries, width, height), "Names"),
+        ]
+    ]
+    low, high = float(costs[list(shown)].min()), float(costs[list(shown)].max())
+    for start in range(0, len(shown), COLUMNS):
+        block = shown[start : start + COLUMNS]
+        rows.append(
+            [
+                Panel(
+                    cost_map(costs[i], low, high), result.classes[i], notes[i], _range("cosine", costs[i]), colours[i]
+                )
+                for i in block
+            ]
+        )
+        rows.append([Panel(cost_map(result.scores[i], 0, 1), note=_range("score", result.scores[i])) for i in block])
+    return panels(rows, title, subtitle, side)
+
+
+def _range(what: str, values: NDArray[np.float32]) -> str:
+    return f"{what} {values.min():.2f} to {values.max():.2f}"
+
+
+def _coloured(image: Image.Image, labels: NDArray[np.int32], names: Sequence[str]) -> Image.Image:
+    """The names' colours over the image, hatched where there is no name."""
+    known = np.where(labels < 0, len(names), labels)
+    # Over grey levels: the objects' own colours would change those of the names.
+    picture = overlay(image.convert("L"), known, [*names, UNNAMED], alpha=0.75, legend=False)
+    return _hatched(picture, labels < 0)
+
+
+def _errors(image: Image.Image, wrong: NDArray[np.bool_], counted: NDArray[np.bool_]) -> Image.Image:
+    """A pale image with the wrong pixels in red, hatched where nothing is known."""
+    pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, PAPER), 0.6)
+    pale.paste(WRONG, mask=Image.fromarray(np.uint8(220) * wrong))
+    return _hatched(pale, ~counted)
+
+
+def _hatched(picture: Image.Image, where: NDArray[np.bool_]) -> Image.Image:
+    step = max(2, max(picture.size) // 32)
+    rows, columns = np.indices(where.shape)
+    lines = (rows + columns) % (2 * step) < step
+    picture.paste(PAPER, mask=Image.fromarray(np.uint8(255) * where))
+    picture.paste(HATCH, mask=Image.fromarray(np.uint8(255) * (where & lines)))
+    return picture

@@ -1,0 +1,161 @@
+"""What `ovseg-fast demo` does: choose or make a scene, segment it by names, measure, write pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..data.world.scenes import WORLD, Scene, World
+from ..evaluation.metrics import ConfusionMatrix
+from ..files import write_whole
+from ..models import CascadeCLIP
+from ..segmenter import Segmenter
+from ..visualize import label_image
+from .page import cost_maps, page
+from .words import distractors, meanings, truth, understand_scene
+
+DISTRACTORS = 5  # names of things that are not in the scene, each one word away from one that is
+VISIBLE = 0.04  # of the picture: what covers less is not well visible
+SEARCHED = 2000  # scenes looked through for one with two unseen objects; about one in ten is
+PANELS = 20  # names with maps of their own in the picture
+
+
+class Asked(NamedTuple):
+    """What is to be segmented by which names.
+
+    Attributes: scene; where: it is from. names: T of them. meant: the world's classes that each one means.
+    """
+
+    scene: Scene
+    where: str
+    names: list[str]
+    meant: list[tuple[int, ...]]
+
+
+class _Row(NamedTuple):
+    """What the table says of a name; an IoU of NaN is that of one that is not in the scene."""
+
+    name: str
+    split: str
+    iou: float
+    remark: str
+
+
+def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Asked:
+    """A scene and names for it.
+
+    Args:
+        wish: what the scene shall show, in words; by default the first one of the seed with two unseen objects.
+        typed: the names; by default those of everything that is well to be seen in the scene, and distractors.
+        seed: of the world. size: side in pixels.
+
+    Raises:
+        ValueError: there is no such scene, or two names mean the same.
+    """
+    world, rng = World(seed), np.random.default_rng(seed)
+    if wish is not None:
+        try:
+            names, labels = understand_scene(wish, rng)
+            scene = world.scene_of(labels, size=size)
+        except ValueError as error:
+            raise ValueError(f"--scene: {error}") from error
+        where = f"The wanted scene, seed {seed}"
+        if len(labels) > len(names):
+            names.append(WORLD.classes[labels[-1]])
+    else:
+        number = _first_with_unseen(world)
+        scene = world.scene(number, size, "test")
+        where = f"Scene {number} of seed {seed}"
+        labels = [*(region.label for region in scene.regions), scene.ground]
+        names = [WORLD.classes[label] for label in labels]
+    if typed is None:
+        known = {label for classes in meanings(names) for label in classes}
+        names += [WORLD.classes[label] for label in distractors(labels, DISTRACTORS, rng, known)]
+    else:
+        names = typed
+    try:
+        return Asked(scene, where, names, meanings(names))
+    except ValueError as error:
+        raise ValueError(f"--classes: {error}") from error
+
+
+def _first_with_unseen(world: World) -> int:
+    """The number of the first test scene with two well visible objects that are never trained on."""
+    for number in range(SEARCHED):
+        scene = world.scene(number, split="test")  # at the usual size, so that a size shows the same scene as another
+        visible = [region.label for region in scene.regions if (scene.labels == region.label).mean() >= VISIBLE]
+        if len(set(visible) & set(WORLD.unseen)) >= 2:
+            return number
+    raise ValueError(
+        f"--seed {world.seed}: none of its first {SEARCHED} scenes shows two unseen objects; take another."
+    )
+
+
+def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) -> tuple[list[str], list[Path]]:
+    """Segment and measure the scene, write the pictures; returns the lines to print and the files."""
+    scene, names, meant = asked.scene, asked.names, asked.meant
+    image = Image.fromarray(scene.image)
+    known = None
+    if isinstance(segmenter.model, CascadeCLIP) and segmenter.model.config.training_classes == WORLD.name:
+        # By meaning, not by name: published inference lowers the scores of what was trained on.
+        known = [name for name, classes in zip(names, meant, strict=True) if set(classes) - set(WORLD.unseen)]
+    result = segmenter.encode(image, mode).segment(names, seen=known)
+    right = truth(scene.labels, meant)
+
+    shown = [sorted(set(scene.labels[right == index].tolist())) for index in range(len(names))]
+    unseen = [set(here or classes) <= set(WORLD.unseen) for here, classes in zip(shown, meant, strict=True)]
+    matrix = ConfusionMatrix(len(names))
+    matrix.update(result.labels, right)
+    scores = matrix.scores(seen=[index for index, flag in enumerate(unseen) if not flag])
+
+    rows = []
+    for name, classes, here, flag, iou in zip(names, meant, shown, unseen, scores.iou, strict=True):
+        said = [WORLD.classes[label] for label in here or (classes if len(classes) == 1 else ())]
+        text = name if not said or said == [name] else f"{name} ({', '.join(said)})"
+        remark = "" if here else "not in the scene" if classes else "not of this world"
+        rows.append(_Row(text, "-" if not classes else "unseen" if flag else "seen", iou if here else np.nan, remark))
+    notes = [row.remark or f"{row.split}, IoU {100 * row.iou:.0f} %" for row in rows]
+    means = f"mIoU {_percent(scores.miou)}"
+    if np.isfinite(scores.hiou):
+        means += f"  (unseen {_percent(scores.miou_unseen)}, seen {_percent(scores.miou_seen)})"
+    largest = np.argsort(-(scores.truth + scores.predicted), kind="stable")[:PANELS]
+    costs = cost_maps(segmenter, image, names)
+    sheet = page(result, right, costs, notes, sorted(largest.tolist()), f"{model}: {means}", _describe(asked))
+    overlay, labels = result.overlay(), label_image(result.labels, len(names))
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {"demo": sheet, "demo_scene": image, "demo_overlay": overlay, "demo_labels": labels}
+    files = [out / f"{name}.png" for name in pictures]
+    for file, picture in zip(files, pictures.values(), strict=True):
+        write_whole(file, picture.save)
+
+    if not scores.present.any():
+        means = "There is no mIoU: none of the names is in the scene. --scene makes one of your own words."
+    lines = [_describe(asked), "", *_table(rows), "", means]
+    left_out = [label for label in np.unique(scene.labels).tolist() if not any(label in classes for classes in meant)]
+    if left_out:
+        things = ", ".join(WORLD.classes[label] for label in left_out)
+        share = 100 * float((right < 0).mean())
+        lines.append(f"Not counted, for no name means it: {things} ({share:.1f} % of the picture).")
+    if len(names) > PANELS:
+        lines.append(f"The picture shows maps of {PANELS} of the {len(names)} names, those of the most pixels.")
+    return lines, files
+
+
+def _describe(asked: Asked) -> str:
+    scene = asked.scene
+    things = ", ".join(scene.classes[region.label] for region in scene.regions)
+    return f"{asked.where}: {things} on {scene.classes[scene.ground]}"
+
+
+def _table(rows: Sequence[_Row]) -> list[str]:
+    cells = [("class", "split", "IoU", ""), *((row.name, row.split, _percent(row.iou), row.remark) for row in rows)]
+    width = max(len(name) for name, *_ in cells)
+    return [f"{name:<{width}}  {split:<6}  {iou:>7}  {remark}".rstrip() for name, split, iou, remark in cells]
+
+
+def _percent(ratio: float) -> str:
+    return "-" if ratio != ratio else f"{100 * ratio:.1f} %"

@@ -1,0 +1,1 @@
+"""What the operators share: input checks, tiles, attention, the MLP, registration."""

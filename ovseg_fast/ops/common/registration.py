@@ -1,0 +1,174 @@
+"""Registration of operators that have kernels as PyTorch custom operators, forward and backward, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import backends
+
+_library = torch.library.Library("ovseg_fast", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    operator: str,
+    fake: Callable[..., Any],
+    *,
+    forward: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    differentiable: int = 1,
+    saved: Sequence[int] = (),
+) -> None:
+    """Register `ovseg_fast::name`, whose last argument names the backend, and `ovseg_fast::name_backward`.
+
+    The backward takes the gradients of the differentiable outputs, the saved outputs, all inputs of the forward, and
+    `needs`: for each tensor argument whether its gradient is needed. It gives one gradient per tensor argument, like
+    that argument. A list of tensors counts as one argument; its gradient is stacked.
+
+    Args:
+        schema: `"name(Tensor x, ..., int heads) -> Tensor"`, without the backend.
+        operator: names the kernel module, and what `last_backend` reports.
+        fake: empty outputs for inputs of a shape; same arguments.
+        forward, backward: called with the kernel module before their arguments; by default its functions `name` and
+            `name_backward`. Tensors reach them contiguous and aligned to 16 bytes, lists of tensors as they are. What
+            the backward gives where no gradient is needed is dropped, and may be None.
+        differentiable: the number of leading outputs that have gradients. With several, those not used come as None.
+            0: no backward.
+        saved: indices of the outputs that the backward reads.
+    """
+    name, _, rest = schema.partition("(")
+    arguments, _, outputs = rest.rpartition(") ->")
+    is_tensor = [argument.startswith("Tensor") for argument in arguments.split(", ")]
+
+    def run_forward(*inputs: Any) -> Any:
+        *inputs, backend = inputs
+        return _run(forward, name, operator, backend, inputs)
+
+    _register(f"{name}({arguments}, str backend) ->{outputs}", run_forward, lambda *inputs: fake(*inputs[:-1]))
+    if not differentiable:
+        return
+
+    def run_backward(*inputs: Any) -> list[Tensor]:
+        *inputs, needs, backend = inputs
+        first = _first_tensor(inputs)
+        if not any(needs):
+            return [first.new_empty(0) for _ in needs]
+        gradients = _run(backward, f"{name}_backward", operator, backend, [*inputs, needs])
+        pairs = zip(gradients, needs, strict=True)
+        return [gradient.contiguous() if need else first.new_empty(0) for gradient, need in pairs]
+
+    def backward_fake(*inputs: Any) -> list[Tensor]:
+        *inputs, needs, _ = inputs
+        tensors = [value for value, tensor in zip(inputs[-len(is_tensor) :], is_tensor, strict=True) if tensor]
+        first = _first_tensor(inputs)
+        return [_like(value) if need else first.new_empty(0) for value, need in zip(tensors, needs, strict=True)]
+
+    grads = [f"Tensor{'?' if differentiable > 1 else ''} grad{index}" for index in range(differentiable)]
+    kept = [f"Tensor output{index}" for index in saved]
+    _register(
+        f"{name}_backward({', '.join([*grads, *kept, arguments])}, bool[] needs, str backend) -> Tensor[]",
+        run_backward,
+        backward_fake,
+    )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *inputs, ctx.backend = inputs
+        results = output if isinstance(output, tuple) else (output,)
+        if differentiable > 1:
+            ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[differentiable:])
+        tensors = [results[index] for index in saved]
+        ctx.inputs = list(inputs)  # options stay, tensors are replaced by how many they are
+        for position, value in enumerate(inputs):
+            if is_tensor[position]:
+                values = list(value) if isinstance(value, (list, tuple)) else [value]
+                ctx.inputs[position] = len(values) if isinstance(value, (list, tuple)) else None
+                tensors += values
+        ctx.save_for_backward(*tensors)
+
+    def run_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors = list(ctx.saved_tensors)
+        results = [tensors.pop(0) for _ in saved]
+        inputs = list(ctx.inputs)
+        for position, count in enumerate(ctx.inputs):
+            if is_tensor[position]:
+                inputs[position] = tensors.pop(0) if count is None else [tensors.pop(0) for _ in range(count)]
+        needed = [need for need, tensor in zip(ctx.needs_input_grad, is_tensor, strict=False) if tensor]
+        needs = [any(need) if isinstance(need, (list, tuple)) else need for need in needed]
+        call = getattr(torch.ops.ovseg_fast, f"{name}_backward")
+        gradients = iter(call(*grads[:differentiable], *results, *inputs, needs, ctx.backend))
+        return *(
+            _wanted(next(gradients), need) if tensor else None
+            for need, tensor in zip(ctx.needs_input_grad, is_tensor, strict=False)
+        ), None
+
+    torch.library.register_autograd(f"ovseg_fast::{name}", run_autograd, setup_context=setup_context, lib=_library)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on: a kernel reads and writes one dtype and sums in float32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def tensor_arguments(weights: type) -> str:
+    """The fields of a NamedTuple of tensors, as a schema lists them."""
+    return ", ".join(f"Tensor {field}" for field in weights._fields)  # type: ignore[attr-defined]
+
+
+def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"ovseg_fast::{name}", fake, lib=_library)
+
+
+def _run(function: Callable[..., Any] | None, name: str, operator: str, backend: str, inputs: Sequence[Any]) -> Any:
+    device = _first_tensor(inputs).device
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))  # launches go to the tensors' GPU, not the current one
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        kernels = backends.implementation(operator, backend)
+        inputs = [_readable(value) for value in inputs]
+        return function(kernels, *inputs) if function else getattr(kernels, name)(*inputs)
+
+
+def _readable(value: Any) -> Any:
+    """A tensor contiguous and beginning at a multiple of 16 bytes, as kernels read it: itself, or a copy."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.contiguous()
+    return value.clone() if value.data_ptr() % 16 else value
+
+
+def _first_tensor(arguments: Sequence[Any]) -> Tensor:
+    for argument in arguments:
+        first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+        if isinstance(first, Tensor):
+            return first
+    raise TypeError("an operator needs at least one tensor")
+
+
+def _like(value: Any) -> Tensor:
+    if isinstance(value, (list, tuple)):
+        return value[0].new_empty(len(value), *value[0].shape)
+    return value.new_empty(value.shape)
+
+
+def _wanted(gradient: Tensor, need: Any) -> Any:
+    """What autograd takes for one argument: None where nothing is needed, a list for a list."""
+    if isinstance(need, (list, tuple)):
+        parts = gradient if any(need) else [gradient] * len(need)
+        return [part if wanted else None for part, wanted in zip(parts, need, strict=True)]
+    return gradient if need else None

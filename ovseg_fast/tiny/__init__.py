@@ -1,0 +1,1 @@
+"""How the embedded tiny models were made: pretraining of their CLIP, training, measurement."""

@@ -1,0 +1,83 @@
+"""Crops of scenes around single things, and captions of single things."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.world.classes import GROUNDS, OBJECTS
+from ..data.world.scenes import Scene, describe, phrase
+from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES
+
+TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # what segmentation will ask with
+WORDS = (*OBJECTS, *GROUNDS)  # of each class
+
+
+# Of each class, the five that share all but its last word with it, which is the shape or the material; itself first.
+LAST_WORDS = tuple(
+    tuple(sorted((index for index, other in enumerate(WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
+    for label, words in enumerate(WORDS)
+)
+
+
+class Crops(NamedTuple):
+    """B pictures (B, 3, size, size) uint8, each of a single thing, and the class of that (B,) int64."""
+
+    pictures: Tensor
+    labels: Tensor
+
+
+def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> Crops:
+    """At most `most` crops around single objects and pieces of ground, no two of the same class."""
+    boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
+    for scene in scenes:
+        for region in scene.regions:
+            left, top, right, bottom = region.box
+            side = min(max(right - left, bottom - top) * rng.uniform(0.9, 1.5), min(scene.labels.shape))
+            boxes.setdefault(region.label, (scene, _square(left + right, top + bottom, side, scene)))
+        for _ in range(4):
+            side = rng.uniform(20, 48)
+            x, y = rng.uniform(0, 2 * scene.labels.shape[0], 2)
+            box = _square(x, y, side, scene)
+            left, top, right, bottom = (round(edge) for edge in box)
+            if (scene.labels[top:bottom, left:right] == scene.ground).mean() > 0.85:
+                boxes.setdefault(scene.ground, (scene, box))
+                break
+    labels = list(boxes)
+    rng.shuffle(labels)
+    pictures = []
+    for label in labels[:most]:
+        scene, box = boxes[label]
+        crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        pictures.append(np.asarray(crop))
+    return Crops(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(labels[:most]))
+
+
+def class_captions(rng: np.random.Generator) -> list[str]:
+    """A caption of each class alone, in words of its own each time."""
+    captions = []
+    for label in range(len(WORDS)):
+        template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+        plain = rng.random() < 0.4
+        captions.append(template.replace("{}", phrase(label, rng, article=False)) if plain else describe([label], rng))
+    return captions
+
+
+def shown_classes(scenes: list[Scene]) -> Tensor:
+    """(S, T) bool: which of all classes each scene shows."""
+    shown = torch.zeros(len(scenes), len(WORDS), dtype=torch.bool)
+    for row, scene in zip(shown, scenes, strict=True):
+        row[[scene.ground, *(region.label for region in scene.regions)]] = True
+    return shown
+
+
+def _square(twice_x: float, twice_y: float, side: float, scene: Scene) -> tuple[float, float, float, float]:
+    """A square around a middle, moved to lie in the picture."""
+    height, width = scene.labels.shape
+    left = min(max(twice_x / 2 - side / 2, 0), width - side)
+    top = min(max(twice_y / 2 - side / 2, 0), height - side)
+    return left, top, left + side, top + side

@@ -1,0 +1,163 @@
+"""Trains the models that come with this package again, and measures them.
+
+    python -m ovseg_fast.training.reproduce --out build/reproduce
+
+First the tiny CLIP, on image-caption pairs of the procedural world; then, starting from it, `catseg-tiny` and
+`cascade-clip-tiny`, on scenes of seen combinations. What is trained and how is told by `clip-tiny.toml`,
+`catseg-tiny.toml` and `cascade-clip-tiny.toml` in `ovseg_fast/weights`. The weights are rounded to float16, and these
+are measured on fresh scenes with all classes, beside the zero-shot baseline. Each part goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import save
+
+from .. import checkpoints
+from ..data.world.scenes import WORLD, WorldScenes
+from ..evaluation.evaluate import evaluate
+from ..files import write_whole
+from ..models import build
+from ..models.clip import CLIP, PACKAGED, TINY_CLIP
+from ..models.presets import TINY_WORLD
+from ..models.token_table import compact
+from ..segmenter import load
+from ..training.config import read_config, read_toml
+from ..training.run import train
+from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
+from .clip import WEIGHTS as CLIP_WEIGHTS
+from .clip import PretrainingConfig, pretrain, zero_shot_scores
+
+MODELS = ("catseg-tiny", "cascade-clip-tiny")
+BASELINE = "zero-shot"
+MEASURED = ("miou_seen", "miou_unseen", "hiou", "pixel_accuracy")
+SCENES, SEEDS = 500, (1, 2, 3)  # what the models are measured on; training knows the worlds of seed 0 only
+
+logger = logging.getLogger(__name__)
+
+
+def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
+    """Train all three models.
+
+    Args:
+        out: folder for the runs; below it, `weights` gets the files as they lie in `ovseg_fast/weights`.
+        share: of the steps of each training, above 0; a small one only shows that everything runs.
+        workers: processes that draw scenes ahead.
+
+    Returns:
+        the folder of the weights.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}.")
+    folder = Path(out)
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+
+    def steps(config: Any) -> int:
+        return max(1, round(share * config.steps))
+
+    plan = read_toml(PACKAGED / "clip-tiny.toml", PretrainingConfig)
+    plan = replace(plan, steps=steps(plan), warmup=round(share * plan.warmup))
+    pretrain(plan, folder / "clip", workers=workers)
+    clip = folder / "clip" / CLIP_WEIGHTS
+    pack_clip(clip, weights / "clip-tiny.safetensors")
+    for name in MODELS:
+        config = read_config(PACKAGED / f"{name}.toml")
+        config = replace(
+            config, out=str(folder / name), clip_pretrained=str(clip), steps=steps(config), workers=workers
+        )
+        trained = train(config)
+        pack_model(name, trained, weights / f"{name}.safetensors")
+    return weights
+
+
+def pack_clip(source: Path, target: Path) -> None:
+    """open_clip's weights of the tiny CLIP, in float16 and without the repetition in the token table."""
+    state, _ = checkpoints.read(source)
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    write_whole(target, lambda path: path.write_bytes(save(compact(half))))
+
+
+def pack_model(name: str, source: Path, target: Path) -> None:
+    """A trained model in float16."""
+    model = build(name)
+    checkpoints.load(model, source)
+    checkpoints.save(model, target, checkpoints.classes(source), half=True)
+
+
+@torch.inference_mode()
+def baseline(clip: CLIP, dataset: WorldScenes) -> dict[str, float]:
+    """Scores of the tiny CLIP alone: each pixel the class of highest cosine."""
+    prompts = fill_templates(WORLD.classes, CATSEG_TEMPLATES)
+    text = torch.nn.functional.normalize(clip.text(tokenize(prompts)[:, 0]), dim=-1)
+    scores = zero_shot_scores(clip.visual, text, dataset)
+    return {name: float(getattr(scores, name)) for name in MEASURED}
+
+
+def measure(
+    weights: Path = PACKAGED, clip: str | Path = TINY_CLIP, seeds: Sequence[int] = SEEDS, scenes: int = SCENES
+) -> dict[str, Any]:
+    """Scores on fresh scenes of all combinations.
+
+    Args:
+        weights: folder with the models' weights. clip: the tiny CLIP, as `models.clip.CLIP` takes it.
+        seeds: of worlds that training does not know. scenes: of each.
+
+    Returns:
+        `scenes`, `seeds` and `scores`: model -> a dict of `MEASURED` for each seed.
+    """
+    tiny = CLIP(TINY_WORLD, clip).eval()
+    scores: dict[str, list[dict[str, float]]] = {name: [] for name in (BASELINE, *MODELS)}
+    for seed in seeds:
+        dataset = WorldScenes.first(scenes, "test", seed)
+        scores[BASELINE].append(baseline(tiny, dataset))
+        for name in MODELS:
+            metrics = evaluate(load(name, weights=weights / f"{name}.safetensors"), dataset).metrics
+            scores[name].append({key: metrics[key] for key in MEASURED})
+    return {"scenes": scenes, "seeds": list(seeds), "scores": scores}
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What `measure` returns as a Markdown table, in percent, mean and standard deviation over the seeds."""
+    rows = ["| model | seen mIoU | unseen mIoU | hIoU | pixel accuracy |", "|---|---|---|---|---|"]
+    for name, runs in results["scores"].items():
+        cells = []
+        for key in MEASURED:
+            values = [100 * run[key] for run in runs]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/reproduce"))
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the steps of each training.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that draw scenes ahead.")
+@click.option("--packaged", is_flag=True, help="Train nothing, measure the weights in the package.")
+@click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="To measure on, a seed.")
+@click.option("--seed", "seeds", type=click.IntRange(min=1), multiple=True, default=SEEDS, show_default=True)
+def main(out: Path, share: float, workers: int, packaged: bool, scenes: int, seeds: tuple[int, ...]) -> None:
+    """Train the tiny models of this package again, and measure them; the same command goes on where it was stopped."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    out.mkdir(parents=True, exist_ok=True)
+    if packaged:
+        results = measure(seeds=seeds, scenes=scenes)
+    else:
+        weights = reproduce(out, share=share, workers=workers)
+        results = measure(weights, out / "clip" / CLIP_WEIGHTS, seeds, scenes)
+    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    click.echo(f"{scenes} scenes of each of the seeds {', '.join(map(str, seeds))}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The small token table of a model that knows few words, and the whole one that takes any."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.world.scenes import WORDS
+from ..vocabulary import tokenize
+from .crops import TEMPLATES
+
+
+class KnownTokens:
+    """The few of CLIP's tokens that the world's captions are made of; all others share one row, the unknown token.
+
+    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's own tokenizer stays in use, and the order of the
+    tokens is kept, so that the end token is still the largest.
+
+    Attributes: `ids` (K,) int64, ascending; row i + 1 of the small table belongs to `ids[i]`, row 0 to all others.
+    """
+
+    def __init__(self) -> None:
+        words = [*WORDS, *(template.replace("{}", "") for template in TEMPLATES)]
+        tokens = tokenize([[word] for word in words]).unique()
+        self.ids = tokens[tokens > 0]  # zeros follow the end token
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Token ids (...) -> rows of the small table (...)."""
+        position = torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)
+        return torch.where(self.ids[position] == tokens, position + 1, 0)
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """B captions -> rows (B, 77)."""
+        return self.rows(tokenize([[caption] for caption in captions])[:, 0])
+
+    def forget(self, rows: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
+        """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
+        forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
+        return rows.masked_fill(forgotten & (rows < len(self) - 1), 0)
