@@ -176,7 +176,7 @@ def test_seen_classes_are_lowered(cascade, photo):
 
 def test_seen_is_of_cascade_clip_only(photo):
     segmenter = ovs.load("catseg-tiny", weights=None, device="cpu")
-    with pytest.raises(ValueError, match="seen is for Cascade-CLIP"):
+    with pytest.raises(ValueError, match="seen must be None, as CATSeg treats all classes alike"):
         segmenter.segment(photo, NAMES, seen=["cat"])
 
 

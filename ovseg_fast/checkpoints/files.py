@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint file, whatever its layout; no code in the file is run.
+    """Tensors and metadata of a checkpoint file, whatever its format; no code in the file is run.
 
     Args:
         path: a PyTorch file (.pth, .pt, .bin) or a safetensors file, told apart by their content.

@@ -20,22 +20,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, backends
-from ..models import CascadeCLIP
-from ..segmenter import MODES, Segmenter
+from ..data.masks import NO_CLASS
+from ..segmenter import Segmenter
 from ..vocabulary import check_classes
-from .groups import prompts_of
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
 from .state import State, fingerprint_of
 
-SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the image at work
+SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the current image
 AHEAD = 4  # images read while the model works
 
 logger = logging.getLogger(__name__)
 
 
 class EvaluationError(ValueError):
-    """Not one image could be evaluated; the message is one sentence."""
+    """No image could be evaluated; the message is one sentence."""
 
 
 class Named(Protocol):
@@ -54,13 +53,13 @@ class ClassList(Protocol):
     def unseen(self) -> Sequence[int]: ...
     @property
     def background(self) -> Sequence[str]:
-        """What is prompted in place of class 0 where that one is "everything else"; else empty."""
+        """Names to prompt in place of class 0 if that one is "everything else"; else empty."""
 
 
 class Dataset(Protocol):
     """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one.
 
-    Where it has an `image_folder` too, this tells datasets with the same names of images apart.
+    An `image_folder`, if it has one, tells datasets with the same image names apart.
     """
 
     @property
@@ -70,8 +69,8 @@ class Dataset(Protocol):
     @property
     def pairs(self) -> Sequence[Named]: ...
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """An RGB image and its (H, W) integer labels, -1 where there is no class. Raises ValueError or OSError for a
-        pair that cannot be used."""
+        """An RGB image and its (H, W) integer labels, -1 for no class. Raises ValueError or OSError for an unusable
+        pair."""
 
 
 def evaluate(
@@ -89,32 +88,31 @@ def evaluate(
 ) -> Evaluation:
     """Segment every image of a dataset and compare with its ground truth, at the ground truth's size.
 
-    Pixels that the ground truth gives no class (-1) are not counted, nor are classes that it does not hold. A pair that
-    cannot be used (a damaged image, a mask of another size, a label beyond the class list, too large for the memory) is
-    named in a warning and in the result, and left out.
+    Pixels of no class (-1) in the ground truth are not counted, nor are classes absent from it. A pair that cannot be
+    used (a damaged image, a mask of another size, a label beyond the class list, too large for the memory) is left out,
+    and named in a warning and in the result.
 
     Args:
-        segmenter: the model; it is left as it is.
+        segmenter: the model; it is not changed.
         dataset: pairs of images and ground truth, and the class list.
-        out: a .json file for the result. Next to it, `<name>.partial.npz` keeps what is done; called again with the
-            same arguments after a kill, the evaluation goes on from there, and images that were left out are tried
-            again. A result that was there before is kept under the time it was written. None writes nothing.
-        mode: `"slide"` as all published numbers were made, or `"whole"`.
-        seen: names of those of the dataset's classes that the model was trained on. By default the scores are split as
-            the dataset's vocabulary says, if it does, and Cascade-CLIP subtracts its offset from the classes of its
-            preset's training set, see `Segmenter.segment`.
-        groups: class -> names that are prompted in its stead and count as it. By default those of the vocabulary's
-            background, if it has one, as for the published PAS-20b; `{}` for none.
+        out: a .json file for the result, or None. Progress is kept next to it, in `<name>.partial.npz`: called again
+            with the same arguments, a killed evaluation resumes and tries the images that were left out again. An
+            earlier result is kept under the time it was written.
+        mode: one of the model's, such as `"slide"`, in which all published numbers were made.
+        seen: those of the dataset's classes that the model was trained on. By default the scores are split as the
+            dataset's vocabulary says, and the model's offset is subtracted as in `Segmenter.segment`.
+        groups: class -> names that are prompted in its place and count as it. By default the background of the
+            vocabulary, if it has one, as for the published PAS-20b; `{}` for none.
         progress: show a progress bar with the mIoU so far.
-        limit: only the first so many images.
-        restart: discard what an earlier run left instead of going on from there.
-        save_seconds: how often that is written, by default every 20 seconds.
+        limit: only the first `limit` images.
+        restart: discard the progress of an earlier run.
+        save_seconds: how often progress is saved, by default every 20 seconds.
 
     Raises:
         ValueError: an argument does not fit, or the dataset is empty.
         state.StateError: the state at `out` is damaged, or of an evaluation with other weights, classes, images, ...
         EvaluationError: no image could be evaluated.
-        OSError: `out` cannot be written. What the model raises, other than for a lack of memory, comes through.
+        OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
     task = _task(segmenter, dataset, mode, seen, groups, limit)
     target = None if out is None else _target(out)
@@ -125,9 +123,9 @@ def evaluate(
         count = len(task.classes)
         state = State(fingerprint, np.zeros((count, count), np.int64), np.zeros(len(task.pairs), bool))
     else:
-        logger.info("%s: going on after %d of %d images", partial, state.done.sum(), len(task.pairs))
+        logger.info("%s: resuming after %d of %d images", partial, state.done.sum(), len(task.pairs))
     if partial is not None:
-        state.save(partial)  # tells now, not after the first images, where nothing can be written
+        state.save(partial)  # fails now, not after the first images, if nothing can be written
 
     skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
     if not state.done.any():
@@ -160,7 +158,7 @@ class _Task:
     names: list[str]
     class_of: np.ndarray
     split: list[int] | None  # indices of the seen classes
-    offset: dict[str, Any]  # the argument `seen` of `Segmenter.segment`, where one is given
+    offset: dict[str, Any]  # the argument `seen` of `Segmenter.segment`, if there is one
 
     @property
     def folder(self) -> str | None:
@@ -173,7 +171,7 @@ class _Task:
             {
                 "templates": self.segmenter.templates,
                 "classes": [self.classes, self.names, self.class_of.tolist()],
-                "seen classes": [self.split, self.offset],
+                "seen classes": [self.split, self.offset, self.segmenter.model.seen_offset],
                 "mode": self.mode,
                 "dataset": self.dataset.name,
                 "folder": str(self.folder),
@@ -182,7 +180,7 @@ class _Task:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What the result says of how it was made."""
+        """How the result was made."""
         model, device = self.segmenter.model, self.segmenter.device
         members: dict[str, list[str]] = {}
         for name, position in zip(self.names, self.class_of.tolist(), strict=True):
@@ -200,9 +198,9 @@ class _Task:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
             "operators": {name: ran for name, ran in operators.items() if ran is not None},
         }
-        if isinstance(model, CascadeCLIP):
-            settings["seen_offset"] = model.config.seen_offset
-            settings["seen_offset_of"] = self.offset.get("seen", f"seen classes of {model.config.training_classes}")
+        if model.seen_offset is not None:
+            settings["seen_offset"] = model.seen_offset
+            settings["seen_offset_of"] = self.offset.get("seen", f"seen classes of {model.training_classes}")
         return settings
 
 
@@ -219,8 +217,7 @@ def _task(
         raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, got {limit}.")
-    if mode not in MODES:
-        raise ValueError(f"mode must be 'slide' or 'whole', got {mode!r}.")
+    segmenter.check_mode(mode)
     vocabulary = dataset.vocabulary
     classes = list(vocabulary.classes)
     if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
@@ -232,17 +229,46 @@ def _task(
     split, offset = None, {}
     if seen is not None:
         split = [i for i, name in enumerate(classes) if name in seen]
-        if isinstance(segmenter.model, CascadeCLIP):
+        if segmenter.model.seen_offset is not None:
             offset["seen"] = [name for name, position in zip(names, class_of, strict=True) if position in split]
     elif vocabulary.unseen:
         split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
     return _Task(segmenter, dataset, dataset.pairs[:limit], mode, classes, names, class_of, split, offset)
 
 
+def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """The names to prompt with, and which class each counts as.
+
+    So the background of PASCAL VOC is measured (PAS-20b; CAT-Seg, Cho et al., CVPR 2024): no prompt describes
+    "everything else", so a pixel counts as background if it is given to any of a list of further names.
+
+    Args:
+        classes: the C evaluated classes. groups: class -> the names that stand for it; other classes are prompted by
+            their own name.
+
+    Returns:
+        (names, index): T names, and (T,) int64 indices into `classes`.
+
+    Raises:
+        ValueError: a group is empty or of no class, or two classes share a name.
+    """
+    for name, members in groups.items():
+        if name not in classes:
+            raise ValueError(f"groups must be keyed by evaluated classes, got {name!r}, which is none of them.")
+        if isinstance(members, str) or not members:
+            raise ValueError(f"groups[{name!r}] must be a list of at least one name, got {members!r}.")
+    prompted = [(member, index) for index, name in enumerate(classes) for member in groups.get(name, (name,))]
+    names = [name for name, _ in prompted]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"each name must stand for one class, {repeated!r} comes more than once.")
+    return names, np.array([index for _, index in prompted], dtype=np.int64)
+
+
 def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_seconds: float) -> list[Skipped]:
-    """Evaluate what `state` lacks, in place; returns what could not be evaluated."""
+    """Evaluate what is missing in `state`, in place; returns what could not be evaluated."""
     segmenter = task.segmenter
-    # Counting on the GPU saves the CPU the work; torchmetrics has no frugal way to count on other accelerators.
+    # torchmetrics needs too much memory to count on other accelerators.
     device = segmenter.device if segmenter.device.type == "cuda" else torch.device("cpu")
     confusion = ConfusionMatrix(len(task.classes), device)
     confusion.matrix += torch.from_numpy(state.matrix).to(device)
@@ -272,7 +298,7 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
                 image, labels = pair.result()
                 _check(image, labels, len(task.classes))
                 result = segmenter.encode(image, task.mode).segment(task.names, text=text, **task.offset)
-            # Of the model only these come from the image; anything else would come with the next one too.
+            # Only these errors are due to the image; others would recur with the next one.
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 skipped.append(Skipped(task.pairs[position].name, " ".join(str(error).split()) or repr(error)))
                 bar.clear()
@@ -303,14 +329,14 @@ def _read_ahead(
 
 
 def _check(image: Image.Image, labels: np.ndarray, classes: int) -> None:
-    """Raises ValueError for a ground truth that does not fit its image or the class list."""
+    """Raises ValueError for ground truth that does not fit its image or the class list."""
     if labels.shape != (image.height, image.width):
         shape = " x ".join(map(str, labels.shape))
         raise ValueError(f"its mask is {shape} pixels, its image {image.height} x {image.width} (H x W).")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"its mask holds {labels.dtype} values, expected integers.")
     low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= classes:
+    if low < NO_CLASS or high >= classes:
         wrong = high if high >= classes else low
         raise ValueError(
             f"its mask holds label {wrong} in {np.count_nonzero(labels == wrong)} pixels, beyond the {classes} classes."

@@ -4,9 +4,9 @@ Of M, rows the ground truth and columns the prediction, class c has
 
     IoU(c) = M[c, c] / (sum of row c + sum of column c - M[c, c]),   accuracy(c) = M[c, c] / sum of row c.
 
-Pixels whose ground truth is -1 are in neither sum. The mean IoU is over the classes that the ground truth holds, as
-detectron2's evaluator takes it, by which CAT-Seg's numbers were made; mmsegmentation, by which Cascade-CLIP's were
-made, also counts classes that are only predicted, each with IoU 0. Both means are given.
+Pixels whose ground truth is -1 are in neither sum. There are two mean IoUs: over the classes in the ground truth, as
+detectron2 counts and CAT-Seg's published numbers do; and, as mmsegmentation counts and Cascade-CLIP's numbers do, with
+the classes that are only predicted, each with IoU 0.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..compat import ensure_importable
+from ..data.masks import NO_CLASS
 
 CHUNK = 2**24  # pixels counted at once; their int64 temporaries take some 500 MB
 
 
 class ConfusionMatrix:
-    """Counts pixels by ground truth and prediction; keeps nothing else, so images may be many and of any size.
+    """Counts pixels by ground truth and prediction; keeps nothing else, whatever the number and size of the images.
 
     Args:
         classes: T, the number of classes.
@@ -50,11 +51,11 @@ class ConfusionMatrix:
         """Add an image, or a batch of them.
 
         Args:
-            predicted: integers in 0..T-1, of any shape; where `truth` is -1 any value.
+            predicted: integers in 0..T-1, of any shape; any value where `truth` is -1.
             truth: integers in -1..T-1 of the same shape; -1 is not counted.
 
         Raises:
-            TypeError: no integers. ValueError: other shapes, or labels outside these ranges. Nothing is added then.
+            TypeError: not integers. ValueError: other shapes, or labels outside these ranges. Nothing is added then.
         """
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -70,13 +71,13 @@ class ConfusionMatrix:
             )
         if not truth.numel():
             return
-        counted = truth != -1
+        counted = truth != NO_CLASS
         low, high = _range(truth)
-        if low < -1 or high >= self.classes:
+        if low < NO_CLASS or high >= self.classes:
             raise ValueError(f"truth must hold labels in -1..{self.classes - 1}, got {low}..{high}.")
         if high < 0:
             return
-        # The prediction of an uncounted pixel is replaced by a valid label, so that the rest can be checked at once.
+        # Predictions of uncounted pixels become valid labels, so that the rest can be checked at once.
         predicted = predicted.where(counted, 0)
         low, high = _range(predicted)
         if low < 0 or high >= self.classes:
@@ -85,7 +86,7 @@ class ConfusionMatrix:
         with _plain_counting():
             for part, part_truth in zip(predicted.flatten().split(CHUNK), truth.flatten().split(CHUNK), strict=True):
                 added += multiclass_confusion_matrix(
-                    part, part_truth, self.classes, ignore_index=-1, validate_args=False
+                    part, part_truth, self.classes, ignore_index=NO_CLASS, validate_args=False
                 )
         self.matrix += added
 
@@ -96,12 +97,12 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a confusion matrix says. All ratios are in 0..1; NaN stands for "there is no such class".
+    """The scores of a confusion matrix. All ratios are in 0..1; NaN means that there is no such class.
 
     Attributes:
-        correct: (T,) int64, pixels of each class that are labelled right.
-        truth, predicted: (T,) int64, pixels of each class, among those that have a ground truth.
-        seen: (T,) bool, the classes that were trained on, or None where there is no such split.
+        correct: (T,) int64, pixels of each class that are labelled correctly.
+        truth, predicted: (T,) int64, pixels of each class, among those with a ground truth.
+        seen: (T,) bool, the classes that were trained on, or None without such a split.
     """
 
     correct: np.ndarray
@@ -133,17 +134,17 @@ class Scores:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """(T,) float64: share of a class's pixels that are labelled right; NaN without ground truth."""
+        """(T,) float64: share of a class's pixels that are labelled correctly; NaN without ground truth."""
         return _ratio(self.correct, self.truth)
 
     @property
     def present(self) -> np.ndarray:
-        """(T,) bool: the classes that the ground truth holds. Only they count in the means."""
+        """(T,) bool: the classes in the ground truth. Only they count in the means."""
         return self.truth > 0
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that the ground truth holds (detectron2's practice)."""
+        """Mean IoU over the classes in the ground truth (detectron2's practice)."""
         return _mean(self.iou[self.present])
 
     @property
@@ -153,23 +154,23 @@ class Scores:
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of all counted pixels that are labelled right."""
+        """Share of all counted pixels that are labelled correctly."""
         pixels = self.truth.sum()
         return float(self.correct.sum() / pixels) if pixels else float("nan")
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean of `accuracy` over the classes that the ground truth holds."""
+        """Mean of `accuracy` over the classes in the ground truth."""
         return _mean(self.accuracy[self.present])
 
     @property
     def miou_seen(self) -> float:
-        """Mean IoU over those classes of the ground truth that were trained on; NaN without a split."""
+        """Mean IoU over the classes in the ground truth that were trained on; NaN without a split."""
         return _mean(self.iou[self.present & self.seen]) if self.seen is not None else float("nan")
 
     @property
     def miou_unseen(self) -> float:
-        """Mean IoU over those classes of the ground truth that were not trained on; NaN without a split."""
+        """Mean IoU over the classes in the ground truth that were not trained on; NaN without a split."""
         return _mean(self.iou[self.present & ~self.seen]) if self.seen is not None else float("nan")
 
     @property
@@ -194,8 +195,8 @@ def _range(labels: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def _plain_counting() -> Iterator[None]:
-    """Counts of integers do not depend on their order, but under `torch.use_deterministic_algorithms` torchmetrics
-    would compare every pixel with every cell of the matrix, which no memory holds."""
+    """Integer counts do not depend on the order, but under `torch.use_deterministic_algorithms` torchmetrics would
+    compare every pixel with every cell of the matrix, for which there is no memory."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:

@@ -1,4 +1,4 @@
-"""The published models by name, and small ones of the same make."""
+"""Models by name: the published ones, small ones of the same make, and whatever is registered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..layers.cascade_head import DecoderLayer
 from ..ops.common.attention import prepare_attention
+from .base import SegmentationModel
 from .cascade_clip import CascadeCLIP, CascadeCLIPConfig
 from .catseg import CATSeg, CATSegConfig
 from .clip import PACKAGED, SplitAttention
@@ -19,58 +20,125 @@ class Preset:
     """A model by name.
 
     Attributes:
-        name: what `ovseg_fast.load` takes. config: what the model is built from.
-        weights_file: its file on the hub, or None where its authors publish none there.
+        name: what `ovseg_fast.load` takes.
+        model: the method. config: the first argument of its constructor.
+        weights_file: its file in the method's `hub_space`, or None.
         note: one line for `ovseg-fast info`.
+        mark_shape: shape of the method's `mark` tensor, if that tells its checkpoints from those of other presets.
     """
 
     name: str
-    config: CATSegConfig | CascadeCLIPConfig
-    weights_file: str | None
-    note: str
+    model: type[SegmentationModel]
+    config: Any
+    weights_file: str | None = None
+    note: str = ""
+    mark_shape: tuple[int, ...] | None = None
 
     @property
     def method(self) -> str:
-        """`"cat-seg"` or `"cascade-clip"`."""
-        return "cat-seg" if isinstance(self.config, CATSegConfig) else "cascade-clip"
+        """The method's name, such as "cat-seg"."""
+        return self.model.method
 
     @property
     def packaged(self) -> Path | None:
-        """The file of its weights where they come with this package."""
+        """The file of its weights in this package, or None."""
         file = PACKAGED / f"{self.name}.safetensors"
         return file if file.is_file() else None
 
 
-TINY_WORLD: dict[str, Any] = {  # the CLIP of the procedural world
+PRESETS: dict[str, Preset] = {}
+
+
+def register(preset: Preset) -> Preset:
+    """Make a preset known to `build`, `ovseg_fast.load` and the command line; returns it.
+
+    Raises:
+        ValueError: there is a preset of that name.
+    """
+    if preset.name in PRESETS:
+        raise ValueError(f"name must be that of a new preset, {preset.name!r} is taken.")
+    PRESETS[preset.name] = preset
+    return preset
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError that lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}.")
+    return PRESETS[name]
+
+
+def build(name: str, *, clip_pretrained: str | Path | None = None, attention: str = "sdpa") -> SegmentationModel:
+    """A model with random weights.
+
+    Args:
+        name: a preset, such as `"catseg-vitb"`.
+        clip_pretrained: initial weights of CLIP: a tag of open_clip's (`"openai"`, downloaded), a file, or `"world"`
+            for the tiny CLIP in this package.
+        attention: plain attention, in CLIP's encoders and the PyTorch form of mask attention: `"sdpa"`, PyTorch's own,
+            or `"xformers"`, its memory-efficient kernels.
+
+    Raises:
+        ValueError: there is no such preset or attention. ImportError: xformers is not installed.
+    """
+    preset = get_preset(name)
+    prepare_attention(attention)
+    model = preset.model(preset.config, clip_pretrained)
+    for module in model.modules():
+        if isinstance(module, (SplitAttention, DecoderLayer)):
+            module.attention = attention
+    model.preset = name
+    return model
+
+
+TINY_WORLD: dict[str, Any] = {  # the CLIP of the made-up world
     "embed_dim": 64,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 96, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16},
     "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
 }
 
-_ALL = (
-    Preset("catseg-vitb", CATSegConfig(), "model_base.pth", "CAT-Seg, CLIP ViT-B/16 at 384"),
+for _preset in (
+    Preset(
+        "catseg-vitb",
+        CATSeg,
+        CATSegConfig(),
+        weights_file="model_base.pth",
+        note="CAT-Seg, CLIP ViT-B/16 at 384",
+        mark_shape=(768, 3, 16, 16),
+    ),
     Preset(
         "catseg-vitl",
+        CATSeg,
         CATSegConfig(clip="ViT-L-14-336-quickgelu", image_size=336, guidance_blocks=(7, 15)),
-        "model_large.pth",
-        "CAT-Seg, CLIP ViT-L/14 at 336",
+        weights_file="model_large.pth",
+        note="CAT-Seg, CLIP ViT-L/14 at 336",
+        mark_shape=(1024, 3, 14, 14),
     ),
-    Preset("cascade-clip-vitb", CascadeCLIPConfig(), None, "Cascade-CLIP, CLIP ViT-B/16, COCO-Stuff (50 prompts)"),
+    Preset(
+        "cascade-clip-vitb",
+        CascadeCLIP,
+        CascadeCLIPConfig(),
+        note="Cascade-CLIP, CLIP ViT-B/16, COCO-Stuff (50 prompts)",
+        mark_shape=(50, 768),
+    ),
     Preset(
         "cascade-clip-vitb-context",
+        CascadeCLIP,
         CascadeCLIPConfig(prompts=35, training_classes="pascal-context"),
-        None,
-        "Cascade-CLIP, CLIP ViT-B/16, PASCAL Context (35 prompts)",
+        note="Cascade-CLIP, CLIP ViT-B/16, PASCAL Context (35 prompts)",
+        mark_shape=(35, 768),
     ),
     Preset(
         "cascade-clip-vitb-voc",
+        CascadeCLIP,
         CascadeCLIPConfig(prompts=10, training_classes="pascal-voc"),
-        None,
-        "Cascade-CLIP, CLIP ViT-B/16, PASCAL VOC (10 prompts)",
+        note="Cascade-CLIP, CLIP ViT-B/16, PASCAL VOC (10 prompts)",
+        mark_shape=(10, 768),
     ),
     Preset(
         "catseg-tiny",
+        CATSeg,
         CATSegConfig(
             clip=TINY_WORLD,
             image_size=96,
@@ -86,11 +154,11 @@ _ALL = (
             slide_canvas=128,
             slide_window=96,
         ),
-        None,
-        "CAT-Seg, small, trained on the procedural world",
+        note="CAT-Seg, small, trained on the procedural world",
     ),
     Preset(
         "cascade-clip-tiny",
+        CascadeCLIP,
         CascadeCLIPConfig(
             clip=TINY_WORLD,
             image_size=96,
@@ -101,43 +169,7 @@ _ALL = (
             stride=80,
             training_classes="world",
         ),
-        None,
-        "Cascade-CLIP, small, trained on the procedural world",
+        note="Cascade-CLIP, small, trained on the procedural world",
     ),
-)
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
-
-
-def get_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError that lists the names."""
-    if name not in PRESETS:
-        raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}.")
-    return PRESETS[name]
-
-
-def build(name: str, *, clip_pretrained: str | Path | None = None, attention: str = "sdpa") -> CATSeg | CascadeCLIP:
-    """A model with random weights.
-
-    Args:
-        name: a preset, such as `"catseg-vitb"`.
-        clip_pretrained: start CLIP from open_clip's weights of that tag (`"openai"`, downloaded), from a file, or, as
-            `"world"`, from those of the tiny CLIP that come with this package.
-        attention: what plain attention runs on, that of CLIP's encoders and of mask attention's PyTorch form: `"sdpa"`,
-            PyTorch's own, or `"xformers"`, its memory-efficient kernels.
-
-    Raises:
-        ValueError: no preset has that name, or there is no such attention.
-        ImportError: xformers is asked for and not installed.
-    """
-    preset = get_preset(name)
-    prepare_attention(attention)
-    model: CATSeg | CascadeCLIP
-    if isinstance(preset.config, CATSegConfig):
-        model = CATSeg(preset.config, clip_pretrained)
-    else:
-        model = CascadeCLIP(preset.config, clip_pretrained)
-    for module in model.modules():
-        if isinstance(module, (SplitAttention, DecoderLayer)):
-            module.attention = attention
-    model.preset = name
-    return model
+):
+    register(_preset)

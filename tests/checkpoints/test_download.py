@@ -72,7 +72,7 @@ def test_download_finds_the_cached_file_without_network(tmp_path: Path, environm
 
 
 def test_presets_without_published_weights() -> None:
-    with pytest.raises(ValueError, match="no weights of cascade-clip-vitb, whose authors share theirs elsewhere"):
+    with pytest.raises(ValueError, match=r"no weights of cascade-clip-vitb \(its authors share weights elsewhere\)"):
         checkpoints.download("cascade-clip-vitb")
     with pytest.raises(ValueError, match="no weights of cascade-clip-vitb-voc"):
         checkpoints.download("cascade-clip-vitb-voc")

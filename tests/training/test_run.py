@@ -192,7 +192,7 @@ def test_a_run_is_refused_with_one_sentence(folder):
         train(dataclasses.replace(config, batch=4), progress=False)
     train(dataclasses.replace(config, batch=4), progress=False, restart=True)
     (folder / "run" / CHECKPOINT).write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt' is no checkpoint of a run, or damaged; --restart"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not a checkpoint of a run, or damaged; --restart"):
         train(config, progress=False)
     with pytest.raises(ValueError, match="transductive needs unseen classes"):
         train(dataclasses.replace(config, out=str(folder / "other"), transductive=0.5), progress=False)
