@@ -50,15 +50,18 @@ class Segmentation:
             raise ValueError(
                 f"labels must be of the image's size, {image.height} x {image.width} (H, W), got {self.labels.shape}."
             )
-        self._compute_scores, self._compute_top = compute_scores, compute_top
+        self._compute_scores: Callable[[], ArrayLike] | None = compute_scores
+        self._compute_top = compute_top
 
     @cached_property
     def scores(self) -> np.ndarray:
         """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed at first use, then kept."""
+        assert self._compute_scores is not None
         scores = np.asarray(self._compute_scores(), dtype=np.float32)
         expected = (len(self.classes), *self.labels.shape)
         if scores.shape != expected:
             raise ValueError(f"compute_scores must return an array of shape {expected} (T, H, W), got {scores.shape}.")
+        self._compute_scores = None  # frees what it holds
         return scores
 
     def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:

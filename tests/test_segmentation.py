@@ -82,6 +82,19 @@ def test_scores_of_other_kinds_become_float32_arrays() -> None:
     assert np.allclose(out.scores, value.numpy())
 
 
+def test_top_sorts_the_scores_where_nothing_else_computes_it() -> None:
+    scores = np.array([0.2, 0.5, 0.3, 0.5], np.float32)[:, None, None].repeat(HEIGHT, 1).repeat(WIDTH, 2)
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    out = Segmentation(image, ["a", "b", "c", "d"], np.ones((HEIGHT, WIDTH), int), lambda: scores)
+    labels, best = out.top(3)
+    assert labels.dtype == np.int32 and best.dtype == np.float32
+    assert (labels == np.array([1, 3, 2])[:, None, None]).all()
+    assert (best == np.array([0.5, 0.5, 0.3], np.float32)[:, None, None]).all()
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=rf"k must be in 1\.\.4, the number of classes, got {k}"):
+            out.top(k)
+
+
 def test_scores_let_go_of_what_computed_them() -> None:
     scores = Scores(3)
     kept = weakref.ref(scores)

@@ -193,6 +193,29 @@ def test_scores_are_computed_only_when_asked_for(seg, photo, monkeypatch):
     assert out.scores is out.scores and calls == [1]
 
 
+@pytest.mark.parametrize("classes", [2, 12])
+def test_top_is_the_best_classes_in_order_without_all_maps(seg, photo, classes, monkeypatch):
+    out = seg.segment(photo, [f"thing {i}" for i in range(classes)])
+    monkeypatch.setattr(ops, "score_map", None)  # would hold a map of every class
+    k = min(classes, 8)
+    labels, scores = out.top(k)
+    assert labels.shape == scores.shape == (k, 70, 110)
+    assert (labels.dtype, scores.dtype) == (np.int32, np.float32)
+    assert np.array_equal(labels[0], out.labels)
+    assert (np.diff(scores, axis=0) <= 0).all()
+    assert (np.diff(np.sort(labels, 0), axis=0) > 0).all()  # each class once
+    first, best = out.top(1)
+    assert np.array_equal(first[0], labels[0]) and np.array_equal(best[0], scores[0])
+    monkeypatch.undo()
+    ranked = np.sort(out.scores, 0)[::-1]
+    assert np.allclose(np.take_along_axis(out.scores, labels, 0), ranked[:k], atol=1e-6)
+    if seg.model.preset == "catseg-tiny":
+        assert np.allclose(scores, ranked[:k], atol=1e-6)
+    for bad in (0, k + 1):
+        with pytest.raises(ValueError, match=f"k must be in .* = {k}, got {bad}"):
+            out.top(bad)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

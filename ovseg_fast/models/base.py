@@ -20,7 +20,6 @@ from ..data.vocabularies import VOCABULARIES
 from .losses import check_label_maps, weighted_losses
 from .sliding import Windows, resize, square_windows, to_pixels
 
-
 Statistics: TypeAlias = tuple[float, float, float]
 
 

@@ -86,7 +86,7 @@ def test_load_refuses_another_model(tmp_path: Path, rng: torch.Generator) -> Non
     assert "cat-seg in ovseg-fast's own format" in str(error) and error.missing and error.unexpected
     torch.save({"model": checkpoints.to_upstream(catseg)}, path)
     error = refused(checkpoints.load, cascade, path)
-    assert f"'{path}' does not fit cascade-clip-tiny" in str(error) and "checkpoint of CAT-Seg;" in str(error)
+    assert f"'{path}' does not fit cascade-clip-tiny" in str(error) and "checkpoint of cat-seg;" in str(error)
     assert_same(cascade.state_dict(), before)
 
 
