@@ -89,7 +89,7 @@ class Settings:
     evaluation_world: int = EVALUATION_WORLD
 
     def of(self, variant: Variant) -> Schedule:
-        return self.catseg if get_preset(variant.preset).method == "cat-seg" else self.cascade
+        return self.catseg if get_preset(variant.preset).model.method == "cat-seg" else self.cascade
 
 
 class Results:
@@ -195,7 +195,7 @@ def expected_seconds(names: Sequence[str], settings: Settings, runs: Sequence[di
 
 
 def _foreseen(variant: Variant, settings: Settings) -> float:
-    step, scene = SECONDS[get_preset(variant.preset).method]
+    step, scene = SECONDS[get_preset(variant.preset).model.method]
     return step * settings.of(variant).steps + scene * settings.scenes
 
 

@@ -127,8 +127,8 @@ class Segmenter:
         self.check_mode(mode)
         prompts = self._prompts(classes, text, seen, progress)
         if isinstance(image, (list, tuple)):
-            return [self._encode(one, mode, progress)._segment(prompts, progress) for one in image]
-        return self._encode(image, mode, progress)._segment(prompts, progress)
+            return [self.encode(one, mode, progress=progress)._segment(prompts, progress) for one in image]
+        return self.encode(image, mode, progress=progress)._segment(prompts, progress)
 
     def check_mode(self, mode: str) -> None:
         """Raises ValueError for a mode that the model does not have."""
@@ -138,7 +138,14 @@ class Segmenter:
     def encode(self, image: ImageSource, mode: str = "slide", *, progress: bool = False) -> EncodedImage:
         """Run the image encoder once, to prompt the result many times. Arguments and errors as `segment`."""
         self.check_mode(mode)
-        return self._encode(image, mode, progress)
+        picture = load_image(image, max_side=self.max_side)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device, self.model.pixel_mean.dtype)
+        with self._inference():
+            windows = self.model.windows(pixels, mode)
+            # Several windows fill a GPU; a CPU is faster with one, whose tensors stay in its caches.
+            batches = windows.pixels.split(1 if self.device.type == "cpu" else 8)
+            features = [self.model.encode_pixels(batch) for batch in _bar(batches, "image", progress)]
+        return EncodedImage(self, picture, windows, features)
 
     def embed_text(self, classes: Sequence[str], *, progress: bool = False) -> Tensor:
         """Unit-length text embeddings (T, P, E) of class names; cached until the text encoder's weights change."""
@@ -154,10 +161,9 @@ class Segmenter:
         if missing:
             tokens = tokenize([[prompt] for prompt in missing]).to(self.device)
             with self._inference():
-                parts = [
-                    self.model.encode_text(part)[:, 0] for part in _bar(tokens.split(TEXT_BATCH), "text", progress)
-                ]
-            self._prompt_embeddings.update(zip(missing, torch.cat(parts), strict=True))
+                batches = _bar(tokens.split(TEXT_BATCH), "text", progress)
+                embedded = torch.cat([self.model.encode_text(batch)[:, 0] for batch in batches])
+            self._prompt_embeddings.update(zip(missing, embedded, strict=True))
         return torch.stack([torch.stack([self._prompt_embeddings[prompt] for prompt in row]) for row in prompts])
 
     def _prompts(
@@ -169,9 +175,7 @@ class Segmenter:
     ) -> _Prompts:
         if text is None:
             if classes is None:
-                raise ValueError(
-                    "classes must be a list of names such as ['cat', 'grass'], got None and no text embeddings."
-                )
+                raise ValueError("classes must be a list of names such as ['cat', 'grass'], got None and no text.")
             names = check_classes(classes)
             embeddings = self.embed_text(names, progress=progress)
         else:
@@ -198,16 +202,6 @@ class Segmenter:
         flags = [prompt_name(name).casefold() in known for name in names]
         return model.seen_offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
 
-    def _encode(self, source: ImageSource, mode: str, progress: bool) -> EncodedImage:
-        image = load_image(source, max_side=self.max_side)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device, self.model.pixel_mean.dtype)
-        with self._inference():
-            windows = self.model.windows(pixels, mode)
-            # Several windows fill a GPU; a CPU is faster with one, whose tensors stay in its caches.
-            batches = windows.pixels.split(1 if self.device.type == "cpu" else 8)
-            features = [self.model.encode_pixels(batch) for batch in _bar(batches, "image", progress)]
-        return EncodedImage(self, image, windows, features)
-
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Evaluation mode without gradients, whatever state the model is in."""
@@ -233,9 +227,7 @@ class EncodedImage:
 
     def __init__(self, segmenter: Segmenter, image: Image.Image, windows: Windows, features: list[Any]) -> None:
         self._segmenter = segmenter
-        self.image = image
-        self.windows = windows
-        self.features = features
+        self.image, self.windows, self.features = image, windows, features
 
     def segment(
         self,
@@ -251,12 +243,8 @@ class EncodedImage:
     def _segment(self, prompts: _Prompts, progress: bool) -> Segmentation:
         windows, model = self.windows, self._segmenter.model
         with self._segmenter._inference():
-            logits = torch.cat(
-                [
-                    model.decode(features, prompts.text, **windows.decode)
-                    for features in _bar(self.features, "classes", progress)
-                ]
-            )
+            parts = _bar(self.features, "classes", progress)
+            logits = torch.cat([model.decode(features, prompts.text, **windows.decode) for features in parts])
             if windows.cut is not None:
                 logits = logits[..., : windows.cut[0], : windows.cut[1]]
             arguments: dict[str, Any] = {

@@ -101,7 +101,7 @@ def save(
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
 
     write_whole(path, write)
 
@@ -201,7 +201,7 @@ def _upstream_format(model: SegmentationModel) -> dict[str, Stored]:
 
 
 def _parts(tensors: Mapping[str, Tensor], stored: Stored) -> list[Tensor]:
-    """Views of the model's tensors, or rows of them, that one tensor of a checkpoint holds."""
+    """Views of the model's tensors, or of their rows, that one tensor of a checkpoint holds."""
     return [tensors[name] if row is None else tensors[name][row] for name, row in stored.parts]
 
 
@@ -226,8 +226,8 @@ def _check_fit(state: Mapping[str, Tensor], stored: Mapping[str, Stored], name: 
     mismatched = [key for key in stored if key in state and tuple(state[key].shape) != stored[key].shape]
     if not (missing or unexpected or mismatched):
         return
-    counts = {"missing": len(missing), "unexpected": len(unexpected), "of another shape": len(mismatched)}
-    keys = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    counts = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    keys = ", ".join(f"{len(keys)} {kind}" for kind, keys in counts.items() if keys)
     look = recognise(_shapes(state))
     if look is None:
         advice = f"get a checkpoint of {name}"
@@ -251,10 +251,8 @@ def _check_values(state: Mapping[str, Tensor], what: str) -> None:
         raise CheckpointError(f"{what} must hold floating-point tensors, got {first_of(integers)}.")
     broken = [f"'{key}'" for key, tensor in state.items() if not _is_finite(tensor)]
     if broken:
-        raise CheckpointError(
-            f"{what} holds NaN or infinite values in {first_of(broken)}: its training diverged or the file is "
-            "damaged; use another checkpoint."
-        )
+        advice = "its training diverged or the file is damaged; use another checkpoint."
+        raise CheckpointError(f"{what} holds NaN or infinite values in {first_of(broken)}: {advice}")
 
 
 def _is_finite(tensor: Tensor) -> bool:

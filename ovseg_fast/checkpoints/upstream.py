@@ -93,10 +93,10 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Look | None:
             if preset.mark_shape is not None and tuple(shapes.get(key, ())) == stored.shape:
                 return Look(preset.name, "load it with that model")
             if key in shapes:
-                general = Look(preset.method, "load it into a model of the same configuration")
+                general = Look(preset.model.method, "load it into a model of the same configuration")
         if mark in shapes:
             advice = "ovseg_fast.checkpoints.load reads it, into the model that it was saved from"
-            general = Look(f"{preset.method} in ovseg-fast's own format", advice)
+            general = Look(f"{preset.model.method} in ovseg-fast's own format", advice)
     if general is not None:
         return general
     advice = "it holds no segmentation head, get a checkpoint of the whole model"

@@ -9,10 +9,9 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +26,9 @@ from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
 from .state import State, fingerprint_of
 
+if TYPE_CHECKING:
+    from ..data import Dataset
+
 SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the current image
 AHEAD = 4  # images read while the model works
 
@@ -35,42 +37,6 @@ logger = logging.getLogger(__name__)
 
 class EvaluationError(ValueError):
     """No image could be evaluated; the message is one sentence."""
-
-
-class Named(Protocol):
-    """What an evaluation needs of an image and mask pair."""
-
-    @property
-    def name(self) -> str: ...
-
-
-class ClassList(Protocol):
-    """What an evaluation needs of a class list; `data.vocabularies.Vocabulary` is one."""
-
-    @property
-    def classes(self) -> Sequence[str]: ...
-    @property
-    def unseen(self) -> Sequence[int]: ...
-    @property
-    def background(self) -> Sequence[str]:
-        """Names to prompt in place of class 0 if that one is "everything else"; else empty."""
-
-
-class Dataset(Protocol):
-    """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one.
-
-    An `image_folder`, if it has one, tells datasets with the same image names apart.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def vocabulary(self) -> ClassList: ...
-    @property
-    def pairs(self) -> Sequence[Named]: ...
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """An RGB image and its (H, W) integer labels, -1 for no class. Raises ValueError or OSError for an unusable
-        pair."""
 
 
 def evaluate(
@@ -94,7 +60,9 @@ def evaluate(
 
     Args:
         segmenter: the model; it is not changed.
-        dataset: pairs of images and ground truth, and the class list.
+        dataset: of `data.open_dataset`, or anything with its `name`, `vocabulary` (`classes`, `unseen`, `background`),
+            `pairs` (each with a `name`), `read(index)` and, if need be, `image_folder`, which tells datasets with the
+            same names apart.
         out: a .json file for the result, or None. Progress is kept next to it, in `<name>.partial.npz`: called again
             with the same arguments, a killed evaluation resumes and tries the images that were left out again. An
             earlier result is kept under the time it was written.
@@ -114,7 +82,7 @@ def evaluate(
         EvaluationError: no image could be evaluated.
         OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
-    task = _task(segmenter, dataset, mode, seen, groups, limit)
+    task = _Task(segmenter, dataset, mode, seen, groups, limit)
     target = None if out is None else _target(out)
     partial = None if target is None else target.with_name(f"{target.stem}.partial.npz")
     fingerprint = task.fingerprint()
@@ -146,19 +114,42 @@ def evaluate(
     return result
 
 
-@dataclass(frozen=True)
 class _Task:
-    """What is evaluated: T names are prompted, the name at t counts as class `class_of[t]`."""
+    """What is evaluated; the arguments of `evaluate`, checked. T `names` are prompted, names[t] counts as class
+    class_of[t]; `split` are the indices of the seen classes, `offset` the argument `seen` of `Segmenter.segment`."""
 
-    segmenter: Segmenter
-    dataset: Dataset
-    pairs: Sequence[Named]
-    mode: str
-    classes: list[str]
-    names: list[str]
-    class_of: np.ndarray
-    split: list[int] | None  # indices of the seen classes
-    offset: dict[str, Any]  # the argument `seen` of `Segmenter.segment`, if there is one
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        dataset: Dataset,
+        mode: str,
+        seen: Collection[str] | None,
+        groups: Mapping[str, Sequence[str]] | None,
+        limit: int | None,
+    ) -> None:
+        if not len(dataset.pairs):
+            raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 image, got {limit}.")
+        segmenter.check_mode(mode)
+        self.segmenter, self.dataset, self.pairs, self.mode = segmenter, dataset, dataset.pairs[:limit], mode
+        vocabulary = dataset.vocabulary
+        self.classes = classes = list(vocabulary.classes)
+        if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
+            raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
+        if groups is None:
+            groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
+        names, self.class_of = prompts_of(classes, groups)
+        self.names = check_classes(names)
+        self.split: list[int] | None = None
+        self.offset: dict[str, Any] = {}
+        if seen is not None:
+            self.split = [i for i, name in enumerate(classes) if name in seen]
+            if segmenter.model.seen_offset is not None:
+                pairs = zip(self.names, self.class_of, strict=True)
+                self.offset["seen"] = [name for name, position in pairs if position in self.split]
+        elif vocabulary.unseen:
+            self.split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
 
     @property
     def folder(self) -> str | None:
@@ -204,38 +195,6 @@ class _Task:
         return settings
 
 
-def _task(
-    segmenter: Segmenter,
-    dataset: Dataset,
-    mode: str,
-    seen: Collection[str] | None,
-    groups: Mapping[str, Sequence[str]] | None,
-    limit: int | None,
-) -> _Task:
-    """Check the arguments of `evaluate` and put them together."""
-    if not len(dataset.pairs):
-        raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 image, got {limit}.")
-    segmenter.check_mode(mode)
-    vocabulary = dataset.vocabulary
-    classes = list(vocabulary.classes)
-    if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
-        raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
-    if groups is None:
-        groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
-    names, class_of = prompts_of(classes, groups)
-    names = check_classes(names)
-    split, offset = None, {}
-    if seen is not None:
-        split = [i for i, name in enumerate(classes) if name in seen]
-        if segmenter.model.seen_offset is not None:
-            offset["seen"] = [name for name, position in zip(names, class_of, strict=True) if position in split]
-    elif vocabulary.unseen:
-        split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
-    return _Task(segmenter, dataset, dataset.pairs[:limit], mode, classes, names, class_of, split, offset)
-
-
 def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], np.ndarray]:
     """The names to prompt with, and which class each counts as.
 
@@ -268,7 +227,6 @@ def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
 def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_seconds: float) -> list[Skipped]:
     """Evaluate what is missing in `state`, in place; returns what could not be evaluated."""
     segmenter = task.segmenter
-    # torchmetrics needs too much memory to count on other accelerators.
     device = segmenter.device if segmenter.device.type == "cuda" else torch.device("cpu")
     confusion = ConfusionMatrix(len(task.classes), device)
     confusion.matrix += torch.from_numpy(state.matrix).to(device)
@@ -276,12 +234,8 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
     text = segmenter.embed_text(task.names, progress=progress)
     left = np.flatnonzero(~state.done).tolist()
     skipped: list[Skipped] = []
-    bar = tqdm(
-        total=len(task.pairs),
-        initial=len(task.pairs) - len(left),
-        unit="image",
-        disable=None if progress else True,  # None: only on a terminal
-    )
+    count, hidden = len(task.pairs), None if progress else True  # None: only on a terminal
+    bar = tqdm(total=count, initial=count - len(left), unit="image", disable=hidden)
     began, before = time.monotonic(), state.seconds
     saved = began
 
@@ -314,12 +268,10 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
     return skipped
 
 
-def _read_ahead(
-    dataset: Dataset, indices: Iterable[int]
-) -> Iterator[tuple[int, Future[tuple[Image.Image, np.ndarray]]]]:
+def _read_ahead(dataset: Dataset, indices: Iterable[int]) -> Iterator[tuple[int, Future[Any]]]:
     """Pairs in order, read by one thread while the model works; a future raises what reading raised."""
     with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[int, Future[tuple[Image.Image, np.ndarray]]]] = deque()
+        waiting: deque[tuple[int, Future[Any]]] = deque()
         for index in indices:
             waiting.append((index, reader.submit(dataset.read, index)))
             if len(waiting) > AHEAD:
@@ -355,7 +307,7 @@ def _target(out: str | os.PathLike[str]) -> Path:
 
 def _versions() -> dict[str, str]:
     versions = {"ovseg-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchmetrics", "open_clip_torch", "numpy", "pillow"):
+    for name in ("open_clip_torch", "numpy", "pillow"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # installed otherwise than by a package manager

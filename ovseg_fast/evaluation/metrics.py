@@ -11,8 +11,7 @@ the classes that are only predicted, each with IoU 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..compat import ensure_importable
 from ..data.masks import NO_CLASS
 
 CHUNK = 2**24  # pixels counted at once; their int64 temporaries take some 500 MB
@@ -30,8 +28,7 @@ class ConfusionMatrix:
     """Counts pixels by ground truth and prediction; keeps nothing else, whatever the number and size of the images.
 
     Args:
-        classes: T, the number of classes.
-        device: where to count.
+        classes: T, the number of classes. device: where to count.
 
     Attributes:
         matrix: (T, T) int64 on `device`, rows the ground truth, columns the prediction.
@@ -43,7 +40,6 @@ class ConfusionMatrix:
     def __init__(self, classes: int, device: str | torch.device = "cpu") -> None:
         if classes < 1:
             raise ValueError(f"classes must be at least 1, got {classes}.")
-        ensure_importable()  # torchmetrics imports torchvision
         self.classes = classes
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
@@ -57,11 +53,8 @@ class ConfusionMatrix:
         Raises:
             TypeError: not integers. ValueError: other shapes, or labels outside these ranges. Nothing is added then.
         """
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
-
         device = self.matrix.device
-        predicted = torch.as_tensor(predicted, device=device)
-        truth = torch.as_tensor(truth, device=device)
+        predicted, truth = (torch.as_tensor(labels, device=device) for labels in (predicted, truth))
         for name, labels in (("predicted", predicted), ("truth", truth)):
             if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must hold integers, got {labels.dtype}.")
@@ -69,29 +62,19 @@ class ConfusionMatrix:
             raise ValueError(
                 f"predicted and truth must have the same shape, got {tuple(predicted.shape)} and {tuple(truth.shape)}."
             )
-        if not truth.numel():
-            return
         counted = truth != NO_CLASS
-        low, high = _range(truth)
-        if low < NO_CLASS or high >= self.classes:
-            raise ValueError(f"truth must hold labels in -1..{self.classes - 1}, got {low}..{high}.")
-        if high < 0:
-            return
-        # Predictions of uncounted pixels become valid labels, so that the rest can be checked at once.
-        predicted = predicted.where(counted, 0)
-        low, high = _range(predicted)
-        if low < 0 or high >= self.classes:
-            raise ValueError(f"predicted must hold labels in 0..{self.classes - 1}, got {low}..{high}.")
-        added = torch.zeros_like(self.matrix)
-        with _plain_counting():
-            for part, part_truth in zip(predicted.flatten().split(CHUNK), truth.flatten().split(CHUNK), strict=True):
-                added += multiclass_confusion_matrix(
-                    part, part_truth, self.classes, ignore_index=NO_CLASS, validate_args=False
-                )
-        self.matrix += added
+        predicted, known = predicted[counted], truth[counted]
+        for name, labels, lowest in (("truth", known, NO_CLASS), ("predicted", predicted, 0)):
+            low, high = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
+            if low < 0 or high >= self.classes:
+                raise ValueError(f"{name} must hold labels in {lowest}..{self.classes - 1}, got {low}..{high}.")
+        added = torch.zeros_like(self.matrix).flatten()
+        for part, part_truth in zip(predicted.split(CHUNK), known.split(CHUNK), strict=True):
+            added += torch.bincount(part_truth.long() * self.classes + part.long(), minlength=self.classes**2)
+        self.matrix += added.view_as(self.matrix)
 
     def scores(self, seen: Sequence[int] | None = None) -> Scores:
-        """The scores of everything added so far. `seen`: indices of the classes that were trained on, see `Scores`."""
+        """The scores of everything added so far. `seen`: indices of the classes that were trained on."""
         return Scores.of(self.matrix.cpu().numpy(), seen)
 
 
@@ -186,20 +169,3 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
-
-
-def _range(labels: Tensor) -> tuple[int, int]:
-    low, high = torch.stack(labels.aminmax()).tolist()
-    return low, high
-
-
-@contextmanager
-def _plain_counting() -> Iterator[None]:
-    """Integer counts do not depend on the order, but under `torch.use_deterministic_algorithms` torchmetrics would
-    compare every pixel with every cell of the matrix, for which there is no memory."""
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,6 @@ from .. import ops
 from ..data.vocabularies import VOCABULARIES
 from .losses import check_label_maps, weighted_losses
 from .sliding import Windows, resize, square_windows, to_pixels
-
-Statistics: TypeAlias = tuple[float, float, float]
 
 
 class Rule(NamedTuple):
@@ -41,8 +39,7 @@ class Hyperparameters:
     """Optimiser and schedule of a method.
 
     Attributes:
-        learning_rate: peak rate of parameters with factor 1.
-        weight_decay: of all parameters except the kinds in `no_decay`.
+        learning_rate: peak rate of parameters with factor 1. weight_decay: of all but the kinds in `no_decay`.
         factors: prefix of parameter names -> factor of the learning rate. The first match counts; 1 without a match.
         no_decay: kinds of parameters without weight decay: "norm", "embedding".
         schedule: "cosine", or "poly" with its `power`. end: the rate at which "poly" ends, whatever the factor.
@@ -69,15 +66,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """What `data.augmentation.augmentation` does to a training image, besides the size of the crop.
-
-    Attributes:
-        scales: smallest and largest shorter side before the crop, in units of the crop's side.
-        longest: largest longer side, in units of the drawn shorter side.
-        largest_share: largest share of the labelled pixels of a crop that one class may have.
-        fill: grey level of the padding.
-        flip_first: whether the flip comes before the colour distortion.
-    """
+    """Arguments of `data.augmentation.augmentation`, which describes them."""
 
     scales: tuple[float, float] = (1.0, 1.0)
     longest: float = float("inf")
@@ -104,7 +93,7 @@ class SegmentationModel(nn.Module, ABC):
 
     # What it is and how it is prompted.
     method: ClassVar[str]  # its name, such as "cat-seg"
-    statistics: ClassVar[tuple[Statistics, Statistics]]  # mean and standard deviation of RGB in 0..255
+    statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # mean and standard deviation of RGB in 0..255
     modes: ClassVar[tuple[str, ...]] = ("slide", "whole")  # of `windows`
     templates: tuple[str, ...] = ("a photo of a {}.",)  # prompts, each with one {}
     prompts_per_class: int | None = None  # how many it takes; None: any number
@@ -115,9 +104,7 @@ class SegmentationModel(nn.Module, ABC):
     hub_space: ClassVar[str | None] = None  # of the Hugging Face hub, where its authors publish weights
     hub_note: ClassVar[str] = ""  # where else the weights are, for an error message
     upstream_rules: ClassVar[tuple[Rule, ...]] = ()  # none: no upstream format
-    upstream_derived: ClassVar[
-        tuple[str, ...]
-    ] = ()  # patterns of upstream's buffers that follow from its configuration
+    upstream_derived: ClassVar[tuple[str, ...]] = ()  # patterns of upstream buffers that follow from the configuration
     mark: ClassVar[str | None] = None  # our name of a tensor that only checkpoints of this method have
 
     # Training.
@@ -146,7 +133,7 @@ class SegmentationModel(nn.Module, ABC):
         return VOCABULARIES[self.training_classes].seen if self.training_classes else ()
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(B, 3, h, w) in 0..255 -> zero mean and unit variance."""
+        """(B, 3, h, w) in 0..255, less the mean, over the standard deviation."""
         return (pixels - self.pixel_mean) / self.pixel_std
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -221,8 +208,8 @@ class SegmentationModel(nn.Module, ABC):
         return score_map
 
     def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Image embeddings in the space of the text, (1, h, w, E), of one image (3, H, W) in 0..255, and the size in
-        pixels that they cover: the image's, or more with padding at the right and below."""
+        """Image embeddings in the space of the text, (1, h, w, E), of one image (3, H, W) in 0..255; and the size in
+        pixels that they cover, with any padding at the right and below."""
         raise NotImplementedError(f"{type(self).__name__} has no dense embeddings, so there are no cosines to show.")
 
     def cost_maps(self, image: Tensor, text: Tensor) -> Tensor:

@@ -98,8 +98,7 @@ class CascadeCLIPConfig:
 
 
 class ImageFeatures(NamedTuple):
-    """What the head needs of B images: `stages` maps (B, S, E), `global_embedding` (B, E), and the `grid` with S
-    patches."""
+    """The head's input for B images: `stages` maps (B, S, E), `global_embedding` (B, E), `grid` (rows, columns)."""
 
     stages: tuple[Tensor, ...]
     global_embedding: Tensor
@@ -111,17 +110,15 @@ class PromptedImageEncoder(nn.Module):
 
     Args:
         clip: the encoder; its position embeddings are resized to `grid` once, bilinearly.
-        prompts: prompt tokens of each block; gathered: zero-based blocks, besides the last one, whose outputs are
-            gathered.
-        dropout: probability with which projected prompts are dropped in training.
+        prompts: prompt tokens of each block. gathered: zero-based blocks, besides the last, whose outputs are gathered.
+        dropout: of projected prompts, in training.
     """
 
     def __init__(self, clip: ImageEncoder, grid: int, prompts: int, gathered: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         width, embed_dim = clip.width, clip.embed_dim
         clip.set_grid(grid, grid, "bilinear")
-        self.clip = clip
-        self.gathered = gathered
+        self.clip, self.gathered = clip, gathered
         self.prompt_embeddings = nn.Parameter(torch.empty(prompts, width))
         self.deep_prompt_embeddings = nn.Parameter(torch.empty(clip.layers - 1, prompts, width))
         bound = (6.0 / (3 * clip.patch**2 + width)) ** 0.5
@@ -141,12 +138,12 @@ class PromptedImageEncoder(nn.Module):
 
         Args:
             pixels: (B, 3, h, w) normalised image; h and w are multiples of the patch.
-            stage_weights: the Gaussian weights (L,) of each stage before the last, whose layers follow each other in
-                `gathered`; by default each layer is a stage of its own.
+            stage_weights: the Gaussian weights (L,) of each stage before the last, whose layers are consecutive in
+                `gathered`; by default each layer is its own stage.
 
         Returns:
-            a map (B, S, E) a stage, the last one of the last block alone: weighted sums over the stage's layers of
-            features of unit length over E, the features themselves without weights; the global embedding (B, E), unit
+            A map (B, S, E) per stage, the last one of the last block alone: weighted sums over the stage's layers of
+            unit-length features, or without weights the features themselves; the global embedding (B, E) of unit
             length; the grid (rows, columns) with S = rows · columns.
         """
         tokens, grid = self.clip.embed(pixels, "bilinear", class_again=True)
@@ -154,24 +151,15 @@ class PromptedImageEncoder(nn.Module):
         for index, block in enumerate(self.clip.transformer.resblocks):
             prompts = self.deep_prompt_embeddings[index - 1] if index else self.prompt_embeddings
             prompts = self.prompt_dropout(self.prompt_proj(prompts)).expand(tokens.shape[0], -1, -1)
-            first = (
-                1 if index == 0 else 1 + len(self.prompt_embeddings)
-            )  # each block replaces the prompts of the one before
+            first = 1 + len(self.prompt_embeddings) if index else 1  # replaces the prompts of the block before
             tokens = block(torch.cat([tokens[:, :1], prompts, tokens[:, first:]], 1))
             if index in self.gathered:
                 outputs.append(tokens)
         maps = self.gather(outputs, grid[0] * grid[1], stage_weights)
         post, projection = self.clip.ln_post, self.clip.proj
-        last = ops.layer_gather(
-            [tokens],
-            grid[0] * grid[1],
-            self.prompt_norm.weight,
-            self.prompt_norm.bias,
-            post.weight[None],
-            post.bias[None],
-            projection[None],
-            shared_eps=self.prompt_norm.eps,
-        )
+        norm = self.prompt_norm
+        last_weights = (norm.weight, norm.bias, post.weight[None], post.bias[None], projection[None])
+        last = ops.layer_gather([tokens], grid[0] * grid[1], *last_weights, shared_eps=norm.eps)
         class_token = self.clip.project(self.prompt_norm(tokens[:, 0]))
         return [*maps, *last], F.normalize(class_token, dim=-1), grid
 
@@ -184,34 +172,18 @@ class PromptedImageEncoder(nn.Module):
         sizes = [len(weights) for weights in stage_weights]
         maps, first = [], 0
         parts = (tensor.split(sizes) for tensor in own)
-        for weights, norm_weight, norm_bias, projection in zip(stage_weights, *parts, strict=True):
+        for weights, *layers in zip(stage_weights, *parts, strict=True):
             stage = hidden[first : first + len(weights)]
             first += len(weights)
-            maps.append(
-                ops.gather_stage(
-                    stage,
-                    patches,
-                    *shared,
-                    norm_weight,
-                    norm_bias,
-                    projection,
-                    weights,
-                    shared_eps=self.prompt_norm.eps,
-                )
-            )
+            maps.append(ops.gather_stage(stage, patches, *shared, *layers, weights, shared_eps=self.prompt_norm.eps))
         return maps
 
 
 class CascadeCLIP(SegmentationModel):
-    """Prompted CLIP image encoder, frozen text encoder and the cascade head.
+    """Prompted CLIP image encoder, frozen text encoder and the cascade head; see `CascadeCLIPConfig`.
 
     `text` is (T, E). The published loss is 100 × sigmoid focal loss + 1 × dice loss of the summed masks, of the seen
-    classes only (`training.labels.seen_labels`); both terms are divided by the number of ground-truth masks. (The
-    published code resizes by way of 512 × 512, which is the labels' size there.)
-
-    Args:
-        config: see `CascadeCLIPConfig`.
-        clip_pretrained: weights of CLIP by open_clip's tag or a file; None for random ones.
+    classes only (`training.labels.seen_labels`). Both terms are divided by the number of ground-truth masks.
     """
 
     method = "cascade-clip"
@@ -300,8 +272,7 @@ class CascadeCLIP(SegmentationModel):
         """Mask logits at the image's size.
 
         Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch (512 × 512 as
-                published).
+            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch (published: 512 × 512).
             text: (T, E) unit-length embeddings.
 
         Returns:

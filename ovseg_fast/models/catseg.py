@@ -127,14 +127,10 @@ class ImageFeatures(NamedTuple):
 
 
 class CATSeg(SegmentationModel):
-    """CLIP encoders and the cost aggregator.
+    """CLIP encoders and the cost aggregator; see `CATSegConfig`.
 
-    `text` is (T, P, E) with P as in the configuration. The published loss is the binary cross-entropy, the mean over
-    all images, classes and pixels.
-
-    Args:
-        config: see `CATSegConfig`.
-        clip_pretrained: weights of CLIP by open_clip's tag or a file; None for random ones.
+    `text` is (T, P, E) with the configuration's P. The published loss is the mean binary cross-entropy over all images,
+    classes and pixels.
     """
 
     method = "cat-seg"
@@ -232,8 +228,7 @@ class CATSeg(SegmentationModel):
         Args:
             images: (B, 3, h, w) uint8, or float in 0..1, RGB, any size.
             text: (T, P, E) unit-length embeddings.
-            class_pooling: side of the class block's pooling; by default the configuration's (2 as published in
-                training).
+            class_pooling: side of the class block's pooling; by default the configuration's.
 
         Returns:
             (B, T, 96, 96) at the published sizes, whatever the image's.
@@ -251,8 +246,8 @@ class CATSeg(SegmentationModel):
         """Cut one image (3, H, W) in 0..255 as published.
 
         `"slide"`: resized to 640 × 640, windows of 384 at stride 256, and the whole image at 384 as a last one;
-        pooling 1. `"whole"`: the image alone, pooling 2. The published code cuts the 96 × 96 map to the image's size
-        where that is smaller, which misplaces the labels of images under 96 pixels; use `"slide"` for those.
+        pooling 1. `"whole"`: the image alone, pooling 2. The published code cuts the 96 × 96 map to the size of smaller
+        images, which misplaces their labels; use `"slide"` for those.
         """
         config, image = self.config, image.unsqueeze(0)
         if mode == "whole":

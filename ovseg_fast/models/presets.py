@@ -35,11 +35,6 @@ class Preset:
     mark_shape: tuple[int, ...] | None = None
 
     @property
-    def method(self) -> str:
-        """The method's name, such as "cat-seg"."""
-        return self.model.method
-
-    @property
     def packaged(self) -> Path | None:
         """The file of its weights in this package, or None."""
         file = PACKAGED / f"{self.name}.safetensors"
@@ -98,78 +93,45 @@ TINY_WORLD: dict[str, Any] = {  # the CLIP of the made-up world
     "text_cfg": {"context_length": 77, "vocab_size": CLIP_TOKENS, "width": 64, "heads": 4, "layers": 2},
 }
 
+TINY_CATSEG = CATSegConfig(
+    clip=TINY_WORLD,
+    image_size=96,
+    guidance_blocks=(1, 3),
+    channels=32,
+    guidance=32,
+    heads=2,
+    window=6,
+    pad_length=32,
+    decoder_appearance=(32, 16),
+    decoder_guidance=(16, 8),
+    decoder_channels=(32, 16),
+    slide_canvas=128,
+    slide_window=96,
+)
+TINY_CASCADE = CascadeCLIPConfig(
+    clip=TINY_WORLD,
+    image_size=96,
+    prompts=4,
+    stages=((1, 2), (3, 4)),
+    heads=4,
+    hidden=128,
+    stride=80,
+    training_classes="world",
+)
+VITL = CATSegConfig(clip="ViT-L-14-336-quickgelu", image_size=336, guidance_blocks=(7, 15))
+CONTEXT = CascadeCLIPConfig(prompts=35, training_classes="pascal-context")
+VOC = CascadeCLIPConfig(prompts=10, training_classes="pascal-voc")
+CASCADE = "Cascade-CLIP, CLIP ViT-B/16, "
+
 for _preset in (
+    Preset("catseg-vitb", CATSeg, CATSegConfig(), "model_base.pth", "CAT-Seg, CLIP ViT-B/16 at 384", (768, 3, 16, 16)),
+    Preset("catseg-vitl", CATSeg, VITL, "model_large.pth", "CAT-Seg, CLIP ViT-L/14 at 336", (1024, 3, 14, 14)),
+    Preset("cascade-clip-vitb", CascadeCLIP, CascadeCLIPConfig(), None, CASCADE + "COCO-Stuff (50 prompts)", (50, 768)),
+    Preset("cascade-clip-vitb-context", CascadeCLIP, CONTEXT, None, CASCADE + "PASCAL Context (35 prompts)", (35, 768)),
+    Preset("cascade-clip-vitb-voc", CascadeCLIP, VOC, None, CASCADE + "PASCAL VOC (10 prompts)", (10, 768)),
+    Preset("catseg-tiny", CATSeg, TINY_CATSEG, None, "CAT-Seg, small, trained on the procedural world"),
     Preset(
-        "catseg-vitb",
-        CATSeg,
-        CATSegConfig(),
-        weights_file="model_base.pth",
-        note="CAT-Seg, CLIP ViT-B/16 at 384",
-        mark_shape=(768, 3, 16, 16),
-    ),
-    Preset(
-        "catseg-vitl",
-        CATSeg,
-        CATSegConfig(clip="ViT-L-14-336-quickgelu", image_size=336, guidance_blocks=(7, 15)),
-        weights_file="model_large.pth",
-        note="CAT-Seg, CLIP ViT-L/14 at 336",
-        mark_shape=(1024, 3, 14, 14),
-    ),
-    Preset(
-        "cascade-clip-vitb",
-        CascadeCLIP,
-        CascadeCLIPConfig(),
-        note="Cascade-CLIP, CLIP ViT-B/16, COCO-Stuff (50 prompts)",
-        mark_shape=(50, 768),
-    ),
-    Preset(
-        "cascade-clip-vitb-context",
-        CascadeCLIP,
-        CascadeCLIPConfig(prompts=35, training_classes="pascal-context"),
-        note="Cascade-CLIP, CLIP ViT-B/16, PASCAL Context (35 prompts)",
-        mark_shape=(35, 768),
-    ),
-    Preset(
-        "cascade-clip-vitb-voc",
-        CascadeCLIP,
-        CascadeCLIPConfig(prompts=10, training_classes="pascal-voc"),
-        note="Cascade-CLIP, CLIP ViT-B/16, PASCAL VOC (10 prompts)",
-        mark_shape=(10, 768),
-    ),
-    Preset(
-        "catseg-tiny",
-        CATSeg,
-        CATSegConfig(
-            clip=TINY_WORLD,
-            image_size=96,
-            guidance_blocks=(1, 3),
-            channels=32,
-            guidance=32,
-            heads=2,
-            window=6,
-            pad_length=32,
-            decoder_appearance=(32, 16),
-            decoder_guidance=(16, 8),
-            decoder_channels=(32, 16),
-            slide_canvas=128,
-            slide_window=96,
-        ),
-        note="CAT-Seg, small, trained on the procedural world",
-    ),
-    Preset(
-        "cascade-clip-tiny",
-        CascadeCLIP,
-        CascadeCLIPConfig(
-            clip=TINY_WORLD,
-            image_size=96,
-            prompts=4,
-            stages=((1, 2), (3, 4)),
-            heads=4,
-            hidden=128,
-            stride=80,
-            training_classes="world",
-        ),
-        note="Cascade-CLIP, small, trained on the procedural world",
+        "cascade-clip-tiny", CascadeCLIP, TINY_CASCADE, None, "Cascade-CLIP, small, trained on the procedural world"
     ),
 ):
     register(_preset)

@@ -1,7 +1,7 @@
-"""Token tables in which nearly all rows are the same, stored without the repetition.
+"""Token tables in which most rows are the same, stored without the repetition.
 
-The tiny models know a few of CLIP's 49,408 tokens; all others share one row. As a file, the whole table would be ten
-times the rest of such a model.
+The tiny models know a few of CLIP's 49,408 tokens; all others share one row. Stored whole, the table would be ten times
+the size of the rest.
 """
 
 from __future__ import annotations

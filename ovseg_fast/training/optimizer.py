@@ -1,13 +1,4 @@
-"""Optimiser and schedule of a method, from its `Hyperparameters`; by default the published ones.
-
-|  | CAT-Seg (arXiv 2303.11797, section 4.1) | Cascade-CLIP (arXiv 2406.00670, section 4.1) |
-|---|---|---|
-| AdamW, learning rate | 2e-4; CLIP × 0.01 | 2e-5; visual prompts and head × 10 |
-| weight decay | 1e-4; norms and embeddings 0 | 0.01; norms 0 |
-| gradients | clipped to norm 0.01, all together | not clipped |
-| schedule | cosine to 0 | linear warm-up over 1500 steps from 1e-6, polynomial 0.9 to 1e-6 |
-| steps, batch | 80 000, 4 | 20 000 (VOC), 40 000 (Context), 80 000 (COCO-Stuff), 16 |
-"""
+"""Optimiser and schedule of a method, from its `Hyperparameters`; by default the published ones."""
 
 from __future__ import annotations
 

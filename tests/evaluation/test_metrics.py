@@ -139,7 +139,7 @@ def test_predictions_without_ground_truth_may_be_anything():
 def test_deterministic_algorithms_stay_as_they_were():
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        confusion = ConfusionMatrix(847)  # torchmetrics alone would ask for 10 GB here
+        confusion = ConfusionMatrix(847)  # comparing each pixel with each cell of the matrix would take 10 GB
         confusion.update(torch.randint(847, (120, 120)), torch.randint(847, (120, 120)))
         assert confusion.matrix.sum() == 120 * 120
         assert torch.are_deterministic_algorithms_enabled()

@@ -105,7 +105,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_it_is_built_saved_and_loaded(toy: str, tmp_path: Path) -> None:
     model = ovs.build(toy)
-    assert type(model) is Toy and model.preset == toy and presets.get_preset(toy).method == "toy"
+    assert type(model) is Toy and model.preset == toy and presets.get_preset(toy).model is Toy
     checkpoints.save(model, tmp_path / "toy.safetensors", CLASSES)
     loaded = ovs.load(toy, weights=tmp_path / "toy.safetensors", device="cpu").model
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -53,7 +53,7 @@ def test_every_key_is_read(tmp_path):
         ("catseg-tiny", "resnet", "name must be one of catseg-vitb"),
         ('layout = "coco-stuff"', 'layouts = "coco-stuff"', "unknown key data.layouts;"),
         ('[data]\nlayout = "coco-stuff"', 'data = "coco-stuff"', r"data must be a table \[data\], got 'coco-stuff'"),
-        ("steps = 3", "steps = ", "is no TOML file"),
+        ("steps = 3", "steps = ", "is not a TOML file"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, old, new, words):
