@@ -1,7 +1,8 @@
 """How a method's upstream format follows from its rules, and whose checkpoint a file looks like.
 
-A rule renames a parameter. In its left side `#` is a number, `*` is anything and `(a|b)` a choice; `{0}`, `{1}`, ... on
-its right side are what these matched. The first rule that matches a name counts. Where more than the name differs:
+A rule renames a parameter. In its left side `#` is a number, `*` is anything and `(a|b)` a choice; on its right side
+`{0}`, `{1}`, ... are what these matched, `{next0}` is the number in `{0}` plus one. The first rule that matches a name
+counts. Where more than the name differs:
 
 - several of our tensors with one upstream name (q, k and v projections of Cascade-CLIP) are joined along dimension 0,
   in the model's order;
@@ -46,9 +47,11 @@ def upstream_format(rules: Iterable[Rule], shapes: Mapping[str, Sequence[int]]) 
         match, rule = next((found for found in matches if found[0]), (None, None))
         if match is None or rule is None:
             raise ValueError(f"the upstream format has no place for '{name}'.")
+        groups = match.groups()
+        following = {f"next{place}": int(group) + 1 for place, group in enumerate(groups) if group.isdigit()}
         by_row = "{row}" in rule.upstream
         for row in range(shape[0]) if by_row else (None,):
-            upstream = rule.upstream.format(*match.groups(), row=row)
+            upstream = rule.upstream.format(*groups, row=row, **following)
             size = (*[1] * rule.leading_ones, *(shape[1:] if by_row else shape))
             parts: tuple[tuple[str, int | None], ...] = ((name, row),)
             if upstream in stored:

@@ -84,11 +84,6 @@ class SegmentationModel(nn.Module, ABC):
     Args:
         config: a frozen dataclass. The package reads its `image_size`: side of a training crop in pixels.
         clip_pretrained: weights of CLIP by open_clip's tag or a file; None for random ones.
-
-    Attributes:
-        preset: name of the preset that the model was built from, or None.
-        text_encoder: a module, (..., 77) token ids -> (..., E).
-        pixel_mean, pixel_std: (3, 1, 1).
     """
 
     # What it is and how it is prompted.
@@ -116,9 +111,9 @@ class SegmentationModel(nn.Module, ABC):
     seen_only: ClassVar[bool] = False  # published training leaves out the unseen classes of a zero-shot split
     loss_weights: ClassVar[Mapping[str, float]] = {"bce": 1.0}  # of the terms of `ops.mask_losses`
 
-    preset: str | None = None
-    text_encoder: nn.Module
-    pixel_mean: Tensor
+    preset: str | None = None  # the name of the preset that it was built from
+    text_encoder: nn.Module  # (..., 77) token ids -> (..., E)
+    pixel_mean: Tensor  # (3, 1, 1)
     pixel_std: Tensor
 
     def __init__(self, config: Any, clip_pretrained: str | Path | None = None) -> None:
@@ -163,7 +158,18 @@ class SegmentationModel(nn.Module, ABC):
         return self.encode_pixels(to_pixels(images))
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """Logits of every class: images (B, 3, h, w), uint8 or float in 0..1, and text as `decode` takes it."""
+        """Logits of every class.
+
+        Args:
+            images: (B, 3, h, w) uint8, or float in 0..1, RGB.
+            text: unit-length embeddings of T classes, as `decode` takes them.
+
+        Returns:
+            (B, T, h', w').
+
+        Raises:
+            TypeError, ValueError: images or text have another dtype or shape.
+        """
         return self.decode(self.encode_image(images), text)
 
     def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -174,9 +180,8 @@ class SegmentationModel(nn.Module, ABC):
         together.
 
         Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB.
+            images, text: as in `forward`, text of the classes trained on.
             labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, is no class.
-            text: of the T classes trained on, as `decode` takes it; with gradients if the text encoder is trained.
 
         Returns:
             Scalars: the weighted terms by name, and their sum "loss".
@@ -213,15 +218,8 @@ class SegmentationModel(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no dense embeddings, so there are no cosines to show.")
 
     def cost_maps(self, image: Tensor, text: Tensor) -> Tensor:
-        """Cosines of the dense image embeddings with the text, the mean over a class's prompts.
-
-        Args:
-            image: (3, H, W) in 0..255, encoded in one pass.
-            text: as `decode` takes it, (T, P, E) or (T, E).
-
-        Returns:
-            (T, H, W) in −1..1.
-        """
+        """Cosines (T, H, W) of the dense embeddings of one image (3, H, W) in 0..255 with `text` as `decode` takes it,
+        (T, P, E) or (T, E); the mean over a class's prompts."""
         dense, covered = self.dense_embeddings(image)
         volume = ops.cost_volume(dense, text if text.dim() == 3 else text.unsqueeze(1))
         return resize(volume.mean(-1), *covered)[0, :, : image.shape[1], : image.shape[2]]

@@ -269,18 +269,8 @@ class CascadeCLIP(SegmentationModel):
         return masks.unflatten(-1, features.grid)
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """Mask logits at the image's size.
-
-        Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch (published: 512 × 512).
-            text: (T, E) unit-length embeddings.
-
-        Returns:
-            (B, T, h, w).
-
-        Raises:
-            TypeError, ValueError: images or text have another dtype or shape.
-        """
+        """Mask logits (B, T, h, w) at the image's size, whose sides must be multiples of the patch (published: 512 ×
+        512); arguments and errors as `SegmentationModel.forward`."""
         return resize(super().forward(images, text), *images.shape[-2:])
 
     def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:

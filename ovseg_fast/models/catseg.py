@@ -37,11 +37,19 @@ UPSTREAM_RULES = (
         ("text_projection.*", "text_guidance_projection.0.{0}"),
         ("decoder.guidance_projections.#.*", "decoder_guidance_projection.{0}.0.{1}"),
         ("decoder.head.*", "head.{0}"),
+        ("decoder.stages.#.up.*", "decoder{next0}.up.{1}"),
+        ("decoder.stages.#.conv1.*", "decoder{next0}.conv.double_conv.0.{1}"),
+        ("decoder.stages.#.norm1.*", "decoder{next0}.conv.double_conv.1.{1}"),
+        ("decoder.stages.#.conv2.*", "decoder{next0}.conv.double_conv.3.{1}"),
+        ("decoder.stages.#.norm2.*", "decoder{next0}.conv.double_conv.4.{1}"),
     ),
     *rules(
         "aggregator.layers.#.",
         HEAD + "layers.{0}.",
         ("spatial.guidance_norm.*", "swin_block.guidance_norm.{1}"),
+        ("spatial.blocks.#.(norm1|norm2).*", "swin_block.block_{next1}.{2}.{3}"),
+        ("spatial.blocks.#.(q|k|v|proj).*", "swin_block.block_{next1}.attn.{2}.{3}"),
+        ("spatial.blocks.#.(fc1|fc2).*", "swin_block.block_{next1}.mlp.{2}.{3}"),
         ("classes.(norm1|norm2).*", "attention.{1}.{2}"),
         ("classes.(q|k|v).*", "attention.attention.{1}.{2}"),
         ("classes.fc1.*", "attention.MLP.0.{1}"),
@@ -49,32 +57,7 @@ UPSTREAM_RULES = (
         ("classes.padding_token", "attention.padding_tokens", 2),
         ("classes.padding_guidance", "attention.padding_guidance", 2),
     ),
-    *(
-        rule
-        for block in (0, 1)
-        for rule in rules(
-            f"aggregator.layers.#.spatial.blocks.{block}.",
-            f"{HEAD}layers.{{0}}.swin_block.block_{block + 1}.",
-            ("(norm1|norm2).*", "{1}.{2}"),
-            ("(q|k|v|proj).*", "attn.{1}.{2}"),
-            ("(fc1|fc2).*", "mlp.{1}.{2}"),
-        )
-    ),
-    *(
-        rule
-        for stage in (0, 1)
-        for rule in rules(
-            f"aggregator.decoder.stages.{stage}.",
-            f"{HEAD}decoder{stage + 1}.",
-            ("up.*", "up.{0}"),
-            ("conv1.*", "conv.double_conv.0.{0}"),
-            ("norm1.*", "conv.double_conv.1.{0}"),
-            ("conv2.*", "conv.double_conv.3.{0}"),
-            ("norm2.*", "conv.double_conv.4.{0}"),
-        )
-    ),
-    Rule("guidance_upsample.0.*", "upsample1.{0}"),
-    Rule("guidance_upsample.1.*", "upsample2.{0}"),
+    Rule("guidance_upsample.#.*", "upsample{next0}.{1}"),
 )
 
 logger = logging.getLogger(__name__)
@@ -223,18 +206,13 @@ class CATSeg(SegmentationModel):
         return self.aggregator(features.dense, text, features.appearance, pooling)
 
     def forward(self, images: Tensor, text: Tensor, class_pooling: int | None = None) -> Tensor:
-        """Logits of every class.
+        """Logits of every class; arguments and errors as `SegmentationModel.forward`.
 
         Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB, any size.
-            text: (T, P, E) unit-length embeddings.
             class_pooling: side of the class block's pooling; by default the configuration's.
 
         Returns:
             (B, T, 96, 96) at the published sizes, whatever the image's.
-
-        Raises:
-            TypeError, ValueError: images or text have another dtype or shape.
         """
         return self.decode(self.encode_image(images), text, class_pooling)
 

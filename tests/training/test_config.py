@@ -67,7 +67,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no configuration file .*missing\.toml"):
         read_config(tmp_path / "missing.toml")
     (tmp_path / "latin.toml").write_bytes(b'model = "\xe9"')
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         read_config(tmp_path / "latin.toml")
 
 
