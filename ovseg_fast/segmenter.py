@@ -39,9 +39,8 @@ def load(
 
     Args:
         name: a preset: `catseg-vitb`, `catseg-vitl`, `cascade-clip-vitb`, ... (`ovseg-fast info` lists them).
-        weights: `"published"` downloads what the method's authors publish, once, or takes what is in this package (the
-            tiny models); a path loads a checkpoint in upstream's format or this package's own; None keeps random
-            weights.
+        weights: `"published"` for those in this package (the tiny models) or, downloaded once, the authors'; a path for
+            a checkpoint in upstream's format or this package's own; None for random ones.
         device: where to run; by default a GPU if there is one.
         max_side: largest accepted side of an image in pixels.
         attention: `"sdpa"` or `"xformers"`, see `build`.
@@ -74,15 +73,10 @@ class Segmenter:
     """
 
     def __init__(
-        self,
-        model: SegmentationModel,
-        *,
-        templates: Sequence[str] | None = None,
-        max_side: int = MAX_SIDE,
+        self, model: SegmentationModel, *, templates: Sequence[str] | None = None, max_side: int = MAX_SIDE
     ) -> None:
-        self.model = model
+        self.model, self.max_side = model, max_side
         self.templates = tuple(model.templates if templates is None else templates)
-        self.max_side = max_side
         self._prompt_embeddings: dict[str, Tensor] = {}
         self._text_version: tuple[Any, ...] = ()
         if model.prompts_per_class not in (None, len(self.templates)):
@@ -112,8 +106,7 @@ class Segmenter:
             image: a path, a PIL image or a uint8 array (H, W, 3); or a list of them.
             classes: T names, such as `["cat", "grass", "sky"]`. Of synonyms, `"door, double door"`, the first is used.
             mode: `"slide"`, in which all published numbers were made, or `"whole"`, one pass over the resized image.
-            text: embeddings (T, P, E) or (T, E) in place of prompts; `classes` then only names them and may be left
-                out.
+            text: embeddings (T, P, E) or (T, E) in place of prompts; then `classes` only names them and is optional.
             seen: the classes that a model with a `seen_offset` (Cascade-CLIP: 0.1) was trained on, from whose
                 probabilities it is subtracted; by default those of its training set. For others it must be None.
             progress: show progress bars over prompts and windows.
@@ -167,11 +160,7 @@ class Segmenter:
         return torch.stack([torch.stack([self._prompt_embeddings[prompt] for prompt in row]) for row in prompts])
 
     def _prompts(
-        self,
-        classes: Sequence[str] | None,
-        text: Tensor | ArrayLike | None,
-        seen: Collection[str] | None,
-        progress: bool,
+        self, classes: Sequence[str] | None, text: Any, seen: Collection[str] | None, progress: bool
     ) -> _Prompts:
         if text is None:
             if classes is None:

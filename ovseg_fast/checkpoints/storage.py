@@ -168,10 +168,8 @@ def download(preset_name: str) -> Path:
         return preset.packaged
     file, space, note = preset.weights_file, preset.model.hub_space, preset.model.hub_note
     if file is None or space is None:
-        raise ValueError(
-            f"the hub holds no weights of {preset_name}{note and f' ({note})'}; pass a file as weights, or None for "
-            "random weights."
-        )
+        known = f"the hub holds no weights of {preset_name}{note and f' ({note})'}"
+        raise ValueError(f"{known}; pass a file as weights, or None for random weights.")
     import huggingface_hub
 
     try:
@@ -194,9 +192,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _upstream_format(model: SegmentationModel) -> dict[str, Stored]:
     check_model(model)
     if not model.upstream_rules:
-        raise ValueError(
-            f"{type(model).__name__} has no upstream format; checkpoints.save and load use this package's own."
-        )
+        raise ValueError(f"{type(model).__name__} has no upstream format; save and load use this package's own.")
     return upstream_format(model.upstream_rules, _shapes(model.state_dict()))
 
 

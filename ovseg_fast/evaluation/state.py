@@ -76,10 +76,8 @@ class State:
 
 
 def fingerprint_of(model: SegmentationModel, parts: Mapping[str, Any]) -> dict[str, str]:
-    """What the numbers depend on: the model, its weights, this package's version, and further parts by name.
-
-    Strings stand for themselves, other values, of JSON's kinds, for their digest.
-    """
+    """What the numbers depend on: the model, its weights, this package's version, and `parts` by name. Values other
+    than strings are digested as JSON."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

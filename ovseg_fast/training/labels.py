@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..data.masks import NO_CLASS
 from ..models.losses import check_label_maps
+from ..ops.common.checks import check_tensors
 
 
 def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor:
@@ -20,8 +21,7 @@ def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor
 
     Args:
         labels: (..., H, W) uint8, int32 or int64 indices of T classes; −1, or any other outside 0..T-1, is no class.
-        classes: T.
-        unseen: indices of the classes that are not trained on.
+        classes: T. unseen: indices of the classes that are not trained on.
 
     Returns:
         int64 of the same shape: seen classes renumbered 0..S-1 in order; −1 where there was no class or an unseen one.
@@ -71,11 +71,7 @@ def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Collection[int]) -> Te
     Raises:
         TypeError, ValueError: logits or labels do not fit, or `unseen` repeats a class, is out of range or holds all.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating-point tensor, got {got}.")
-    if logits.dim() != 4 or 0 in logits.shape:
-        raise ValueError(f"logits must have shape (B, T, h, w) with no size zero, got {tuple(logits.shape)}.")
+    check_tensors("pseudo_labels", logits=(logits, "B T h w"))
     check_label_maps(labels, logits)
     classes = logits.shape[1]
     seen_classes(classes, unseen)

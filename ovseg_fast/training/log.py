@@ -58,11 +58,7 @@ class Log:
             self.report(step, rate)
 
     def report(self, step: int, rate: float | None = None) -> None:
-        """Read the losses since the last time.
-
-        Raises:
-            FloatingPointError: one is not finite.
-        """
+        """Write the mean losses since the last time. Raises FloatingPointError if one is not finite."""
         if not self.count:
             return
         values = torch.stack([loss.float() for loss in self.sums.values()]) / self.count
@@ -89,12 +85,8 @@ class Log:
 
 
 def comparison(rows: Sequence[tuple[Image.Image, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Image.Image:
-    """A row for each image: the image, the true labels (white for no class), the predicted ones laid over it.
-
-    Args:
-        rows: RGB images with their true labels (H, W), −1 for no class, and the predicted ones (H, W).
-        classes: T names.
-    """
+    """A row for each RGB image with true labels (H, W), −1 for no class, and predicted ones: the image, the true labels
+    (white for no class), the predicted ones laid over the image."""
     colours = np.concatenate([palette(len(classes)), np.full((1, 3), 255, np.uint8)])  # the last one is that of −1
     strips = []
     for image, truth, predicted in rows:

@@ -28,14 +28,8 @@ def with_clip_rate(settings: Hyperparameters, rate: float) -> Hyperparameters:
 
 
 def parameter_groups(model: SegmentationModel, settings: Hyperparameters | None = None) -> list[dict[str, Any]]:
-    """The trainable parameters by learning rate and weight decay, as `torch.optim.AdamW` takes them.
-
-    Args:
-        model: its parameters that require gradients are taken, see `finetuning.set_trainable`.
-        settings: by default the published ones.
-
-    Returns:
-        Groups with `params`, `lr` and `weight_decay`, in the order of the model's parameters.
+    """The parameters that require gradients (see `finetuning.set_trainable`), by learning rate and weight decay, as
+    `torch.optim.AdamW` takes them; `settings` defaults to the published ones.
 
     Raises:
         TypeError: `model` is something else. ValueError: no parameter requires gradients.

@@ -199,10 +199,8 @@ class Run:
             recipe = replace(recipe, scales=config.scales)
         augment = augmentation(side, **asdict(recipe), distortion=config.distortion)
         images = TrainingImages(self.dataset, augment, config.seed)
-        loader = DataLoader(
-            images, batch_sampler=mine, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"
-        )
-        parts = iter(loader)
+        pin = accelerator.device.type == "cuda"
+        parts = iter(DataLoader(images, batch_sampler=mine, num_workers=config.workers, pin_memory=pin))
         for step in steps:
             yield step, [next(parts) for _ in range(config.accumulation)]
 

@@ -108,7 +108,7 @@ def test_bad_tensors():
         seen_labels(labels.numpy(), 4, ())
     with pytest.raises(TypeError, match=r"logits must be a floating-point tensor, got torch\.int64"):
         pseudo_labels(torch.zeros(1, 4, 2, 2, dtype=torch.int64), labels, (0,))
-    with pytest.raises(ValueError, match=r"logits must have shape \(B, T, h, w\) with no size zero, got \(4, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"logits must have shape \(B, T, h, w\), got \(4, 2, 2\)"):
         pseudo_labels(torch.zeros(4, 2, 2), labels, (0,))
     with pytest.raises(ValueError, match=r"labels must have shape \(B, H, W\) with B = 1"):
         pseudo_labels(torch.zeros(1, 4, 2, 2), labels[0], (0,))
