@@ -143,8 +143,9 @@ def layer_gather(
     norm_weight: Tensor,
     norm_bias: Tensor,
     projection: Tensor,
+    weights: Tensor | None = None,
 ) -> Counterpart:
-    weights = {
+    published = {
         "prompt_norm.weight": shared_weight,
         "prompt_norm.bias": shared_bias,
         "ln_post.weight": norm_weight[-1],
@@ -153,23 +154,22 @@ def layer_gather(
         "proj": projection[-1],
     }
     for i in range(len(hidden) - 1):
-        weights |= {f"ln_layers.{i}.weight": norm_weight[i], f"ln_layers.{i}.bias": norm_bias[i]}
-    return Counterpart(
-        lambda: literal.layer_gather(weights, hidden, (1, patches))[0],
-        lambda maps: torch.stack([layer.squeeze(2).transpose(1, 2) for layer in maps]),
-    )
+        published |= {f"ln_layers.{i}.weight": norm_weight[i], f"ln_layers.{i}.bias": norm_bias[i]}
+
+    def run() -> list[Tensor]:
+        maps = literal.layer_gather(published, hidden, (1, patches))[0]
+        return maps if weights is None else [literal.gaussian_aggregation(maps, weights)]
+
+    def to_ours(maps: list[Tensor]) -> Tensor:
+        tokens = torch.stack([layer.squeeze(2).transpose(1, 2) for layer in maps])
+        return tokens if weights is None else tokens[0]
+
+    return Counterpart(run, to_ours)
 
 
 def gaussian_aggregation(features: Tensor, weights: Tensor) -> Counterpart:
     maps = [layer.transpose(1, 2).unsqueeze(2).contiguous() for layer in features]
     return Counterpart(lambda: literal.gaussian_aggregation(maps, weights), lambda out: out.squeeze(2).transpose(1, 2))
-
-
-def gather_stage(weights: Tensor, **gathered: Any) -> Counterpart:
-    layers = layer_gather(**gathered)
-    return Counterpart(
-        lambda: literal.gaussian_aggregation(layers.run(), weights), lambda out: out.squeeze(2).transpose(1, 2)
-    )
 
 
 def mask_attention(
@@ -249,7 +249,6 @@ COUNTERPARTS: dict[str, Callable[..., Counterpart]] = {
     "class_aggregation": class_aggregation,
     "layer_gather": layer_gather,
     "gaussian_aggregation": gaussian_aggregation,
-    "gather_stage": gather_stage,
     "mask_attention": mask_attention,
     "mask_scores": mask_scores,
     "mask_losses": mask_losses,

@@ -142,14 +142,14 @@ class PromptedImageEncoder(nn.Module):
             stage = hidden[first : first + len(weights)]
             first += len(weights)
             maps.append(
-                ops.gather_stage(
+                ops.layer_gather(
                     stage,
                     patches,
                     *shared,
                     norm_weight,
                     norm_bias,
                     projection,
-                    weights,
+                    weights=weights,
                     shared_eps=self.prompt_norm.eps,
                 )
             )

@@ -11,7 +11,7 @@ Tensors are channels-last tokens: B images, T classes, P prompts a class, H × W
 from .class_aggregation import class_aggregation
 from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
-from .gaussian_aggregation import gather_stage, gaussian_aggregation
+from .gaussian_aggregation import gaussian_aggregation
 from .label_map import label_map, score_map, top_labels
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention, mask_scores
@@ -24,7 +24,6 @@ __all__ = [
     "cost_embedding",
     "cost_volume",
     "embed_volume",
-    "gather_stage",
     "gaussian_aggregation",
     "guidance_term",
     "label_map",

@@ -24,7 +24,7 @@ from ._sample import HELPERS, WIDE, Build, Call, Draw, Sample
 from .class_aggregation import CLASS_AGGREGATION, class_aggregation
 from .cost_embedding import COST_EMBEDDING, cost_embedding, embed_volume
 from .cost_volume import COST_VOLUME, cost_volume
-from .gaussian_aggregation import GAUSSIAN_AGGREGATION, gather_stage, gaussian_aggregation
+from .gaussian_aggregation import GAUSSIAN_AGGREGATION, gaussian_aggregation
 from .label_map import LABEL_MAP, label_map
 from .layer_gather import LAYER_GATHER, layer_gather
 from .mask_attention import MASK_ATTENTION, mask_attention
@@ -60,7 +60,6 @@ __all__ = [
     "draw",
     "embed_volume",
     "floating",
-    "gather_stage",
     "gaussian_aggregation",
     "guidance_term",
     "label_map",
