@@ -172,18 +172,13 @@ def gaussian_aggregation(features: Tensor, weights: Tensor) -> Counterpart:
     return Counterpart(lambda: literal.gaussian_aggregation(maps, weights), lambda out: out.squeeze(2).transpose(1, 2))
 
 
-def mask_attention(
-    queries: Tensor, memory: Tensor, *, heads: int, return_scores: bool = True, **parameters: Tensor
-) -> Counterpart:
+def mask_attention(queries: Tensor, memory: Tensor, *, heads: int, **parameters: Tensor) -> Counterpart:
     weights = to_published(ATTENTION, parameters)
-    return Counterpart(
-        lambda: literal.mask_attention(weights, "", queries, memory, heads),
-        lambda out: out if return_scores else (out[0], None),
-    )
+    return Counterpart(lambda: literal.mask_attention(weights, "", queries, memory, heads), lambda out: out[0])
 
 
 def mask_scores(queries: Tensor, memory: Tensor, *, heads: int, **parameters: Tensor) -> Counterpart:
-    """The literal form works out the attended values too: the published last layers do."""
+    """The literal form computes the attended values too: the published last layers do."""
     absent = {name.replace("q_", part): parameters[name] for part in ("v_", "proj_") for name in ("q_weight", "q_bias")}
     full = mask_attention(queries, memory, heads=heads, **parameters, **absent)
     return Counterpart(full.run, lambda out: out[1])
