@@ -216,13 +216,13 @@ def label_map(**parameters: Any) -> Counterpart:
     return Counterpart(lambda: scores.run().argmax(0), lambda labels: labels.int())
 
 
-def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce",), ignore: int = 255) -> Counterpart:
+def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce",)) -> Counterpart:
     def run() -> dict[str, Tensor]:
         losses = {}
         if "bce" in terms:
-            losses["bce"] = literal.catseg_loss(logits, labels, ignore)
+            losses["bce"] = literal.catseg_loss(logits, labels)
         if not {"focal", "dice"}.isdisjoint(terms):
-            losses["focal"], losses["dice"] = literal.cascade_losses(logits, labels, ignore)
+            losses["focal"], losses["dice"] = literal.cascade_losses(logits, labels)
         return losses
 
     return Counterpart(run, lambda losses: {name: losses[name] for name in terms})
