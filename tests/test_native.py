@@ -301,10 +301,10 @@ def test_the_emulation_runs_only_where_it_is_forced(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("argument", [0, 1, 4])
 def test_tensor_off_a_multiple_of_16_bytes(argument: int) -> None:
     call = wide_call()
-    tensors = list(call[0])
-    storage = torch.empty(tensors[argument].numel() + 1)
-    tensors[argument] = storage[1:].view(tensors[argument].shape).copy_(tensors[argument])
-    refused((tuple(tensors), call[1]), "a tensor does not begin at a multiple of 16 bytes; give it a .clone()")
+    tensor = samples.tensors(call)[argument]
+    moved = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    call = samples.map_tensors(lambda other: moved if other is tensor else other, call)
+    refused(call, "a tensor does not begin at a multiple of 16 bytes; give it a .clone()")
 
 
 def test_tensors_are_copied_only_where_kernels_could_not_read_them() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .prepared import Prepared
 
 
 class ClassAggregation(nn.Module):
@@ -29,18 +30,19 @@ class ClassAggregation(nn.Module):
         self.fc2 = nn.Linear(4 * channels, channels)
         self.padding_token = nn.Parameter(torch.zeros(channels))
         self.padding_guidance = nn.Parameter(torch.zeros(guidance))
+        self.prepared = Prepared()
 
     def forward(self, x: Tensor, guidance: Tensor, pooling: int) -> Tensor:
         """(B, T, H, W, C) and text guidance (T, G) or (B, T, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.norm2, self.fc1, self.fc2)
-        weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        weights += [self.padding_token, self.padding_guidance]
+        tensors = (tensor for part in parts for tensor in (part.weight, part.bias))
         return ops.class_aggregation(
             x,
             guidance,
-            *weights,
+            ops.ClassAggregationWeights(*tensors, self.padding_token, self.padding_guidance),
             heads=self.heads,
             pooling=pooling,
             pad_length=self.pad_length,
             attention=self.attention,
+            prepare=self.prepared,
         )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.common.tiles import tile_size
+from ..ops.upsampling_decoder import joint_kernel
+from .prepared import Prepared
 from .recompute import recomputed
 
 
@@ -30,12 +32,17 @@ class DecoderStage(nn.Module):
         self.norm1 = nn.GroupNorm(self.groups, out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(self.groups, out)
+        self.prepared = Prepared()
 
     def guidance_term(self, guidance: Tensor) -> Tensor:
         """(B, 2H, 2W, G) -> (B, 2H, 2W, D), once an image."""
         return ops.guidance_term(guidance, cast(Tensor, self.up.bias), self.conv1.weight)
 
-    def forward(self, x: Tensor, term: Tensor) -> Tensor:
+    def joint_weight(self) -> Tensor:
+        """Of `up` and `conv1`, once for all classes."""
+        return self.prepared(joint_kernel, self.up.weight, self.conv1.weight)
+
+    def forward(self, x: Tensor, term: Tensor, joint_weight: Tensor) -> Tensor:
         """(B, T, H, W, C) -> (B, T, 2H, 2W, D)."""
         return ops.upsampling_decoder(
             x,
@@ -48,6 +55,7 @@ class DecoderStage(nn.Module):
             self.norm2.weight,
             self.norm2.bias,
             groups=self.groups,
+            joint_weight=joint_weight,
         )
 
 
@@ -85,15 +93,17 @@ class UpsamplingDecoder(nn.Module):
         for stage, project, maps in zip(stages, self.guidance_projections, appearance, strict=True):
             projected = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
             terms.append(stage.guidance_term(projected))
+        joint = [stage.joint_weight() for stage in stages]
         batch, classes, height, width, _ = x.shape
         logits = []
         for tile in x.split(tile_size(classes, batch * height * width, x.device), 1):
-            logits.append(recomputed(self, self._decode, tile, *terms))
+            logits.append(recomputed(self, self._decode, tile, *terms, *joint))
         return torch.cat(logits, 1)
 
-    def _decode(self, x: Tensor, *terms: Tensor) -> Tensor:
-        """Logits (B, t, 4H, 4W) of a tile of classes, with each stage's guidance term."""
-        for stage, term in zip(self.stages, terms, strict=True):
-            x = stage(x, term)
+    def _decode(self, x: Tensor, *prepared: Tensor) -> Tensor:
+        """Logits (B, t, 4H, 4W) of a tile of classes, with each stage's guidance term, then each one's joint weight."""
+        count = len(self.stages)
+        for stage, term, joint_weight in zip(self.stages, prepared[:count], prepared[count:], strict=True):
+            x = stage(x, term, joint_weight)
         maps = self.head(x.flatten(0, 1).permute(0, 3, 1, 2))
         return maps.squeeze(1).unflatten(0, (x.shape[0], -1))
