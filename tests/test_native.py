@@ -22,6 +22,7 @@ import ovseg_fast as ovs
 import samples
 from native_header import ABOUT_ITSELF, DECLARED, HEADER, OPERATOR_FUNCTIONS, defined
 from ovseg_fast import backends, native
+from ovseg_fast.ops.spatial_aggregation import SHARED_MEMORY
 
 C_TYPES = {"int64_t": native.SIZE, "int": native.NUMBER, "float": native.REAL}
 AGAIN = "build it again with `pip install --force-reinstall --no-deps -e .`"
@@ -264,7 +265,7 @@ def test_gpus_with_too_little_shared_memory_for_float32(gpu: Callable, capabilit
     gpu(capability, 80, 86, 89, 90, 120)
 
     def reason(dtype: torch.dtype) -> str | None:
-        return backends.refusal("spatial_aggregation", "cuda", "cuda", 0, dtype, True)
+        return backends.refusal("spatial_aggregation", "cuda", "cuda", 0, dtype, True, SHARED_MEMORY.get(dtype, 0))
 
     assert reason(torch.bfloat16) is None
     assert reason(torch.float32) == (

@@ -24,6 +24,7 @@ from .common.tiles import map_tiles, tile_size
 
 REGION_MASK = -100.0  # added, as published, to scores between regions that only the shift made neighbours
 WIDEST_WINDOW = 16  # of the Triton kernels
+SHARED_MEMORY = {torch.float32: 163}  # KB that a block of the CUDA C++ kernel needs and not every GPU has
 
 
 class SpatialAggregationWeights(NamedTuple):
@@ -88,7 +89,8 @@ def spatial_aggregation(
         "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
         "cuda": _cuda_refusal(channels, heads, window, weights.fc1_weight.shape[0]),
     }
-    backend = backends.choose("spatial_aggregation", x, guidance, *weights, refusals=refusals)
+    tensors = (x, guidance, *weights)
+    backend = backends.choose("spatial_aggregation", *tensors, refusals=refusals, shared_memory=SHARED_MEMORY)
     guidance = guidance.flatten(1, 2)
     q_term = F.linear(guidance, weights.q_weight[:, channels:], weights.q_bias)
     k_term = F.linear(guidance, weights.k_weight[:, channels:], weights.k_bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_equal_functions, assert_rewrite
 from goldens import SPATIAL, assert_gradients, golden, to_operator
-from ovseg_fast import ops
+from ovseg_fast import backends, ops
 from ovseg_fast.ops.spatial_aggregation import window_layout
 from tolerances import GOLDEN_OUTPUT, KERNEL, relative_error
 
@@ -166,6 +167,24 @@ def test_the_kernels_refuse_a_window_that_they_cannot_hold(rng: torch.Generator)
         ops.spatial_aggregation(*args, **keywords)
     ops.spatial_aggregation(*args, **keywords)
     assert ovs.last_backend("spatial_aggregation") == "torch"
+
+
+def test_the_dtype_of_the_kernel_tells_how_much_shared_memory_it_needs(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+
+    def refusal(_: str, name: str, *others: Any) -> str | None:
+        if name == "cuda":
+            needed.append(others[-1])
+        return None if name == "torch" else "only asked"
+
+    monkeypatch.setattr(backends, "refusal", refusal)
+    args, keywords = samples.spatial_aggregation(**samples.WIDE)(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast(KERNEL_DEVICE, dtype, enabled=dtype != torch.float32):
+            ops.spatial_aggregation(*args, **keywords)
+    assert needed == [163, 0]
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2, 4, 8, 10, 11])
