@@ -235,8 +235,8 @@ def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> li
 
     # A backend's kernels go through attention, norm and pooling, PyTorch takes products with weights and sums.
     x, terms, norm_weight, norm_bias, weight, _, padding_token = attention
-    batch, classes, channels = *x.shape[:2], x.shape[-1]
-    tokens = middle.numel() // channels
+    batch, classes, high, wide, channels = middle.shape
+    tokens = batch * classes * high * wide
     tokens_grad, pad_grads, normed, statistics = kernels.class_attention_backward(
         middle_grad, *attention, pads, heads, pooling, full
     )
@@ -261,7 +261,7 @@ def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> li
         x_grad = x_grad + grad
     if not parameters:
         return [x_grad, *[None] * 6, *mlp_grads]
-    by_class = tokens_grad[:tokens].view(batch, classes, -1, 3 * channels).sum(2, dtype=torch.float32)
+    by_class = tokens_grad[:tokens].view(batch, classes, high * wide, 3 * channels).sum(2, dtype=torch.float32)
     v_bias_grad = by_class[..., 2 * channels :].sum((0, 1)) + pad_sums[:, channels:].sum(0)
     terms_grad = by_class[..., : 2 * channels]
     if pads:

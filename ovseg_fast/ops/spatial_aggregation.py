@@ -234,7 +234,7 @@ def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> li
         tokens_grad, attended, statistics = kernels.window_attention_backward(
             rows @ proj_weight, *attention[:7], heads, window, shift, need_proj
         )
-        parts = tokens_grad.view(*x.shape[:2], -1, 3, channels)
+        parts = tokens_grad.view(*x.shape[:2], x.shape[2] * x.shape[3], 3, channels)
         if need_q:
             grads[1] = parts[:, :, :, 0].sum(1)
         if need_k:
