@@ -70,9 +70,9 @@ def tokens_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of x, with the residual's, of the norm's weight and bias, if `parameters`, and of the padding class,
     from those of n and y."""
-    rows_grad, gain, offset = layer_norm_backward(
-        normed_grad, *statistics, norm_weight, norm_bias, [True, parameters, parameters]
-    )
+    rows, mean, scale = statistics
+    needs = [True, parameters, parameters]
+    rows_grad, gain, offset = layer_norm_backward(normed_grad, rows, mean, scale, norm_weight, norm_bias, needs)
     assert rows_grad is not None
     tokens = grad.numel() // grad.shape[-1]
     padding_grad = rows_grad[tokens].clone() if pads else torch.zeros_like(padding)

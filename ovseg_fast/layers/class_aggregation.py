@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,14 +37,8 @@ class ClassAggregation(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor, pooling: int) -> Tensor:
         """(B, T, H, W, C) and text guidance (T, G) or (B, T, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.norm2, self.fc1, self.fc2)
-        tensors = (tensor for part in parts for tensor in (part.weight, part.bias))
-        return ops.class_aggregation(
-            x,
-            guidance,
-            ops.ClassAggregationWeights(*tensors, self.padding_token, self.padding_guidance),
-            heads=self.heads,
-            pooling=pooling,
-            pad_length=self.pad_length,
-            attention=self.attention,
-            prepare=self.prepared,
-        )
+        tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        tensors += [self.padding_token, self.padding_guidance]
+        options: dict[str, Any] = {"heads": self.heads, "pooling": pooling, "pad_length": self.pad_length}
+        options |= {"attention": self.attention, "prepare": self.prepared}
+        return ops.class_aggregation(x, guidance, ops.ClassAggregationWeights(*tensors), **options)

@@ -104,8 +104,9 @@ def class_aggregation(
         return torch_form(x, terms, weights, pads, heads, pooling, full)
     weight = prepare(joint_weight, weights.q_weight, weights.k_weight, weights.v_weight)
     norm1 = (weights.norm1_weight, weights.norm1_bias)
-    tensors = (x, terms, *norm1, weight, weights.v_bias, weights.padding_token, *mlp_weights(weights))
-    tensors = registration.autocast(*tensors)
+    tensors = registration.autocast(
+        x, terms, *norm1, weight, weights.v_bias, weights.padding_token, *mlp_weights(weights)
+    )
     keep = need_gradient(*tensors)
     return torch.ops.ovseg_fast.class_aggregation(*tensors, pads, heads, pooling, full, keep, backend)[0]
 
@@ -224,7 +225,7 @@ def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), middle if keep else x.new_empty(0)
 
 
-def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> list[Tensor | None]:
+def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> list[Any]:
     *tensors, pads, heads, pooling, full, _, needs = arguments
     attention, mlp = tensors[:7], tensors[7:]
     need_middle = any(needs[:7])

@@ -89,8 +89,9 @@ def spatial_aggregation(
         "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
         "cuda": _cuda_refusal(channels, heads, window, weights.fc1_weight.shape[0]),
     }
-    tensors = (x, guidance, *weights)
-    backend = backends.choose("spatial_aggregation", *tensors, refusals=refusals, shared_memory=SHARED_MEMORY)
+    backend = backends.choose(
+        "spatial_aggregation", x, guidance, *weights, refusals=refusals, shared_memory=SHARED_MEMORY
+    )
     guidance = guidance.flatten(1, 2)
     q_term = F.linear(guidance, weights.q_weight[:, channels:], weights.q_bias)
     k_term = F.linear(guidance, weights.k_weight[:, channels:], weights.k_bias)
@@ -98,8 +99,7 @@ def spatial_aggregation(
         return torch_form(x, q_term, k_term, weights, heads, window, shift)
     qkv_weight = prepare(joint_weight, weights.q_weight, weights.k_weight, weights.v_weight)
     norm1, proj = (weights.norm1_weight, weights.norm1_bias), (weights.proj_weight, weights.proj_bias)
-    tensors = (x, q_term, k_term, *norm1, qkv_weight, weights.v_bias, *proj, *mlp_weights(weights))
-    tensors = registration.autocast(*tensors)
+    tensors = registration.autocast(x, q_term, k_term, *norm1, qkv_weight, weights.v_bias, *proj, *mlp_weights(weights))
     keep = need_gradient(*tensors)
     return torch.ops.ovseg_fast.spatial_aggregation(*tensors, heads, window, shift, keep, backend)[0]
 
@@ -214,7 +214,7 @@ def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape if arguments[-1] else 0)
 
 
-def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> list[Tensor | None]:
+def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> list[Any]:
     *tensors, heads, window, shift, _, needs = arguments
     attention, mlp = tensors[:9], tensors[9:]
     need_middle = any(needs[:9])

@@ -38,11 +38,9 @@ def mlp_refusal(x: Tensor, fc1_weight: Tensor) -> str | None:
 
 def mlp_backward(
     kernels: Any, grad: Tensor, x: Tensor, weights: Sequence[Tensor], activation: str, need_x: bool, needs: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of x and of the six weights, by a backend's launcher; `needs` are those of the weights.
-
-    One kernel gives the sums over rows (norm and b₂) with x, another the products (W₁, b₁, W₂).
-    """
+) -> list[Any]:
+    """Gradients of x and, by `needs`, of the six weights: one kernel gives x and sums over rows (norm, b₂), another
+    products (W₁, b₁, W₂)."""
     need_gain, need_offset, *need_products, need_fc2_bias = needs
     need_sums = need_gain or need_offset or need_fc2_bias
     *inputs, _ = weights  # b₂ takes no part in any gradient
