@@ -233,7 +233,7 @@ def call_with(function: str, named: dict[str, Any], name: str, value: Any) -> An
         members = list(named[argument])
         members[int(index[:-1])] = value
         value = members
-    return getattr(ops, function)(**{**named, argument: value})
+    return samples.invoke(function, {**named, argument: value})
 
 
 def assert_refused(
