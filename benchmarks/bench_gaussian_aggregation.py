@@ -12,8 +12,3 @@ from samples import Sample
 @published_sizes("gaussian_aggregation")
 def test_gaussian_aggregation(benchmark: Any, row: Sample, form: str) -> None:
     compare(benchmark, row, form)
-
-
-@published_sizes("gather_stage")
-def test_gather_stage(benchmark: Any, row: Sample, form: str) -> None:
-    compare(benchmark, row, form)

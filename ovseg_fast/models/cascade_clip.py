@@ -175,7 +175,8 @@ class PromptedImageEncoder(nn.Module):
         for weights, *layers in zip(stage_weights, *parts, strict=True):
             stage = hidden[first : first + len(weights)]
             first += len(weights)
-            maps.append(ops.gather_stage(stage, patches, *shared, *layers, weights, shared_eps=self.prompt_norm.eps))
+            options = {"weights": weights, "shared_eps": self.prompt_norm.eps}
+            maps.append(ops.layer_gather(stage, patches, *shared, *layers, **options))
         return maps
 
 

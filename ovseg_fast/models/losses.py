@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, distributed
 
 from .. import ops
-from ..data.masks import NO_CLASS
 from ..ops.common.checks import INTEGERS
 
 PER_MASK = {"focal", "dice"}  # terms that are divided by the number of ground-truth masks
@@ -44,7 +43,7 @@ def weighted_losses(logits: Tensor, labels: Tensor, weights: Mapping[str, float]
 
     Terms per mask are divided by the mean number of masks over all processes.
     """
-    terms = ops.mask_losses(logits, labels, terms=tuple(weights), ignore=NO_CLASS)
+    terms = ops.mask_losses(logits, labels, terms=tuple(weights))
     if PER_MASK & terms.keys() and (share := share_of_masks(labels, logits.shape[1])) is not None:
         terms |= {name: terms[name] * share for name in PER_MASK & terms.keys()}
     losses = {name: weight * terms[name] for name, weight in weights.items()}
