@@ -114,7 +114,7 @@ def test_own_embeddings_as_matrix_or_numpy(seg, photo):
     assert np.array_equal(one.labels, other.labels)
 
 
-def test_text_is_encoded_once_a_prompt(seg):
+def test_each_prompt_is_encoded_once(seg):
     calls = []
     seg.model.text_encoder.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[0]))
     first = seg.embed_text(NAMES)
@@ -134,7 +134,7 @@ def test_text_cache_follows_the_weights(seg):
     assert torch.equal(after, seg.embed_text(NAMES))
 
 
-def test_segmenting_leaves_the_model_as_it_was(seg, photo):
+def test_segmenting_does_not_change_the_model(seg, photo):
     seg.model.train()
     before = copy.deepcopy(seg.model.state_dict())
     out = seg.segment(photo, NAMES)
@@ -174,7 +174,7 @@ def test_seen_classes_are_lowered(cascade, photo):
     assert (default.scores[0] < nothing.scores[0]).all()
 
 
-def test_seen_is_of_cascade_clip_only(photo):
+def test_seen_is_refused_by_catseg(photo):
     segmenter = ovs.load("catseg-tiny", weights=None, device="cpu")
     with pytest.raises(ValueError, match="seen must be None, as CATSeg treats all classes alike"):
         segmenter.segment(photo, NAMES, seen=["cat"])
@@ -254,6 +254,6 @@ def test_bad_loading(name, arguments, error, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there():
+def test_a_missing_gpu_is_reported():
     with pytest.raises(RuntimeError, match="no CUDA GPU"):
         ovs.load("catseg-tiny", weights=None, device="cuda")

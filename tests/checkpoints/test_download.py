@@ -57,7 +57,7 @@ def test_download_without_network_says_so_in_one_sentence(tmp_path: Path, enviro
 
 
 @pytest.mark.parametrize("environment", [OFFLINE, NO_NETWORK], ids=["offline", "no network"])
-def test_download_finds_the_cached_file_without_network(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_download_uses_the_cached_file_without_network(tmp_path: Path, environment: dict[str, str]) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "spaces--hamacojr--CAT-Seg-weights"
     for folder in ("blobs", "refs", f"snapshots/{commit}"):

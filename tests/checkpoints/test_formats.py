@@ -23,7 +23,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("preset", make_weights.PRESETS)
-def test_every_upstream_key_has_its_place_and_back(preset: str) -> None:
+def test_every_upstream_key_maps_to_one_place(preset: str) -> None:
     model, published = build_empty(preset), make_weights.shapes(preset)
     ours = shapes_of(model)
     keys = json.loads((Path(make_weights.__file__).parent / make_weights.PRESETS[preset][0]).read_text())
@@ -40,7 +40,7 @@ def test_every_upstream_key_has_its_place_and_back(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["catseg-vitb", "cascade-clip-vitb"])
-def test_no_rule_is_idle(preset: str) -> None:
+def test_every_rule_is_needed(preset: str) -> None:
     rules, shapes = RULES[preset.split("-")[0]], shapes_of(build_empty(preset))
     stored = upstream.upstream_format(rules, shapes)
     for left_out in rules:
@@ -92,7 +92,7 @@ def test_round_trip_is_bit_exact(model: nn.Module, other: nn.Module) -> None:
     assert_same(checkpoints.to_upstream(other), state)
 
 
-def test_to_upstream_gives_copies(model: nn.Module) -> None:
+def test_to_upstream_returns_copies(model: nn.Module) -> None:
     state = checkpoints.to_upstream(model)
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     assert not own & {tensor.untyped_storage().data_ptr() for tensor in state.values()}

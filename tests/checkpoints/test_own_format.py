@@ -50,7 +50,7 @@ def test_own_format_keeps_dtype_layout_and_shared_tensors(tmp_path: Path, rng: t
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_load_reads_upstreams_layout_from_any_file(
+def test_load_reads_the_upstream_format_from_any_file(
     tmp_path: Path, model: nn.Module, other: nn.Module, suffix: str
 ) -> None:
     path, state = tmp_path / f"model{suffix}", checkpoints.to_upstream(model)

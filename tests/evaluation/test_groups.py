@@ -27,7 +27,7 @@ def test_without_groups_each_class_is_its_own_name():
         ({"cat": ["kitten", "sky"]}, ("'sky'", "more than once")),
     ],
 )
-def test_unfit_groups_are_refused(groups, words):
+def test_bad_groups_are_refused(groups, words):
     with pytest.raises(ValueError) as caught:
         prompts_of(["cat", "sky"], groups)
     assert all(word in str(caught.value) for word in words)

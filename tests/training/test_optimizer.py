@@ -88,7 +88,7 @@ def test_published_settings():
         parameter_groups(torch.nn.Linear(1, 1))
 
 
-def test_own_settings_replace_the_published_ones():
+def test_settings_override_the_published_ones():
     model = ovs.build("catseg-tiny")
     set_trainable(model)
     settings = replace(CATSeg.hyperparameters, learning_rate=1e-3, weight_decay=0.0, factors={})
@@ -97,7 +97,7 @@ def test_own_settings_replace_the_published_ones():
 
 
 @pytest.mark.parametrize("method", ["cat-seg", "cascade-clip"])
-def test_clip_learns_at_a_rate_of_its_own(method):
+def test_clip_has_its_own_learning_rate(method):
     model = ovs.build("catseg-tiny" if method == "cat-seg" else "cascade-clip-tiny")
     set_trainable(model, "full")
     own = ("clip.",) if method == "cat-seg" else ("image_encoder.clip.", "text_encoder.")
