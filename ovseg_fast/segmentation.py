@@ -22,14 +22,9 @@ class Segmentation:
     Args:
         image: the photograph, H pixels high and W wide.
         classes: T names.
-        labels: (H, W) integers in 0..T-1.
+        labels: (H, W) integers in 0..T-1; the attribute `labels` is int32.
         compute_scores: returns the scores, (T, H, W) in 0..1; called at most once, at the first use of `scores`.
         compute_top: returns what `top` does; by default `top` sorts the scores.
-
-    Attributes:
-        image: the photograph, a PIL image.
-        classes: list of the T names.
-        labels: (H, W) int32, indices into `classes`; every pixel has a class.
 
     Raises:
         ValueError, TypeError: labels that do not fit the image or the classes.
@@ -125,10 +120,10 @@ class Segmentation:
         write_whole(path, write)
 
     def save_labels(self, path: str | os.PathLike[str]) -> None:
-        """Write the labels as a PNG whose pixel values are indices into `classes`; see `visualize.label_image`.
+        """Write the labels as a .png file of indices into `classes`; see `visualize.label_image`.
 
         Raises:
-            ValueError: another suffix than .png. OSError: the file cannot be written.
+            ValueError: another suffix. OSError: the file cannot be written.
         """
         if Path(path).suffix.lower() != ".png":
             raise ValueError(f"path must end in .png, got '{path}'; other formats would change the labels.")

@@ -54,15 +54,14 @@ def evaluate(
 ) -> Evaluation:
     """Segment every image of a dataset and compare with its ground truth, at the ground truth's size.
 
-    Pixels of no class (-1) in the ground truth are not counted, nor are classes absent from it. A pair that cannot be
-    used (a damaged image, a mask of another size, a label beyond the class list, too large for the memory) is left out,
-    and named in a warning and in the result.
+    Pixels of no class (-1) in the ground truth are not counted, nor are classes absent from it. An unusable pair (a
+    damaged image, a mask of another size, a label beyond the class list, too large for the memory) is left out, and
+    named in a warning and in the result.
 
     Args:
         segmenter: the model; it is not changed.
-        dataset: of `data.open_dataset`, or anything with its `name`, `vocabulary` (`classes`, `unseen`, `background`),
-            `pairs` (each with a `name`), `read(index)` and, if need be, `image_folder`, which tells datasets with the
-            same names apart.
+        dataset: from `data.open_dataset`, or anything with its `name`, `vocabulary` (`classes`, `unseen`,
+            `background`), `pairs` (each with a `name`) and `read(index)`; an `image_folder` tells equal names apart.
         out: a .json file for the result, or None. Progress is kept next to it, in `<name>.partial.npz`: called again
             with the same arguments, a killed evaluation resumes and tries the images that were left out again. An
             earlier result is kept under the time it was written.
@@ -198,15 +197,14 @@ class _Task:
 def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], np.ndarray]:
     """The names to prompt with, and which class each counts as.
 
-    So the background of PASCAL VOC is measured (PAS-20b; CAT-Seg, Cho et al., CVPR 2024): no prompt describes
-    "everything else", so a pixel counts as background if it is given to any of a list of further names.
+    No prompt describes "everything else", so a pixel counts as PASCAL VOC's background if it is given to any of a list
+    of further names (PAS-20b; CAT-Seg, Cho et al., CVPR 2024).
 
     Args:
-        classes: the C evaluated classes. groups: class -> the names that stand for it; other classes are prompted by
-            their own name.
+        classes: the evaluated classes. groups: class -> names that stand for it; others are prompted by their own name.
 
     Returns:
-        (names, index): T names, and (T,) int64 indices into `classes`.
+        T names, and (T,) int64 indices into `classes`.
 
     Raises:
         ValueError: a group is empty or of no class, or two classes share a name.

@@ -4,9 +4,9 @@ Of M, rows the ground truth and columns the prediction, class c has
 
     IoU(c) = M[c, c] / (sum of row c + sum of column c - M[c, c]),   accuracy(c) = M[c, c] / sum of row c.
 
-Pixels whose ground truth is -1 are in neither sum. There are two mean IoUs: over the classes in the ground truth, as
-detectron2 counts and CAT-Seg's published numbers do; and, as mmsegmentation counts and Cascade-CLIP's numbers do, with
-the classes that are only predicted, each with IoU 0.
+Pixels whose ground truth is -1 are in neither sum. The mean IoU is over the classes in the ground truth, as in
+detectron2 and CAT-Seg's published numbers; a second one, as in mmsegmentation and Cascade-CLIP's, includes classes that
+are only predicted, with IoU 0.
 """
 
 from __future__ import annotations

@@ -14,11 +14,7 @@ PER_MASK = {"focal", "dice"}  # terms that are divided by the number of ground-t
 
 
 def check_label_maps(labels: Tensor, images: Tensor | None = None) -> None:
-    """Check class indices, before the encoders run.
-
-    Args:
-        labels: label maps; (B, H, W) if `images` is given, else of any shape.
-        images: (B, 3, h, w), on the same device; h × w and H × W may differ.
+    """Check class indices before the encoders run: of any shape, or (B, H, W) for `images` (B, 3, h, w).
 
     Raises:
         TypeError: `labels` is not a tensor of uint8, int32 or int64.

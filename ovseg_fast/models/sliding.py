@@ -60,11 +60,10 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def square_windows(image: Tensor, side: int, stride: int, *, whole: bool = False) -> Windows:
-    """Resize one image (3, H, W) so that its shorter side is `side`, or, with `whole`, to `side` × `side`, and cut it
-    into square windows.
+    """Resize one image (3, H, W) to a shorter side of `side` (`whole`: to `side` × `side`), and cut square windows.
 
     Raises:
-        ValueError: one side of the image is more than 32 times the other, without `whole`.
+        ValueError: without `whole`, one side of the image is more than 32 times the other.
     """
     height, width = image.shape[-2:]
     canvas = (side, side)

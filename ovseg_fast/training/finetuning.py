@@ -26,7 +26,6 @@ def set_trainable(model: SegmentationModel, policy: str | None = None) -> list[s
     needs `find_unused_parameters=True`.
 
     Args:
-        model: its parameters' `requires_grad` is set.
         policy: one of the method's, or "full" or "none"; by default the published one.
 
     Returns:
