@@ -315,7 +315,9 @@ def test_a_damaged_state_is_refused(segmenter, photos, tmp_path, content):
         np.savez(partial, something=np.zeros(3))
     else:
         partial.write_bytes(content)
-    with pytest.raises(StateError, match=r"result.partial.npz' is not the state of an evaluation.* restart=True \(--restart\)"):
+    with pytest.raises(
+        StateError, match=r"result.partial.npz' is not the state of an evaluation.* restart=True \(--restart\)"
+    ):
         run(segmenter, photos, tmp_path / "result.json")
     assert run(segmenter, photos, tmp_path / "result.json", restart=True).images == 3
 
