@@ -51,32 +51,32 @@ def _project(
     row = tl.program_id(0) // (3 * tiles) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(0) // tiles % 3
     c = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    inside = row < rows
-    mean, scale = _statistics(x, row, inside, channels, eps, ROWS, CHANNELS)
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    row_mask = row < rows
+    mean, scale = _statistics(x, row, row_mask, channels, eps, ROWS, CHANNELS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, channels, CHANNELS):
         i = start + tl.arange(0, CHANNELS)
-        value = tl.load(x + row[:, None].to(tl.int64) * channels + i, mask=inside[:, None] & (i < channels), other=0.0)
-        gain = tl.load(norm_weight + i, mask=i < channels, other=0.0).to(tl.float32)
-        offset = tl.load(norm_bias + i, mask=i < channels, other=0.0).to(tl.float32)
-        normed = (value.to(tl.float32) - mean[:, None]) * scale[:, None] * gain + offset
+        value = tl.load(x + row[:, None].to(tl.int64) * channels + i, mask=row_mask[:, None] & (i < channels), other=0.0)
+        norm_w = tl.load(norm_weight + i, mask=i < channels, other=0.0).to(tl.float32)
+        norm_b = tl.load(norm_bias + i, mask=i < channels, other=0.0).to(tl.float32)
+        normed = (value.to(tl.float32) - mean[:, None]) * scale[:, None] * norm_w + norm_b
         w = tl.load(
             weight + (part * channels + c)[:, None] * channels + i,
             mask=(c < channels)[:, None] & (i < channels), other=0.0,
         )  # fmt: skip
-        product = dot(rounded(normed, x.dtype.element_ty), tl.trans(w), product, PRECISION)
-    mask = inside[:, None] & (c < channels)
+        acc = dot(rounded(normed, x.dtype.element_ty), tl.trans(w), acc, PRECISION)
+    mask = row_mask[:, None] & (c < channels)
     if part == 2:
-        product += tl.load(v_bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(v_bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     else:
-        # All classes of an image share the guidance's share.
-        share = (row // (classes * positions) * positions + row % positions)[:, None].to(tl.int64) * channels + c
+        # All classes of an image term_offset the guidance's term_offset.
+        term_offset = (row // (classes * positions) * positions + row % positions)[:, None].to(tl.int64) * channels + c
         if part == 0:
-            product += tl.load(q_term + share, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.load(q_term + term_offset, mask=mask, other=0.0).to(tl.float32)
         else:
-            product += tl.load(k_term + share, mask=mask, other=0.0).to(tl.float32)
-    place = row[:, None].to(tl.int64) * (3 * channels) + part * channels + c
-    tl.store(tokens + place, rounded(product, tokens.dtype.element_ty), mask=mask)
+            acc += tl.load(k_term + term_offset, mask=mask, other=0.0).to(tl.float32)
+    offset = row[:, None].to(tl.int64) * (3 * channels) + part * channels + c
+    tl.store(tokens + offset, rounded(acc, tokens.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ def _mlp(
     dtype = x.dtype.element_ty
     block = _load_rows(x, row, rows, c, channels)
     normed = _normalise(block, norm_weight, norm_bias, c, channels)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(0, hidden, HIDDEN):
         m = start + tl.arange(0, HIDDEN)
         weight1, weight2 = _load_weights(fc1_weight, fc2_weight, m, c, hidden, channels)
@@ -112,11 +112,11 @@ def _mlp(
         a += _load_vector(fc1_bias, m, hidden)[None, :]
         if not WHOLE:  # an infinite n times the zeros beyond the last hidden unit is no number
             a = tl.where((m < hidden)[None, :], a, 0.0)
-        total = dot(_activate(a, GELU).to(dtype), weight2, total, PRECISION)
-    total += _load_vector(fc2_bias, c, channels)[None, :]
-    total += _load_rows(x, row, rows, c, channels).to(tl.float32)
+        acc = dot(_activate(a, GELU).to(dtype), weight2, acc, PRECISION)
+    acc += _load_vector(fc2_bias, c, channels)[None, :]
+    acc += _load_rows(x, row, rows, c, channels).to(tl.float32)
     mask = (row < rows)[:, None] & (c < channels)[None, :]
-    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], total, mask=mask)
+    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -154,10 +154,10 @@ def _mlp_backward(
         tl.store(part + channels, tl.sum(tl.where(mask, normed_grad, 0.0), 0), mask=c < channels)
     weighted = normed_grad * _load_vector(norm_weight, c, channels)[None, :]
     x_grad = standardise_backward(weighted, standardised, scale, valid, channels)
-    wide = _load_rows(grad, row, rows, c, channels).to(tl.float32)
-    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], x_grad + wide, mask=mask)
+    grad_rows = _load_rows(grad, row, rows, c, channels).to(tl.float32)
+    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], x_grad + grad_rows, mask=mask)
     if SUMS:
-        tl.store(part + 2 * channels, tl.sum(wide, 0), mask=c < channels)
+        tl.store(part + 2 * channels, tl.sum(grad_rows, 0), mask=c < channels)
 
 
 @triton.jit
@@ -187,16 +187,16 @@ def _mlp_backward_weights(
         a = dot(weight1, tl.trans(normed), tl.zeros((HIDDEN, ROWS), tl.float32), PRECISION) + bias1[:, None]
         activated_grad = dot(weight2, tl.trans(g), tl.zeros((HIDDEN, ROWS), tl.float32), PRECISION)
         activated, a_grad = _activate_backward(a, activated_grad, GELU)
-        inside = (row < rows)[None, :]  # beyond the last row an infinite weight must not meet a zero
-        activated = tl.where(inside, activated, 0.0)
-        a_grad = tl.where(inside, a_grad, 0.0)
+        row_mask = (row < rows)[None, :]  # beyond the last row an infinite weight must not meet a zero
+        activated = tl.where(row_mask, activated, 0.0)
+        a_grad = tl.where(row_mask, a_grad, 0.0)
         bias1_grad += tl.sum(a_grad, 1)
         weight1_grad = dot(a_grad.to(dtype), normed, weight1_grad, PRECISION)
         weight2_grad = dot(activated.to(dtype), g, weight2_grad, PRECISION)
     mask = (m < hidden)[:, None] & (c < channels)[None, :]
-    place = split * hidden * channels + m[:, None] * channels + c[None, :]
-    tl.store(fc1_part + place, weight1_grad, mask=mask)
-    tl.store(fc2_part + place, weight2_grad, mask=mask)
+    offset = split * hidden * channels + m[:, None] * channels + c[None, :]
+    tl.store(fc1_part + offset, weight1_grad, mask=mask)
+    tl.store(fc2_part + offset, weight2_grad, mask=mask)
     tl.store(bias_part + split * hidden + m, bias1_grad, mask=m < hidden)
 
 
