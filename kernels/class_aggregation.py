@@ -1,15 +1,15 @@
-"""Class aggregation: linear attention over the classes of a position, with the pooling before and the resize after it.
+"""Class aggregation: linear attention over the classes of a position, with its pooling, MLP and resize.
 
-With n = LN(average-pool(x)), at each pooled position and head, φ = elu + 1, sums over the classes t, and the class that
-pads the list as one more key with the weight `pads`:
+With n = LN(average-pool(x)), at each pooled position and head, φ = elu + 1, sums over the classes t, and the padding
+class as one more key with the weight `pads`:
 
     q_t = φ(W_q n_t + g_t),   k_t = φ(W_k n_t + h_t),   v_t = W_v n_t + b
     S = Σ w_t k_t ⊗ (v_t − m),   z = Σ w_t k_t,   m = Σ w_t v_t
     y_t = average-pool(x)_t + m + a_t,   a_t = (q_t · S − ε m) / e_t,   e_t = q_t · z + ε
 
-where N = T + pads, ε = 1e-6 / N, and w_t = 1 / N, or pads / N for the padding class. Dividing by N leaves the quotient
-as it is and keeps S in float16's range for any number of classes. Taking the mean m out of the values keeps their
-differences precise, which are all that the gradients of queries and keys come from.
+where N = T + pads, ε = 1e-6 / N, and w_t = 1 / N, or pads / N for the padding class. Dividing by N keeps S in float16's
+range for any number of classes. Subtracting the mean m keeps the differences of the values precise, which are all that
+the gradients of queries and keys depend on.
 
 Backward, from the gradient g_t of y_t, and with r_t = g_t / e_t:
 
@@ -63,7 +63,7 @@ def _feature(x):
 
 @triton.jit
 def _head_sums(x, head, HEADS: tl.constexpr):
-    """The sum of x over the channels of each head, at each of them; `head` (1, GROUP) numbers the channels' heads."""
+    """The sum of x over each head's channels, at each of them; `head` (1, GROUP) is the head of each channel."""
     total = tl.zeros(x.shape, tl.float32)
     for h in tl.static_range(HEADS):
         head_sum = tl.sum(tl.where(head == h, x, 0.0), 1, keep_dims=True)
@@ -124,7 +124,7 @@ def _linear(
 ):  # fmt: skip
     """One position and one group of heads. Forward: out is y, (tokens, C). Backward: out is (dq', dk', dv),
     (tokens, 3C), and pad_out the (dk', dv) of the padding class at this position."""
-    # Factors are rounded before anything is taken of them, so that what should cancel in a sum does.
+    # Factors are rounded first, so that what should cancel in a sum does.
     dtype = normed.dtype.element_ty
     groups = tl.cdiv(channels, group_channels)
     position = (tl.program_id(0) // groups).to(tl.int64)  # among those of all images
@@ -210,8 +210,7 @@ def _linear(
 
 def _group_tile(x: Tensor, keys: int, heads: int) -> tuple[int, dict[str, int]]:
     """Channels of a program's heads, and the tile."""
-    tile = sizes(TILES, x)
-    channels = x.shape[-1]
+    tile, channels = sizes(TILES, x), x.shape[-1]
     head_channels = channels // heads
     together = max(1, min(heads, tile["GROUP"] // head_channels, GROUP_HEADS))
     return together * head_channels, {
@@ -242,8 +241,8 @@ def class_aggregation(
     x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
     padding_token: Tensor, *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(B, T, H, W, C) -> the same, and what the attention half gives, (B, T, H // pooling, W // pooling, C), if it is
-    kept; `others` are the MLP's weights, pads, heads, pooling, whether attention is full and whether to keep."""
+    """(B, T, H, W, C) -> the same, and y, (B, T, H // pooling, W // pooling, C), empty unless `keep`; `others`: the
+    MLP's weights, pads, heads, pooling, full, keep."""
     *mlp, pads, heads, pooling, full, keep = others
     batch, classes, height, width, channels = x.shape
     middle = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
@@ -260,8 +259,8 @@ def class_attention_backward(
     grad: Tensor, x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
     padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:  # fmt: skip
-    """Gradients (dq', dk', dv) of all tokens, (tokens, or one more if there are pads, 3C); (dk', dv) of the padding
-    class, (B, positions, 2C), empty without pads; n; no statistics of the norm."""
+    """(dq', dk', dv) of all tokens, (tokens, or one more if there are pads, 3C); (dk', dv) of the padding class,
+    (B, positions, 2C), empty without pads; n; no statistics of the norm."""
     normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
     tokens_grad = x.new_empty(len(normed), 3 * x.shape[-1])
     positions = grad.shape[2] * grad.shape[3]

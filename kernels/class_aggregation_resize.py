@@ -1,9 +1,9 @@
-"""The end of class aggregation behind a pooling: x + y resized to the size of x, bilinear with aligned corners.
+"""The end of class aggregation after pooling: x + y resized to the size of x, bilinear with aligned corners.
 
     out[i, j] = x[i, j] + Σ_{a,b} hat(i · s_h − a) · hat(j · s_w − b) · y[a, b],   hat(d) = max(1 − |d|, 0)
 
-with s_h = (h − 1) / (H − 1), s_w likewise, so that at most two lines and two columns of y count. Backward sums over the
-lines and columns of the result that a token of y counts in:
+with s_h = (h − 1) / (H − 1), s_w likewise, so that at most two rows and two columns of y count. Backward sums over the
+rows and columns of the result that a token of y reaches:
 
     dy[a, b] = Σ_{i,j} hat(i · s_h − a) · hat(j · s_w − b) · dout[i, j]
 """
@@ -21,7 +21,7 @@ from .common.math import rounded
 
 @triton.jit
 def _taps(place, scale, size):
-    """The two places in a line of `size` that `place` of the larger one lies between, and the share of the second."""
+    """The two neighbours in the smaller line, of `size`, and the weight of the second."""
     exact = place.to(tl.float32) * scale
     low = tl.minimum(exact.to(tl.int32), size - 1)
     high = tl.where(low < size - 1, low + 1, low)
@@ -55,7 +55,7 @@ def _resize_add(
 
 @triton.jit
 def _reach(place, size, low_size):
-    """The first place in a line of `size` that `place` in the smaller one may count in."""
+    """The first place in a line of `size` that `place` in the smaller one reaches."""
     return tl.maximum((place - 1) * (size - 1) // tl.maximum(low_size - 1, 1), 0)
 
 
@@ -89,7 +89,7 @@ def _scale(low: int, high: int) -> float:
 
 
 def _reached(low: int, high: int) -> int:
-    """Places in a line of `high` that one in a line of `low` may count in, from `_reach` on."""
+    """How many places in a line of `high` one in a line of `low` reaches at most, from `_reach` on."""
     return min(high, 2 * (high - 1) // (low - 1) + 2) if low > 1 else high
 
 

@@ -1,4 +1,4 @@
-"""Full attention over the classes of a position, from projected tokens; class aggregation's other kernels surround it.
+"""Class aggregation's full attention over the classes of a position, from projected tokens.
 
 With q', k', v' the weights' products with n, without guidance and biases, at each position and head of d channels:
 
@@ -6,13 +6,13 @@ With q', k', v' the weights' products with n, without guidance and biases, at ea
     s_tu = q_t · k_u / √d,   and log(pads) more where u is the padding class
     p_tu = exp(s_tu) / Σ_u exp(s_tu),   a_t = Σ_u p_tu v_u,   y_t = average-pool(x)_t + a_t
 
-The classes that pad the list are all alike: one key with the logarithm of their number added to its score. Backward,
-from the gradient g_t of y_t:
+The padding classes are all alike: one key with the logarithm of their number added to its score. Backward, from the
+gradient g_t of y_t:
 
     ds_tu = p_tu (g_t · v_u − g_t · a_t)
     dq_t = Σ_u ds_tu k_u / √d,   dk_u = Σ_t ds_tu q_t / √d,   dv_u = Σ_t p_tu g_t
 
-One kernel takes what belongs to queries; another, with the logarithms of the sums and g_t · a_t, what belongs to keys.
+One kernel computes y or dq, another, with the logarithms of the sums and g_t · a_t, dk and dv.
 """
 
 from __future__ import annotations
@@ -29,16 +29,13 @@ from .class_aggregation_tokens import pooled
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
 
-# Classes in a tile, at most, and the warps of a program, by bytes of an element. float32 products do not run on tensor
-# cores unless TF32 is allowed, and their unrolled form needs the registers.
+# Classes per tile and warps, by bytes of an element. Without TF32, float32 products do not run on tensor cores, and their
+# unrolled form needs the registers.
 TILES = {2: {"TOKENS": 64, "warps": 4}, 4: {"TOKENS": 32, "warps": 8}}
 
 
 @triton.jit
-def _part(
-    projected, row, terms, t, inside, c, channels,
-    PART: tl.constexpr,
-):  # fmt: skip
+def _part(projected, row, terms, t, inside, c, channels, PART: tl.constexpr):
     """q, k or v (PART 0, 1, 2) of one tile, in the tensors' dtype; `terms` is v's bias for v."""
     value = tl.load(projected + row[:, None] * (3 * channels) + PART * channels + c[None, :], mask=inside, other=0.0)
     value = value.to(tl.float32)
@@ -65,8 +62,8 @@ def _queries(
     height, width, pooling,
     TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One position, head and tile of classes. Forward: out is y. Backward: out is (dq', dk', dv), of which it writes
-    the first_row, with the log_sum of each class's sum and its g · a."""
+    """One position, head and tile of classes. Forward: writes y. Backward: writes dq' into (dq', dk', dv), the
+    logarithm of each class's sum, and g · a."""
     dtype = projected.dtype.element_ty
     tiles = tl.cdiv(classes, TOKENS)
     tile = tl.program_id(0) % tiles
@@ -172,7 +169,7 @@ def _keys(
 
 
 def _arguments(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all kernels take: numbers known at the call, the tile and its warps."""
+    """Arguments of all kernels: sizes, and the tile with its warps."""
     batch, classes, height, width, channels = x.shape
     positions = (height // pooling) * (width // pooling)
     keys = classes + (pads > 0)

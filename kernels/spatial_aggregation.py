@@ -1,17 +1,15 @@
-"""Spatial aggregation: the attention half of one guided shifted-window block.
+"""Spatial aggregation: one guided shifted-window block; the MLP that ends it is in `common/residual_mlp.py`.
 
-    n = LN(x);   q = W_q n + q_g,   k = W_k n + k_g,   v = W_v n + b_v          (q_g, k_g: the guidance's share)
+    n = LN(x);   q = W_q n + q_g,   k = W_k n + k_g,   v = W_v n + b_v          (q_g, k_g: the guidance's terms)
     a = softmax(q · kᵀ / √d + mask) · v,  within each window and head;     y = x + W_o a + b_o
 
-Three kernels: `_project` normalises x and gives q, k and v of each token; `_attend` finds the tokens of a window where
-they lie on the map, so that nothing is rolled or cut into windows; `_output` projects and adds the residual.
+Three kernels: `_project` normalises x and gives q, k and v of each token; `_attend` reads a window's tokens from the
+map, so that nothing is rolled or partitioned; `_output` projects and adds the residual.
 
-A window of n = window² tokens is held as a tile of the largest power of two up to n and a second one for the rest: the
-published 144 are 128 + 16, where one power of two would waste 44 %. Slots beyond the map count −∞ and are never
-written; pairs of tokens that only the shift brought together get −100 added, as published. Where all scores of a token
-are −∞ it attends to nothing, as in PyTorch.
-
-The backward pass is in `_spatial_aggregation_backward.py`.
+A window of n = window² tokens is a tile of the largest power of two up to n and a second one for the rest: the
+published 144 are 128 + 16; one tile of 256 would waste 44 %. Slots beyond the map score −∞ and are never written; pairs
+of tokens that only the shift brought together get −100 added, as published. A token whose scores are all −∞ attends to
+nothing, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -62,8 +60,7 @@ def _attend(
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one window of one class. `head_width` is an argument: what divides it decides how much is read key_pointers
-    once."""
+    """One head of one window of one class. `head_width` is an argument, so that loads are as wide as it allows."""
     windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
     head = tl.program_id(0) % heads
     window = tl.program_id(0) // heads % windows
@@ -108,8 +105,8 @@ def spatial_aggregation(
     x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     v_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(B, T, H, W, C) -> the same, and what the attention half gives, if it is kept; terms (B, H · W, C), qkv_weight
-    (3C, C), proj_weight (C, C); `others` are the MLP's weights, heads, window, shift and whether to keep."""
+    """(B, T, H, W, C) -> the same, and y, empty unless `keep`; terms (B, H · W, C), qkv_weight (3C, C), proj_weight
+    (C, C); `others`: the MLP's weights, heads, window, shift, keep."""
     *mlp, heads, window, shift, keep = others
     batch, classes, height, width, channels = x.shape
     rows = batch * classes * height * width

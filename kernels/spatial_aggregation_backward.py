@@ -1,12 +1,12 @@
-"""Backward of the window attention in `spatial_aggregation.py`, from the gradient g of y.
+"""Backward of the attention half of `spatial_aggregation.py`, from the gradient g of y.
 
-With q, k, v recomputed from x, the weights P = softmax(q · kᵀ / √d + mask) and a = P · v of a window's head:
+With q, k, v recomputed from x, the probabilities P = softmax(q · kᵀ / √d + mask) and a = P · v of a window's head:
 
     da = W_oᵀ g;   dv = Pᵀ · da;   dP = da · vᵀ;   dS = P ∘ (dP − rowsum(P ∘ dP)) / √d;   dq = dS · k;   dk = dSᵀ · q
     dn = W_qᵀ dq + W_kᵀ dk + W_vᵀ dv;   dx = g + LN'(dn);   dW_qkv = Σ [dq dk dv]ᵀ n,   dW_o = Σ gᵀ a
 
-dq and dk, summed over the classes, are the gradients of the guidance's share. The products with weights are plain
-matrix products; two kernels do the rest: `_attend_backward` and `_norm_backward`.
+dq and dk, summed over the classes, are the gradients of the guidance's terms. PyTorch takes the products with weights;
+two kernels do the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .spatial_aggregation_windows import EPS, LOG2E, masked, project, slots, win
 
 # Queries per tile and warps, by bytes of an element.
 QUERIES = {2: {"QUERIES": 16, "warps": 4}, 4: {"QUERIES": 16, "warps": 8}}
-PROGRAMS = 512  # at most, that share the sums over all tokens; a second step adds up what each found
+PROGRAMS = 512  # at most, of partial sums over all tokens
 BLOCK = 4096  # elements of a normalisation tile
 
 
@@ -102,7 +102,7 @@ def _attend_backward(
             if TAIL > 0:
                 values = dot(tl.trans(tail_p), tail_v, values, PRECISION)
             tl.store(attended + query[:, None] * channels + d, rounded(values, dtype), mask=query_mask)
-    # Found again rather than kept in registers all the while.
+    # Recomputed, which takes fewer registers than keeping them.
     position, region = slots(origin, window, height, width, WINDOW, SHIFT, MAIN)
     offset = position[:, None] * (3 * channels) + d
     mask = (region >= 0)[:, None] & (d < head_width)
@@ -123,8 +123,7 @@ def _norm_backward(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, NEED_X: tl.constexpr, NEED_NORMED: tl.constexpr,
     NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of tokens: the residual's and the norm's gradient of x, n, and the sums that are the gradients of
-    the norm's weight and bias."""
+    """`tiles` tiles of tokens: dx, n, and partial sums of the gradients of the norm's weight and bias."""
     dtype = x.dtype.element_ty
     c = tl.arange(0, CHANNELS)[None, :]
     weight = tl.load(norm_weight + c, mask=c < channels, other=0.0).to(tl.float32)
@@ -135,9 +134,8 @@ def _norm_backward(
         row = (tl.program_id(0) * tiles + tile) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (c < channels)
         offset = row[:, None].to(tl.int64) * channels + c
-        value, scale = standardise(
-            tl.load(x + offset, mask=mask, other=0.0).to(tl.float32), c < channels, channels, eps
-        )  # fmt: skip
+        value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+        value, scale = standardise(value, c < channels, channels, eps)
         if NEED_NORMED:
             tl.store(normed + offset, rounded(value * weight + bias, dtype), mask=mask)
         if NEED_X or NEED_SUMS:
@@ -159,8 +157,7 @@ def window_attention_backward(
     grad: Tensor, x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     qkv_weight: Tensor, v_bias: Tensor, heads: int, window: int, shift: int, need_attended: bool,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """Gradients of q, k and v of each token, (rows, 3C), from that of a, (rows, C); a itself if needed; no
-    statistics of the norm."""
+    """From da, (rows, C): (dq, dk, dv) of each token, (rows, 3C); a, if needed; no statistics of the norm."""
     batch, classes, height, width, channels = x.shape
     tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
     tokens_grad = torch.empty_like(tokens)
@@ -171,9 +168,8 @@ def window_attention_backward(
         _attend_backward, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),
         tokens, grad, tokens_grad, attended, height, width, channels, heads,
         channels // heads, window**2, 0, (channels // heads) ** -0.5,
-        **window_tiles(height, width, window, shift), **queries,
-        WIDTH=block(channels // heads, most=1 << 16), PRECISION=precision(),
-        NEED_ATTENDED=need_attended, warps=warps, stages=1,
+        **window_tiles(height, width, window, shift), **queries, WIDTH=block(channels // heads, most=1 << 16),
+        PRECISION=precision(), NEED_ATTENDED=need_attended, warps=warps, stages=1,
     )  # fmt: skip
     return tokens_grad, attended, None
 
@@ -182,7 +178,7 @@ def norm_backward(
     normed_grad: Tensor, grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, _: None,
     needs: list[bool], need_normed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of x, with the residual's, and of the norm's weight and bias; n, (rows, C)."""
+    """dx, the gradients of the norm's weight and bias, and n, (rows, C), from dn and g."""
     channels = x.shape[-1]
     rows = x.numel() // channels
     need_x, need_gain, need_offset = needs
