@@ -29,8 +29,8 @@ from .class_aggregation_tokens import pooled
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
 
-# Classes per tile and warps, by bytes of an element. Without TF32, float32 products do not run on tensor cores, and their
-# unrolled form needs the registers.
+# Classes per tile and warps, by bytes of an element. Without TF32, float32 products do not run on tensor cores, and
+# their unrolled form needs the registers.
 TILES = {2: {"TOKENS": 64, "warps": 4}, 4: {"TOKENS": 32, "warps": 8}}
 
 

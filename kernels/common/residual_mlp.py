@@ -25,8 +25,8 @@ from .math import dot, standardise, standardise_backward
 EPS = tl.constexpr(1e-5)  # torch.nn.functional.layer_norm
 CHANNELS = 256  # the widest rows that a program holds
 
-# Rows and hidden units per tile, and warps, by bytes of an element and by kernel, for up to 128 channels. Two programs of
-# 16-bit elements share a multiprocessor: one's activations overlap the other's products. mma.sync keeps operands and
+# Rows and hidden units per tile, and warps, by bytes of an element and by kernel, for up to 128 channels. Two programs
+# of 16-bit elements share a multiprocessor: one's activations overlap the other's products. mma.sync keeps operands and
 # sums in registers, which twice the warps hold without spills. Without TF32, float32 products do not run on tensor
 # cores; unrolled they need small tiles.
 TILES = {
