@@ -16,8 +16,8 @@ __all__ = ["norm_backward", "residual_mlp_backward", "spatial_aggregation", "win
 
 
 def spatial_aggregation(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C) -> the same, and what the attention half gives, if it is kept; `others` are the terms and
-    weights, heads, window, shift and whether to keep."""
+    """(B, T, H, W, C) -> the same, and what the attention half gives, empty unless `keep`; `others`: terms, weights,
+    heads, window, shift, keep."""
     *tensors, heads, window, shift, keep = others
     out = x.new_empty(x.shape)
     middle = x.new_empty(x.shape if keep else 0)
