@@ -28,7 +28,10 @@ from .common.launch import block, cdiv, launch, precision, sizes
 from .common.map_tiles import halo_pixels, map_tile, tile_pixels
 from .common.math import dot
 from .cost_embedding_backward import cost_gradient, weight_gradient
-from .cost_volume import EPS, cost_volume, cost_volume_backward
+from .cost_volume import cost_volume, cost_volume_backward, norm
+
+# The last four for the backward in `ovseg_fast/ops/cost_embedding.py`.
+__all__ = ["cost_embedding", "cost_gradient", "cost_volume", "cost_volume_backward", "weight_gradient"]
 
 HALO = 128  # pixels of a tile and its halo
 COLUMNS = 16  # text embeddings at a time, the least that a tensor core takes
@@ -58,9 +61,7 @@ def _halo_costs(
         products = dot(x, tl.trans(t), products, PRECISION)
         image_squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         text_squares += tl.sum(t.to(tl.float32) * t.to(tl.float32), 1)
-    image_norm = tl.maximum(tl.sqrt(image_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
-    text_norm = tl.maximum(tl.sqrt(text_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
-    costs = products / text_norm[None, :] / image_norm[:, None]
+    costs = products / norm(text_squares)[None, :] / norm(image_squares)[:, None]
     costs = tl.where(inside[:, None], costs, 0.0)  # also where the text is NaN
     return tl.reshape(tl.trans(costs), (COLUMNS * HALO,))
 
@@ -139,7 +140,7 @@ def _add_not_finite(
 @triton.jit
 def _forward(
     image, text, weight, bias, out,
-    classes, prompts, height, width, channels, outputs, text_batch_stride, tile_height, tile_width,
+    classes, prompts, height, width, channels, outputs, tile_height, tile_width,
     SIZE: tl.constexpr, TAPS: tl.constexpr, HALO: tl.constexpr, COLUMNS: tl.constexpr, ITEMS: tl.constexpr,
     PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
     ONE_PROMPT: tl.constexpr, PRECISION: tl.constexpr,
@@ -157,7 +158,6 @@ def _forward(
     )  # fmt: skip
     halo_width = tile_width + SIZE - 1
     image += batch * height * width * channels
-    text += batch * text_batch_stride
     out += (batch * classes + first) * height * width * outputs
     source = halo_y * width + halo_x
     column = tl.arange(0, COLUMNS)
@@ -210,10 +210,9 @@ def _forward(
 
 
 def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, H, W, E), (T, P, E) or (B, T, P, E), (C, P, K, K), (C,) -> (B, T, H, W, C)."""
-    image, text, weight, bias = (tensor.contiguous() for tensor in (image, text, weight, bias))
+    """(B, H, W, E), (T, P, E), (C, P, K, K), (C,) -> (B, T, H, W, C)."""
     batch, height, width, channels = image.shape
-    classes, prompts = text.shape[-3:-1]
+    classes, prompts, _ = text.shape
     outputs, size = weight.shape[0], weight.shape[-1]
     out = image.new_empty(batch, classes, height, width, outputs)
     tile = sizes(TILES, image)
@@ -225,34 +224,9 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
         _forward,
         (batch * cdiv(classes, COLUMNS if prompts == 1 else 1) * cdiv(height, rows) * cdiv(width, columns),),
         image, text, weight, bias, out, classes, prompts, height, width, channels, outputs,
-        classes * prompts * channels if text.dim() == 4 else 0, rows, columns,
+        rows, columns,
         SIZE=size, TAPS=block(size * size, most=tile["TAPS"]), HALO=HALO, COLUMNS=COLUMNS, ITEMS=items,
         PIXELS=pixels, OUTPUTS=together, BLOCKS=cdiv(outputs, together), CHANNELS=tile["CHANNELS"],
         ONE_PROMPT=prompts == 1, PRECISION=precision(), **sizes(OPTIONS, image),
     )  # fmt: skip
     return out
-
-
-def cost_embedding_backward(
-    grad: Tensor, image: Tensor, text: Tensor, weight: Tensor, need_image: bool, need_text: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of image, text, weight and bias, the last two together; an empty tensor where none is needed.
-
-    The cost volume is computed again and stored here, as is its gradient: each is 1 / C of `grad`.
-    """
-    grad, weight = grad.contiguous(), weight.contiguous()
-    patches, embeddings = image.flatten(1, 2), text.flatten(-3, -2)
-    cost = cost_volume(patches, embeddings)
-    image_grad = text_grad = weight_grad = bias_grad = grad.new_empty(0)
-    if need_image or need_text:
-        image_grad, text_grad = cost_volume_backward(
-            cost_gradient(grad, weight), cost, patches, embeddings, need_image, need_text
-        )
-    if need_weight:
-        weight_grad, bias_grad = weight_gradient(grad, cost, weight)
-    return (
-        image_grad.view(image.shape if need_image else 0),
-        text_grad.view(text.shape if need_text else 0),
-        weight_grad,
-        bias_grad,
-    )

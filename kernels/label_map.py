@@ -327,34 +327,15 @@ def _forward(
             tl.store(scores + place, _score(best), mask=mask)
 
 
-def top_labels(
-    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int],
-    window: Sequence[int], canvas: Sequence[int], size: Sequence[int], k: int, need_scores: bool,
+def label_map(
+    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int], sizes: Sequence[int],
+    k: int, need_scores: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(N, T, h, w) -> the best k scores of each pixel (k, H, W), empty where not needed, and their classes, int32."""
-    labels = logits.new_empty((k, *size), dtype=torch.int32)
-    scores = torch.empty_like(labels, dtype=logits.dtype) if need_scores else None
-    _launch(logits, whole, offset, positions, window, canvas, size, scores, labels, k)
-    return logits.new_empty(0) if scores is None else scores, labels
-
-
-def score_map(
-    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int],
-    window: Sequence[int], canvas: Sequence[int], size: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """(N, T, h, w) -> scores (T, H, W)."""
-    scores = logits.new_empty(logits.shape[1], *size)
-    _launch(logits, whole, offset, positions, window, canvas, size, scores, None, 0)
-    return scores
-
-
-def _launch(
-    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int],
-    window: Sequence[int], canvas: Sequence[int], size: Sequence[int],
-    scores: Tensor | None, labels: Tensor | None, k: int,
-) -> None:  # fmt: skip
-    """`positions` holds (top, left) of each window, one after the other; with k = 0 all scores are wanted."""
+    """(N, T, h, w) -> scores and labels of the best k classes (k, H, W), or with k = 0 the scores of all (T, H, W)."""
     windows, classes, *map_size = logits.shape
+    window, canvas, size = list(sizes[:2]), list(sizes[2:4]), list(sizes[4:])
+    scores = logits.new_empty((k or classes, *size) if need_scores else 0)
+    labels = logits.new_empty((k, *size), dtype=torch.int32)
     places = logits.new_empty(windows, dtype=torch.int64 if canvas[0] * canvas[1] >= 2**31 else torch.int32)
     pixels = [top * canvas[1] + left for top, left in zip(positions[::2], positions[1::2], strict=True)]
     for start in range(0, windows, PLACES):
@@ -364,11 +345,11 @@ def _launch(
     tiles = cdiv(size[0], TILES["ROWS"]) * cdiv(size[1], TILES["COLUMNS"])
     launch(
         _forward, (tiles * (1 if k else cdiv(classes, TILES["CLASSES"])),),
-        logits.contiguous(), None if whole is None else whole.contiguous(),
-        None if offset is None else offset.contiguous(), places, scores, labels,
+        logits, whole, offset, places, scores if need_scores else None, labels if k else None,
         windows, classes, *map_size, *window, *canvas, *size,
-        *(old / new for step in steps for old, new in zip(*step, strict=True)),
-        **{name: list(old) != list(new) for name, (old, new) in
+        *(before / after for step in steps for before, after in zip(*step, strict=True)),
+        **{name: before != after for name, (before, after) in
            zip(("RESIZE_MAPS", "RESIZE_WHOLE", "RESIZE_CANVAS"), steps, strict=True)},
         K=k, RANKS=block(k, 1), warps=WARPS, **TILES,
     )  # fmt: skip
+    return scores, labels

@@ -253,10 +253,7 @@ def _combined(groups: int, channels: int, chunks: int, rows_each: int) -> dict[s
 def guided_group_norm(
     y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, D) and (B, H, W, D) -> the normalised (B, T, H, W, D), and mean and 1 / s of each group, (B, T,
-    groups, 2) in float32."""
-    y, weight, bias = y.contiguous(), weight.contiguous(), bias.contiguous()
-    term = None if term is None else term.contiguous()
+    """(B, T, H, W, D) and (B, H, W, D) -> out (B, T, H, W, D), and mean and 1 / s of each group, (B, T, groups, 2)."""
     batch, classes, height, width, channels = y.shape
     maps, rows, size = batch * classes, height * width, channels // groups
     chunks, parts, tile = _tiles(y, ELEMENTS)
@@ -280,53 +277,38 @@ def guided_group_norm(
 
 
 def guided_group_norm_backward(
-    grad: Tensor,
-    y: Tensor,
-    term: Tensor | None,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    need_y: bool,
-    need_term: bool,
-    need_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y, term, weight and bias; an empty tensor where none is needed."""
-    grad, y, weight, bias = grad.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
-    term = None if term is None else term.contiguous()
+    grad: Tensor, statistics: Tensor, y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor,
+    groups: int, eps: float, needs: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of y, term, weight and bias."""
     batch, classes, height, width, channels = y.shape
-    groups = statistics.shape[2]
     maps, rows, size = batch * classes, height * width, channels // groups
     chunks, parts, tile = _tiles(y, ELEMENTS)
     combined = _combined(groups, channels, chunks, tile["ROWS"])
-    y_grad, term_grad, weight_grad, bias_grad = (y.new_empty(0) for _ in range(4))
     sums = y.new_empty(maps, chunks, 2, channels, dtype=torch.float32)
     launch(
         _backward_sums, (cdiv(maps, tile["MAPS"]) * chunks * parts,),
         grad, y, term, statistics, weight, bias, sums, maps, classes, rows, channels, size,
         **tile, TERM=term is not None,
     )  # fmt: skip
-    if need_affine:
-        bias_grad, weight_grad = (part.sum((0, 1)).to(y.dtype) for part in sums.unbind(2))
-    if need_y or need_term:
-        means = torch.empty_like(statistics)
-        launch(
-            _backward_means, (cdiv(maps * groups, combined["GROUPS"]),),
-            sums, weight, means, maps * groups, rows, channels, size, **combined, warps=1,
-        )  # fmt: skip
-        written = torch.empty_like(y)
-        chunks, parts, tile = _tiles(y, GRAD_ELEMENTS)
-        # Where nothing is summed over the classes, a program takes no more of them than a tile holds.
-        splits = max(PROGRAMS // max(batch * chunks * parts, 1), 1) if need_term else classes
-        classes_each = cdiv(cdiv(classes, splits), tile["MAPS"]) * tile["MAPS"]
-        splits = cdiv(classes, classes_each)
-        term_part = y.new_empty(batch if need_term else 0, splits, height, width, channels, dtype=torch.float32)
-        launch(
-            _backward, (batch * splits * chunks * parts,),
-            grad, y, term, statistics, means, weight, bias, written, term_part,
-            classes, classes_each, rows, channels, size, **tile, TERM=term is not None, TERM_GRAD=need_term,
-        )  # fmt: skip
-        if need_y:
-            y_grad = written
-        if need_term:
-            term_grad = term_part.sum(1).to(y.dtype)
-    return y_grad, term_grad, weight_grad, bias_grad
+    bias_grad, weight_grad = (part.sum((0, 1)).to(y.dtype) for part in sums.unbind(2))
+    if not any(needs[:2]):
+        return [None, None, weight_grad, bias_grad]
+    means = torch.empty_like(statistics)
+    launch(
+        _backward_means, (cdiv(maps * groups, combined["GROUPS"]),),
+        sums, weight, means, maps * groups, rows, channels, size, **combined, warps=1,
+    )  # fmt: skip
+    y_grad = torch.empty_like(y)
+    chunks, parts, tile = _tiles(y, GRAD_ELEMENTS)
+    # Where nothing is summed over the classes, a program takes no more of them than a tile holds.
+    splits = max(PROGRAMS // max(batch * chunks * parts, 1), 1) if needs[1] else classes
+    classes_each = cdiv(cdiv(classes, splits), tile["MAPS"]) * tile["MAPS"]
+    splits = cdiv(classes, classes_each)
+    term_parts = y.new_empty(batch if needs[1] else 0, splits, height, width, channels, dtype=torch.float32)
+    launch(
+        _backward, (batch * splits * chunks * parts,),
+        grad, y, term, statistics, means, weight, bias, y_grad, term_parts,
+        classes, classes_each, rows, channels, size, **tile, TERM=term is not None, TERM_GRAD=needs[1],
+    )  # fmt: skip
+    return [y_grad, term_parts.sum(1).to(y.dtype), weight_grad, bias_grad]

@@ -9,11 +9,11 @@ from .. import native
 
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
-    """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
+    """(B, S, E) and (K, E) -> (B, K, S)."""
     batch, patches, channels = image.shape
-    prompts = text.shape[-2]
+    prompts = text.shape[0]
     cost = image.new_empty(batch, prompts, patches)
-    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, patches, prompts, channels, int(text.dim() == 3))
+    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, patches, prompts, channels, 0)
     return cost
 
 
@@ -25,9 +25,7 @@ def cost_volume_backward(
     if needs[0]:
         image_grad = _through_norm(grad.transpose(1, 2) @ _through_norm(None, text), image)
     if needs[1]:
-        unit = _through_norm(None, image)
-        products = grad @ unit if text.dim() == 3 else torch.einsum("bks,bse->ke", grad, unit)
-        text_grad = _through_norm(products, text)
+        text_grad = _through_norm(torch.einsum("bks,bse->ke", grad, _through_norm(None, image)), text)
     return [image_grad, text_grad]
 
 

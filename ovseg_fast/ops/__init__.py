@@ -12,7 +12,7 @@ from .class_aggregation import class_aggregation
 from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
 from .gaussian_aggregation import gather_stage, gaussian_aggregation
-from .label_map import label_map, score_map, top_labels
+from .label_map import Placement, label_map, score_map, top_labels
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention, mask_scores
 from .mask_losses import mask_losses
@@ -20,6 +20,7 @@ from .spatial_aggregation import spatial_aggregation
 from .upsampling_decoder import guidance_term, upsampling_decoder
 
 __all__ = [
+    "Placement",
     "class_aggregation",
     "cost_embedding",
     "cost_volume",

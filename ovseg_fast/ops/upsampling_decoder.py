@@ -12,14 +12,12 @@ Exact rewrites:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .common import legacy, registration
+from .common import registration
 from .common.checks import check_positive, check_tensors
 
 EPS = 1e-5  # of both group normalisations, as published
@@ -119,81 +117,41 @@ def upsampling_decoder(
     # The tokens are maps in PyTorch's channels_last format: neither library nor kernels copy them.
     maps = x.contiguous().flatten(0, 1).permute(0, 3, 1, 2)
     maps = F.conv_transpose2d(maps, joint_weight, stride=2, padding=1)
-    maps = _guided_group_norm(maps, term, norm1_weight, norm1_bias, (batch, classes), groups, backend)
+    maps = _norm(maps, term, norm1_weight, norm1_bias, (batch, classes), groups, backend)
     maps = F.conv2d(maps, conv2_weight, padding=1)
-    maps = _guided_group_norm(maps, None, norm2_weight, norm2_bias, (batch, classes), groups, backend)
+    maps = _norm(maps, None, norm2_weight, norm2_bias, (batch, classes), groups, backend)
     return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
 
 
-def _guided_group_norm(
+def torch_form(y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """What kernels do around the library's convolutions, ReLU(GN(y + term)): y (B, T, H, W, D), term (B, H, W, D)."""
+    if term is not None:
+        y = y + term.unsqueeze(1)
+    maps = y.flatten(0, 1).permute(0, 3, 1, 2)
+    maps = F.relu(F.group_norm(maps, groups, weight, bias, EPS))
+    return maps.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+
+
+def _norm(
     maps: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, sizes: tuple[int, int], groups: int, backend: str
 ) -> Tensor:
-    """ReLU(GN(maps + term)) of maps (B·T, D, H, W) and term (B, H, W, D) or None; `sizes` are B and T."""
+    """`torch_form`, or its kernels, on maps (B·T, D, H, W); `sizes` are B and T."""
+    y = maps.permute(0, 2, 3, 1).unflatten(0, sizes)
     if backend == "torch":
-        if term is not None:
-            maps = (maps.unflatten(0, sizes) + term.permute(0, 3, 1, 2).unsqueeze(1)).flatten(0, 1)
-        return F.relu(F.group_norm(maps, groups, weight, bias, EPS))
-    tokens = maps.permute(0, 2, 3, 1).unflatten(0, sizes)
-    if term is None:
-        tokens, weight, bias = registration.autocast(tokens, weight, bias)
+        out = torch_form(y, term, weight, bias, groups)
     else:
-        tokens, weight, bias, term = registration.autocast(tokens, weight, bias, term)
-    out, _ = torch.ops.ovseg_fast.guided_group_norm(tokens, term, weight, bias, groups, EPS, backend)
+        y, term, weight, bias = registration.autocast(y, term, weight, bias)
+        out, _ = torch.ops.ovseg_fast.guided_group_norm(y, term, weight, bias, groups, EPS, backend)
     return out.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-# --- kernels: y (B, T, H, W, D), term (B, H, W, D) -> out like y; mean and 1 / s of each group, (B, T, groups, 2) ---
-
-
-def _fake(
-    y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(*y.shape[:2], groups, 2, dtype=torch.float32)
-
-
-def _backward_fake(
-    grad: Tensor,
-    y: Tensor,
-    term: Tensor | None,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    need_y: bool,
-    need_term: bool,
-    need_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    term_shape = (y.shape[0], *y.shape[2:])
-    shapes = (y.shape, need_y), (term_shape, need_term), (weight.shape, need_affine), (bias.shape, need_affine)
-    y_grad, term_grad, weight_grad, bias_grad = (y.new_empty(shape if need else 0) for shape, need in shapes)
-    return y_grad, term_grad, weight_grad, bias_grad
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    y, term, weight, bias, _, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(y, term, output[1], weight, bias)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:4]
-    y, term, weight, bias = needed
-    gradients = torch.ops.ovseg_fast.guided_group_norm_backward(
-        grad, *ctx.saved_tensors, y, term, weight or bias, ctx.backend
-    )
-    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None, None
-
-
-legacy.define(
-    "guided_group_norm(Tensor y, Tensor? term, Tensor weight, Tensor bias, int groups, float eps, str backend) "
-    "-> (Tensor, Tensor)",
+# Kernels: out like y, and mean and 1 / s of each group, (B, T, groups, 2) in float32, which their backward reads.
+registration.define(
+    "guided_group_norm(Tensor y, Tensor? term, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)",
     "upsampling_decoder",
-    _fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
-legacy.define(
-    "guided_group_norm_backward(Tensor grad, Tensor y, Tensor? term, Tensor statistics, Tensor weight, Tensor bias, "
-    "bool need_y, bool need_term, bool need_affine, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    "upsampling_decoder",
-    _backward_fake,
+    lambda y, term, weight, bias, groups, eps: (
+        y.new_empty(y.shape),
+        y.new_empty(*y.shape[:2], groups, 2, dtype=torch.float32),
+    ),
+    saved=(1,),
 )
