@@ -111,7 +111,7 @@ def define(
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors (or None) in autocast's dtype where it is on: a kernel reads and writes one dtype, sums in float32."""
+    """The tensors (or None) in autocast's dtype where it is on: a kernel works on one dtype and sums in float32."""
     device = _first_tensor(tensors).device.type
     if not torch.is_autocast_enabled(device):
         return tensors
