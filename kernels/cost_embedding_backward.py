@@ -125,10 +125,10 @@ def _weight_gradient(
 
 
 def cost_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """(B, T, H, W, C), (C, P, K, K) -> (B, T · P, H · W)."""
+    """(B, T, H, W, C), (C, P, K, K) -> (B, T, P, H, W)."""
     batch, classes, height, width, channels = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
-    out = grad.new_empty(batch, classes * prompts, height * width)
+    out = grad.new_empty(batch, classes, prompts, height, width)
     tile = sizes(COST_TILES, grad)
     rows, columns = map_tile(height, width, size, tile["HALO"], tile["PIXELS"])
     halo = block((rows + size - 1) * (columns + size - 1), most=tile["HALO"])
@@ -144,7 +144,7 @@ def cost_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, cost: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C), (B, T · P, H · W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
+    """(B, T, H, W, C), (B, T, P, H, W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
     batch, classes, height, width, channels = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
     tile = sizes(WEIGHT_TILES, grad)

@@ -113,10 +113,10 @@ def _backward(
 
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
-    """(B, S, E) and (K, E) -> (B, K, S)."""
-    batch, patches, channels = image.shape
-    prompts = text.shape[0]
-    cost = image.new_empty(batch, prompts, patches)
+    """(B, H, W, E) and (T, P, E) -> (B, T, P, H, W)."""
+    batch, height, width, channels = image.shape
+    cost = image.new_empty(batch, *text.shape[:2], height, width)
+    patches, prompts = height * width, text.shape[0] * text.shape[1]
     tile = sizes(TILES, image)
     launch(
         _forward, (batch * cdiv(patches, tile["ROWS"]) * cdiv(prompts, tile["ROWS"]),),
@@ -129,8 +129,8 @@ def cost_volume_backward(
     grad: Tensor, cost: Tensor, image: Tensor, text: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of image and text."""
-    batch, patches, channels = image.shape
-    prompts = text.shape[0]
+    batch, height, width, channels = image.shape
+    patches, prompts = height * width, text.shape[0] * text.shape[1]
     tile = sizes(TILES, image)
     image_norm, text_norm = (_row_norms(side, tile) for side in (image, text))
 

@@ -29,10 +29,10 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
 
 
 def cost_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """(B, T, H, W, C), (C, P, K, K) -> (B, T · P, H · W)."""
+    """(B, T, H, W, C), (C, P, K, K) -> (B, T, P, H, W)."""
     batch, classes, height, width, outputs = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
-    out = grad.new_empty(batch, classes * prompts, height * width)
+    out = grad.new_empty(batch, classes, prompts, height, width)
     taps = native.aligned(weight.permute(1, 2, 3, 0))
     native.call(
         "ovseg_cost_embedding_cost_bwd", grad, taps, out, batch * classes, prompts, height, width, outputs, size
@@ -41,7 +41,7 @@ def cost_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, cost: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C), (B, T · P, H · W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
+    """(B, T, H, W, C), (B, T, P, H, W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
     batch, classes, height, width, outputs = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
     parts = max(min(batch * classes * height * width // SHARE, SHARES // prompts), 1)

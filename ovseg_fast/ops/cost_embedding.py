@@ -46,9 +46,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
 
 def torch_form(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `cost_embedding`."""
-    volume = cosines(image.flatten(1, 2), text.flatten(0, 1))
-    volume = volume.view(image.shape[0], *text.shape[:2], *image.shape[1:3])
-    return embed_volume(volume.permute(0, 1, 3, 4, 2), weight, bias)
+    return embed_volume(cosines(image, text).permute(0, 1, 3, 4, 2), weight, bias)
 
 
 def embed_volume(volume: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -74,13 +72,10 @@ def _backward(
     kernels: Any, grad: Tensor, image: Tensor, text: Tensor, weight: Tensor, bias: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Recomputes the cost volume and stores it, as it stores its gradient: each is 1 / C of `grad`."""
-    patches, prompts = image.flatten(1, 2), text.flatten(0, 1)
-    cost = kernels.cost_volume(patches, prompts)
+    cost = kernels.cost_volume(image, text)
     grads: list[Tensor | None] = [None] * 4
     if any(needs[:2]):
-        cost_grad = kernels.cost_gradient(grad, weight)
-        parts = kernels.cost_volume_backward(cost_grad, cost, patches, prompts, needs[:2])
-        grads[:2] = [part if part is None else part.view_as(x) for part, x in zip(parts, (image, text), strict=True)]
+        grads[:2] = kernels.cost_volume_backward(kernels.cost_gradient(grad, weight), cost, image, text, needs[:2])
     if any(needs[2:]):
         grads[2:] = kernels.weight_gradient(grad, cost, weight)
     return grads
@@ -89,8 +84,6 @@ def _backward(
 registration.define(
     "cost_embedding(Tensor image, Tensor text, Tensor weight, Tensor bias) -> Tensor",
     "cost_embedding",
-    lambda image, text, weight, bias: image.new_empty(
-        image.shape[0], text.shape[0], *image.shape[1:3], weight.shape[0]
-    ),
+    lambda image, text, _, bias: image.new_empty(image.shape[0], text.shape[0], *image.shape[1:3], bias.shape[0]),
     backward=_backward,
 )

@@ -29,17 +29,18 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     """
     check_cost_inputs("cost_volume", image, text)
     backend = backends.choose("cost_volume", image, text)
-    patches, prompts = image.flatten(1, 2), text.flatten(0, 1)
     if backend == "torch":
-        volume = torch_form(patches, prompts)
+        volume = torch_form(image, text)
     else:
-        volume = torch.ops.ovseg_fast.cost_volume(*registration.autocast(patches, prompts), backend)
-    return volume.view(image.shape[0], *text.shape[:2], *image.shape[1:3]).permute(0, 1, 3, 4, 2)
+        volume = torch.ops.ovseg_fast.cost_volume(*registration.autocast(image, text), backend)
+    return volume.permute(0, 1, 3, 4, 2)
 
 
 def torch_form(image: Tensor, text: Tensor) -> Tensor:
-    """(B, S, E) and (K, E) -> (B, K, S)."""
-    return torch.matmul(F.normalize(text, dim=-1), F.normalize(image, dim=-1).transpose(1, 2))
+    """(B, H, W, E) and (T, P, E) -> (B, T, P, H, W), as the kernels."""
+    patches, prompts = F.normalize(image, dim=-1).flatten(1, 2), F.normalize(text, dim=-1).flatten(0, 1)
+    volume = torch.matmul(prompts, patches.transpose(1, 2))
+    return volume.view(image.shape[0], *text.shape[:2], *image.shape[1:3])
 
 
 def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **weights: tuple[Tensor, str]) -> None:
@@ -49,10 +50,9 @@ def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **weights: tup
     check_positive(operator, H=height, W=width, E=channels, T=text.shape[0], P=text.shape[1])
 
 
-# Kernels: image (B, S, E), text (K, E) with K = T · P -> cost (B, K, S), which their backward reads.
 registration.define(
     "cost_volume(Tensor image, Tensor text) -> Tensor",
     "cost_volume",
-    lambda image, text: image.new_empty(image.shape[0], text.shape[0], image.shape[1]),
+    lambda image, text: image.new_empty(image.shape[0], *text.shape[:2], *image.shape[1:3]),
     saved=(0,),
 )

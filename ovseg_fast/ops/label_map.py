@@ -29,54 +29,41 @@ MOST_WINDOWS = 64  # whose positions a launch of the CUDA C++ kernels carries
 
 
 class Placement(NamedTuple):
-    """Where the windows of an image lie. All numbers are pixels.
+    """Where the windows of an image lie, in pixels."""
 
-    Attributes:
-        positions: (top, left) of each of the N windows on the canvas.
-        window: (height, width) of every window.
-        canvas: (height, width) of the picture that the windows cover together.
-        size: (H, W) of the result, to which the canvas is resized.
-    """
-
-    positions: Sequence[tuple[int, int]]
-    window: tuple[int, int]
-    canvas: tuple[int, int]
-    size: tuple[int, int]
+    positions: Sequence[tuple[int, int]]  # (top, left) of each of the N windows on the canvas
+    window: tuple[int, int]  # (height, width) of every window
+    canvas: tuple[int, int]  # (height, width) of the picture that the windows cover together
+    size: tuple[int, int]  # (H, W) of the result, to which the canvas is resized
 
     def check(self, operator: str, windows: int) -> None:
         """Raise ValueError unless these are that many windows, which lie on the canvas and cover it."""
-        for name, (height, width) in (("window", self.window), ("canvas", self.canvas), ("size", self.size)):
+        positions, window, canvas, size = self
+        for name, (height, width) in (("window", window), ("canvas", canvas), ("size", size)):
             check_positive(operator, **{f"{name} height": height, f"{name} width": width})
-        if len(self.positions) != windows:
-            raise ValueError(
-                f"{operator}: positions must name {windows} windows, one for each logit map, got {len(self.positions)}."
-            )
-        for top, left in self.positions:
-            if min(top, left) < 0 or top + self.window[0] > self.canvas[0] or left + self.window[1] > self.canvas[1]:
+        if len(positions) != windows:
+            raise ValueError(f"{operator}: positions must name {windows} windows, one per map, got {len(positions)}.")
+        for top, left in positions:
+            if min(top, left) < 0 or top + window[0] > canvas[0] or left + window[1] > canvas[1]:
                 raise ValueError(
-                    f"{operator}: positions must keep the {self.window} window on the {self.canvas} canvas, "
-                    f"got ({top}, {left})."
+                    f"{operator}: positions must keep the {window} window on the {canvas} canvas, got ({top}, {left})."
                 )
         if not self._cover():
-            raise ValueError(
-                f"{operator}: positions must cover the whole {self.canvas} canvas, some pixels lie in no window."
-            )
+            raise ValueError(f"{operator}: positions must cover the whole {canvas} canvas, got pixels in no window.")
 
     def _cover(self) -> bool:
-        """Whether every pixel lies in a window. The topmost pixel of a column that does not is in the first row or in
-        a row where a window has just ended, so only these rows are checked."""
-        height, width = self.window
-        for row in {0, *(top + height for top, _ in self.positions)}:
-            lefts = [left for top, left in self.positions if top <= row < top + height]
-            reach = 0
-            while row < self.canvas[0] and reach < self.canvas[1]:
-                further = max([0, *(left + width for left in lefts if left <= reach)])
-                if further <= reach:
+        """Whether every pixel lies in a window. The topmost one of a column that does not is in the first row or where
+        a window has just ended, and the leftmost one of such a row too: only these are checked."""
+        positions, (height, width), canvas, _ = self
+        for row in {0, *(top + height for top, _ in positions if top + height < canvas[0])}:
+            lefts = {left for top, left in positions if top <= row < top + height}
+            for column in {0, *(left + width for left in lefts if left + width < canvas[1])}:
+                if not any(left <= column < left + width for left in lefts):
                     return False
-                reach = further
         return True
 
 
+@torch.no_grad()
 def label_map(
     logits: Tensor, placement: Placement, *, whole: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
@@ -94,11 +81,10 @@ def label_map(
     Raises:
         TypeError, ValueError: a tensor does not fit, a window leaves the canvas, or the windows do not cover it.
     """
-    _check("label_map", logits, placement, whole, offset)
-    with torch.no_grad():
-        return _run(logits, placement, whole, offset, 1, False)[1][0]
+    return _run("label_map", logits, placement, whole, offset, 1)[1][0]
 
 
+@torch.no_grad()
 def top_labels(
     logits: Tensor, placement: Placement, *, k: int, whole: Tensor | None = None, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -115,47 +101,43 @@ def top_labels(
     Raises:
         TypeError, ValueError: as `label_map`, or for another k.
     """
-    _check("top_labels", logits, placement, whole, offset)
-    most = min(logits.shape[1], MOST_LABELS)
-    if not 1 <= k <= most:
-        raise ValueError(f"top_labels: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
-    with torch.no_grad():
-        return _run(logits, placement, whole, offset, k, True)
+    return _run("top_labels", logits, placement, whole, offset, k)
 
 
 def score_map(
     logits: Tensor, placement: Placement, *, whole: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
     """The scores (T, H, W) that `label_map` takes the best of; same arguments and errors."""
-    _check("score_map", logits, placement, whole, offset)
-    return _run(logits, placement, whole, offset, 0, True)[0]
-
-
-def _check(operator: str, logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None) -> None:
-    optional = {"whole": (whole, "1 T h w"), "offset": (offset, "T")}
-    given = {name: (tensor, shape) for name, (tensor, shape) in optional.items() if tensor is not None}
-    check_tensors(operator, logits=(logits, "N T h w"), **given)
-    check_positive(operator, **dict(zip("NThw", logits.shape, strict=True)))
-    if not isinstance(placement, Placement):
-        raise TypeError(f"{operator}: placement must be an ovseg_fast.ops.Placement, got {type(placement).__name__}.")
-    placement.check(operator, logits.shape[0])
+    return _run("score_map", logits, placement, whole, offset, None)[0]
 
 
 def _run(
-    logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int, need_scores: bool
+    function: str, logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int | None
 ) -> tuple[Tensor, Tensor]:
-    """`torch_form`, or its kernels, which leave out scores that are not needed."""
+    """Check the arguments of a public function, then run `torch_form` or its kernels; k is None for all scores."""
+    optional = {"whole": (whole, "1 T h w"), "offset": (offset, "T")}
+    given = {name: (tensor, shape) for name, (tensor, shape) in optional.items() if tensor is not None}
+    check_tensors(function, logits=(logits, "N T h w"), **given)
+    windows, classes, height, width = logits.shape
+    check_positive(function, N=windows, T=classes, h=height, w=width)
+    if not isinstance(placement, Placement):
+        raise TypeError(f"{function}: placement must be an ovseg_fast.ops.Placement, got {type(placement).__name__}.")
+    placement.check(function, windows)
+    most = min(classes, MOST_LABELS)
+    if k is not None and not 1 <= k <= most:
+        raise ValueError(f"{function}: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
     whole, offset = (None if tensor is None else tensor.to(logits.dtype) for tensor in (whole, offset))
-    windows = len(placement.positions)
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in (logits, whole, offset))
     no_gradient = "its kernel has no gradient" if differentiable and torch.is_grad_enabled() else None
     too_many = f"its kernels take up to {MOST_WINDOWS} windows, not {windows}" if windows > MOST_WINDOWS else None
     backend = backends.choose("label_map", logits, refusals={"triton": no_gradient, "cuda": no_gradient or too_many})
     if backend == "torch":
-        return torch_form(logits, placement, whole, offset, k)
+        return torch_form(logits, placement, whole, offset, k or 0)
     positions = [start for position in placement.positions for start in position]
     sizes = [*placement.window, *placement.canvas, *placement.size]
-    return torch.ops.ovseg_fast.label_map(logits, whole, offset, positions, sizes, k, need_scores, backend)
+    return torch.ops.ovseg_fast.label_map(
+        logits, whole, offset, positions, sizes, k or 0, function != "label_map", backend
+    )
 
 
 def torch_form(

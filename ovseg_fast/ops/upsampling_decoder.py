@@ -43,11 +43,9 @@ def guidance_term(guidance: Tensor, up_bias: Tensor, conv1_weight: Tensor) -> Te
         up_bias=(up_bias, "U"),
         conv1_weight=(conv1_weight, "D U+G 3 3"),
     )
-    if conv1_weight.shape[1] != up_bias.shape[0] + guidance.shape[-1]:
-        raise ValueError(
-            f"guidance_term: conv1_weight must have U + G = {up_bias.shape[0] + guidance.shape[-1]} input channels, "
-            f"got {conv1_weight.shape[1]}."
-        )
+    channels, given = up_bias.shape[0] + guidance.shape[-1], conv1_weight.shape[1]
+    if given != channels:
+        raise ValueError(f"guidance_term: conv1_weight must have U + G = {channels} input channels, got {given}.")
     check_positive("guidance_term", H=guidance.shape[1], W=guidance.shape[2])
     constant = up_bias.expand(*guidance.shape[:-1], -1)
     maps = torch.cat([constant, guidance], -1).permute(0, 3, 1, 2)
@@ -55,18 +53,9 @@ def guidance_term(guidance: Tensor, up_bias: Tensor, conv1_weight: Tensor) -> Te
 
 
 def upsampling_decoder(
-    x: Tensor,
-    term: Tensor,
-    up_weight: Tensor,
-    conv1_weight: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    conv2_weight: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    *,
-    groups: int,
-) -> Tensor:
+    x: Tensor, term: Tensor, up_weight: Tensor, conv1_weight: Tensor, norm1_weight: Tensor, norm1_bias: Tensor,
+    conv2_weight: Tensor, norm2_weight: Tensor, norm2_bias: Tensor, *, groups: int,
+) -> Tensor:  # fmt: skip
     """One stage of the upsampling decoder (CAT-Seg, section 3.4).
 
     Args:
@@ -84,74 +73,55 @@ def upsampling_decoder(
         TypeError, ValueError: a tensor or `groups` does not fit.
     """
     check_tensors(
-        "upsampling_decoder",
-        x=(x, "B T H W C"),
-        term=(term, "B 2H 2W D"),
-        up_weight=(up_weight, "C U 2 2"),
-        conv1_weight=(conv1_weight, "D U+G 3 3"),
-        norm1_weight=(norm1_weight, "D"),
-        norm1_bias=(norm1_bias, "D"),
-        conv2_weight=(conv2_weight, "D D 3 3"),
-        norm2_weight=(norm2_weight, "D"),
-        norm2_bias=(norm2_bias, "D"),
-    )
+        "upsampling_decoder", x=(x, "B T H W C"), term=(term, "B 2H 2W D"), up_weight=(up_weight, "C U 2 2"),
+        conv1_weight=(conv1_weight, "D U+G 3 3"), norm1_weight=(norm1_weight, "D"), norm1_bias=(norm1_bias, "D"),
+        conv2_weight=(conv2_weight, "D D 3 3"), norm2_weight=(norm2_weight, "D"), norm2_bias=(norm2_bias, "D"),
+    )  # fmt: skip
     batch, classes, height, width, _ = x.shape
     check_positive("upsampling_decoder", T=classes, H=height, W=width)
-    if term.shape[1:3] != (2 * height, 2 * width):
-        raise ValueError(
-            f"upsampling_decoder: term must be twice the map of x, {2 * height} × {2 * width}, "
-            f"got {tuple(term.shape[1:3])}."
-        )
-    if conv1_weight.shape[1] < up_weight.shape[1]:
-        raise ValueError(
-            f"upsampling_decoder: conv1_weight must have at least U = {up_weight.shape[1]} input channels, "
-            f"got {conv1_weight.shape[1]}."
-        )
+    doubled, got = (2 * height, 2 * width), tuple(term.shape[1:3])
+    if got != doubled:
+        raise ValueError(f"upsampling_decoder: term must be twice the map of x, {doubled}, got {got}.")
+    channels, given = up_weight.shape[1], conv1_weight.shape[1]
+    if given < channels:
+        raise ValueError(f"upsampling_decoder: conv1_weight must have at least U = {channels} inputs, got {given}.")
     if groups < 1 or norm1_weight.numel() % groups:
         raise ValueError(f"upsampling_decoder: groups must divide D = {norm1_weight.numel()}, got {groups}.")
 
     tensors = (x, term, up_weight, conv1_weight, norm1_weight, norm1_bias, conv2_weight, norm2_weight, norm2_bias)
     backend = backends.choose("upsampling_decoder", *tensors)
     # Full correlation of the two kernels: tap j of the joint kernel sums up[a]·conv1[m] over a - m + 2 = j.
-    joint_weight = F.conv2d(up_weight, conv1_weight[:, : up_weight.shape[1]], padding=2)
-    # The tokens are maps in PyTorch's channels_last format: neither library nor kernels copy them.
-    maps = x.contiguous().flatten(0, 1).permute(0, 3, 1, 2)
-    maps = F.conv_transpose2d(maps, joint_weight, stride=2, padding=1)
-    maps = _norm(maps, term, norm1_weight, norm1_bias, (batch, classes), groups, backend)
-    maps = F.conv2d(maps, conv2_weight, padding=1)
-    maps = _norm(maps, None, norm2_weight, norm2_bias, (batch, classes), groups, backend)
-    return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
+    joint_weight = F.conv2d(up_weight, conv1_weight[:, :channels], padding=2)
+
+    def norm(maps: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        y = maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
+        if backend == "torch":
+            return torch_form(y, term, weight, bias, groups)
+        y, term, weight, bias = registration.autocast(y, term, weight, bias)
+        return torch.ops.ovseg_fast.guided_group_norm(y, term, weight, bias, groups, EPS, backend)[0]
+
+    maps = F.conv_transpose2d(_maps(x.contiguous()), joint_weight, stride=2, padding=1)
+    x = norm(maps, term, norm1_weight, norm1_bias)
+    return norm(F.conv2d(_maps(x), conv2_weight, padding=1), None, norm2_weight, norm2_bias)
 
 
 def torch_form(y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     """What kernels do around the library's convolutions, ReLU(GN(y + term)): y (B, T, H, W, D), term (B, H, W, D)."""
     if term is not None:
         y = y + term.unsqueeze(1)
-    maps = y.flatten(0, 1).permute(0, 3, 1, 2)
-    maps = F.relu(F.group_norm(maps, groups, weight, bias, EPS))
+    maps = F.relu(F.group_norm(_maps(y), groups, weight, bias, EPS))
     return maps.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
 
 
-def _norm(
-    maps: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, sizes: tuple[int, int], groups: int, backend: str
-) -> Tensor:
-    """`torch_form`, or its kernels, on maps (B·T, D, H, W); `sizes` are B and T."""
-    y = maps.permute(0, 2, 3, 1).unflatten(0, sizes)
-    if backend == "torch":
-        out = torch_form(y, term, weight, bias, groups)
-    else:
-        y, term, weight, bias = registration.autocast(y, term, weight, bias)
-        out, _ = torch.ops.ovseg_fast.guided_group_norm(y, term, weight, bias, groups, EPS, backend)
-    return out.flatten(0, 1).permute(0, 3, 1, 2)
+def _maps(tokens: Tensor) -> Tensor:
+    """(B, T, H, W, C) -> (B·T, C, H, W) in PyTorch's channels_last format: the same memory, not copied."""
+    return tokens.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 # Kernels: out like y, and mean and 1 / s of each group, (B, T, groups, 2) in float32, which their backward reads.
 registration.define(
     "guided_group_norm(Tensor y, Tensor? term, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)",
     "upsampling_decoder",
-    lambda y, term, weight, bias, groups, eps: (
-        y.new_empty(y.shape),
-        y.new_empty(*y.shape[:2], groups, 2, dtype=torch.float32),
-    ),
+    lambda y, term, weight, bias, groups, eps: (y.new_empty(y.shape), y.new_empty(*y.shape[:2], groups, 2).float()),
     saved=(1,),
 )

@@ -256,7 +256,7 @@ def test_memory_does_not_grow_with_the_classes() -> None:
 @pytest.mark.parametrize(
     ("positions", "mention"),
     [
-        ([(0, 0)], "positions must name 2 windows, one for each logit map, got 1"),
+        ([(0, 0)], "positions must name 2 windows, one per map, got 1"),
         ([(0, 0), (0, 5)], "on the (8, 12) canvas, got (0, 5)"),
         ([(0, 0), (-1, 4)], "on the (8, 12) canvas, got (-1, 4)"),
         ([(0, 0), (0, 3)], "cover the whole (8, 12) canvas"),
