@@ -28,7 +28,7 @@ from .common.launch import block, cdiv, launch, precision, sizes
 from .common.map_tiles import halo_pixels, map_tile, tile_pixels
 from .common.math import dot
 from .cost_embedding_backward import cost_gradient, weight_gradient
-from .cost_volume import cost_volume, cost_volume_backward, norm
+from .cost_volume import cost_volume, cost_volume_backward, products
 
 # The last four for the backward in `ovseg_fast/ops/cost_embedding.py`.
 __all__ = ["cost_embedding", "cost_gradient", "cost_volume", "cost_volume_backward", "weight_gradient"]
@@ -51,17 +51,10 @@ def _halo_costs(
     HALO: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Costs between pixels, (HALO,), and rows of `text`, (COLUMNS,): one row after another, (COLUMNS · HALO,)."""
-    products = tl.zeros((HALO, COLUMNS), tl.float32)
-    image_squares = tl.zeros((HALO,), tl.float32)
-    text_squares = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, channels, CHANNELS):
-        c = start + tl.arange(0, CHANNELS)
-        x = tl.load(image + pixel[:, None] * channels + c, mask=inside[:, None] & (c < channels), other=0.0)
-        t = tl.load(text + row[:, None] * channels + c, mask=present[:, None] & (c < channels), other=0.0)
-        products = dot(x, tl.trans(t), products, PRECISION)
-        image_squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-        text_squares += tl.sum(t.to(tl.float32) * t.to(tl.float32), 1)
-    costs = products / norm(text_squares)[None, :] / norm(image_squares)[:, None]
+    acc, image_norm, text_norm = products(
+        image, pixel, inside, text, row, present, channels, HALO, COLUMNS, CHANNELS, PRECISION
+    )
+    costs = acc / text_norm[None, :] / image_norm[:, None]
     costs = tl.where(inside[:, None], costs, 0.0)  # also where the text is NaN
     return tl.reshape(tl.trans(costs), (COLUMNS * HALO,))
 

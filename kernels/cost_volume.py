@@ -30,9 +30,23 @@ TILES = {2: {"ROWS": 64, "CHANNELS": 64}, 4: {"ROWS": 32, "CHANNELS": 32}}
 
 
 @triton.jit
-def norm(squares):
-    """Lengths of vectors from their sums of squares."""
-    return tl.maximum(tl.sqrt(squares), EPS, propagate_nan=tl.PropagateNan.ALL)
+def products(
+    a, a_row, a_mask, b, b_row, b_mask, channels,
+    A: tl.constexpr, B: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products (A, B) of the rows `a_row` of a and `b_row` of b, and the lengths of both, (A,) and (B,)."""
+    acc = tl.zeros((A, B), tl.float32)
+    a_squares = tl.zeros((A,), tl.float32)
+    b_squares = tl.zeros((B,), tl.float32)
+    for start in range(0, channels, CHANNELS):
+        c = start + tl.arange(0, CHANNELS)
+        x = tl.load(a + a_row[:, None] * channels + c, mask=a_mask[:, None] & (c < channels), other=0.0)
+        y = tl.load(b + b_row[:, None] * channels + c, mask=b_mask[:, None] & (c < channels), other=0.0)
+        acc = dot(x, tl.trans(y), acc, PRECISION)
+        a_squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        b_squares += tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
+    a_norm = tl.maximum(tl.sqrt(a_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
+    return acc, a_norm, tl.maximum(tl.sqrt(b_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -46,31 +60,12 @@ def _forward(
     k = tile // tl.cdiv(patches, ROWS) * ROWS + tl.arange(0, ROWS)
     s = tile % tl.cdiv(patches, ROWS) * ROWS + tl.arange(0, ROWS)
     image += batch * patches * channels
-    acc = tl.zeros((ROWS, ROWS), tl.float32)
-    text_squares = tl.zeros((ROWS,), tl.float32)
-    image_squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, channels, CHANNELS):
-        c = start + tl.arange(0, CHANNELS)
-        t = tl.load(text + k[:, None] * channels + c, mask=(k < prompts)[:, None] & (c < channels), other=0.0)
-        x = tl.load(image + s[:, None] * channels + c, mask=(s < patches)[:, None] & (c < channels), other=0.0)
-        acc = dot(t, tl.trans(x), acc, PRECISION)
-        text_squares += tl.sum(t.to(tl.float32) * t.to(tl.float32), 1)
-        image_squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-    acc = acc / norm(text_squares)[:, None] / norm(image_squares)[None, :]
+    acc, text_norm, image_norm = products(
+        text, k, k < prompts, image, s, s < patches, channels, ROWS, ROWS, CHANNELS, PRECISION
+    )
+    acc = acc / text_norm[:, None] / image_norm[None, :]
     offset = batch * prompts * patches + k[:, None].to(tl.int64) * patches + s[None, :]
     tl.store(cost + offset, acc, mask=(k < prompts)[:, None] & (s < patches)[None, :])
-
-
-@triton.jit
-def _norms(x, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, channels, CHANNELS):
-        c = start + tl.arange(0, CHANNELS)
-        mask = (row < rows)[:, None] & (c < channels)
-        value = tl.load(x + row[:, None].to(tl.int64) * channels + c, mask=mask, other=0.0).to(tl.float32)
-        squares += tl.sum(value * value, 1)
-    tl.store(out + row, norm(squares), mask=row < rows)
 
 
 @triton.jit
@@ -132,7 +127,9 @@ def cost_volume_backward(
     batch, height, width, channels = image.shape
     patches, prompts = height * width, text.shape[0] * text.shape[1]
     tile = sizes(TILES, image)
-    image_norm, text_norm = (_row_norms(side, tile) for side in (image, text))
+    image_norm, text_norm = (
+        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=EPS.value) for x in (image, text)
+    )
 
     def side_grad(x: Tensor, blocks: int, rows: int, *arguments: Tensor | int) -> Tensor:
         out = torch.empty_like(x)
@@ -148,11 +145,3 @@ def cost_volume_backward(
         side_grad(image, batch, patches, *image_side) if needs[0] else None,
         side_grad(text, 1, prompts, *text_side) if needs[1] else None,
     ]
-
-
-def _row_norms(x: Tensor, tile: dict[str, int]) -> Tensor:
-    """Lengths of the rows of x, in float32."""
-    rows = x.numel() // x.shape[-1]
-    out = x.new_empty(rows, dtype=torch.float32)
-    launch(_norms, (cdiv(rows, tile["ROWS"]),), x, out, rows, x.shape[-1], **tile)
-    return out
