@@ -73,10 +73,8 @@ def _backward(
     grad, cost, x, x_norm, y, y_norm, out, rows, cols, channels, images, row_stride, col_stride, y_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows and channels of x's gradient, summed over `cols` rows of y and over `images` images.
-
-    The strides are those of `grad` and `cost`; `y_rows` are the rows of y from one image to the next, 0 for the text.
-    """
+    """One tile of x's gradient, summed over `cols` rows of y and over `images` images. The strides are those of `grad`
+    and `cost`; `y_rows` is the number of rows of y from one image to the next, 0 for the text."""
     row_tiles = tl.cdiv(rows, ROWS)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     batch = (tl.program_id(0) // (row_tiles * channel_tiles)).to(tl.int64)

@@ -93,7 +93,7 @@ def _probabilities(maps, y, x, mask, height, width, scale_y, scale_x, RESIZE: tl
 
 @triton.jit
 def _corner(corner, y, x, scale_y, scale_x, height, width, RESIZE: tl.constexpr):
-    """One of the four source pixels 0..3 that a resizing reads, and its weight; the pixel itself without RESIZE."""
+    """One of the four source pixels 0..3 that a resizing reads, and its weight; without RESIZE the pixel itself."""
     weight = tl.full(y.shape, 1.0, tl.float32)
     if RESIZE:
         above, below, down = _taps(y, scale_y, height)
@@ -134,10 +134,9 @@ def _canvas(
             col = x - from_x
             inside = (row >= 0) & (row < window_height) & (col >= 0) & (col < window_width)
             maps = logits + ((n * classes + start + k).to(tl.int64) * area)[:, None]
-            value = _probabilities(
-                maps, row, col, valid & inside[None, :], height, width, map_scale_y, map_scale_x, RESIZE_MAPS
-            )
-            acc += tl.where(inside[None, :], value, 0.0)
+            mask = valid & inside[None, :]
+            p = _probabilities(maps, row, col, mask, height, width, map_scale_y, map_scale_x, RESIZE_MAPS)
+            acc += tl.where(inside[None, :], p, 0.0)
             count += inside.to(tl.float32)
     acc *= (1.0 / count)[None, :]
     if offset is not None:
@@ -149,9 +148,8 @@ def _canvas(
             row, col, weight = _corner(
                 corner, y, x, whole_scale_y, whole_scale_x, window_height, window_width, RESIZE_WHOLE
             )
-            value += weight[None, :] * _probabilities(
-                maps, row, col, valid, height, width, map_scale_y, map_scale_x, RESIZE_MAPS
-            )
+            p = _probabilities(maps, row, col, valid, height, width, map_scale_y, map_scale_x, RESIZE_MAPS)
+            value += weight[None, :] * p
         acc = (acc + value) * 0.5
     return acc
 

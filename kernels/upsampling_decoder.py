@@ -259,10 +259,8 @@ def guided_group_norm(
     moments = y.new_empty(maps, chunks, 2, channels, dtype=torch.float32)
     statistics = y.new_empty(batch, classes, groups, 2, dtype=torch.float32)
     launch(_moments, (programs,), y, term, moments, maps, classes, rows, channels, **tile)
-    launch(
-        _statistics, (cdiv(maps * groups, combined["GROUPS"]),),
-        moments, statistics, maps * groups, rows, channels, size, eps, **combined, warps=1,
-    )  # fmt: skip
+    blocks = cdiv(maps * groups, combined["GROUPS"])
+    launch(_statistics, (blocks,), moments, statistics, maps * groups, rows, channels, size, eps, **combined, warps=1)
     launch(_forward, (programs,), y, term, statistics, weight, bias, out, maps, classes, rows, channels, size, **tile)
     return out, statistics
 
@@ -285,10 +283,8 @@ def guided_group_norm_backward(
     if not any(needs[:2]):
         return [None, None, weight_grad, bias_grad]
     means = torch.empty_like(statistics)
-    launch(
-        _backward_means, (cdiv(maps * groups, combined["GROUPS"]),),
-        sums, weight, means, maps * groups, rows, channels, size, **combined, warps=1,
-    )  # fmt: skip
+    blocks = cdiv(maps * groups, combined["GROUPS"])
+    launch(_backward_means, (blocks,), sums, weight, means, maps * groups, rows, channels, size, **combined, warps=1)
     y_grad = torch.empty_like(y)
     chunks, parts, tile = _tiles(y, GRAD_ELEMENTS)
     # Without a sum over the classes, a program takes no more of them than a tile holds.
