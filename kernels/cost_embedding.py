@@ -6,8 +6,7 @@ with `cost` as in `cost_volume.py`, and 0 outside the map.
 
 A program takes a rectangular tile of the map and 16 text embeddings: those of 16 classes if a class has one prompt,
 else 16 prompts of one class at a time. One product gives the costs of the tile and its halo; they stay on chip as one
-row of numbers, from which `tl.gather` builds the windows (pixels × K²), and a second product with the weight embeds
-them.
+row of numbers, from which `tl.gather` builds the windows (pixels × K²); a second product embeds them with the weight.
 
 At the published size (576 patches of 512 channels, 171 classes, 128 outputs, 16 bits) the floor is writing the output's
 25 MB, 6 µs on an H200. What a fused kernel can lose is the image embeddings, which every program reads from the L2

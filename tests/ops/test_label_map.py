@@ -1,5 +1,5 @@
-"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, ties, and what the kernels
-leave out."""
+"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, ties, and classes that the
+kernels skip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 
 @pytest.fixture(params=CHUNKS)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many scores are worked on at a time."""
+    """How many scores are computed at a time."""
     monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
     return request.param
 
@@ -46,7 +46,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[*CHUNKS, "triton", "cuda"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The PyTorch form, working on so many scores at a time, or the kernels; gives the device to work on."""
+    """The PyTorch form, with so many scores at a time, or the kernels; returns the device of the tensors."""
     if request.param in backends.LAUNCHERS:
         if request.param == "triton":
             pytest.importorskip("triton")
@@ -154,7 +154,7 @@ def test_cascade_clip(size: tuple[int, int], chunk: int, rng: torch.Generator) -
 
 
 def test_labels_are_the_argmax_of_the_scores_to_the_bit(rng: torch.Generator) -> None:
-    """As long as all rows are worked on at once both do the same arithmetic, near ties included."""
+    """If all rows are computed at once both do the same arithmetic, near ties included."""
     logits = catseg_logits(rng, torch.float32)
     for size in ((160, 160), (100, 133)):
         labels, scores = (
@@ -237,7 +237,7 @@ def test_overlapping_windows_are_averaged_by_count(chunk: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_classes() -> None:
-    """What is worked on at a time holds at most CHUNK_ELEMENTS scores, or one class."""
+    """At most CHUNK_ELEMENTS scores, or those of one class, are computed at a time."""
     largest = 0
     interpolate = F.interpolate
 
@@ -368,7 +368,7 @@ def test_kernel_labels_are_those_of_float64(
 
 @pytest.mark.parametrize("size", [(20, 20), (13, 31)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_kernels_leave_out_no_class_that_is_best_somewhere(
+def test_kernels_skip_no_class_that_is_best_somewhere(
     size: tuple[int, int], whole: bool, kernels: str, rng: torch.Generator
 ) -> None:
     """A photograph: each of 40 classes is sure of a few places, here and there two of them of the same one."""
@@ -389,7 +389,7 @@ def test_kernels_leave_out_no_class_that_is_best_somewhere(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("argument", range(3))
-def test_kernels_leave_out_no_class_with_a_bad_number(
+def test_kernels_skip_no_class_with_a_bad_number(
     value: float, argument: int, kernels: str, rng: torch.Generator
 ) -> None:
     """20 classes that are hopeless but for one number of one of them."""
@@ -409,7 +409,7 @@ def test_kernels_leave_out_no_class_with_a_bad_number(
     assert_identical(results, best(scores, 3))
 
 
-def test_the_kernel_of_scores_is_refused_where_a_gradient_is_wanted(kernels: str, rng: torch.Generator) -> None:
+def test_the_kernel_of_scores_is_refused_if_a_gradient_is_needed(kernels: str, rng: torch.Generator) -> None:
     logits = torch.randn(1, 3, 4, 4, generator=rng).to(DEVICE)
     offset = torch.zeros(3, device=DEVICE, requires_grad=True)
     with ovs.backend(kernels):
@@ -426,7 +426,7 @@ def test_the_kernel_of_scores_is_refused_where_a_gradient_is_wanted(kernels: str
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_cuda_kernels_share_bounds_among_very_many_classes(k: int, rng: torch.Generator) -> None:
-    """More than a block keeps bounds of; numbers 6 and 4999 are equal, and surely the best."""
+    """More classes than a block stores bounds for; numbers 6 and 4999 are equal, and surely the best."""
     logits = torch.randn(1, 5000, 2, 2, generator=rng).to(DEVICE)
     logits[0, [6, 4999]] = 9.0
     placement = ops.Placement([(0, 0)], (4, 4), (4, 4), (5, 3))
@@ -439,7 +439,7 @@ def test_cuda_kernels_share_bounds_among_very_many_classes(k: int, rng: torch.Ge
 
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("windows", [64, 65])
-def test_cuda_kernels_take_so_many_windows(windows: int, rng: torch.Generator) -> None:
+def test_cuda_kernels_take_up_to_64_windows(windows: int, rng: torch.Generator) -> None:
     logits = torch.randn(windows, 2, 2, 1, generator=rng).to(DEVICE)
     positions = [(0, left) for left in range(windows)]
     placement = ops.Placement(positions, (3, 3), (3, windows + 2), (3, windows + 2))
