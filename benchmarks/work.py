@@ -16,12 +16,12 @@ from samples import Sample, arguments, tensors
 
 def _cost_volume(named: dict[str, Any]) -> int:
     image, text = named["image"], named["text"]
-    return 2 * image.numel() * text.shape[-3] * text.shape[-2]
+    return 2 * image.numel() * text.shape[0] * text.shape[1]
 
 
 def _cost_embedding(named: dict[str, Any]) -> int:
     batch, height, width, _ = named["image"].shape
-    outputs = batch * named["text"].shape[-3] * height * width
+    outputs = batch * named["text"].shape[0] * height * width
     return _cost_volume(named) + 2 * outputs * named["weight"].numel()
 
 
@@ -73,10 +73,11 @@ def _mask_attention(named: dict[str, Any]) -> int:
 
 def _label_map(named: dict[str, Any]) -> int:
     """Four taps of two operations a resizing, about ten for a sigmoid: windows, whole map, output."""
-    classes, (height, width) = named["logits"].shape[1], named["size"]
-    windows = named["logits"].shape[0] * named["window"][0] * named["window"][1]
-    canvas = named["canvas"][0] * named["canvas"][1]
-    return classes * (18 * windows + (26 * canvas if named.get("whole") is not None else 0) + 8 * height * width)
+    classes = named["logits"].shape[1]
+    positions, *sizes = named["placement"]
+    window, canvas, size = (height * width for height, width in sizes)
+    windows = len(positions) * window
+    return classes * (18 * windows + (26 * canvas if named.get("whole") is not None else 0) + 8 * size)
 
 
 def _mask_losses(named: dict[str, Any]) -> int:

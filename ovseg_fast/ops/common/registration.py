@@ -110,13 +110,13 @@ def define(
     torch.library.register_autograd(f"ovseg_fast::{name}", run_autograd, setup_context=setup_context, lib=_library)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on: a kernel reads and writes one dtype and sums in float32."""
-    device = tensors[0].device.type
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors (or None) in autocast's dtype where it is on: a kernel works on one dtype and sums in float32."""
+    device = _first_tensor(tensors).device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def tensor_arguments(weights: type) -> str:
