@@ -61,12 +61,10 @@ struct Weights {
     const T *qkv, *fc1, *fc2;
     int hidden, turns;
 
-    __device__ __forceinline__ int of_mlp() const { return 2 * (hidden / STAGE_ROWS); }
-    __device__ __forceinline__ int stages() const {
-        return LONG ? turns * (3 * HEADS + of_mlp()) : 3 * HEADS + of_mlp();
-    }
+    DEVICE int of_mlp() const { return 2 * (hidden / STAGE_ROWS); }
+    DEVICE int stages() const { return LONG ? turns * (3 * HEADS + of_mlp()) : 3 * HEADS + of_mlp(); }
 
-    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
+    DEVICE void operator()(int stage, unsigned char *buffer) const {
         int head = recomputed(stage) / 3, part = stage - 3 * head, mlp = stage - 3 * HEADS;  // parts: k, v, q
         if constexpr (LONG) {
             const int second = stage - turns * 2 * HEADS, step = second % recomputed(HEADS + of_mlp());
@@ -171,7 +169,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
                 const bool there = first + d_row(lane, 2 * i) < classes.keys();
                 const Waiting<T> pair = Waiting<T>::of(d[n].value[2 * i] + to_float(bias.value[0]),
                                                        d[n].value[2 * i + 1] + to_float(bias.value[1]));
-                store<T, 2>(pair_place(own_values, n, lane) + i * (8 * WIDTH), (there ? pair : Waiting<T>{}).pair());
+                store(pair_place(own_values, n, lane) + i * (8 * WIDTH), (there ? pair : Waiting<T>{}).pair());
             }
         }
     };
@@ -237,8 +235,8 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
                 for (int i = 0; i < 2; ++i) {
                     T *const place = pair_place(rows, h * (WIDTH / 8) + n, lane) + i * (8 * C);
                     const Pair<T> y = load<T, 2>(place), more = attended[h][n][i].pair();
-                    store<T, 2>(place, rounded_pair<T>(to_float(y.value[0]) + to_float(more.value[0]),
-                                                       to_float(y.value[1]) + to_float(more.value[1])));
+                    store(place, rounded_pair<T>(to_float(y.value[0]) + to_float(more.value[0]),
+                                                 to_float(y.value[1]) + to_float(more.value[1])));
                 }
             }
         }
@@ -352,52 +350,29 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
 }  // namespace
 }  // namespace ovseg
 
-int ovseg_class_aggregation_fwd(const void *x, const void *terms, const void *norm1_weight, const void *norm1_bias,
-                                const void *qkv_weight, const void *v_bias, const void *padding_token,
-                                const void *norm2_weight, const void *norm2_bias, const void *fc1_weight,
-                                const void *fc1_bias, const void *fc2_weight, const void *fc2_bias, void *out,
-                                void *middle, int64_t batch, int64_t classes, int64_t height, int64_t width,
-                                int64_t channels, int64_t hidden, int64_t heads, int64_t pooling, int64_t pads,
-                                int64_t images_of_terms, int dtype, int device, void *stream) {
+int ovseg_class_aggregation_fwd(const ovseg_class_aggregation_params *params, int dtype, int device, void *stream) {
     using namespace ovseg;
-    if (!takes_classes(classes, height, width, channels, heads, pooling, pads) || hidden < STAGE_ROWS ||
-        hidden % STAGE_ROWS || hidden > INT32_MAX / C) {
+    const auto &p = *params;
+    if (!takes_classes(p.classes, p.height, p.width, p.channels, p.heads, p.pooling, p.pads) ||
+        !takes_hidden(p.hidden, STAGE_ROWS)) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
-    if (!aligned(x, terms, norm1_weight, norm1_bias, qkv_weight, v_bias, padding_token, norm2_weight, norm2_bias,
-                 fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, middle)) {
-        return OVSEG_MISALIGNED;
-    }
+    if (!aligned_params(p, p.batch)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Classes list(classes, pads);
-        const ClassMaps<T> maps(in(x), in(padding_token), list, height, width, pooling);
-        const int64_t positions = batch * maps.positions;
+        const Classes list(p.classes, p.pads);
+        const ClassMaps<T> maps(p.x, p.padding_token, list, p.height, p.width, p.pooling);
+        const int64_t positions = p.batch * maps.positions;
         if (positions > INT32_MAX - WARPS<T>) return int(OVSEG_TOO_LARGE);
         const bool fits = list.tiles() <= WARPS<T>;
         const int processors = multiprocessors(device);  // a block takes several positions once each of these has one
         const int64_t spread = (positions + processors - 1) / processors;
         const int64_t together = fits ? std::max<int64_t>(std::min<int64_t>(WARPS<T> / list.tiles(), spread), 1)
                                       : (list.tiles() + WARPS<T> - 1) / WARPS<T>;
-        const Arguments<T> a{maps,
-                             in(terms),
-                             in(norm1_weight),
-                             in(norm1_bias),
-                             in(qkv_weight),
-                             in(v_bias),
-                             in(norm2_weight),
-                             in(norm2_bias),
-                             in(fc1_weight),
-                             in(fc1_bias),
-                             in(fc2_weight),
-                             in(fc2_bias),
-                             static_cast<T *>(out),
-                             static_cast<T *>(middle),
-                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0,
-                             int(positions),
-                             int(hidden),
-                             int(together)};
+        const int64_t terms_stride = p.images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0;
+        const auto a = filled<Arguments<T>>(maps, p.terms, p.norm1_weight, p.norm1_bias, p.qkv_weight, p.v_bias,
+                                            p.norm2_weight, p.norm2_bias, p.fc1_weight, p.fc1_bias, p.fc2_weight,
+                                            p.fc2_bias, p.out, p.middle, terms_stride, positions, p.hidden, together);
         return launch(fits ? class_aggregation<T, false> : class_aggregation<T, true>,
                       fits ? (positions + together - 1) / together : positions, THREADS<T>, Shared<T>::TOTAL, device,
                       stream, a);

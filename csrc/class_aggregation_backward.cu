@@ -43,7 +43,7 @@ struct Shared {
 
 // matrix += leftᵀ · right for 16 rows of both.
 template <typename T>
-__device__ __forceinline__ void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
+DEVICE void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
 #pragma unroll
     for (int k = 0; k < 16 / K<T>; ++k) {
         A a[WIDTH / 16];
@@ -60,10 +60,10 @@ __device__ __forceinline__ void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> le
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_backward(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attention_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
     using Pieces = RowPieces<T, WIDTH>;
-    constexpr int EACH = Pieces::EACH, LANES = Pieces::LANES, STEPS = WIDTH / K<T>;
+    constexpr int LANES = Pieces::LANES, STEPS = WIDTH / K<T>;
     unsigned char *const memory = shared_memory();
     const int warp = int(threadIdx.x) / 32;
     const Tile<T, WIDTH> left{memory + 2 * warp * Layout::TILE}, right = left.rows_from(16);  // the warp's own
@@ -84,14 +84,14 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 
     // A lane's piece of queries, keys or values (`part` 0, 1, 2) before φ, in float; beyond the list that of the last
     // key, finite wherever the list is, which counts 0 times.
-    const auto load_part = [&](float (&values)[EACH], int part, int key) {
+    const auto load_part = [&](float (&values)[EACH<T>], int part, int key) {
         key = min(key, classes.keys() - 1);
         const int column = part * C + Pieces::column(lane);
-        const Piece<T> piece = load<T, EACH>((key < classes.count ? tokens + key * pitch : padding) + column);
-        const Piece<T> term = load<T, EACH>(part == 2 ? a.v_bias + channel + Pieces::column(lane)
-                                                      : terms + int64_t(key) * (2 * C) + column);
+        const Piece<T> piece = load_piece((key < classes.count ? tokens + key * pitch : padding) + column);
+        const Piece<T> term =
+            load_piece(part == 2 ? a.v_bias + channel + Pieces::column(lane) : terms + int64_t(key) * (2 * C) + column);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) values[i] = to_float(piece.value[i]) + to_float(term.value[i]);
+        for (int i = 0; i < EACH<T>; ++i) values[i] = to_float(piece.value[i]) + to_float(term.value[i]);
     };
     const auto store_part = [&](Tile<T, WIDTH> tile, int part, int tile_first) {
         copy_out(tile, a.grad_tokens + first * (3 * C) + channel + part * C + tile_first * pitch, pitch,
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 
     {
         D matrix[PIECES] = {};
-        float totals[EACH] = {}, means[EACH] = {};
+        float totals[EACH<T>] = {}, means[EACH<T>] = {};
 #pragma unroll 1
         for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
             lane = recomputed_lane(lane);
@@ -144,18 +144,18 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
             for (int i = 0; i < Pieces::TOGETHER; ++i) {
                 const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
                 const float times = classes.times(key) * share;  // 0 beyond the list
-                float values[EACH];
+                float values[EACH<T>];
                 load_part(values, 1, key);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]) * times;
+                for (int j = 0; j < EACH<T>; ++j) values[j] = feature(values[j]) * times;
                 const Piece<T> k = rounded<T>(values);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) totals[j] += to_float(k.value[j]);
-                store<T, EACH>(Pieces::place(left, 0, i, lane), k);
+                for (int j = 0; j < EACH<T>; ++j) totals[j] += to_float(k.value[j]);
+                store(Pieces::place(left, 0, i, lane), k);
                 load_part(values, 2, key);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) means[j] += values[j] * times;
-                store<T, EACH>(Pieces::place(right, 0, i, lane), rounded<T>(values));
+                for (int j = 0; j < EACH<T>; ++j) means[j] += values[j] * times;
+                store(Pieces::place(right, 0, i, lane), rounded<T>(values));
             }
             __syncwarp();
             add_outer(matrix, left, right, lane);
@@ -163,15 +163,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
         }
         leave(matrix);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
+        for (int i = 0; i < EACH<T>; ++i) {
 #pragma unroll
             for (int distance = 16; distance >= LANES; distance /= 2) {
                 totals[i] += __shfl_xor_sync(ALL_LANES, totals[i], distance);
                 means[i] += __shfl_xor_sync(ALL_LANES, means[i], distance);
             }
             if (lane < LANES) {
-                parts[warp].vectors[lane * EACH + i] = totals[i];
-                parts[warp].vectors[WIDTH + lane * EACH + i] = means[i];
+                parts[warp].vectors[lane * EACH<T> + i] = totals[i];
+                parts[warp].vectors[WIDTH + lane * EACH<T> + i] = means[i];
             }
         }
         D sums[PIECES / WARPS];
@@ -196,15 +196,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 #pragma unroll
             for (int i = 0; i < Pieces::TOGETHER; ++i) {
                 const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
-                float values[EACH];
+                float values[EACH<T>];
                 load_part(values, 0, key);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]);
-                store<T, EACH>(Pieces::place(left, 0, i, lane), rounded<T>(values));
+                for (int j = 0; j < EACH<T>; ++j) values[j] = feature(values[j]);
+                store(Pieces::place(left, 0, i, lane), rounded<T>(values));
                 // The padding asks nothing, and a row beyond the list, which holds the last key once more, neither.
                 const int64_t token = first + int64_t(key) * a.positions;
                 const T *const grad = a.grad + token * C + channel + Pieces::column(lane);
-                store<T, EACH>(Pieces::place(right, 0, i, lane), load_if(key < classes.count, grad));
+                store(Pieces::place(right, 0, i, lane), load_if(key < classes.count, grad));
             }
             __syncwarp();
             A q[STEPS];
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
                     const Pair<T> grad = load<T, 2>(place);
                     const Pair<T> pair = rounded_pair<T>(to_float(grad.value[0]) * normaliser[i],
                                                          to_float(grad.value[1]) * normaliser[i]);
-                    store<T, 2>(place, pair);
+                    store(place, pair);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         const float number = to_float(pair.value[j]);
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
                         totals[n].value[j] += pair.value[j] * along[i];
                         grad[j] = q_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f);
                     }
-                    store<T, 2>(pair_place(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
+                    store(pair_place(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
                 }
             }
             __syncwarp();
@@ -297,16 +297,16 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 #pragma unroll
         for (int i = 0; i < Pieces::TOGETHER; ++i) {
             const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
-            float values[EACH];
+            float values[EACH<T>];
             load_part(values, 1, key);
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]);
-            store<T, EACH>(Pieces::place(left, 0, i, lane), rounded<T>(values));
+            for (int j = 0; j < EACH<T>; ++j) values[j] = feature(values[j]);
+            store(Pieces::place(left, 0, i, lane), rounded<T>(values));
             load_part(values, 2, key);
             const Piece<T> v = rounded<T>(values);
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) values[j] = to_float(v.value[j]) - m[Pieces::column(lane) + j];
-            store<T, EACH>(Pieces::place(right, 0, i, lane), rounded<T>(values));
+            for (int j = 0; j < EACH<T>; ++j) values[j] = to_float(v.value[j]) - m[Pieces::column(lane) + j];
+            store(Pieces::place(right, 0, i, lane), rounded<T>(values));
         }
         __syncwarp();
         A keys[STEPS];
@@ -337,8 +337,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
                     of_value.value[j] = v_grad[n].value[2 * i + j] * times;
                 }
                 const int place = i * (8 * WIDTH);
-                store<T, 2>(pair_place(left, n, lane) + place, rounded_pair<T>(of_key.value[0], of_key.value[1]));
-                store<T, 2>(pair_place(right, n, lane) + place, rounded_pair<T>(of_value.value[0], of_value.value[1]));
+                store(pair_place(left, n, lane) + place, rounded_pair<T>(of_key.value[0], of_key.value[1]));
+                store(pair_place(right, n, lane) + place, rounded_pair<T>(of_value.value[0], of_value.value[1]));
                 if (!pad) continue;
                 float *const target = a.grad_padding + int64_t(position) * (2 * C) + channel + d_column(lane, 0);
                 store<float, 2>(target + 8 * n, of_key);
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 }  // namespace ovseg
 
 int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms, const void *v_bias, const void *grad,
-                                          void *grad_tokens, void *grad_padding, int64_t batch, int64_t classes,
+                                          void *grad_tokens, float *grad_padding, int64_t batch, int64_t classes,
                                           int64_t positions, int64_t channels, int64_t heads, int64_t pads,
                                           int64_t images_of_terms, int dtype, int device, void *stream) {
     using namespace ovseg;
@@ -364,18 +364,11 @@ int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms,
     if (!aligned(tokens, terms, v_bias, grad, grad_tokens, grad_padding)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const Classes list(classes, pads);
-        const Arguments<T> a{in(tokens),
-                             in(terms),
-                             in(v_bias),
-                             in(grad),
-                             static_cast<T *>(grad_tokens),
-                             static_cast<float *>(grad_padding),
-                             list,
-                             batch,
-                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0,
-                             int(positions)};
-        return launch(attention_backward<T>, batch * positions * HEADS, THREADS, Shared<T>::TOTAL, device, stream, a);
+        const int64_t terms_stride = images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0;
+        const auto a = filled<Arguments<T>>(tokens, terms, v_bias, grad, grad_tokens, grad_padding, list, batch,
+                                            terms_stride, positions);
+        return launch(class_attention_backward<T>, batch * positions * HEADS, THREADS, Shared<T>::TOTAL, device, stream,
+                      a);
     });
 }

@@ -24,10 +24,8 @@ struct Divisor {
         more = uint32_t((uint64_t((int64_t(1) << shift) - number) << 32) / uint64_t(number) + 1);
     }
 
-    __device__ __forceinline__ int of(int n) const {
-        return int((uint32_t(uint64_t(uint32_t(n)) * more >> 32) + uint32_t(n)) >> shift);
-    }
-    __device__ __forceinline__ int rest(int n, int quotient) const { return n - quotient * int(divisor); }
+    DEVICE int of(int n) const { return int((uint32_t(uint64_t(uint32_t(n)) * more >> 32) + uint32_t(n)) >> shift); }
+    DEVICE int rest(int n, int quotient) const { return n - quotient * int(divisor); }
 };
 
 // One side of the maps.
@@ -39,15 +37,11 @@ struct Side {
         : size(int(size)), low(int(low)), scale(size > 1 ? float(double(low - 1) / double(size - 1)) : 0.0f) {}
 
     // The first place that `place` of the lower side may count in, and the one behind the last.
-    __device__ __forceinline__ int first(int place) const {
-        return low > 1 && place > 0 ? (place - 1) * (size - 1) / (low - 1) : 0;
-    }
-    __device__ __forceinline__ int behind(int place) const {
+    DEVICE int first(int place) const { return low > 1 && place > 0 ? (place - 1) * (size - 1) / (low - 1) : 0; }
+    DEVICE int behind(int place) const {
         return low > 1 ? min(((place + 1) * (size - 1) + low - 2) / (low - 1) + 1, size) : size;
     }
-    __device__ __forceinline__ float share(int i, int place) const {
-        return fmaxf(1.0f - fabsf(float(i) * scale - float(place)), 0.0f);
-    }
+    DEVICE float share(int i, int place) const { return fmaxf(1.0f - fabsf(float(i) * scale - float(place)), 0.0f); }
 };
 
 template <typename T>
@@ -66,7 +60,7 @@ struct Place {
     bool inside;
 
     template <typename T>
-    __device__ __forceinline__ explicit Place(const Arguments<T> &a) {
+    DEVICE explicit Place(const Arguments<T> &a) {
         map = a.blocks.of(int(blockIdx.x));
         const int of_map = a.blocks.rest(int(blockIdx.x), map) * THREADS + int(threadIdx.x);
         const int token = a.pieces.of(of_map);
@@ -80,7 +74,6 @@ struct Place {
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
-    constexpr int EACH = 16 / int(sizeof(T));
     const Place place(a);
     if (!place.inside) return;
     const float line = float(place.line) * a.lines.scale, column = float(place.column) * a.columns.scale;
@@ -88,30 +81,29 @@ __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
     const int left = min(int(column), a.columns.low - 1), right = min(left + 1, a.columns.low - 1);
     const float down = line - float(top), across = column - float(left), up = 1.0f - down, back = 1.0f - across;
     const int pieces = int(a.pieces.divisor);
-    const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * EACH;
-    const auto read = [&](int i, int j) { return load<T, EACH>(map + (i * a.columns.low + j) * pieces * EACH); };
+    const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * EACH<T>;
+    const auto read = [&](int i, int j) { return load_piece(map + (i * a.columns.low + j) * pieces * EACH<T>); };
     const Piece<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
     const float shares[4] = {up * back, up * across, down * back, down * across};
-    Piece<T> sum = load<T, EACH>(a.x + place.index * EACH);
+    Piece<T> sum = load_piece(a.x + place.index * EACH<T>);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
+    for (int i = 0; i < EACH<T>; ++i) {
         float total = to_float(sum.value[i]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) total += shares[j] * to_float(corners[j].value[i]);
         sum.value[i] = rounded<T>(total);
     }
-    store<T, EACH>(a.out + place.index * EACH, sum);
+    store(a.out + place.index * EACH<T>, sum);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T> a) {
-    constexpr int EACH = 16 / int(sizeof(T));
     const Place place(a);
     if (!place.inside) return;
     const int first = a.columns.first(place.column), behind = a.columns.behind(place.column);
-    const int last = a.lines.behind(place.line), pitch = int(a.pieces.divisor) * EACH;
-    const T *const map = a.x + int64_t(place.map) * (a.lines.size * a.columns.size * pitch) + place.piece * EACH;
-    float total[EACH] = {};
+    const int last = a.lines.behind(place.line), pitch = int(a.pieces.divisor) * EACH<T>;
+    const T *const map = a.x + int64_t(place.map) * (a.lines.size * a.columns.size * pitch) + place.piece * EACH<T>;
+    float total[EACH<T>] = {};
 #pragma unroll 1
     for (int i = a.lines.first(place.line); i < last; ++i) {
         const float of_line = a.lines.share(i, place.line);
@@ -120,15 +112,15 @@ __global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T>
         for (int j = first; j < behind; ++j, from += pitch) {
             const float share = of_line * a.columns.share(j, place.column);
             if (share == 0.0f) continue;  // 0 times NaN would be NaN
-            const Piece<T> grad = load<T, EACH>(from);
+            const Piece<T> grad = load_piece(from);
 #pragma unroll
-            for (int c = 0; c < EACH; ++c) total[c] += share * to_float(grad.value[c]);
+            for (int c = 0; c < EACH<T>; ++c) total[c] += share * to_float(grad.value[c]);
         }
     }
     Piece<T> sum;
 #pragma unroll
-    for (int c = 0; c < EACH; ++c) sum.value[c] = rounded<T>(total[c]);
-    store<T, EACH>(a.out + place.index * EACH, sum);
+    for (int c = 0; c < EACH<T>; ++c) sum.value[c] = rounded<T>(total[c]);
+    store(a.out + place.index * EACH<T>, sum);
 }
 
 template <bool BACKWARD>
@@ -142,14 +134,12 @@ int resize(const void *x, const void *y, void *out, int64_t maps, int64_t height
     if (!aligned(x, y, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        constexpr int EACH = 16 / int(sizeof(T));
-        if (channels % EACH) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH);
+        if (channels % EACH<T>) return int(OVSEG_UNSUPPORTED_SIZE);
+        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH<T>);
         const int64_t blocks = (of_map + THREADS - 1) / THREADS;
-        const Arguments<T> a{
-            static_cast<const T *>(x), static_cast<const T *>(y), static_cast<T *>(out),
-            Side(height, low_height),  Side(width, low_width),    Divisor(BACKWARD ? low_width : width),
-            Divisor(channels / EACH),  Divisor(blocks),           int(BACKWARD ? low_height : height)};
+        const auto a = filled<Arguments<T>>(x, y, out, Side(height, low_height), Side(width, low_width),
+                                            Divisor(BACKWARD ? low_width : width), Divisor(channels / EACH<T>),
+                                            Divisor(blocks), BACKWARD ? low_height : height);
         return launch(BACKWARD ? resize_backward<T> : resize_add<T>, maps * blocks, THREADS, 0, device, stream, a);
     });
 }

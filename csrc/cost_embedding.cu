@@ -14,6 +14,7 @@
 // Padding never meets a weight that is infinite or NaN, as 0 · ∞ would spread it: products take the weights' finite
 // part, and `add_rest`, which other weights never enter, the rest.
 
+#include "device/copies.cuh"
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"
 
@@ -34,7 +35,6 @@ template <typename T>
 struct Arguments {
     const T *image, *text, *weight, *bias;
     T *out;
-    int64_t text_stride;  // from an image's text to the next one's: 0 where they share it
     MapTiles tiles;
     int classes, prompts, height, width, channels, outputs, size;
 };
@@ -56,7 +56,7 @@ static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 // Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH
 // neighbours.
 template <typename T>
-__device__ __forceinline__ int place_of(int c) {
+DEVICE int place_of(int c) {
     return c % EACH<T> / 2 * 8 + c / EACH<T> * 2 + c % 2;
 }
 
@@ -70,14 +70,14 @@ struct Block {
     T *out;
 
     // Finds it, by all threads; a barrier has to follow.
-    __device__ __forceinline__ Block(const Arguments<T> &a, Shared<T> &shared) : a(a), shared(shared) {
+    DEVICE Block(const Arguments<T> &a, Shared<T> &shared) : a(a), shared(shared) {
         const int together = a.prompts == 1 ? TEXTS : 1, groups = (a.classes + together - 1) / together;
         const int tile = int(blockIdx.x) % a.tiles.count, group = int(blockIdx.x) / a.tiles.count;
         const int64_t map = int64_t(a.height) * a.width, batch = group / groups;
         first = group % groups * together;
         present = min(together, a.classes - first);
         image = a.image + batch * map * a.channels;
-        text = a.text + batch * a.text_stride + int64_t(first) * a.prompts * a.channels;
+        text = a.text + int64_t(first) * a.prompts * a.channels;
         out = a.out + (batch * a.classes + first) * map * a.outputs;
         const int top = tile / a.tiles.across * a.tiles.height, left = tile % a.tiles.across * a.tiles.width;
         const int halo_width = a.tiles.width + a.size - 1;
@@ -96,15 +96,15 @@ struct Block {
         if (i == 0) shared.not_finite = 0;
     }
 
-    __device__ __forceinline__ int items() const { return present * a.tiles.height * a.tiles.width; }
+    DEVICE int items() const { return present * a.tiles.height * a.tiles.width; }
 
     // The costs of `texts` embeddings from prompt `prompt` on, whose copies begin with `stages`.
-    __device__ __forceinline__ Embeddings<T> embeddings(int prompt, int texts) const {
+    DEVICE Embeddings<T> embeddings(int prompt, int texts) const {
         return Embeddings<T>(image, text + int64_t(prompt) * a.channels, shared.sources, texts, a.channels);
     }
 
     template <typename Stages>
-    __device__ __forceinline__ void find_costs(Stages &stages, int warp, int lane) const {
+    DEVICE void find_costs(Stages &stages, int warp, int lane) const {
         D d[TEXTS / 8];
         cosines<T>(d, stages, warp, lane);
 #pragma unroll
@@ -120,7 +120,7 @@ struct Block {
 
     // Brings `taps` weights of OUTPUTS outputs from `output` on: those of the elements from `tap` on, counted from
     // prompt `prompt`.
-    __device__ __forceinline__ void load_weights(int output, int prompt, int tap, int taps) const {
+    DEVICE void load_weights(int output, int prompt, int tap, int taps) const {
         constexpr int AT_ONCE = COSINE_THREADS / TAPS;
         const Tile<T, TAPS> tile{shared.weights};
         const int area = a.size * a.size, i = recomputed(int(threadIdx.x)) % COSINE_THREADS;
@@ -154,7 +154,7 @@ struct Windows16 {
     int corners[2];  // of a lane's two rows, among the costs
     int tokens[2];   // among those of the block's classes; −1 where there is none
 
-    __device__ __forceinline__ Windows16(const Block<T> &block, int first, int lane) : block(block) {
+    DEVICE Windows16(const Block<T> &block, int first, int lane) : block(block) {
         const int pixels = block.a.tiles.height * block.a.tiles.width;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -168,7 +168,7 @@ struct Windows16 {
         }
     }
 
-    __device__ __forceinline__ A at(int k, int lane) const {
+    DEVICE A at(int k, int lane) const {
         const Shared<T> &shared = block.shared;
         A a;
 #pragma unroll
@@ -187,8 +187,7 @@ struct Windows16 {
     }
 
     // Adds the weights that are not finite, one after another, where the element of the window lies within the map.
-    __device__ __forceinline__ void add_rest(D (&d)[GROUP<T> / 8], int output, int prompt, int tap, int taps,
-                                             int lane) const {
+    DEVICE void add_rest(D (&d)[GROUP<T> / 8], int output, int prompt, int tap, int taps, int lane) const {
         const Arguments<T> &a = block.a;
         const int64_t area = a.size * a.size;
 #pragma unroll 1
@@ -211,7 +210,7 @@ struct Windows16 {
     }
 
     // Of the group that begins at output `first` of those from `output` on.
-    __device__ __forceinline__ void store_outputs(const D (&d)[GROUP<T> / 8], int output, int first, int lane) const {
+    DEVICE void store_outputs(const D (&d)[GROUP<T> / 8], int output, int first, int lane) const {
         const Arguments<T> &a = block.a;
         const int own = first + lane % 4 * EACH<T>, left = a.outputs - output - own;
         float bias[EACH<T>];
@@ -231,7 +230,7 @@ struct Windows16 {
             if (!whole_pieces<T>(a.outputs)) {
                 store_piece(target, 0, left, false, piece);
             } else if (left > 0) {
-                store_at_once(target, piece);
+                store_if(true, target, piece);
             }
         }
     }
@@ -239,8 +238,7 @@ struct Windows16 {
 
 // d += windows · weights of a step of K, for M times 16 windows and a group of outputs.
 template <typename T, int M>
-__device__ __forceinline__ void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k,
-                                         int lane) {
+DEVICE void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k, int lane) {
 #pragma unroll
     for (int n = 0; n < GROUP<T> / 16; ++n) {
         B b[2];
@@ -360,8 +358,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
 
 int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *weight, const void *bias, void *out,
                              int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t classes,
-                             int64_t prompts, int64_t own_text, int64_t outputs, int64_t size, int dtype, int device,
-                             void *stream) {
+                             int64_t prompts, int64_t outputs, int64_t size, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (size < 1 || size > LARGEST_WINDOW || size % 2 == 0 || height < 1 || width < 1 ||
         height > INT32_MAX / TEXTS / width || channels < 1 || channels > INT32_MAX / 2 || classes < 1 ||
@@ -375,21 +372,8 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
     if (groups > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Arguments<T> a{in(image),
-                             in(text),
-                             in(weight),
-                             in(bias),
-                             static_cast<T *>(out),
-                             own_text ? classes * prompts * channels : 0,
-                             tiles,
-                             int(classes),
-                             int(prompts),
-                             int(height),
-                             int(width),
-                             int(channels),
-                             int(outputs),
-                             int(size)};
+        const auto a = filled<Arguments<T>>(image, text, weight, bias, out, tiles, classes, prompts, height, width,
+                                            channels, outputs, size);
         const auto kernel = prompts == 1 && size * size <= TAPS ? embed_one_prompt<T> : embed<T>;
         return launch(kernel, groups * tiles.count, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
     });

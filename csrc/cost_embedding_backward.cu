@@ -38,7 +38,7 @@ struct Region {
     int first_row, end_row, first_column, columns;
     int at_once;  // rows of SOURCES pixels or less
 
-    __device__ __forceinline__ Region(const MapTiles &tiles, int tile, int height, int width, int size) {
+    DEVICE Region(const MapTiles &tiles, int tile, int height, int width, int size) {
         const int radius = size / 2;
         top = tile / tiles.across * tiles.height, left = tile % tiles.across * tiles.width;
         bottom = min(top + tiles.height, height), right = min(left + tiles.width, width);
@@ -65,8 +65,7 @@ struct GradientsAndTaps {
     int left;                    // numbers of a row from the next stage's piece on
     int step = 0, row, element;  // where the next stage is; element: of the window, the thread's
 
-    __device__ __forceinline__ GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width,
-                                                int outputs, int size)
+    DEVICE GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width, int outputs, int size)
         : region(region), first_tap(first_tap), width(width), outputs(outputs), size(size) {
         const int thread = recomputed(int(threadIdx.x)), column = thread % PIECES * EACH<T>;
         own = element = thread / PIECES, target = tile_offset<64>(own, thread % PIECES), left = outputs - column;
@@ -80,13 +79,13 @@ struct GradientsAndTaps {
         }
     }
 
-    __device__ __forceinline__ int rows_of_window() const { return TAPS / size; }
-    __device__ __forceinline__ int stages() const {
+    DEVICE int rows_of_window() const { return TAPS / size; }
+    DEVICE int stages() const {
         const int groups = (region.end_row - region.first_row + region.at_once - 1) / region.at_once;
         return steps * groups * ((size + rows_of_window() - 1) / rows_of_window());
     }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+    DEVICE void operator()(int, unsigned char *buffer) {
         const int present = min(region.at_once, region.end_row - row) * region.columns;
         by_wholeness(whole_pieces<T>(outputs), [&](auto whole) {
 #pragma unroll
@@ -211,15 +210,7 @@ int ovseg_cost_embedding_cost_bwd(const void *grad, const void *taps, void *grad
     if (maps * prompts > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(grad),
-                             static_cast<const T *>(taps),
-                             static_cast<T *>(grad_cost),
-                             tiles,
-                             int(prompts),
-                             int(height),
-                             int(width),
-                             int(outputs),
-                             int(size)};
+        const auto a = filled<Arguments<T>>(grad, taps, grad_cost, tiles, prompts, height, width, outputs, size);
         return launch(cost_gradient<T>, maps * prompts * tiles.count, THREADS, sizeof(Shared<T>), device, stream, a);
     });
 }

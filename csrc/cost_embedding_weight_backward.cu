@@ -37,12 +37,12 @@ struct Place {
     int64_t map;
     int top, left;
 
-    __device__ __forceinline__ Place(const MapTiles &tiles, int job) : map(job / tiles.count) {
+    DEVICE Place(const MapTiles &tiles, int job) : map(job / tiles.count) {
         const int tile = job % tiles.count;
         top = tile / tiles.across * tiles.height, left = tile % tiles.across * tiles.width;
     }
 
-    __device__ __forceinline__ void advance(const MapTiles &tiles, int height, int width) {
+    DEVICE void advance(const MapTiles &tiles, int height, int width) {
         left += tiles.width;
         if (left < width) return;
         left = 0, top += tiles.height;
@@ -67,17 +67,17 @@ struct Gradients {
     Place place;
     int pixel = 0;  // the next stage's first one
 
-    __device__ __forceinline__ Gradients(const Arguments<T> &a, const short *all, int first, int end, int channel)
+    DEVICE Gradients(const Arguments<T> &a, const short *all, int first, int end, int channel)
         : a(a), jobs(max(end - first, 0)), place(a.tiles, first) {
         const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, piece = thread % PIECES;
         pixels = all + row, column = channel + piece * EACH<T>;
         target = tile_offset<PITCH>(row, piece);
     }
 
-    __device__ __forceinline__ int count() const { return a.tiles.height * a.tiles.width; }  // of a tile's pixels
-    __device__ __forceinline__ int stages() const { return jobs * ((count() + ROWS - 1) / ROWS); }
+    DEVICE int count() const { return a.tiles.height * a.tiles.width; }  // of a tile's pixels
+    DEVICE int stages() const { return jobs * ((count() + ROWS - 1) / ROWS); }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+    DEVICE void operator()(int, unsigned char *buffer) {
         const T *const source =
             a.grad + ((place.map * a.height + place.top) * a.width + place.left) * a.outputs + column;
         const int bottom = a.height - place.top, right = a.width - place.left, left = a.outputs - column;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(THREADS)
 }  // namespace
 }  // namespace ovseg
 
-int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *partial, void *grad_weight,
+int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, float *partial, void *grad_weight,
                                     void *grad_bias, int64_t maps, int64_t prompts, int64_t height, int64_t width,
                                     int64_t outputs, int64_t size, int64_t parts, int dtype, int device, void *stream) {
     using namespace ovseg;
@@ -245,25 +245,13 @@ int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *pa
     }
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(grad),
-                             static_cast<const T *>(cost),
-                             static_cast<float *>(partial),
-                             tiles,
-                             int(jobs),
-                             int((jobs + parts - 1) / parts),
-                             int(prompts),
-                             int(height),
-                             int(width),
-                             int(outputs),
-                             int(size),
-                             tap_groups,
-                             channel_groups};
+        const auto a = filled<Arguments<T>>(grad, cost, partial, tiles, jobs, (jobs + parts - 1) / parts, prompts,
+                                            height, width, outputs, size, tap_groups, channel_groups);
         const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
                                  sizeof(Shared<T>), device, stream, a);
         if (error) return error;
         const int64_t sums = outputs * prompts * (area + 1);
-        return launch(sum_parts<T>, (sums + 31) / 32, THREADS, sizeof(float) * THREADS, device, stream, a.partial,
-                      static_cast<T *>(grad_weight), static_cast<T *>(grad_bias), sums, int(parts), int(prompts),
-                      int(area));
+        return launch(sum_parts<T>, (sums + 31) / 32, THREADS, sizeof(float) * THREADS, device, stream, partial,
+                      grad_weight, grad_bias, sums, parts, prompts, area);
     });
 }

@@ -22,7 +22,6 @@ template <typename T>
 struct Arguments {
     const T *image, *text;
     T *cost;
-    int64_t text_stride;  // from an image's text to the next one's: 0 where they share it
     int patches, prompts, channels;
 };
 
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
     }
     __syncthreads();
     const Embeddings<T> embeddings(a.image + batch * a.patches * a.channels,
-                                   a.text + batch * a.text_stride + int64_t(first_prompt) * a.channels, shared.places,
+                                   a.text + int64_t(first_prompt) * a.channels, shared.places,
                                    min(TEXTS, a.prompts - first_prompt), a.channels);
     Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, embeddings);
     D d[TEXTS / 8];
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(ROWS * 32)
 }  // namespace ovseg
 
 int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
-                          int64_t prompts, int64_t channels, int64_t own_text, int dtype, int device, void *stream) {
+                          int64_t prompts, int64_t channels, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (patches < 1 || patches > INT32_MAX || prompts < 1 || prompts > INT32_MAX || channels < 1 ||
         channels > INT32_MAX / 2) {
@@ -116,13 +115,7 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
     if (blocks > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(image),
-                             static_cast<const T *>(text),
-                             static_cast<T *>(cost),
-                             own_text ? prompts * channels : 0,
-                             int(patches),
-                             int(prompts),
-                             int(channels)};
+        const auto a = filled<Arguments<T>>(image, text, cost, patches, prompts, channels);
         return launch(cost_volume<T>, batch * blocks, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
     });
 }
@@ -133,9 +126,7 @@ int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, i
     if (channels < 1 || channels > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
     if (!aligned(products, x, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
-        using T = decltype(number);
-        return launch(through_norm<T>, (rows + ROWS - 1) / ROWS, ROWS * 32, 0, device, stream,
-                      static_cast<const T *>(products), static_cast<const T *>(x), static_cast<T *>(out), rows,
-                      int(channels));
+        return launch(through_norm<decltype(number)>, (rows + ROWS - 1) / ROWS, ROWS * 32, 0, device, stream, products,
+                      x, out, rows, channels);
     });
 }

@@ -82,9 +82,8 @@ int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, vo
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
         constexpr int64_t BLOCK = THREADS * EACH<T>;
-        return launch(aggregate<T>, (size + BLOCK - 1) / BLOCK, THREADS, 0, device, stream,
-                      static_cast<const T *>(features), static_cast<const T *>(weights), static_cast<T *>(out),
-                      int(layers), size);
+        return launch(aggregate<T>, (size + BLOCK - 1) / BLOCK, THREADS, 0, device, stream, features, weights, out,
+                      layers, size);
     });
 }
 
@@ -99,11 +98,9 @@ int ovseg_gaussian_aggregation_bwd(const void *grad, const void *features, const
         constexpr int64_t BLOCK = THREADS * PIECES * EACH<T>;
         const int64_t blocks = (size + BLOCK - 1) / BLOCK;
         if (weights_grad && count != blocks * WARPS) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int error =
-            launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream, static_cast<const T *>(grad),
-                   static_cast<const T *>(features), static_cast<const T *>(weights), static_cast<T *>(features_grad),
-                   weights_grad ? shares : nullptr, int(layers), size);
+        const int error = launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream, grad, features, weights,
+                                 features_grad, weights_grad ? shares : nullptr, layers, size);
         if (error || !weights_grad) return error;
-        return launch_adding(shares, static_cast<T *>(weights_grad), layers, count, device, stream);
+        return launch_adding<T>(shares, weights_grad, layers, count, device, stream);
     });
 }

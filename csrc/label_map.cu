@@ -43,40 +43,28 @@ struct Shared {
 };
 
 // An integer that orders like the score, and the score again.
-__device__ __forceinline__ int key(float score) {
+DEVICE int key(float score) {
     const int bits = score == 0.0f ? 0 : int(__float_as_uint(score));  // −0 is as good as 0
     return score != score ? LAST : bits < 0 ? bits ^ LAST : bits;
 }
 
-__device__ __forceinline__ float score_of(int key) { return __uint_as_float(uint32_t(key < 0 ? key ^ LAST : key)); }
+DEVICE float score_of(int key) { return __uint_as_float(uint32_t(key < 0 ? key ^ LAST : key)); }
 
 // An integer that orders like the key, and the lower number first among equals.
-__device__ __forceinline__ int64_t order(int key, int number) {
-    return int64_t(uint64_t(uint32_t(key)) << 32 | uint32_t(number ^ LAST));
-}
+DEVICE int64_t order(int key, int number) { return int64_t(uint64_t(uint32_t(key)) << 32 | uint32_t(number ^ LAST)); }
 
-__device__ __forceinline__ int key_of(int64_t order) { return int(order >> 32); }
-__device__ __forceinline__ int number_of(int64_t order) { return int(order & LAST) ^ LAST; }
+DEVICE int key_of(int64_t order) { return int(order >> 32); }
+DEVICE int number_of(int64_t order) { return int(order & LAST) ^ LAST; }
 
-#ifdef __CUDACC__
-__device__ __forceinline__ int maximum_of_warp(int x) { return __reduce_max_sync(ALL_LANES, x); }
-__device__ __forceinline__ int minimum_of_warp(int x) { return __reduce_min_sync(ALL_LANES, x); }
-#else
-inline int maximum_of_warp(int x) {
-    for (int distance = 16; distance; distance /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, distance));
-    return x;
-}
-inline int minimum_of_warp(int x) { return ~maximum_of_warp(~x); }
-#endif
-
-__device__ __forceinline__ Choice choice_of_warp(const Choice &own) {
-    const int key = maximum_of_warp(own.key);
-    return {key, minimum_of_warp(own.key == key ? own.part : LAST), minimum_of_warp(own.last)};
+DEVICE Choice choice_of_warp(const Choice &own) {
+    const int key = __reduce_max_sync(ALL_LANES, own.key);
+    return {key, __reduce_min_sync(ALL_LANES, own.key == key ? own.part : LAST),
+            __reduce_min_sync(ALL_LANES, own.last)};
 }
 
 // The largest of all lanes' numbers i, for the lanes whose number is i modulo N; NaN is passed over.
 template <int N>
-__device__ __forceinline__ float shared_maximum(float (&x)[N], int lane) {
+DEVICE float shared_maximum(float (&x)[N], int lane) {
 #pragma unroll
     for (int half = N / 2; half; half /= 2) {  // a lane gives away those that are not its own
         const bool upper = lane & half;
@@ -97,7 +85,7 @@ __device__ __forceinline__ float shared_maximum(float (&x)[N], int lane) {
 // A warp works it out for BOUNDED classes `first`, `first` + `step`, ..., beyond the last class that one's again; the
 // lanes below BOUNDED get it, one class each. Every averaging keeps below the largest.
 template <typename T>
-__device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
+DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
     float largest[2 * BOUNDED], spoilt[2 * BOUNDED] = {};  // of the windows' logits, of the whole image's
 #pragma unroll
     for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = -INFINITY;
@@ -244,25 +232,11 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
     const int64_t tiles = (out_height + ROWS - 1) / ROWS * ((out_width + COLUMNS - 1) / COLUMNS);
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        LabelMap<T> a{in(logits),
-                      in(whole),
-                      in(offset),
-                      static_cast<T *>(scores),
-                      labels,
-                      height * width,
-                      int(windows),
-                      int(classes),
-                      int(k),
-                      int(out_height),
-                      int(out_width),
-                      int(window_height),
-                      int(window_width),
-                      Resizing(height, width, window_height, window_width),
-                      Resizing(window_height, window_width, canvas_height, canvas_width),
-                      Resizing(canvas_height, canvas_width, out_height, out_width),
-                      {},
-                      {}};
+        auto a = filled<LabelMap<T>>(logits, whole, offset, scores, labels, height * width, windows, classes, k,
+                                     out_height, out_width, window_height, window_width,
+                                     Resizing(height, width, window_height, window_width),
+                                     Resizing(window_height, window_width, canvas_height, canvas_width),
+                                     Resizing(canvas_height, canvas_width, out_height, out_width));
         for (int n = 0; n < windows; ++n) a.tops[n] = int(positions[2 * n]), a.lefts[n] = int(positions[2 * n + 1]);
         if (k == 0) {
             const int64_t runs = (classes - 1) / EACH_BLOCK + 1;

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int STEPS = 4, CHUNK_PIECES = 2 * STEPS;  // of products with what is normalised at a time: 128 bytes a token
-constexpr float SHORTEST = 1e-12f;                  // torch.nn.functional.normalize
 
 template <typename T>
 struct Arguments {
@@ -53,7 +52,7 @@ struct Projections {
     int present;     // rows of the layer from it on; none or less past the width
     int passed = 0;  // rows of the layer in earlier stages
 
-    __device__ __forceinline__ Projections(const T *first, int layers, int channels, int width, int chunks)
+    DEVICE Projections(const T *first, int layers, int channels, int width, int chunks)
         : layers(layers), channels(channels), width(width), chunks(chunks) {
         const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, column = thread % PIECES * EACH<T>;
         source = first + row * width + column;
@@ -61,9 +60,9 @@ struct Projections {
         present = column < width ? channels - row : INT32_MIN / 2;
     }
 
-    __device__ __forceinline__ int stages() const { return layers * chunks * STEPS; }
+    DEVICE int stages() const { return layers * chunks * STEPS; }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+    DEVICE void operator()(int, unsigned char *buffer) {
         // The first row is less than AT_ONCE: what a row's pieces are exchanged by, first + at, is first ^ at.
         const auto place = [&](int at) { return buffer + at * COLUMNS * int(sizeof(T)) + (target ^ (at & 7) * 16); };
         const T *piece = source;
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < WARPS; ++j) sum += parts[j];
-            const float length = sqrtf(sum), scale = weight / (length < SHORTEST ? SHORTEST : length);  // NaN stays
+            const float scale = weight / length_of(sum);
 #pragma unroll
             for (int n = 0; n < COUNT; ++n) {
 #pragma unroll
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
                 const Pair<T> pair = rounded_pair<T>(result.value[i % 2 * 2], result.value[i % 2 * 2 + 1]);
                 T *const place = map + int64_t(r) * a.width + column;
                 if (pairs) {
-                    if (column < a.width) store<T, 2>(place, pair);
+                    if (column < a.width) store(place, pair);
                 } else {
                     if (column < a.width) place[0] = pair.value[0];
                     if (column + 1 < a.width) place[1] = pair.value[1];
@@ -259,15 +258,10 @@ int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight,
     if (!aligned(shared_weight, shared_bias, norm_weight, norm_bias, projection, weights, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Arguments<T> a{
+        const auto a = filled<Arguments<T>>(
             patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
-            {in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
-            in(projection),
-            in(weights),
-            static_cast<T *>(out),
-            int(width),
-            weights ? int(layers) : 1};
+            filled<Norms<T>>(shared_weight, shared_bias, norm_weight, norm_bias, shared_eps, norm_eps), projection,
+            weights, out, width, weights ? layers : 1);
         if (width > 512) return launch_gather<1024, true>(a, device, stream);
         if (weights) return launch_gather<512, true>(a, device, stream);
         return launch_gather<512, false>(a, device, stream);

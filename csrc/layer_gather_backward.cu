@@ -21,11 +21,10 @@ namespace ovseg {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int TOGETHER = 32;        // tokens that a thread of `sum_norm_gradients` adds up
-constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
+constexpr int TOGETHER = 32;  // tokens that a thread of `sum_norm_gradients` adds up
 
 // What a warp works on: one of `count` rows, or nothing.
-__device__ __forceinline__ int64_t own_row() { return int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; }
+DEVICE int64_t own_row() { return int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; }
 
 int64_t blocks_for(int64_t rows) { return (rows + WARPS - 1) / WARPS; }
 
@@ -37,7 +36,7 @@ struct Means {
 // y (layers, rows, channels) and the statistics (layers, rows).
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    normalise(const PatchTokens<T> hidden, const Norms<T> norms, T *y, Statistics *statistics) {
+    normalise_patches(const PatchTokens<T> hidden, const Norms<T> norms, T *y, Statistics *statistics) {
     const int64_t index = own_row();
     const int rows = hidden.rows(), channels = hidden.channels, lane = int(threadIdx.x) % 32;
     const int layer = int(index / rows);
@@ -214,12 +213,10 @@ int ovseg_layer_gather_normed_bwd(const void *const *hidden, const void *shared_
     if (!aligned(shared_weight, shared_bias, norm_weight, norm_bias, normed, statistics)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        return launch(
-            normalise<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
-            patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
-            Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
-            static_cast<T *>(normed), reinterpret_cast<Statistics *>(statistics));
+        return launch(normalise_patches<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
+                      patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
+                      filled<Norms<T>>(shared_weight, shared_bias, norm_weight, norm_bias, shared_eps, norm_eps),
+                      normed, reinterpret_cast<Statistics *>(statistics));
     });
 }
 
@@ -232,12 +229,10 @@ int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void 
     if (!aligned(grad, projected, weights, weights_grad, along)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const int error =
-            launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream,
-                   static_cast<const T *>(grad), static_cast<T *>(projected), static_cast<const T *>(weights),
-                   weights_grad ? along : nullptr, int(layers), rows, int(width));
+        const int error = launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream, grad,
+                                 projected, weights, weights_grad ? along : nullptr, layers, rows, width);
         if (error || !weights_grad) return error;
-        return launch_adding(along, static_cast<T *>(weights_grad), layers, rows, device, stream);
+        return launch_adding<T>(along, weights_grad, layers, rows, device, stream);
     });
 }
 
@@ -254,16 +249,15 @@ int ovseg_layer_gather_norms_bwd(const void *grad, const void *const *hidden, co
     }
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const PatchTokens<T> found =
             patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride);
-        const Norms<T> norms{in(shared_weight), in(shared_bias), in(norm_weight), nullptr, 0.0f, 0.0f};
+        const auto norms = filled<Norms<T>>(shared_weight, shared_bias, norm_weight);
         const auto *const of_rows = reinterpret_cast<const Statistics *>(statistics);
         Means *const of_h = sums ? reinterpret_cast<Means *>(means) : nullptr;
         const int error = launch(norms_backward<T>, blocks_for(layers * batch * tokens), THREADS, 0, device, stream,
-                                 in(grad), found, norms, of_rows, static_cast<T *>(hidden_grad), of_h);
+                                 grad, found, norms, of_rows, hidden_grad, of_h);
         if (error || !sums) return error;
         return launch(sum_norm_gradients<T>, layers * count * ((channels + THREADS - 1) / THREADS), THREADS, 0, device,
-                      stream, in(grad), found, norms, of_rows, of_h, sums);
+                      stream, grad, found, norms, of_rows, of_h, sums);
     });
 }

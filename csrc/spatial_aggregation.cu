@@ -38,16 +38,16 @@ struct Arguments {
 struct Self {
     int thread;
 
-    __device__ __forceinline__ void again(const Window &window) {
+    DEVICE void again(const Window &window) {
         thread += *static_cast<const volatile int *>(&window.zero);
         if (thread < 0) __builtin_unreachable();
     }
-    __device__ __forceinline__ int lane() const { return thread % 32; }
-    __device__ __forceinline__ int head() const { return thread / 32 % HEADS; }
-    __device__ __forceinline__ int channel() const { return head() * WIDTH; }                    // the warp's first
-    __device__ __forceinline__ int token() const { return thread / 32 / HEADS * (16 * TILES); }  // the warp's first
-    __device__ __forceinline__ int row() const { return d_row(lane(), 0); }        // of each eight rows of results
-    __device__ __forceinline__ int column() const { return d_column(lane(), 0); }  // and of each eight columns
+    DEVICE int lane() const { return thread % 32; }
+    DEVICE int head() const { return thread / 32 % HEADS; }
+    DEVICE int channel() const { return head() * WIDTH; }                    // the warp's first
+    DEVICE int token() const { return thread / 32 / HEADS * (16 * TILES); }  // the warp's first
+    DEVICE int row() const { return d_row(lane(), 0); }                      // of each eight rows of results
+    DEVICE int column() const { return d_column(lane(), 0); }                // and of each eight columns
 };
 
 // A weight (C, C) comes in slices of its columns, 64 bytes wide.
@@ -80,12 +80,12 @@ struct Stream {
     unsigned char *start;
     int place = 0;  // of the next slice
 
-    __device__ __forceinline__ Stream(unsigned char *start, Weight<T> weight, Self self) : start(start) {
+    DEVICE Stream(unsigned char *start, Weight<T> weight, Self self) : start(start) {
 #pragma unroll
         for (int slice = 0; slice < Sizes::RING - 1; ++slice) fetch(start + slice * Sizes::BYTES, weight, slice, self);
     }
 
-    __device__ __forceinline__ static void fetch(unsigned char *buffer, Weight<T> weight, int slice, Self self) {
+    DEVICE static void fetch(unsigned char *buffer, Weight<T> weight, int slice, Self self) {
         constexpr int COPYING = C * Tile<T, Sizes::WIDTH>::PIECES / 2;  // threads, a piece of both halves each
         const Tile<T, Sizes::WIDTH> tile{buffer};
         const int row = self.thread / tile.PIECES, piece = self.thread % tile.PIECES;
@@ -100,8 +100,7 @@ struct Stream {
 
     // A slice of `weight`, to be multiplied before the next one is asked for, after which it is gone. All of the block
     // ask together, slice by slice, and say which weight follows.
-    __device__ __forceinline__ Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following,
-                                                           Self self) {
+    DEVICE Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following, Self self) {
         wait_for_copies<Sizes::RING - 2>();
         __syncthreads();
         const int ahead = index + Sizes::RING - 1;  // goes where the slice before this one was
@@ -118,8 +117,8 @@ using Results = D[TILES][WIDTH / 8];
 
 // results += rows · weightᵀ. `following` is the weight that is multiplied next.
 template <typename T>
-__device__ __forceinline__ void multiply(Results &results, Tile<T, C> rows, Stream<T> &stream, Weight<T> weight,
-                                         Weight<T> following, Self self) {
+DEVICE void multiply(Results &results, Tile<T, C> rows, Stream<T> &stream, Weight<T> weight, Weight<T> following,
+                     Self self) {
 #pragma unroll(sizeof(T) == 2 ? Slices<T>::COUNT : 1)
     for (int slice = 0; slice < Slices<T>::COUNT; ++slice) {
         const auto columns = stream.slice(slice, weight, following, self).rows_from(self.channel());
@@ -145,7 +144,7 @@ __device__ __forceinline__ void multiply(Results &results, Tile<T, C> rows, Stre
 // A lane's results, two neighbours at a time: function(row_of(eight), n, first, second) for those in the lane's row of
 // the eight rows from `eight` on, and in its columns of the eight columns from 8 · n on.
 template <typename RowOf, typename Function>
-__device__ __forceinline__ void each_pair(Results &results, RowOf row_of, Function function) {
+DEVICE void each_pair(Results &results, RowOf row_of, Function function) {
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
 #pragma unroll
@@ -165,23 +164,23 @@ template <typename T>
 struct Bias {
     Pair<T> pairs[WIDTH / 8];
 
-    __device__ __forceinline__ Bias(const T *first, int column) {
+    DEVICE Bias(const T *first, int column) {
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) pairs[n] = load<T, 2>(first + 8 * n + column);
     }
-    __device__ __forceinline__ float at(int n, int i) const { return to_float(pairs[n].value[i]); }
+    DEVICE float at(int n, int i) const { return to_float(pairs[n].value[i]); }
 };
 
 // Begins results with a number for each channel.
 template <typename T>
-__device__ __forceinline__ void begin(Results &results, const T *first, int column) {
+DEVICE void begin(Results &results, const T *first, int column) {
     const Bias<T> bias(first, column);
     each_pair(
         results, [](int) { return 0; },
         [&](int, int n, float &first, float &second) { first = bias.at(n, 0), second = bias.at(n, 1); });
 }
 
-__device__ __forceinline__ void zero(Results &results) {
+DEVICE void zero(Results &results) {
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
 #pragma unroll
@@ -242,10 +241,10 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
     };
 
     {
-        const Piece<T> weight = load<T, EACH<T>>(a.norm1_weight + piece());
-        const Piece<T> bias = load<T, EACH<T>>(a.norm1_bias + piece());
+        const Piece<T> weight = load_piece(a.norm1_weight + piece());
+        const Piece<T> bias = load_piece(a.norm1_bias + piece());
         each_piece(a.x + window.map * C, [&](int row, const T *place, bool) {
-            store<T, EACH<T>>(rows.at(row, piece()), normalised<LANES>(load<T, EACH<T>>(place), weight, bias));
+            store(rows.at(row, piece()), normalised<LANES>(load_piece(place), weight, bias));
         });
     }
 
@@ -316,12 +315,12 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
     }
     __syncthreads();
     {
-        const Piece<T> weight = load<T, EACH<T>>(a.norm2_weight + piece());
-        const Piece<T> bias = load<T, EACH<T>>(a.norm2_bias + piece());
+        const Piece<T> weight = load_piece(a.norm2_weight + piece());
+        const Piece<T> bias = load_piece(a.norm2_bias + piece());
         each_piece(a.middle + window.map * C, [&](int row, T *place, bool there) {
-            const Piece<T> y = load<T, EACH<T>>(others.at(row, piece()));
-            if (a.middle && there) store<T, EACH<T>>(place, y);
-            store<T, EACH<T>>(others.at(row, piece()), normalised<LANES>(y, weight, bias));
+            const Piece<T> y = load_piece(others.at(row, piece()));
+            if (a.middle && there) store(place, y);
+            store(others.at(row, piece()), normalised<LANES>(y, weight, bias));
         });
     }
     int unit = 0;
@@ -342,54 +341,29 @@ __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T
     each_pair(results, to(others, self.channel()), keep);
     __syncthreads();
     each_piece(a.out + window.map * C, [&](int row, T *place, bool there) {
-        if (there) store<T, EACH<T>>(place, load<T, EACH<T>>(others.at(row, piece())));
+        if (there) store(place, load_piece(others.at(row, piece())));
     });
 }
 
 }  // namespace
 }  // namespace ovseg
 
-int ovseg_spatial_aggregation_fwd(const void *x, const void *q_term, const void *k_term, const void *norm1_weight,
-                                  const void *norm1_bias, const void *qkv_weight, const void *v_bias,
-                                  const void *proj_weight, const void *proj_bias, const void *norm2_weight,
-                                  const void *norm2_bias, const void *fc1_weight, const void *fc1_bias,
-                                  const void *fc2_weight, const void *fc2_bias, void *out, void *middle, int64_t batch,
-                                  int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t hidden,
-                                  int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream) {
+int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int device, void *stream) {
     using namespace ovseg;
-    if (!takes_windows(classes, height, width, channels, heads, window, shift) || hidden < UNITS || hidden % UNITS ||
-        hidden > INT32_MAX / C) {
+    const auto &p = *params;
+    if (!takes_windows(p.classes, p.height, p.width, p.channels, p.heads, p.window, p.shift) ||
+        !takes_hidden(p.hidden, UNITS)) {
         return OVSEG_UNSUPPORTED_SIZE;
     }
-    if (!aligned(x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias, norm2_weight,
-                 norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, middle)) {
-        return OVSEG_MISALIGNED;
-    }
-    const Windows windows{int(height), int(width), int(window), int(shift)};
+    if (!aligned_params(p, p.batch)) return OVSEG_MISALIGNED;
+    const Windows windows{int(p.height), int(p.width), int(p.window), int(p.shift)};
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Arguments<T> a{in(x),
-                             in(q_term),
-                             in(k_term),
-                             in(norm1_weight),
-                             in(norm1_bias),
-                             in(qkv_weight),
-                             in(v_bias),
-                             in(proj_weight),
-                             in(proj_bias),
-                             in(norm2_weight),
-                             in(norm2_bias),
-                             in(fc1_weight),
-                             in(fc1_bias),
-                             in(fc2_weight),
-                             in(fc2_bias),
-                             static_cast<T *>(out),
-                             static_cast<T *>(middle),
-                             windows,
-                             int(classes),
-                             int(hidden)};
-        return launch(spatial_aggregation<T>, batch * classes * windows.count(), THREADS, Shared<T>::TOTAL, device,
+        const auto a =
+            filled<Arguments<T>>(p.x, p.q_term, p.k_term, p.norm1_weight, p.norm1_bias, p.qkv_weight, p.v_bias,
+                                 p.proj_weight, p.proj_bias, p.norm2_weight, p.norm2_bias, p.fc1_weight, p.fc1_bias,
+                                 p.fc2_weight, p.fc2_bias, p.out, p.middle, windows, p.classes, p.hidden);
+        return launch(spatial_aggregation<T>, p.batch * p.classes * windows.count(), THREADS, Shared<T>::TOTAL, device,
                       stream, a);
     });
 }

@@ -37,39 +37,39 @@ struct Shared {
 
 // A head's numbers of a warp's 16 tokens, `pitch` apart in memory that begins at `first`; 0 beyond the map.
 template <typename T>
-__device__ __forceinline__ void load_head(Tile<T, WIDTH> tile, const T *first, int pitch, const int *places, int lane) {
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = WIDTH / EACH;
+DEVICE void load_head(Tile<T, WIDTH> tile, const T *first, int pitch, const int *places, int lane) {
+    constexpr int LANES = WIDTH / EACH<T>;
 #pragma unroll
     for (int row = lane / LANES; row < 16; row += 32 / LANES) {
-        const int place = places[row], column = lane % LANES * EACH;
-        const Piece<T> piece = place < 0 ? Piece<T>{} : load<T, EACH>(first + int64_t(place) * pitch + column);
-        store<T, EACH>(tile.at(row, column), piece);
+        const int place = places[row], column = lane % LANES * EACH<T>;
+        const Piece<T> piece = place < 0 ? Piece<T>{} : load_piece(first + int64_t(place) * pitch + column);
+        store(tile.at(row, column), piece);
     }
 }
 
 template <typename T>
-__device__ __forceinline__ void store_head(T *first, int pitch, const int *places, const D (&d)[WIDTH / 8], int lane) {
+DEVICE void store_head(T *first, int pitch, const int *places, const D (&d)[WIDTH / 8], int lane) {
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const int place = places[d_row(lane, i)];
             if (place < 0) continue;
-            store<T, 2>(first + int64_t(place) * pitch + 8 * n + d_column(lane, i),
-                        rounded_pair<T>(d[n].value[i], d[n].value[i + 1]));
+            store(first + int64_t(place) * pitch + 8 * n + d_column(lane, i),
+                  rounded_pair<T>(d[n].value[i], d[n].value[i + 1]));
         }
     }
 }
 
 // 16 rows of a tile as factors whose K is in the order of `load_b_chained`.
 template <typename T>
-__device__ __forceinline__ void load_factors(A (&a)[WIDTH / K<T>], Tile<T, WIDTH> tile, int lane) {
+DEVICE void load_factors(A (&a)[WIDTH / K<T>], Tile<T, WIDTH> tile, int lane) {
 #pragma unroll
     for (int k = 0; k < WIDTH / K<T>; ++k) a[k] = load_a_chained(tile, k, lane);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS) spatial_attention_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
     unsigned char *const memory = shared_memory();
     const Tile<T, WIDTH> queries{memory}, keys{memory + Layout::TILE}, values{memory + 2 * Layout::TILE};
@@ -172,22 +172,18 @@ __global__ void __launch_bounds__(THREADS) attention_backward(const Arguments<T>
 }  // namespace
 }  // namespace ovseg
 
-int ovseg_spatial_aggregation_bwd(const void *tokens, const void *grad_attended, void *grad_tokens, void *attended,
-                                  int64_t batch, int64_t classes, int64_t height, int64_t width, int64_t channels,
-                                  int64_t heads, int64_t window, int64_t shift, int dtype, int device, void *stream) {
+int ovseg_spatial_aggregation_attention_bwd(const void *tokens, const void *grad_attended, void *grad_tokens,
+                                            void *attended, int64_t batch, int64_t classes, int64_t height,
+                                            int64_t width, int64_t channels, int64_t heads, int64_t window,
+                                            int64_t shift, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (!takes_windows(classes, height, width, channels, heads, window, shift)) return OVSEG_UNSUPPORTED_SIZE;
     if (!aligned(tokens, grad_attended, grad_tokens, attended)) return OVSEG_MISALIGNED;
     const Windows windows{int(height), int(width), int(window), int(shift)};
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(tokens),
-                             static_cast<const T *>(grad_attended),
-                             static_cast<T *>(grad_tokens),
-                             static_cast<T *>(attended),
-                             windows,
-                             int(classes)};
-        return launch(attention_backward<T>, batch * classes * windows.count() * HEADS, THREADS, Shared<T>::TOTAL,
-                      device, stream, a);
+        const auto a = filled<Arguments<T>>(tokens, grad_attended, grad_tokens, attended, windows, classes);
+        return launch(spatial_attention_backward<T>, batch * classes * windows.count() * HEADS, THREADS,
+                      Shared<T>::TOTAL, device, stream, a);
     });
 }

@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(THREADS, 3)
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 3) normalise(const T *y, const T *term, const float *statistics,
-                                                        const T *weight, const T *bias, T *out, const Sizes s) {
+__global__ void __launch_bounds__(THREADS, 3) normalise_groups(const T *y, const T *term, const float *statistics,
+                                                               const T *weight, const T *bias, T *out, const Sizes s) {
     // From the end: what the moments were taken of last may still be in the cache.
     const Chunk chunk(s, gridDim.x - 1 - blockIdx.x, Place<N>::parts(s));
     const Place<N> place(s, chunk.part);
@@ -124,15 +124,14 @@ int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const voi
     return by_format(s, dtype, [&](auto number, auto together) {
         using T = decltype(number);
         constexpr int N = decltype(together)::value;
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const int64_t blocks = maps * ((positions - 1) / chunk + 1) * Place<N>::parts(s);
-        int error = launch(take_moments<T, N>, blocks, THREADS, 3 * THREADS * sizeof(float), device, stream, in(y),
-                           in(term), moments, s);
+        int error = launch(take_moments<T, N>, blocks, THREADS, 3 * THREADS * sizeof(float), device, stream, y, term,
+                           moments, s);
         if (error) return error;
         error = launch(combine_moments<N>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, moments, statistics,
                        last, eps, s);
         if (error) return error;
-        return launch(normalise<T, N>, blocks, THREADS, 0, device, stream, in(y), in(term), statistics, in(weight),
-                      in(bias), static_cast<T *>(out), s);
+        return launch(normalise_groups<T, N>, blocks, THREADS, 0, device, stream, y, term, statistics, weight, bias,
+                      out, s);
     });
 }

@@ -136,17 +136,15 @@ int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y, const voi
     return by_format(s, dtype, [&](auto number, auto together) {
         using T = decltype(number);
         constexpr int N = decltype(together)::value;
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const int64_t parts = Place<N>::parts(s), rows = THREADS / std::min<int64_t>(channels / N, THREADS);
-        int error = launch(sum_gradients<T, N>, maps * ((positions - 1) / chunk + 1) * parts, THREADS,
-                           2 * N * THREADS * sizeof(float), device, stream, in(grad), in(y), in(term), statistics,
-                           in(weight), in(bias), sums, s);
+        int error =
+            launch(sum_gradients<T, N>, maps * ((positions - 1) / chunk + 1) * parts, THREADS,
+                   2 * N * THREADS * sizeof(float), device, stream, grad, y, term, statistics, weight, bias, sums, s);
         if (error || !(y_grad || term_grad)) return error;
-        error = launch(combine_gradients<T>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, sums, in(weight),
+        error = launch(combine_gradients<T>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, sums, weight,
                        means, last, s);
         if (error) return error;
         return launch(differentiate<T, N>, batch * splits * ((positions - 1) / rows + 1) * parts, THREADS, 0, device,
-                      stream, in(grad), in(y), in(term), statistics, means, in(weight), in(bias),
-                      static_cast<T *>(y_grad), term_grad, int(splits), s);
+                      stream, grad, y, term, statistics, means, weight, bias, y_grad, term_grad, splits, s);
     });
 }

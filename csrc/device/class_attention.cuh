@@ -17,7 +17,7 @@ constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
 constexpr float NORMALISER_EPS = 1e-6f;  // published
 
 // φ = elu + 1
-__device__ __forceinline__ float feature(float x) { return x > 0.0f ? x + 1.0f : fast_exp2(x * 1.4426950408889634f); }
+DEVICE float feature(float x) { return x > 0.0f ? x + 1.0f : fast_exp2(x * 1.4426950408889634f); }
 
 // The classes of a list, and the one that pads it as one more key where `pads` is not 0.
 struct Classes {
@@ -27,9 +27,9 @@ struct Classes {
     Classes(int64_t count, int64_t pads)
         : count(int(count)), pads(int(pads)), share(float(1.0 / (double(count) + double(pads)))) {}
 
-    __host__ __device__ __forceinline__ int keys() const { return count + (pads > 0); }
-    __host__ __device__ __forceinline__ int tiles() const { return (keys() + 15) / 16; }
-    __device__ __forceinline__ float times(int key) const {  // how often a key counts
+    __host__ DEVICE int keys() const { return count + (pads > 0); }
+    __host__ DEVICE int tiles() const { return (keys() + 15) / 16; }
+    DEVICE float times(int key) const {  // how often a key counts
         return key < count ? 1.0f : key < keys() ? float(pads) : 0.0f;
     }
 };
@@ -44,10 +44,10 @@ inline bool takes_classes(int64_t classes, int64_t height, int64_t width, int64_
 // A from columns 0..15, counted from 16 · m, of a tile that holds Aᵀ: its rows from K · k on. K is in the order of
 // `load_b_by_rows`.
 template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
+DEVICE A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
     A a;
     if constexpr (sizeof(T) == 2) {
-        ldmatrix_transposed(a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_piece(lane), 2 * m));
+        ldmatrix<true>(a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_piece(lane), 2 * m));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, i
 
 // The B of step k whose columns all are `column`, with its K in the order of `chained`.
 template <typename T>
-__device__ __forceinline__ B repeated_column(const float *column, int k, int lane) {
+DEVICE B repeated_column(const float *column, int k, int lane) {
     const float *const from = column + k * K<T> + d_column(lane, 0);
     const Pair<float> first = load<float, 2>(from);
     if constexpr (sizeof(T) == 2) {

@@ -13,7 +13,7 @@ constexpr int QUARTERS = 4;
 
 // Two neighbours of a factor's row in a register, or in float32 the first of them alone.
 template <typename T>
-__device__ __forceinline__ uint32_t factor_word(float first, float second) {
+DEVICE uint32_t factor_word(float first, float second) {
     if constexpr (sizeof(T) == 2) return rounded_word<T>(first, second);
     return __float_as_uint(first);
 }
@@ -24,7 +24,7 @@ template <typename T>
 struct Waiting {
     uint32_t word[sizeof(T) / 2];
 
-    static __device__ __forceinline__ Waiting of(float first, float second) {
+    static DEVICE Waiting of(float first, float second) {
         if constexpr (sizeof(T) == 2) {
             return {{recomputed(rounded_word<T>(first, second))}};
         } else {
@@ -32,7 +32,7 @@ struct Waiting {
         }
     }
 
-    __device__ __forceinline__ Pair<T> pair() const {
+    DEVICE Pair<T> pair() const {
         uint32_t same[sizeof(T) / 2];
 #pragma unroll
         for (int i = 0; i < int(sizeof(T) / 2); ++i) same[i] = recomputed(word[i]);
@@ -50,8 +50,8 @@ struct Quarter {
     // Adds to S what `rows` keys and values give, the first being number `first` of the list; z and m become theirs.
     // Values beyond the list are 0. m is a sum of ones times values, and the padding class, as often as it counts.
     template <typename T>
-    __device__ __forceinline__ void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows,
-                                        const Classes &classes, int lane) {
+    DEVICE void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows, const Classes &classes,
+                    int lane) {
         const uint32_t one = factor_word<T>(1.0f, 1.0f);
         D of_outer[2] = {{{outer[0], outer[1], outer[2], outer[3]}}, {{outer[4], outer[5], outer[6], outer[7]}}};
         D of_total = {}, of_mean[2] = {};
@@ -86,14 +86,14 @@ struct Quarter {
 
     // Values 2 i and 2 i + 1 of it, with m taken out of the values.
     template <typename T>
-    __device__ __forceinline__ Waiting<T> pair(int i) const {
+    DEVICE Waiting<T> pair(int i) const {
         const float z = total[i % 2];
         return Waiting<T>::of(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
     }
 
     // Its places in z, function(place, value), and in m likewise.
     template <typename OfZ, typename OfM>
-    __device__ __forceinline__ void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
+    DEVICE void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + d_row(lane, 2 * i), total[i]);
 #pragma unroll
@@ -101,7 +101,7 @@ struct Quarter {
     }
 
     // Two quarters know the same of z, or of m, and so do several lanes: one of them writes it, or adds it.
-    __device__ __forceinline__ void store_vectors(float *z, bool more, int which, int lane) {
+    DEVICE void store_vectors(float *z, bool more, int which, int lane) {
         const auto put = [&](float *place, float value) { *place = more ? *place + value : value; };
         each_vector(
             which, lane,
@@ -113,7 +113,7 @@ struct Quarter {
             });
     }
 
-    __device__ __forceinline__ void load_vectors(const float *z, int which, int lane) {
+    DEVICE void load_vectors(const float *z, int which, int lane) {
         each_vector(
             which, lane, [&](int place, float &value) { value = z[place]; },
             [&](int place, float &value) { value = z[WIDTH + place]; });
@@ -121,11 +121,11 @@ struct Quarter {
 };
 
 template <typename T>
-__device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
+DEVICE void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         T *const place = pair_place(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);
-        store<T, 2>(place + i % 2 * (8 * WIDTH), pairs[i].pair());
+        store(place + i % 2 * (8 * WIDTH), pairs[i].pair());
     }
 }
 

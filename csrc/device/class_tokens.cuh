@@ -16,13 +16,14 @@ struct ClassMaps {
     int width, pooling;
     int positions, columns;  // of a map, and of a row of it
 
-    ClassMaps(const T *x, const T *padding_token, Classes classes, int64_t height, int64_t width, int64_t pooling)
-        : x(x), padding_token(padding_token), classes(classes), map(height * width * C), width(int(width)),
-          pooling(int(pooling)), positions(int(height / pooling * (width / pooling))), columns(int(width / pooling)) {}
+    ClassMaps(const void *x, const void *padding_token, Classes classes, int64_t height, int64_t width, int64_t pooling)
+        : x(static_cast<const T *>(x)), padding_token(static_cast<const T *>(padding_token)), classes(classes),
+          map(height * width * C), width(int(width)), pooling(int(pooling)),
+          positions(int(height / pooling * (width / pooling))), columns(int(width / pooling)) {}
 
     // Of maps with a token for each position: numbers from one class to the next, and where that of a class is.
-    __device__ __forceinline__ int64_t pooled_map() const { return int64_t(positions) * C; }
-    __device__ __forceinline__ T *result(T *results, int number, int key) const {
+    DEVICE int64_t pooled_map() const { return int64_t(positions) * C; }
+    DEVICE T *result(T *results, int number, int key) const {
         number = recomputed(number);
         const int image = number / recomputed(positions), place = number - image * positions;
         return results + (int64_t(image) * classes.count + key) * pooled_map() + int64_t(place) * C;
@@ -36,7 +37,7 @@ struct Position {
     const T *x;
 
     // Worked out again wherever it is asked for, instead of kept in registers.
-    __device__ __forceinline__ Position(const ClassMaps<T> &maps, int number) {
+    DEVICE Position(const ClassMaps<T> &maps, int number) {
         number = recomputed(number);
         image = number / recomputed(maps.positions);
         const int place = number - image * maps.positions;
@@ -49,15 +50,14 @@ struct Position {
 // A warp's classes from `first` on as rows of its tile, averaged over the square of positions that is pooled; zeros
 // beyond the list.
 template <typename T>
-__device__ __forceinline__ void load_pooled(Tile<T, C> rows, const ClassMaps<T> &maps, const T *from, int first,
-                                            int lane) {
+DEVICE void load_pooled(Tile<T, C> rows, const ClassMaps<T> &maps, const T *from, int first, int lane) {
     using Pieces = RowPieces<T, C>;
     const float share = 1.0f / float(maps.pooling * maps.pooling);
     from += Pieces::row(lane) * maps.map + Pieces::column(lane);
 #pragma unroll 1
     for (int row = 0; row < 16; row += Pieces::ROWS, from += Pieces::ROWS * maps.map) {
         Pieces pieces;
-        float totals[Pieces::TOGETHER][Pieces::EACH] = {};
+        float totals[Pieces::TOGETHER][EACH<T>] = {};
         const T *at = from;
 #pragma unroll 1
         for (int i = 0; i < maps.pooling; ++i, at += int64_t(maps.width - maps.pooling) * C) {
@@ -65,15 +65,15 @@ __device__ __forceinline__ void load_pooled(Tile<T, C> rows, const ClassMaps<T> 
             for (int j = 0; j < maps.pooling; ++j, at += C) {
                 pieces.load(at, maps.map, maps.classes.count - first - row - Pieces::row(lane));
 #pragma unroll
-                for (int k = 0; k < Pieces::TOGETHER * Pieces::EACH; ++k) {
-                    const int which = k / Pieces::EACH, number = k % Pieces::EACH;
+                for (int k = 0; k < Pieces::TOGETHER * EACH<T>; ++k) {
+                    const int which = k / EACH<T>, number = k % EACH<T>;
                     totals[which][number] += to_float(pieces.piece[which].value[number]);
                 }
             }
         }
 #pragma unroll
-        for (int k = 0; k < Pieces::TOGETHER * Pieces::EACH; ++k) {
-            const int which = k / Pieces::EACH, number = k % Pieces::EACH;
+        for (int k = 0; k < Pieces::TOGETHER * EACH<T>; ++k) {
+            const int which = k / EACH<T>, number = k % EACH<T>;
             pieces.piece[which].value[number] = rounded<T>(totals[which][number] * share);
         }
         pieces.store(rows, row, lane);
@@ -82,8 +82,7 @@ __device__ __forceinline__ void load_pooled(Tile<T, C> rows, const ClassMaps<T> 
 
 // A warp's 16 classes from `first` on as rows of its tile, with the padding class behind the last; zeros beyond.
 template <typename T>
-__device__ __forceinline__ void load_classes(Tile<T, C> rows, const ClassMaps<T> &maps, int number, int first,
-                                             int lane) {
+DEVICE void load_classes(Tile<T, C> rows, const ClassMaps<T> &maps, int number, int first, int lane) {
     const T *const from = Position<T>(maps, number).x + first * maps.map;
     if (maps.pooling == 1) {
         copy_in(rows, from, maps.map, maps.classes.count - first, lane);
@@ -93,16 +92,14 @@ __device__ __forceinline__ void load_classes(Tile<T, C> rows, const ClassMaps<T>
     const int padding = maps.classes.count - first;
     if (maps.classes.pads == 0 || padding < 0 || padding >= 16) return;
     __syncwarp();
-    constexpr int EACH = 16 / int(sizeof(T));
-    if (lane < C / EACH) {
-        store<T, EACH>(rows.at(padding, lane * EACH), load<T, EACH>(maps.padding_token + lane * EACH));
+    if (lane < C / EACH<T>) {
+        store(rows.at(padding, lane * EACH<T>), load_piece(maps.padding_token + lane * EACH<T>));
     }
 }
 
 // A warp's classes from `first` on, where nothing is pooled, added to the rows of its tile on their way to memory.
 template <typename T>
-__device__ __forceinline__ void store_added(Tile<T, C> rows, const ClassMaps<T> &maps, int number, T *to, int first,
-                                            int lane) {
+DEVICE void store_added(Tile<T, C> rows, const ClassMaps<T> &maps, int number, T *to, int first, int lane) {
     using Pieces = RowPieces<T, C>;
     const int64_t own = Pieces::row(lane) * maps.map + Pieces::column(lane);
     const T *from = Position<T>(maps, number).x + first * maps.map + own;
@@ -114,9 +111,9 @@ __device__ __forceinline__ void store_added(Tile<T, C> rows, const ClassMaps<T> 
         x.load(from, maps.map, count);
         y.load(rows, row, lane);
 #pragma unroll
-        for (int k = 0; k < Pieces::TOGETHER * Pieces::EACH; ++k) {
-            T &sum = x.piece[k / Pieces::EACH].value[k % Pieces::EACH];
-            sum = rounded<T>(to_float(y.piece[k / Pieces::EACH].value[k % Pieces::EACH]) + to_float(sum));
+        for (int k = 0; k < Pieces::TOGETHER * EACH<T>; ++k) {
+            T &sum = x.piece[k / EACH<T>].value[k % EACH<T>];
+            sum = rounded<T>(to_float(y.piece[k / EACH<T>].value[k % EACH<T>]) + to_float(sum));
         }
         x.store(to, maps.map, count);
     }

@@ -10,12 +10,11 @@
 namespace ovseg {
 
 constexpr int PIXELS = 128, TEXTS = 16, COSINE_THREADS = PIXELS / 16 * 32;
-constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
 
 // Copies 16 bytes of a row, of which `left` numbers are left, into a tile; zeros beyond its end. Rows that are no whole
 // pieces are read number by number, at once.
 template <typename T>
-__device__ __forceinline__ void copy_piece(void *target, const T *source, int left, bool whole) {
+DEVICE void copy_piece(void *target, const T *source, int left, bool whole) {
     if (whole) {
         copy_async(target, source, left > 0);
     } else {
@@ -38,7 +37,7 @@ struct Embeddings {
     int target, channels, texts;
 
     // places: the pixels' rows of `image`, or −1
-    __device__ __forceinline__ Embeddings(const T *image, const T *text, const int *places, int texts, int channels)
+    DEVICE Embeddings(const T *image, const T *text, const int *places, int texts, int channels)
         : channels(channels), texts(texts) {
         const int thread = recomputed(int(threadIdx.x)), row = thread / 8, column = thread % 8 * EACH<T>;
         target = tile_offset<128>(row, thread % 8);
@@ -50,9 +49,9 @@ struct Embeddings {
         }
     }
 
-    __device__ __forceinline__ int stages() const { return (channels + WIDTH - 1) / WIDTH; }
+    DEVICE int stages() const { return (channels + WIDTH - 1) / WIDTH; }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+    DEVICE void operator()(int, unsigned char *buffer) {
         by_wholeness(whole_pieces<T>(channels), [&](auto whole) {
 #pragma unroll
             for (int i = 0; i <= OWN; ++i) {
@@ -65,18 +64,13 @@ struct Embeddings {
     }
 };
 
-__device__ __forceinline__ float length_of(float squares) {
-    const float length = sqrtf(squares);
-    return length < SHORTEST ? SHORTEST : length;  // NaN stays
-}
-
 // Sums of the squares of 16 rows. Those of 16-bit numbers are the diagonal of the rows' products with each other: a
 // factor's rows are, as they lie in the lanes, also columns of the other one.
 template <typename T>
 struct Squares {
     D products[2] = {};  // with rows 0..7, with rows 8..15
 
-    __device__ __forceinline__ void add(const A &a) {
+    DEVICE void add(const A &a) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             if constexpr (sizeof(T) == 2) {
@@ -89,7 +83,7 @@ struct Squares {
     }
 
     // Of row lane / 4 + 8 · i.
-    __device__ __forceinline__ float of_row(int i, int lane) const {
+    DEVICE float of_row(int i, int lane) const {
         if constexpr (sizeof(T) == 2) {
             const int row = lane / 4;  // of the diagonal: in lane row / 2 of its four, value row % 2
             const float value = row % 2 ? products[i].value[2 * i + 1] : products[i].value[2 * i];
@@ -102,7 +96,7 @@ struct Squares {
 
 // The cosines of a warp's 16 pixels and all texts, in the layout of a product.
 template <typename T, typename Stages>
-__device__ __forceinline__ void cosines(D (&d)[TEXTS / 8], Stages &stages, int warp, int lane) {
+DEVICE void cosines(D (&d)[TEXTS / 8], Stages &stages, int warp, int lane) {
     Squares<T> pixels, texts;
     d[0] = d[1] = {};
 #pragma unroll 1

@@ -17,9 +17,9 @@ constexpr int BATCH = 2;  // pieces of a tensor that a thread reads at once
 struct Sizes {
     int classes, positions, channels, group, chunk;  // group: channels of one; chunk: positions that a block takes
 
-    __device__ __forceinline__ int chunks() const { return (positions - 1) / chunk + 1; }
-    __device__ __forceinline__ int groups() const { return channels / group; }
-    __device__ __forceinline__ int64_t map() const { return int64_t(positions) * channels; }
+    DEVICE int chunks() const { return (positions - 1) / chunk + 1; }
+    DEVICE int groups() const { return channels / group; }
+    DEVICE int64_t map() const { return int64_t(positions) * channels; }
 };
 
 // The thread's channels, and its position among those that a block reads at once.
@@ -28,7 +28,7 @@ struct Place {
     int column, row, rows;  // column: the first channel
     bool active;
 
-    __device__ __forceinline__ Place(const Sizes &s, int part) {
+    DEVICE Place(const Sizes &s, int part) {
         const int columns = min(s.channels / N, THREADS);
         rows = THREADS / columns, row = int(threadIdx.x) / columns;
         column = (part * columns + int(threadIdx.x) % columns) * N;
@@ -47,7 +47,7 @@ struct Chunk {
     int64_t map;
     int number, part, first, end;  // positions
 
-    __device__ __forceinline__ Chunk(const Sizes &s, int64_t block, int parts) {
+    DEVICE Chunk(const Sizes &s, int64_t block, int parts) {
         part = int(block % parts);
         number = int(block / parts % s.chunks());
         map = block / parts / s.chunks();
@@ -55,14 +55,14 @@ struct Chunk {
     }
 
     // Where its sums for the channels of a kind begin in (maps, chunks, 2, channels).
-    __device__ __forceinline__ int64_t sums(const Sizes &s, int kind) const {
+    DEVICE int64_t sums(const Sizes &s, int kind) const {
         return ((map * s.chunks() + number) * 2 + kind) * s.channels;
     }
 };
 
 // N numbers, a piece or a single one; zeros where they are not `present`.
 template <int N, typename T>
-__device__ __forceinline__ void load_floats(float (&values)[N], const T *address, bool present = true) {
+DEVICE void load_floats(float (&values)[N], const T *address, bool present = true) {
     if constexpr (N == EACH<T>) {
         const Floats<T> found = floats(load_piece(address, 0, present ? N : 0, true));
 #pragma unroll
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_floats(float (&values)[N], const T *address
 }
 
 template <int N, typename T>
-__device__ __forceinline__ void store_floats(T *address, const float (&values)[N]) {
+DEVICE void store_floats(T *address, const float (&values)[N]) {
     constexpr int AT_ONCE = N * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : N;
 #pragma unroll
     for (int first = 0; first < N; first += AT_ONCE) {
@@ -89,8 +89,8 @@ __device__ __forceinline__ void store_floats(T *address, const float (&values)[N
 // there are, where the first one lies among the maps, and z of their channels, 0 of positions beyond the chunk. The
 // other one lies place.rows · s.channels further on.
 template <int N, typename T, typename Function>
-__device__ __forceinline__ void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &place, const T *y,
-                                              const T *term, Function function) {
+DEVICE void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &place, const T *y, const T *term,
+                          Function function) {
     const int step = place.rows * s.channels;
     const int64_t to_term = (chunk.map / s.classes - chunk.map) * s.map();
     int64_t at = chunk.map * s.map() + int64_t(chunk.first + place.row) * s.channels + place.column;
@@ -119,15 +119,14 @@ struct Affine {
     float slope, shift;
 
     Affine() = default;
-    __device__ __forceinline__ Affine(float mean, float scale, float weight, float bias)
+    DEVICE Affine(float mean, float scale, float weight, float bias)
         : slope(scale * weight), shift(fmaf(-mean, slope, bias)) {}
 
-    __device__ __forceinline__ float operator()(float z) const { return fmaf(z, slope, shift); }
+    DEVICE float operator()(float z) const { return fmaf(z, slope, shift); }
 };
 
 template <int N, typename T>
-__device__ __forceinline__ void load_affine(Affine (&affine)[N], const Pair<float> &group, const T *weight,
-                                            const T *bias) {
+DEVICE void load_affine(Affine (&affine)[N], const Pair<float> &group, const T *weight, const T *bias) {
     float w[N], shift[N];
     load_floats(w, weight);
     load_floats(shift, bias);
@@ -136,7 +135,7 @@ __device__ __forceinline__ void load_affine(Affine (&affine)[N], const Pair<floa
 }
 
 // Both numbers of the group of a channel of a map, from (maps, groups, 2).
-__device__ __forceinline__ Pair<float> of_group(const float *values, const Sizes &s, int64_t map, int channel) {
+DEVICE Pair<float> of_group(const float *values, const Sizes &s, int64_t map, int channel) {
     return load<float, 2>(values + (map * s.groups() + channel / s.group) * 2);
 }
 

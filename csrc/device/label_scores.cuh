@@ -23,14 +23,14 @@ struct LabelMap {
     int64_t area;  // of a map of logits
     int windows, classes, k, out_height, out_width, window_height, window_width;
     Resizing from_maps, from_window, from_canvas;  // maps -> window; the whole image's window -> canvas -> result
-    int tops[MOST_WINDOWS], lefts[MOST_WINDOWS];
+    int tops[MOST_WINDOWS] = {}, lefts[MOST_WINDOWS] = {};
 
-    __device__ __forceinline__ bool meets(int window, Rectangle r) const {
+    DEVICE bool meets(int window, Rectangle r) const {
         return tops[window] <= r.bottom && tops[window] + window_height > r.top && lefts[window] <= r.right &&
                lefts[window] + window_width > r.left;
     }
 
-    __device__ __forceinline__ int64_t at(int window, int c) const {  // where a map begins
+    DEVICE int64_t at(int window, int c) const {  // where a map begins
         return (int64_t(window) * classes + c) * area;
     }
 };
@@ -53,24 +53,24 @@ struct Target {
     int top, left, height, width;  // the result's height and width
 
     template <typename T>
-    __device__ __forceinline__ Target(const LabelMap<T> &a, int tile) : height(a.out_height), width(a.out_width) {
+    DEVICE Target(const LabelMap<T> &a, int tile) : height(a.out_height), width(a.out_width) {
         const int across = (width + COLUMNS - 1) / COLUMNS;
         top = tile / across * ROWS, left = tile % across * COLUMNS;
     }
 
-    __device__ __forceinline__ Rectangle rectangle() const {
+    DEVICE Rectangle rectangle() const {
         return {top, left, min(top + ROWS, height) - 1, min(left + COLUMNS, width) - 1};
     }
 
-    __device__ __forceinline__ int row() const { return top + recomputed(int(threadIdx.x)) / COLUMNS; }
-    __device__ __forceinline__ int column() const { return left + recomputed(int(threadIdx.x)) % COLUMNS; }
-    __device__ __forceinline__ bool there() const { return row() < height && column() < width; }
-    __device__ __forceinline__ int64_t place() const { return int64_t(row()) * width + column(); }
+    DEVICE int row() const { return top + recomputed(int(threadIdx.x)) / COLUMNS; }
+    DEVICE int column() const { return left + recomputed(int(threadIdx.x)) % COLUMNS; }
+    DEVICE bool there() const { return row() < height && column() < width; }
+    DEVICE int64_t place() const { return int64_t(row()) * width + column(); }
 };
 
 // Lists the windows below a block's rectangle of the result, in their order.
 template <typename T>
-__device__ __forceinline__ void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &target) {
+DEVICE void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &target) {
     const int thread = int(threadIdx.x);
     const Rectangle below = a.from_canvas.source(target.rectangle());
     if (thread <= a.windows) {
@@ -91,11 +91,11 @@ __device__ __forceinline__ void find(const LabelMap<T> &a, WindowsBelow &windows
     __syncthreads();
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.4426950409f)); }
+DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.4426950409f)); }
 
 // Of the logit that these taps make of a map.
 template <typename T>
-__device__ __forceinline__ float probability(const T *map, const Resizing &from_maps, const Taps &v, const Taps &h) {
+DEVICE float probability(const T *map, const Resizing &from_maps, const Taps &v, const Taps &h) {
     const auto at = [&](int y, int x) { return to_float(map[uint32_t(y * from_maps.x.size + x)]); };
     float logit = at(v.low, h.low);
     if (from_maps.needed) {
@@ -108,9 +108,8 @@ __device__ __forceinline__ float probability(const T *map, const Resizing &from_
 
 // Scores of N classes from `first` on, beyond the last class that one's again, at SIDE × SIDE pixels of the canvas.
 template <int SIDE, int N, typename T>
-__device__ __forceinline__ void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a,
-                                             const WindowsBelow &windows, int first, const int (&rows)[SIDE],
-                                             const int (&columns)[SIDE]) {
+DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, const WindowsBelow &windows, int first,
+                         const int (&rows)[SIDE], const int (&columns)[SIDE]) {
     int64_t maps[N];
     float counts[SIDE][SIDE] = {};
 #pragma unroll
@@ -194,14 +193,13 @@ __device__ __forceinline__ void score_canvas(float (&scores)[SIDE][SIDE][N], con
 struct Pixel {
     Taps y, x;
 
-    __device__ __forceinline__ Pixel(const Target &target, const Resizing &from_canvas)
+    DEVICE Pixel(const Target &target, const Resizing &from_canvas)
         : y(from_canvas.down(min(target.row(), target.height - 1))),
           x(from_canvas.along(min(target.column(), target.width - 1))) {}
 
     // Scores of N classes from `first` on.
     template <int N, typename T>
-    __device__ __forceinline__ void score(float (&total)[N], const LabelMap<T> &a, const WindowsBelow &windows,
-                                          int first) const {
+    DEVICE void score(float (&total)[N], const LabelMap<T> &a, const WindowsBelow &windows, int first) const {
         if (!a.from_canvas.needed) {
             float scores[1][1][N];
             score_canvas<1>(scores, a, windows, first, {y.low}, {x.low});

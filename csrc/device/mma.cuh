@@ -43,105 +43,9 @@ __host__ __device__ constexpr int a_piece(int lane) { return lane >> 4; }
 __host__ __device__ constexpr int b_row(int lane) { return (lane & 7) + (lane >> 4 << 3); }  // two B
 __host__ __device__ constexpr int b_piece(int lane) { return lane >> 3 & 1; }
 
-#ifndef __CUDACC__
-namespace emulated {
-
-using emulator::Slot;
-
-constexpr int LDMATRIX = 3, PRODUCT = 4;
-
-template <typename T>
-float number(const uint32_t *words, int i) {  // of registers of 16-bit pairs
-    T half;
-    memcpy(&half, reinterpret_cast<const uint16_t *>(words) + i, 2);
-    return to_float(half);
-}
-
-// The product of all lanes' fragments, by the layout above.
-template <typename T>
-void multiply(Slot *slots) {
-    constexpr int k = sizeof(T) == 2 ? 16 : 8;
-    float a[16][k], b[8][k];
-    for (int lane = 0; lane < 32; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        const uint32_t *words = slots[lane].words;
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 2) {
-                for (int j = 0; j < 2; ++j) a[g + i % 2 * 8][2 * t + i / 2 * 8 + j] = number<T>(words, 2 * i + j);
-            } else {
-                a[g + i % 2 * 8][t + i / 2 * 4] = __uint_as_float(words[i] & 0xffffe000u);  // TF32 has no lower bits
-            }
-        }
-        for (int i = 0; i < 2; ++i) {
-            if constexpr (sizeof(T) == 2) {
-                for (int j = 0; j < 2; ++j) b[g][2 * t + i * 8 + j] = number<T>(words + 4, 2 * i + j);
-            } else {
-                b[g][t + i * 4] = __uint_as_float(words[4 + i] & 0xffffe000u);
-            }
-        }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-        for (int i = 0; i < 4; ++i) {
-            float sum = slots[lane].floats[6 + i];
-            for (int j = 0; j < k; ++j) sum += a[d_row(lane, i)][j] * b[d_column(lane, i)][j];
-            slots[lane].floats[10 + i] = sum;
-        }
-    }
-}
-
-template <typename T>
-void mma(D &d, const A &a, const B &b) {
-    Slot &slot = emulator::slot(PRODUCT + int(sizeof(T)));
-    memcpy(slot.words, a.word, 16);
-    memcpy(slot.words + 4, b.word, 8);
-    memcpy(slot.words + 6, d.value, 16);
-    memcpy(d.value, emulator::meet(multiply<T>)[emulator::lane_index()].words + 10, 16);
-}
-
-inline void ldmatrix(uint32_t *words, const void *address, bool transposed) {
-    emulator::check_aligned(address, 16);
-    emulator::slot(LDMATRIX).address = address;
-    const Slot *slots = emulator::meet();
-    const int g = emulator::lane_index() / 4, t = emulator::lane_index() % 4;
-    for (int i = 0; i < 4; ++i) {
-        const auto row = [&](int r) { return static_cast<const uint16_t *>(slots[8 * i + r].address); };
-        const uint16_t pair[2] = {transposed ? row(2 * t)[g] : row(g)[2 * t],
-                                  transposed ? row(2 * t + 1)[g] : row(g)[2 * t + 1]};
-        memcpy(&words[i], pair, 4);
-    }
-    emulator::slot(LDMATRIX);  // nobody writes the rows again before all have read them
-    emulator::meet();
-}
-
-}  // namespace emulated
-#endif
-
-// Four 8×8 matrices of 16-bit numbers, one row of one of them at each lane's address.
-__device__ __forceinline__ void ldmatrix(uint32_t *words, const void *address) {
-#ifdef __CUDACC__
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(address)))
-                 : "memory");
-#else
-    emulated::ldmatrix(words, address, false);
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t *words, const void *address) {
-#ifdef __CUDACC__
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(address)))
-                 : "memory");
-#else
-    emulated::ldmatrix(words, address, true);
-#endif
-}
-
 // A from rows 0..15 of a tile, its K numbers from piece 2 · k on.
 template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a(Tile<T, WIDTH> tile, int k, int lane) {
+DEVICE A load_a(Tile<T, WIDTH> tile, int k, int lane) {
     A a;
     ldmatrix(a.word, tile.stepped(a_row(lane), a_piece(lane), 2 * k));
     return a;
@@ -149,7 +53,7 @@ __device__ __forceinline__ A load_a(Tile<T, WIDTH> tile, int k, int lane) {
 
 // The same with its K numbers in the order that `load_b_chained` and `load_b_by_rows` take them in.
 template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
+DEVICE A load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
     if constexpr (sizeof(T) == 2) {
         return load_a(tile, k, lane);
     } else {
@@ -163,7 +67,7 @@ __device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane
 
 // Writes what `chained` has made a factor to where `load_a_chained` would read it.
 template <typename T, int WIDTH>
-__device__ __forceinline__ void store_chained(Tile<T, WIDTH> tile, const A &a, int k, int lane) {
+DEVICE void store_chained(Tile<T, WIDTH> tile, const A &a, int k, int lane) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int row = d_row(lane, 2 * i), column = k * K<T> + d_column(lane, 0);
@@ -178,7 +82,7 @@ __device__ __forceinline__ void store_chained(Tile<T, WIDTH> tile, const A &a, i
 
 // Two B from rows 0..7 and 8..15 of a tile that holds Bᵀ.
 template <typename T, int WIDTH>
-__device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
+DEVICE void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
     uint32_t word[4];
     ldmatrix(word, tile.stepped(b_row(lane), b_piece(lane), 2 * k));
     b[0] = {{word[0], word[1]}};
@@ -187,7 +91,7 @@ __device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, in
 
 // The same for a product whose A comes from `chained`.
 template <typename T, int WIDTH>
-__device__ __forceinline__ void load_b_chained(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
+DEVICE void load_b_chained(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
     if constexpr (sizeof(T) == 2) {
         load_b(b, tile, k, lane);
     } else {
@@ -202,10 +106,10 @@ __device__ __forceinline__ void load_b_chained(B (&b)[2], Tile<T, WIDTH> tile, i
 // Two B from columns 0..7 and 8..15, counted from 16 · n, of a tile that holds B: its rows from K · k on. A is
 // `chained`.
 template <typename T, int WIDTH>
-__device__ __forceinline__ void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, int k, int n, int lane) {
+DEVICE void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, int k, int n, int lane) {
     if constexpr (sizeof(T) == 2) {
         uint32_t word[4];
-        ldmatrix_transposed(word, tile.rows_from(k * K<T>).stepped(a_row(lane), a_piece(lane), 2 * n));
+        ldmatrix<true>(word, tile.rows_from(k * K<T>).stepped(a_row(lane), a_piece(lane), 2 * n));
         b[0] = {{word[0], word[1]}};
         b[1] = {{word[2], word[3]}};
     } else {
@@ -220,37 +124,16 @@ __device__ __forceinline__ void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, i
 // The A of step k of a product from the results of another, which lie side by side: A's rows are theirs, and so are its
 // columns.
 template <typename T>
-__device__ __forceinline__ A chained(const D *results, int k) {
+DEVICE A chained(const D *results, int k) {
     if constexpr (sizeof(T) == 2) {
         const D &left = results[2 * k], &right = results[2 * k + 1];
-        return {{packed<T>(left.value[0], left.value[1]), packed<T>(left.value[2], left.value[3]),
-                 packed<T>(right.value[0], right.value[1]), packed<T>(right.value[2], right.value[3])}};
+        return {{rounded_word<T>(left.value[0], left.value[1]), rounded_word<T>(left.value[2], left.value[3]),
+                 rounded_word<T>(right.value[0], right.value[1]), rounded_word<T>(right.value[2], right.value[3])}};
     } else {
         const D &d = results[k];
         return {{__float_as_uint(d.value[0]), __float_as_uint(d.value[2]), __float_as_uint(d.value[1]),
                  __float_as_uint(d.value[3])}};
     }
-}
-
-template <typename T>
-__device__ __forceinline__ void mma_once(D &d, const A &a, const B &b) {
-#ifdef __CUDACC__
-    float (&x)[4] = d.value;
-#define OVSEG_MMA(SHAPE_AND_FORMATS)                                                                   \
-    asm("mma.sync.aligned." SHAPE_AND_FORMATS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-        : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])                                               \
-        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
-    if constexpr (std::is_same_v<T, __half>) {
-        OVSEG_MMA("m16n8k16.row.col.f32.f16.f16.f32");
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        OVSEG_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
-    } else {
-        OVSEG_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-    }
-#undef OVSEG_MMA
-#else
-    emulated::mma<T>(d, a, b);
-#endif
 }
 
 // The leading bits of a float32 that a TF32 product reads, and the rest: 0 where the number is not finite, and so is
@@ -259,7 +142,7 @@ struct Split {
     uint32_t lead, finite_lead, rest;
 };
 
-__device__ __forceinline__ Split split(uint32_t word) {
+DEVICE Split split(uint32_t word) {
     const uint32_t lead = word & 0xffffe000u;
     const bool finite = (word & 0x7f800000u) != 0x7f800000u;
     const float rest = __uint_as_float(word) - __uint_as_float(lead);
@@ -268,7 +151,7 @@ __device__ __forceinline__ Split split(uint32_t word) {
 
 // A factor whose splitting is worked out again in each turn of a loop, see `recomputed(int)`.
 template <typename T>
-__device__ __forceinline__ A recomputed(A a) {
+DEVICE A recomputed(A a) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) a.word[i] = recomputed(a.word[i]);
@@ -278,9 +161,9 @@ __device__ __forceinline__ A recomputed(A a) {
 
 // d += a · b
 template <typename T>
-__device__ __forceinline__ void mma(D &d, const A &a, const B &b) {
+DEVICE void mma(D &d, const A &a, const B &b) {
     if constexpr (sizeof(T) == 2) {
-        mma_once<T>(d, a, b);
+        mma_once<T>(d.value, a.word, b.word);
     } else {
         A lead_a, finite_a, rest_a;
         B lead_b, finite_b, rest_b;
@@ -294,9 +177,9 @@ __device__ __forceinline__ void mma(D &d, const A &a, const B &b) {
             const Split s = split(b.word[i]);
             lead_b.word[i] = s.lead, finite_b.word[i] = s.finite_lead, rest_b.word[i] = s.rest;
         }
-        mma_once<T>(d, finite_a, rest_b);
-        mma_once<T>(d, rest_a, finite_b);
-        mma_once<T>(d, lead_a, lead_b);
+        mma_once<T>(d.value, finite_a.word, rest_b.word);
+        mma_once<T>(d.value, rest_a.word, finite_b.word);
+        mma_once<T>(d.value, lead_a.word, lead_b.word);
     }
 }
 

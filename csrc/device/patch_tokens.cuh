@@ -22,9 +22,9 @@ struct PatchTokens {
     int layers, batch, tokens, patches, channels;
     bool whole;  // every token consists of pieces of 16 bytes
 
-    __host__ __device__ __forceinline__ int rows() const { return batch * patches; }
+    __host__ DEVICE int rows() const { return batch * patches; }
 
-    __device__ __forceinline__ const T *row(int layer, int row) const {
+    DEVICE const T *row(int layer, int row) const {
         return of_layer[layer] + row / patches * batch_stride + (tokens - patches + row % patches) * token_stride;
     }
 };
@@ -32,23 +32,23 @@ struct PatchTokens {
 template <typename T>
 struct Norms {
     const T *shared_weight, *shared_bias;  // a, c: (channels)
-    const T *weight, *bias;                // g, b: (layers, channels)
-    float shared_eps, eps;
+    const T *weight, *bias = nullptr;      // g, b: (layers, channels)
+    float shared_eps = 0.0f, eps = 0.0f;
 };
 
 // Means of x and u, and what their distances from it are scaled by.
 struct alignas(16) Statistics {
     float x_mean, x_scale, u_mean, u_scale;
 
-    __device__ __forceinline__ float x_hat(float x) const { return (x - x_mean) * x_scale; }
-    __device__ __forceinline__ float u_hat(float u) const { return (u - u_mean) * u_scale; }
+    DEVICE float x_hat(float x) const { return (x - x_mean) * x_scale; }
+    DEVICE float u_hat(float u) const { return (u - u_mean) * u_scale; }
 };
 
 // A warp's statistics of ROWS rows at a time. Distances are squared when the mean is known: squares of the numbers
 // themselves would cancel.
 template <int ROWS, typename T>
-__device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[ROWS],
-                                                const Norms<T> &norms, int channels, bool whole, int lane) {
+DEVICE void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[ROWS], const Norms<T> &norms,
+                            int channels, bool whole, int lane) {
     const float share = 1.0f / float(channels);
     const auto each_column = [&](auto function) {
 #pragma unroll 1
@@ -112,8 +112,8 @@ __device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const
 
 // y of a piece of x from `column` on; 0 past the channels, as g and b are, unless the row's statistics are NaN.
 template <typename T>
-__device__ __forceinline__ Piece<T> normalised(const Floats<T> &x, const Statistics &found, const Norms<T> &norms,
-                                               int layer, int column, int channels, bool whole) {
+DEVICE Piece<T> normalised(const Floats<T> &x, const Statistics &found, const Norms<T> &norms, int layer, int column,
+                           int channels, bool whole) {
     const int first = layer * channels;  // `check_patch_tokens` keeps it small
     const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
     const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
@@ -130,8 +130,7 @@ __device__ __forceinline__ Piece<T> normalised(const Floats<T> &x, const Statist
 
 // The same of a single number.
 template <typename T>
-__device__ __forceinline__ T normalised(T x, const Statistics &found, const Norms<T> &norms, int layer, int column,
-                                        int channels) {
+DEVICE T normalised(T x, const Statistics &found, const Norms<T> &norms, int layer, int column, int channels) {
     const int own = layer * channels + column;
     const float a = to_float(norms.shared_weight[column]), c = to_float(norms.shared_bias[column]);
     const float u = found.x_hat(to_float(x)) * a + c;

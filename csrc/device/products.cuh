@@ -11,7 +11,7 @@ namespace ovseg {
 
 // d += factor · matrix, the matrix having STEPS · K rows. UNROLLED steps at a time: float32 is short of registers.
 template <typename T, int STEPS, int UNROLLED = STEPS, int N, int WIDTH, typename Factor>
-__device__ __forceinline__ void multiply(D (&d)[N], Tile<T, WIDTH> matrix, int lane, Factor factor) {
+DEVICE void multiply(D (&d)[N], Tile<T, WIDTH> matrix, int lane, Factor factor) {
 #pragma unroll(UNROLLED)
     for (int k = 0; k < STEPS; ++k) {
         const A a = factor(k);
@@ -27,7 +27,7 @@ __device__ __forceinline__ void multiply(D (&d)[N], Tile<T, WIDTH> matrix, int l
 
 // d += factor · matrixᵀ, the matrix having 8 · N rows.
 template <typename T, int STEPS, int N, int WIDTH, typename Factor>
-__device__ __forceinline__ void multiply_transposed(D (&d)[N], Tile<T, WIDTH> matrix, int lane, Factor factor) {
+DEVICE void multiply_transposed(D (&d)[N], Tile<T, WIDTH> matrix, int lane, Factor factor) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
         const A a = factor(k);
@@ -41,48 +41,18 @@ __device__ __forceinline__ void multiply_transposed(D (&d)[N], Tile<T, WIDTH> ma
     }
 }
 
-// Two 16-bit numbers in one conversion, the first in the lower half. Rounded one by one they may become two slow ones.
-template <typename T>
-__device__ __forceinline__ uint32_t rounded_word(float first, float second) {
-#ifdef __CUDACC__
-    uint32_t word;
-    if constexpr (std::is_same_v<T, __half>) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    } else {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    }
-    return word;
-#else
-    return packed<T>(first, second);
-#endif
-}
-
-template <typename T, int N>
-__device__ __forceinline__ Vector<T, N> rounded(const float (&numbers)[N]) {
-    Vector<T, N> vector;
-    if constexpr (sizeof(T) == 2) {
-        uint32_t words[N / 2];
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) words[i] = rounded_word<T>(numbers[2 * i], numbers[2 * i + 1]);
-        memcpy(&vector, words, sizeof(words));
-    } else {
-        memcpy(&vector, numbers, sizeof(numbers));
-    }
-    return vector;
-}
-
 // Where a lane's first two values of D number n go in a tile of 16 rows: row d_row(lane, 0), column 8 n +
 // d_column(lane, 0). Its other two go 8 rows further, to + 8 · WIDTH. Pieces change places among eight, so that the
 // ninth is 128 bytes from the first.
 template <typename T, int WIDTH>
-__device__ __forceinline__ T *pair_place(Tile<T, WIDTH> tile, int n, int lane) {
+DEVICE T *pair_place(Tile<T, WIDTH> tile, int n, int lane) {
     const int step = n * int(sizeof(T)) / 2;
     return tile.at(d_row(lane, 0), d_column(lane, 0), step % 8) + step / 8 * (128 / int(sizeof(T)));
 }
 
 // Back from `chained`: two neighbours of D number n of which the factors of all steps came, i 0 for the upper row.
 template <typename T, int STEPS>
-__device__ __forceinline__ Pair<float> chained_pair(const A (&factors)[STEPS], int n, int i) {
+DEVICE Pair<float> chained_pair(const A (&factors)[STEPS], int n, int i) {
     if constexpr (sizeof(T) == 2) {
         Pair<T> pair;
         memcpy(&pair, &factors[n / 2].word[n % 2 * 2 + i], 4);

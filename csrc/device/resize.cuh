@@ -16,7 +16,7 @@ struct Axis {
     float scale;
 
     // Multiplied and added at once, so that every caller gets the same pixel.
-    __device__ __forceinline__ Taps taps(int at) const {
+    DEVICE Taps taps(int at) const {
         const float source = fmaxf(fmaf(float(at) + 0.5f, scale, -0.5f), 0.0f);
         const int low = min(int(source), size - 1);
         return {low, min(low + 1, size - 1), source - float(low)};
@@ -37,20 +37,16 @@ struct Resizing {
         : y{int(height), float(height) / float(new_height)}, x{int(width), float(width) / float(new_width)},
           needed(height != new_height || width != new_width) {}
 
-    __device__ __forceinline__ Taps down(int row) const { return needed ? y.taps(row) : Taps{row, row, 0.0f}; }
-    __device__ __forceinline__ Taps along(int column) const {
-        return needed ? x.taps(column) : Taps{column, column, 0.0f};
-    }
+    DEVICE Taps down(int row) const { return needed ? y.taps(row) : Taps{row, row, 0.0f}; }
+    DEVICE Taps along(int column) const { return needed ? x.taps(column) : Taps{column, column, 0.0f}; }
 
     // What the pixels of a rectangle read.
-    __device__ __forceinline__ Rectangle source(Rectangle r) const {
+    DEVICE Rectangle source(Rectangle r) const {
         if (!needed) return r;
         return {y.taps(r.top).low, x.taps(r.left).low, y.taps(r.bottom).high, x.taps(r.right).high};
     }
 };
 
-__device__ __forceinline__ float mixed(float first, float second, float weight) {
-    return fmaf(weight, second, (1.0f - weight) * first);
-}
+DEVICE float mixed(float first, float second, float weight) { return fmaf(weight, second, (1.0f - weight) * first); }
 
 }  // namespace ovseg

@@ -11,9 +11,13 @@ namespace ovseg {
 constexpr float LAYER_NORM_EPS = 1e-5f;  // torch.nn.functional.layer_norm
 constexpr int STAGE_ROWS = 32;           // outputs of a layer, or hidden units of the MLP, in a stage
 
+inline bool takes_hidden(int64_t hidden, int multiple) {
+    return hidden >= multiple && hidden % multiple == 0 && hidden <= INT32_MAX / 128;
+}
+
 // The distribution of the Gaussian. Its logarithm to base 2 below 0 is nearly a parabola; this polynomial for it leaves
 // an error of 9e-7 in the result, and in GELU.
-__device__ __forceinline__ float gaussian(float x) {
+DEVICE float gaussian(float x) {
     const float z = fabsf(x);
     const float power =
         z * (-1.1510661f + z * (-0.45937163f + z * (-0.052397665f + z * (0.0073105135f - z * 0.00050511486f)))) - 1.0f;
@@ -22,31 +26,30 @@ __device__ __forceinline__ float gaussian(float x) {
 }
 
 struct Gelu {
-    static __device__ __forceinline__ float of(float x) { return x * gaussian(x); }
+    static DEVICE float of(float x) { return x * gaussian(x); }
 };
 
 struct Relu {
-    static __device__ __forceinline__ float of(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
+    static DEVICE float of(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
 };
 
 // Layer norm of rows of which LANES neighbouring lanes hold a piece each. A row is summed twice.
 template <int LANES, typename T>
-__device__ __forceinline__ Piece<T> normalised(const Piece<T> &piece, const Piece<T> &weight, const Piece<T> &bias) {
-    constexpr int EACH = 16 / int(sizeof(T));
-    constexpr float SHARE = 1.0f / (LANES * EACH);
+DEVICE Piece<T> normalised(const Piece<T> &piece, const Piece<T> &weight, const Piece<T> &bias) {
+    constexpr float SHARE = 1.0f / (LANES * EACH<T>);
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) sum += to_float(piece.value[i]);
+    for (int i = 0; i < EACH<T>; ++i) sum += to_float(piece.value[i]);
     const float mean = sum_over_lanes<LANES>(sum) * SHARE;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
+    for (int i = 0; i < EACH<T>; ++i) {
         const float away = to_float(piece.value[i]) - mean;
         squares += away * away;
     }
     const float scale = rsqrtf(sum_over_lanes<LANES>(squares) * SHARE + LAYER_NORM_EPS);
     Piece<T> result;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
+    for (int i = 0; i < EACH<T>; ++i) {
         const float x = (to_float(piece.value[i]) - mean) * scale;
         result.value[i] = rounded<T>(x * to_float(weight.value[i]) + to_float(bias.value[i]));
     }
@@ -55,15 +58,15 @@ __device__ __forceinline__ Piece<T> normalised(const Piece<T> &piece, const Piec
 
 // The same of 16 rows that lie in a tile, in place.
 template <typename T, int C>
-__device__ __forceinline__ void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
+DEVICE void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
+    constexpr int LANES = C / EACH<T>, AT_ONCE = 32 / LANES;
     static_assert(LANES <= 32 && 32 % LANES == 0, "a row fits a warp");
-    const int column = lane % LANES * EACH;
-    const Piece<T> w = load<T, EACH>(weight + column), b = load<T, EACH>(bias + column);
+    const int column = lane % LANES * EACH<T>;
+    const Piece<T> w = load_piece(weight + column), b = load_piece(bias + column);
 #pragma unroll 4
     for (int first = 0; first < 16; first += AT_ONCE) {
         T *const place = rows.at(first + lane / LANES, column);
-        store<T, EACH>(place, normalised<LANES>(load<T, EACH>(place), w, b));
+        store(place, normalised<LANES>(load_piece(place), w, b));
     }
 }
 
@@ -79,12 +82,11 @@ struct Stages {
     int stages;
     int begun = 0, place = 0;  // stages whose copies have begun; where the next one lies
 
-    __device__ __forceinline__ Stages(unsigned char *start, Fetch fetch)
-        : start(start), fetch(fetch), stages(fetch.stages()) {
+    DEVICE Stages(unsigned char *start, Fetch fetch) : start(start), fetch(fetch), stages(fetch.stages()) {
         for (int stage = 0; stage < COUNT - 1; ++stage) begin(start + stage * BYTES);
     }
 
-    __device__ __forceinline__ void begin(unsigned char *buffer) {
+    DEVICE void begin(unsigned char *buffer) {
         if (begun < stages) fetch(begun, buffer);
         ++begun;
         commit_copies();
@@ -92,7 +94,7 @@ struct Stages {
 
     // The buffer of the next stage. The barrier also tells that everybody is done with the stage before, whose place is
     // free.
-    __device__ __forceinline__ unsigned char *next() {
+    DEVICE unsigned char *next() {
         wait_for_copies<COUNT - 2>();
         __syncthreads();
         begin(start + (place == 0 ? LAST : place - BYTES));
@@ -111,14 +113,14 @@ struct Factors {
     Tile<T, C> rows;
     A kept[KEPT ? C / K<T> : 1];
 
-    __device__ __forceinline__ Factors(Tile<T, C> rows, int lane) : rows(rows) {
+    DEVICE Factors(Tile<T, C> rows, int lane) : rows(rows) {
         if constexpr (KEPT) {
 #pragma unroll
             for (int k = 0; k < C / K<T>; ++k) kept[k] = load_a(rows, k, lane);
         }
     }
 
-    __device__ __forceinline__ A at(int k, int lane) const {
+    DEVICE A at(int k, int lane) const {
         if constexpr (KEPT) return kept[k];
         return load_a(rows, k, lane);
     }
@@ -126,8 +128,7 @@ struct Factors {
 
 // d = rows · weightᵀ: STAGE_ROWS outputs, from a weight (STAGE_ROWS, C).
 template <typename T, int C>
-__device__ __forceinline__ void project(D (&d)[STAGE_ROWS / 8], const Factors<T, C> &rows, Tile<T, C> weight,
-                                        int lane) {
+DEVICE void project(D (&d)[STAGE_ROWS / 8], const Factors<T, C> &rows, Tile<T, C> weight, int lane) {
 #pragma unroll
     for (int n = 0; n < STAGE_ROWS / 8; ++n) d[n] = {};
 #pragma unroll(Factors<T, C>::KEPT ? C / K<T> : 1)
@@ -145,7 +146,7 @@ __device__ __forceinline__ void project(D (&d)[STAGE_ROWS / 8], const Factors<T,
 
 // A lane's values of results that lie side by side, two neighbours at a time: function(row, column, first, second).
 template <int N, typename Function>
-__device__ __forceinline__ void each_pair(D (&d)[N], int lane, Function function) {
+DEVICE void each_pair(D (&d)[N], int lane, Function function) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -158,8 +159,8 @@ __device__ __forceinline__ void each_pair(D (&d)[N], int lane, Function function
 // The residual MLP of a warp's 16 rows, in place:  y + W₂ act(W₁ LN(y) + b₁) + b₂. Takes two of `stages` for each
 // STAGE_ROWS of the `hidden` units: of W₁ (STAGE_ROWS, C), then of W₂ (C, STAGE_ROWS).
 template <typename Activation, typename T, int C, typename Stages>
-__device__ __forceinline__ void residual_mlp(Tile<T, C> rows, const T *norm_weight, const T *norm_bias, const T *bias1,
-                                             const T *bias2, int hidden, Stages &stages, int lane) {
+DEVICE void residual_mlp(Tile<T, C> rows, const T *norm_weight, const T *norm_bias, const T *bias1, const T *bias2,
+                         int hidden, Stages &stages, int lane) {
     D total[C / 8];
     each_pair(total, lane, [&](int row, int column, float &first, float &second) {
         const Pair<T> y = load<T, 2>(rows.at(row, column)), b = load<T, 2>(bias2 + column);
@@ -195,7 +196,7 @@ __device__ __forceinline__ void residual_mlp(Tile<T, C> rows, const T *norm_weig
         unit += STAGE_ROWS;
     } while (unit < hidden);
     each_pair(total, lane, [&](int row, int column, float first, float second) {
-        store<T, 2>(rows.at(row, column), rounded_pair<T>(first, second));
+        store(rows.at(row, column), rounded_pair<T>(first, second));
     });
     __syncwarp();
 }

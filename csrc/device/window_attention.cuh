@@ -26,7 +26,7 @@ struct Window {
 
     // Fills it in, by all threads of the block; a barrier has to follow. `index` counts the windows of all maps.
     template <int THREADS>
-    __device__ __forceinline__ void find(const Windows &windows, int index, int classes) {
+    DEVICE void find(const Windows &windows, int index, int classes) {
         const int which = index % windows.count();
         for (int token = int(threadIdx.x); token < TOKENS; token += THREADS) {
             const int place = windows.place(which, token);
@@ -46,7 +46,7 @@ struct Window {
 
 // Masks scores of 16 tokens, rows, with COUNT others, columns, from `first` on.
 template <bool KEYS_ARE_ROWS, int COUNT>
-__device__ __forceinline__ void mask_scores(D (&scores)[COUNT], const Window &window, int row, int first, int lane) {
+DEVICE void mask_scores(D (&scores)[COUNT], const Window &window, int row, int first, int lane) {
     const int own[2] = {window.regions[row + d_row(lane, 0)], window.regions[row + d_row(lane, 2)]};
     const int *const others = window.regions + first;
 #pragma unroll
@@ -69,7 +69,7 @@ __device__ __forceinline__ void mask_scores(D (&scores)[COUNT], const Window &wi
 
 // d = rows · othersᵀ for 16 rows given as factors, and COUNT · 8 others from a tile on.
 template <typename T, int COUNT>
-__device__ __forceinline__ void score(D (&d)[COUNT], const A (&rows)[WIDTH / K<T>], Tile<T, WIDTH> others, int lane) {
+DEVICE void score(D (&d)[COUNT], const A (&rows)[WIDTH / K<T>], Tile<T, WIDTH> others, int lane) {
 #pragma unroll
     for (int n = 0; n < COUNT / 2; ++n) {
         d[2 * n] = d[2 * n + 1] = {};
@@ -86,8 +86,7 @@ __device__ __forceinline__ void score(D (&d)[COUNT], const A (&rows)[WIDTH / K<T
 
 // sums += weights · values: weights of 16 rows for COUNT · 8 values, from a tile on.
 template <typename T, int COUNT>
-__device__ __forceinline__ void add_weighted(D (&sums)[WIDTH / 8], const D (&weights)[COUNT], Tile<T, WIDTH> values,
-                                             int lane) {
+DEVICE void add_weighted(D (&sums)[WIDTH / 8], const D (&weights)[COUNT], Tile<T, WIDTH> values, int lane) {
 #pragma unroll
     for (int k = 0; k < COUNT * 8 / K<T>; ++k) {
         if constexpr (sizeof(T) == 4) __syncwarp();  // registers are short: no values are read ahead
@@ -110,8 +109,8 @@ struct Softmax {
 // sums = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, of which q are the factors. Where not all
 // keys are taken at once, the sums are brought to each new maximum.
 template <typename T>
-__device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys,
-                                          Tile<T, WIDTH> values, const Window &window, int row, int lane) {
+DEVICE Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys, Tile<T, WIDTH> values,
+                      const Window &window, int row, int lane) {
     constexpr int COUNT = AT_ONCE<T> / 8;
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     Softmax softmax;

@@ -2,10 +2,7 @@
 
 #pragma once
 
-#ifndef __CUDACC__
-#define __host__
-#define __device__
-#endif
+#include "platform.cuh"
 
 namespace ovseg {
 

@@ -95,6 +95,13 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
     return __shfl_sync(mask, value, emulator::lane_index() ^ distance);
 }
 
+inline int __reduce_max_sync(unsigned mask, int value) {
+    for (int distance = 16; distance; distance /= 2) value = std::max(value, __shfl_xor_sync(mask, value, distance));
+    return value;
+}
+
+inline int __reduce_min_sync(unsigned mask, int value) { return ~__reduce_max_sync(mask, ~value); }
+
 template <typename T>
 const T &__ldg(const T *address) {
     emulator::check_aligned(address, sizeof(T));

@@ -20,7 +20,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     out = image.new_empty(batch, classes, height, width, outputs)
     native.call(
         "ovseg_cost_embedding_fwd", *(native.aligned(tensor) for tensor in (image, text, weight, bias)), out,
-        batch, height, width, channels, classes, prompts, int(text.dim() == 4), outputs, size,
+        batch, height, width, channels, classes, prompts, outputs, size,
     )  # fmt: skip
     return out
 

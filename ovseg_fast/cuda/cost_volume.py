@@ -13,7 +13,7 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     batch, patches, channels = image.shape
     prompts = text.shape[-2]
     cost = image.new_empty(batch, prompts, patches)
-    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, patches, prompts, channels, int(text.dim() == 3))
+    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, patches, prompts, channels)
     return cost
 
 

@@ -58,7 +58,7 @@ def window_attention_backward(
     grad_tokens = torch.empty_like(tokens)
     attended = flat.new_empty(flat.shape if need_proj else 0)
     native.call(
-        "ovseg_spatial_aggregation_bwd", tokens, native.aligned(flat @ proj_weight), grad_tokens,
+        "ovseg_spatial_aggregation_attention_bwd", tokens, native.aligned(flat @ proj_weight), grad_tokens,
         attended if need_proj else None, *x.shape, heads, window, shift,
     )  # fmt: skip
     if need_q:

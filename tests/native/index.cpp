@@ -1,4 +1,4 @@
-// The index arithmetic of csrc/device for tests/test_native_index.py, which calls it through ctypes.
+// The index arithmetic of csrc/device for test_index.py, which calls it through ctypes.
 
 #include "device/mma.cuh"
 #include "device/windows.h"

@@ -46,9 +46,9 @@ struct Weights {
     const T *fc1, *fc2;
     int hidden;
 
-    __device__ __forceinline__ int stages() const { return 2 * (hidden / STAGE_ROWS); }
+    DEVICE int stages() const { return 2 * (hidden / STAGE_ROWS); }
 
-    __device__ __forceinline__ void operator()(int stage, unsigned char *buffer) const {
+    DEVICE void operator()(int stage, unsigned char *buffer) const {
         const int unit = stage / 2 * STAGE_ROWS;
         if (stage % 2) {
             copy_weights<STAGE_ROWS, 32 * WARPS<T>>(Tile<T, C>{buffer}, fc1 + unit * C, C);
@@ -60,7 +60,7 @@ struct Weights {
 
 // act(a), and grad · act'(a).
 template <bool GELU>
-__device__ __forceinline__ Pair<float> activate_backward(float a, float grad) {
+DEVICE Pair<float> activate_backward(float a, float grad) {
     if constexpr (GELU) {
         const float below = gaussian(a), bell = fast_exp2(a * a * -0.7213475204444817f - 1.3257480647361592f);
         return {{a * below, grad * (below + a * bell)}};
@@ -70,7 +70,7 @@ __device__ __forceinline__ Pair<float> activate_backward(float a, float grad) {
 }
 
 template <typename T, bool GELU>
-__global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T> a) {
+__global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
     unsigned char *const memory = shared_memory();
     int lane = int(threadIdx.x) % 32;
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
 #pragma unroll
                     for (int n = 0; n < STAGE_ROWS / 8; ++n) {
                         const float (&x)[4] = units[n].value, (&g)[4] = units_grad[n].value;
-                        store<T, 2>(a.activated + place + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
-                        store<T, 2>(a.units_grad + place + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
+                        store(a.activated + place + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
+                        store(a.units_grad + place + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
                     }
                 }
             }
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
                 const float inner = normed_grad[n].value[i + j] - level[i / 2];
                 out[j] = to_float(g.value[j]) + scale[i / 2] * (inner - standardised[n].value[i + j] * along[i / 2]);
             }
-            store<T, 2>(place, rounded_pair<T>(out[0], out[1]));
+            store(place, rounded_pair<T>(out[0], out[1]));
         }
     }
     __syncwarp();
@@ -234,28 +234,18 @@ __global__ void __launch_bounds__(32 * WARPS<T>) mlp_backward(const Arguments<T>
 }  // namespace
 }  // namespace ovseg
 
-int ovseg_residual_mlp_bwd(const void *grad, const void *y, const void *norm_weight, const void *norm_bias,
-                           const void *fc1_weight, const void *fc1_bias, const void *fc2_weight, void *y_grad,
-                           void *normed, void *activated, void *units_grad, void *sums, int64_t rows, int64_t channels,
-                           int64_t hidden, int64_t gelu, int dtype, int device, void *stream) {
+int ovseg_residual_mlp_bwd(const ovseg_residual_mlp_params *params, int dtype, int device, void *stream) {
     using namespace ovseg;
-    if (channels != C || hidden < STAGE_ROWS || hidden % STAGE_ROWS || hidden > INT32_MAX / C) {
-        return OVSEG_UNSUPPORTED_SIZE;
-    }
-    if (!aligned(grad, y, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, y_grad, normed, activated,
-                 units_grad, sums)) {
-        return OVSEG_MISALIGNED;
-    }
+    const auto &p = *params;
+    if (p.channels != C || !takes_hidden(p.hidden, STAGE_ROWS)) return OVSEG_UNSUPPORTED_SIZE;
+    if (!aligned_params(p, p.rows)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const auto out = [](void *pointer) { return static_cast<T *>(pointer); };
-        const Arguments<T> a{in(grad),       in(y),          in(norm_weight), in(norm_bias),
-                             in(fc1_weight), in(fc1_bias),   in(fc2_weight),  out(y_grad),
-                             out(normed),    out(activated), out(units_grad), static_cast<float *>(sums),
-                             rows,           int(hidden)};
-        const int64_t blocks = (rows + Shared<T>::ROWS - 1) / Shared<T>::ROWS;
-        return launch(gelu ? mlp_backward<T, true> : mlp_backward<T, false>, blocks, 32 * WARPS<T>, Shared<T>::TOTAL,
-                      device, stream, a);
+        const auto a =
+            filled<Arguments<T>>(p.grad, p.y, p.norm_weight, p.norm_bias, p.fc1_weight, p.fc1_bias, p.fc2_weight,
+                                 p.y_grad, p.normed, p.activated, p.units_grad, p.sums, p.rows, p.hidden);
+        const int64_t blocks = (p.rows + Shared<T>::ROWS - 1) / Shared<T>::ROWS;
+        return launch(p.gelu ? residual_mlp_backward<T, true> : residual_mlp_backward<T, false>, blocks, 32 * WARPS<T>,
+                      Shared<T>::TOTAL, device, stream, a);
     });
 }
