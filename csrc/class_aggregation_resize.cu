@@ -81,19 +81,19 @@ __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
     const int left = min(int(column), a.columns.low - 1), right = min(left + 1, a.columns.low - 1);
     const float down = line - float(top), across = column - float(left), up = 1.0f - down, back = 1.0f - across;
     const int pieces = int(a.pieces.divisor);
-    const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * EACH<T>;
-    const auto read = [&](int i, int j) { return load_piece(map + (i * a.columns.low + j) * pieces * EACH<T>); };
-    const Piece<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
+    const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * VEC<T>;
+    const auto read = [&](int i, int j) { return load_vec(map + (i * a.columns.low + j) * pieces * VEC<T>); };
+    const Vec<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
     const float shares[4] = {up * back, up * across, down * back, down * across};
-    Piece<T> sum = load_piece(a.x + place.index * EACH<T>);
+    Vec<T> sum = load_vec(a.x + place.index * VEC<T>);
 #pragma unroll
-    for (int i = 0; i < EACH<T>; ++i) {
+    for (int i = 0; i < VEC<T>; ++i) {
         float total = to_float(sum.value[i]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) total += shares[j] * to_float(corners[j].value[i]);
         sum.value[i] = rounded<T>(total);
     }
-    store(a.out + place.index * EACH<T>, sum);
+    store(a.out + place.index * VEC<T>, sum);
 }
 
 template <typename T>
@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T>
     const Place place(a);
     if (!place.inside) return;
     const int first = a.columns.first(place.column), behind = a.columns.behind(place.column);
-    const int last = a.lines.behind(place.line), pitch = int(a.pieces.divisor) * EACH<T>;
-    const T *const map = a.x + int64_t(place.map) * (a.lines.size * a.columns.size * pitch) + place.piece * EACH<T>;
-    float total[EACH<T>] = {};
+    const int last = a.lines.behind(place.line), pitch = int(a.pieces.divisor) * VEC<T>;
+    const T *const map = a.x + int64_t(place.map) * (a.lines.size * a.columns.size * pitch) + place.piece * VEC<T>;
+    float total[VEC<T>] = {};
 #pragma unroll 1
     for (int i = a.lines.first(place.line); i < last; ++i) {
         const float of_line = a.lines.share(i, place.line);
@@ -112,15 +112,15 @@ __global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T>
         for (int j = first; j < behind; ++j, from += pitch) {
             const float share = of_line * a.columns.share(j, place.column);
             if (share == 0.0f) continue;  // 0 times NaN would be NaN
-            const Piece<T> grad = load_piece(from);
+            const Vec<T> grad = load_vec(from);
 #pragma unroll
-            for (int c = 0; c < EACH<T>; ++c) total[c] += share * to_float(grad.value[c]);
+            for (int c = 0; c < VEC<T>; ++c) total[c] += share * to_float(grad.value[c]);
         }
     }
-    Piece<T> sum;
+    Vec<T> sum;
 #pragma unroll
-    for (int c = 0; c < EACH<T>; ++c) sum.value[c] = rounded<T>(total[c]);
-    store(a.out + place.index * EACH<T>, sum);
+    for (int c = 0; c < VEC<T>; ++c) sum.value[c] = rounded<T>(total[c]);
+    store(a.out + place.index * VEC<T>, sum);
 }
 
 template <bool BACKWARD>
@@ -134,11 +134,11 @@ int resize(const void *x, const void *y, void *out, int64_t maps, int64_t height
     if (!aligned(x, y, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        if (channels % EACH<T>) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH<T>);
+        if (channels % VEC<T>) return int(OVSEG_UNSUPPORTED_SIZE);
+        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / VEC<T>);
         const int64_t blocks = (of_map + THREADS - 1) / THREADS;
         const auto a = filled<Arguments<T>>(x, y, out, Side(height, low_height), Side(width, low_width),
-                                            Divisor(BACKWARD ? low_width : width), Divisor(channels / EACH<T>),
+                                            Divisor(BACKWARD ? low_width : width), Divisor(channels / VEC<T>),
                                             Divisor(blocks), BACKWARD ? low_height : height);
         return launch(BACKWARD ? resize_backward<T> : resize_add<T>, maps * blocks, THREADS, 0, device, stream, a);
     });

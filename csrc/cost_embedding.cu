@@ -29,7 +29,7 @@ constexpr int ZERO = TEXTS * PITCH;  // the place of a zero behind them
 constexpr int WARPS = COSINE_THREADS / 32;
 
 template <typename T>
-constexpr int GROUP = 4 * EACH<T>;  // outputs of which a lane has EACH neighbours
+constexpr int GROUP = 4 * VEC<T>;  // outputs of which a lane has VEC neighbours
 
 template <typename T>
 struct Arguments {
@@ -53,11 +53,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH
+// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are VEC
 // neighbours.
 template <typename T>
 DEVICE int place_of(int c) {
-    return c % EACH<T> / 2 * 8 + c / EACH<T> * 2 + c % 2;
+    return c % VEC<T> / 2 * 8 + c / VEC<T> * 2 + c % 2;
 }
 
 // A block's share of the work.
@@ -105,17 +105,13 @@ struct Block {
 
     template <typename Stages>
     DEVICE void find_costs(Stages &stages, int warp, int lane) const {
-        D d[TEXTS / 8];
-        cosines<T>(d, stages, warp, lane);
-#pragma unroll
-        for (int n = 0; n < TEXTS / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int pixel = 16 * warp + d_row(lane, i);  // beyond the map 0, also where the text is NaN
-                shared.costs[(8 * n + d_column(lane, i)) * PITCH + pixel] =
-                    rounded<T>(shared.sources[pixel] >= 0 ? d[n].value[i] : 0.0f);
-            }
-        }
+        Acc acc[TEXTS / 8];
+        cosines<T>(acc, stages, warp, lane);
+        each_value<TEXTS / 8>([&](int n, int i) {
+            const int pixel = 16 * warp + acc_row(lane, i);  // beyond the map 0, also where the text is NaN
+            shared.costs[(8 * n + acc_col(lane, i)) * PITCH + pixel] =
+                rounded<T>(shared.sources[pixel] >= 0 ? acc[n].value[i] : 0.0f);
+        });
     }
 
     // Brings `taps` weights of OUTPUTS outputs from `output` on: those of the elements from `tap` on, counted from
@@ -158,7 +154,7 @@ struct Windows16 {
         const int pixels = block.a.tiles.height * block.a.tiles.width;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int item = first + d_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
+            const int item = first + acc_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
             corners[i] = 0, tokens[i] = -1;
             if (item < block.items()) {
                 const int position = block.shared.targets[pixel];
@@ -168,34 +164,34 @@ struct Windows16 {
         }
     }
 
-    DEVICE A at(int k, int lane) const {
+    DEVICE FragA at(int k, int lane) const {
         const Shared<T> &shared = block.shared;
-        A a;
+        FragA frag_a;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if constexpr (sizeof(T) == 2) {
                 const Pair<int> offset = load<int, 2>(shared.offsets + k * K<T> + lane % 4 * 2 + i / 2 * 8);
                 const Pair<T> pair{{shared.costs[min(corners[i % 2] + offset.value[0], ZERO)],
                                     shared.costs[min(corners[i % 2] + offset.value[1], ZERO)]}};
-                memcpy(&a.word[i], &pair, 4);
+                memcpy(&frag_a.word[i], &pair, 4);
             } else {
                 const int offset = shared.offsets[k * K<T> + lane % 4 + i / 2 * 4];
-                a.word[i] = __float_as_uint(shared.costs[min(corners[i % 2] + offset, ZERO)]);
+                frag_a.word[i] = __float_as_uint(shared.costs[min(corners[i % 2] + offset, ZERO)]);
             }
         }
-        return a;
+        return frag_a;
     }
 
     // Adds the weights that are not finite, one after another, where the element of the window lies within the map.
-    DEVICE void add_rest(D (&d)[GROUP<T> / 8], int output, int prompt, int tap, int taps, int lane) const {
+    DEVICE void add_rest(Acc (&acc)[GROUP<T> / 8], int output, int prompt, int tap, int taps, int lane) const {
         const Arguments<T> &a = block.a;
         const int64_t area = a.size * a.size;
 #pragma unroll 1
         for (int i = 0; i < taps; ++i) {
             lane = recomputed(lane);
 #pragma unroll
-            for (int j = 0; j < EACH<T>; ++j) {
-                const int c = output + lane % 4 * EACH<T> + j;
+            for (int j = 0; j < VEC<T>; ++j) {
+                const int c = output + lane % 4 * VEC<T> + j;
                 if (c >= a.outputs) continue;
                 const float weight = to_float(a.weight[(int64_t(c) * a.prompts + prompt) * area + tap + i]);
                 if (fabsf(weight) < INFINITY) continue;
@@ -203,19 +199,19 @@ struct Windows16 {
                 for (int row = 0; row < 2; ++row) {
                     const int place = corners[row] + block.shared.offsets[i];
                     if (block.shared.sources[place % PITCH] < 0) continue;
-                    d[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[place]) * weight;
+                    acc[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[place]) * weight;
                 }
             }
         }
     }
 
     // Of the group that begins at output `first` of those from `output` on.
-    DEVICE void store_outputs(const D (&d)[GROUP<T> / 8], int output, int first, int lane) const {
+    DEVICE void store_outputs(const Acc (&acc)[GROUP<T> / 8], int output, int first, int lane) const {
         const Arguments<T> &a = block.a;
-        const int own = first + lane % 4 * EACH<T>, left = a.outputs - output - own;
-        float bias[EACH<T>];
+        const int own = first + lane % 4 * VEC<T>, left = a.outputs - output - own;
+        float bias[VEC<T>];
 #pragma unroll
-        for (int j = 0; j < EACH<T>; j += 4) {
+        for (int j = 0; j < VEC<T>; j += 4) {
             const Vector<float, 4> four = load<float, 4>(block.shared.bias + own + j);
 #pragma unroll
             for (int i = 0; i < 4; ++i) bias[j + i] = four.value[i];
@@ -223,12 +219,12 @@ struct Windows16 {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             if (tokens[row] < 0) continue;
-            Piece<T> piece;
+            Vec<T> piece;
 #pragma unroll
-            for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2] + bias[j]);
+            for (int j = 0; j < VEC<T>; ++j) piece.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]);
             T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + own;
-            if (!whole_pieces<T>(a.outputs)) {
-                store_piece(target, 0, left, false, piece);
+            if (!whole_vecs<T>(a.outputs)) {
+                store_vec(target, 0, left, false, piece);
             } else if (left > 0) {
                 store_if(true, target, piece);
             }
@@ -236,18 +232,14 @@ struct Windows16 {
     }
 };
 
-// d += windows · weights of a step of K, for M times 16 windows and a group of outputs.
+// acc += windows · weights of a step of K, for M times 16 windows and a group of outputs.
 template <typename T, int M>
-DEVICE void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k, int lane) {
+DEVICE void multiply(Acc (&acc)[M][GROUP<T> / 8], const FragA (&frag_a)[M], Tile<T, TAPS> weights, int k, int lane) {
 #pragma unroll
-    for (int n = 0; n < GROUP<T> / 16; ++n) {
-        B b[2];
-        load_b(b, weights.rows_from(16 * n), k, lane);
+    for (int n = 0; n < GROUP<T> / 8; n += 2) {
+        const FragB2 frag_b = load_b(weights.rows_from(8 * n), k, lane);
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            mma<T>(d[m][2 * n], a[m], b[0]);
-            mma<T>(d[m][2 * n + 1], a[m], b[1]);
-        }
+        for (int m = 0; m < M; ++m) mma<T>(acc[m] + n, frag_a[m], frag_b);
     }
 }
 
@@ -276,27 +268,27 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
 #pragma unroll 1
         for (int item = warp * 16 * M; item < block.items(); item += WARPS * 16 * M) {
             const Windows16<T> windows[2] = {{block, item, lane}, {block, item + 16 * (M - 1), lane}};
-            A factors[STEPS][M];
+            FragA frag_a[STEPS][M];
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 if (k * K<T> >= taps) continue;
 #pragma unroll
-                for (int m = 0; m < M; ++m) factors[k][m] = windows[m].at(k, lane);
+                for (int m = 0; m < M; ++m) frag_a[k][m] = windows[m].at(k, lane);
             }
             const int end = min(a.outputs - output, OUTPUTS);
 #pragma unroll 1
             for (int c = 0; c < end; c += GROUP<T>) {
                 lane = recomputed(lane);
-                D d[M][GROUP<T> / 8] = {};
+                Acc acc[M][GROUP<T> / 8] = {};
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) {
                     if (k * K<T> >= taps) continue;
-                    multiply<T, M>(d, factors[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                    multiply<T, M>(acc, frag_a[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                 }
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
-                    if (shared.not_finite) windows[m].add_rest(d[m], output + c, 0, 0, taps, lane);
-                    windows[m].store_outputs(d[m], output, c, lane);
+                    if (shared.not_finite) windows[m].add_rest(acc[m], output + c, 0, 0, taps, lane);
+                    windows[m].store_outputs(acc[m], output, c, lane);
                 }
             }
         }
@@ -322,7 +314,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
         for (int job = warp; job - warp < jobs; job += WARPS) {
             const int c = job % GROUPS * GROUP<T>;
             const Windows16<T> own(block, job / GROUPS * 16, lane);
-            D d[1][GROUP<T> / 8] = {};
+            Acc acc[1][GROUP<T> / 8] = {};
 #pragma unroll 1
             for (int prompt = 0; prompt < a.prompts; prompt += TEXTS) {
                 const int prompts = min(TEXTS, a.prompts - prompt), texts = a.prompts == 1 ? block.present : prompts;
@@ -342,13 +334,13 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
                     __syncthreads();
 #pragma unroll 1
                     for (int k = 0; k * K<T> < taps; ++k) {
-                        const A factor[1] = {own.at(k, lane)};
-                        multiply<T, 1>(d, factor, Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                        const FragA frag_a[1] = {own.at(k, lane)};
+                        multiply<T, 1>(acc, frag_a, Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                     }
-                    if (shared.not_finite) own.add_rest(d[0], output + c, prompt, tap, taps, lane);
+                    if (shared.not_finite) own.add_rest(acc[0], output + c, prompt, tap, taps, lane);
                 }
             }
-            own.store_outputs(d[0], output, c, lane);
+            own.store_outputs(acc[0], output, c, lane);
         }
     }
 }

@@ -53,9 +53,9 @@ struct Region {
 // elements.
 template <typename T>
 struct GradientsAndTaps {
-    static constexpr int WIDTH = 64 / int(sizeof(T)), PIECES = 4;
+    static constexpr int WIDTH = 64 / int(sizeof(T)), VECS = 4;
     static constexpr int BYTES = (SOURCES + TAPS) * 64;
-    static constexpr int AT_ONCE = THREADS / PIECES, OWN = SOURCES / AT_ONCE;
+    static constexpr int AT_ONCE = THREADS / VECS, OWN = SOURCES / AT_ONCE;
     static_assert(TAPS == AT_ONCE, "one of a thread's pieces is of the taps");
 
     const Region &region;
@@ -67,8 +67,8 @@ struct GradientsAndTaps {
 
     DEVICE GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width, int outputs, int size)
         : region(region), first_tap(first_tap), width(width), outputs(outputs), size(size) {
-        const int thread = recomputed(int(threadIdx.x)), column = thread % PIECES * EACH<T>;
-        own = element = thread / PIECES, target = tile_offset<64>(own, thread % PIECES), left = outputs - column;
+        const int thread = recomputed(int(threadIdx.x)), column = thread % VECS * VEC<T>;
+        own = element = thread / VECS, target = tile_offset<64>(own, thread % VECS), left = outputs - column;
         steps = (outputs + WIDTH - 1) / WIDTH;
         row = region.first_row;
         grad += (int64_t(region.first_row) * width + region.first_column) * outputs;
@@ -87,14 +87,14 @@ struct GradientsAndTaps {
 
     DEVICE void operator()(int, unsigned char *buffer) {
         const int present = min(region.at_once, region.end_row - row) * region.columns;
-        by_wholeness(whole_pieces<T>(outputs), [&](auto whole) {
+        with_constant(whole_vecs<T>(outputs), [&](auto whole) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
                 const bool there = own + i * AT_ONCE < present;
-                copy_piece(buffer + target + i * AT_ONCE * 64, pixels[i], there ? left : 0, whole);
+                copy_vec(buffer + target + i * AT_ONCE * 64, pixels[i], there ? left : 0, whole);
             }
-            copy_piece(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
-                       element < size * size ? left : 0, whole);
+            copy_vec(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
+                     element < size * size ? left : 0, whole);
         });
         int64_t on = WIDTH;  // to the next stage's
         left -= WIDTH;
@@ -146,30 +146,23 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a
 #pragma unroll 1
         for (int row = region.first_row; row < region.end_row; row += region.at_once) {
             const int end_row = min(row + region.at_once, region.end_row);
-            D z[TAPS / 8] = {};
+            Acc z[TAPS / 8] = {};
 #pragma unroll 1
             for (int step = 0; step < fetch.steps; ++step) {
                 lane = recomputed(lane);
                 const Tile<T, Fetch::WIDTH> tile{stages.next()};
 #pragma unroll(sizeof(T) == 2 ? Fetch::WIDTH / K<T> : 1)  // float32 has no registers to spare
                 for (int k = 0; k < Fetch::WIDTH / K<T>; ++k) {
-                    const A factor = load_a(tile.rows_from(16 * warp), k, lane);
+                    const FragA frag_a = load_a(tile.rows_from(16 * warp), k, lane);
 #pragma unroll
-                    for (int n = 0; n < TAPS / 16; ++n) {
-                        B b[2];
-                        load_b(b, tile.rows_from(SOURCES + 16 * n), k, lane);
-                        mma<T>(z[2 * n], factor, b[0]);
-                        mma<T>(z[2 * n + 1], factor, b[1]);
+                    for (int n = 0; n < TAPS / 8; n += 2) {
+                        mma<T>(z + n, frag_a, load_b(tile.rows_from(SOURCES + 8 * n), k, lane));
                     }
                 }
             }
-#pragma unroll
-            for (int n = 0; n < TAPS / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    shared.z[(8 * n + d_column(lane, i)) * PITCH + 16 * warp + d_row(lane, i)] = z[n].value[i];
-                }
-            }
+            each_value<TAPS / 8>([&](int n, int i) {
+                shared.z[(8 * n + acc_col(lane, i)) * PITCH + 16 * warp + acc_row(lane, i)] = z[n].value[i];
+            });
             __syncthreads();  // the next one is that of the next stage
             each_pixel([&](float &sum, int y, int x) {
                 const int last_i = min(min(first_i + fetch.rows_of_window(), a.size), y + radius - row + 1);

@@ -55,9 +55,9 @@ struct Place {
 // AT_ONCE-th of them.
 template <typename T>
 struct Gradients {
-    static constexpr int ROWS = 64 / int(sizeof(T)) * 2, PIECES = CHANNELS / EACH<T>;
+    static constexpr int ROWS = 64 / int(sizeof(T)) * 2, VECS = CHANNELS / VEC<T>;
     static constexpr int PITCH = CHANNELS * int(sizeof(T)), BYTES = ROWS * PITCH;
-    static constexpr int AT_ONCE = THREADS / PIECES;
+    static constexpr int AT_ONCE = THREADS / VECS;
     static_assert(AT_ONCE % 8 == 0, "its rows' pieces are exchanged alike");
 
     const Arguments<T> &a;
@@ -69,8 +69,8 @@ struct Gradients {
 
     DEVICE Gradients(const Arguments<T> &a, const short *all, int first, int end, int channel)
         : a(a), jobs(max(end - first, 0)), place(a.tiles, first) {
-        const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, piece = thread % PIECES;
-        pixels = all + row, column = channel + piece * EACH<T>;
+        const int thread = recomputed(int(threadIdx.x)), row = thread / VECS, piece = thread % VECS;
+        pixels = all + row, column = channel + piece * VEC<T>;
         target = tile_offset<PITCH>(row, piece);
     }
 
@@ -85,13 +85,13 @@ struct Gradients {
         int own[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; ++i) own[i] = pixels[pixel + i * AT_ONCE];
-        by_wholeness(whole_pieces<T>(a.outputs), [&](auto whole) {
+        with_constant(whole_vecs<T>(a.outputs), [&](auto whole) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
                 const int y = int(uint32_t(own[i]) / SIDE), x = int(uint32_t(own[i]) % SIDE);
                 const bool there = own[i] >= 0 && y < bottom && x < right;
-                copy_piece(buffer + target + i * AT_ONCE * PITCH,
-                           source + int64_t(there ? y * a.width + x : 0) * a.outputs, there ? left : 0, whole);
+                copy_vec(buffer + target + i * AT_ONCE * PITCH,
+                         source + int64_t(there ? y * a.width + x : 0) * a.outputs, there ? left : 0, whole);
             }
         });
         pixel += ROWS;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
         corner_counts[i] = own < area;
         offset[i] = own < area ? own / a.size * halo_width + own % a.size : own == area ? ONE : ZERO;
     }
-    D sums[CHANNELS / 16] = {};
+    Acc sums[CHANNELS / 16] = {};
     Stages<RING, Gradients<T>::BYTES, Gradients<T>> stages(
         shared.ring, Gradients<T>(a, shared.pixels, first, end, channel / CHANNELS * CHANNELS));
     const int first_y = thread / halo_width, first_x = thread % halo_width;  // of the thread's costs
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)  // float32 is short of registers
             for (int k = 0; k < STEPS; ++k) {
                 const short *const corners = shared.corners + row + k * K<T> + lane % 4 * 2;
-                A factor;
+                FragA frag_a;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const auto cost = [&](int pixel) {
@@ -173,30 +173,23 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
                     };
                     if constexpr (sizeof(T) == 2) {
                         const Pair<T> pair{{cost(i / 2 * 8), cost(i / 2 * 8 + 1)}};
-                        memcpy(&factor.word[i], &pair, 4);
+                        memcpy(&frag_a.word[i], &pair, 4);
                     } else {  // in the order of `load_b_by_rows`
-                        factor.word[i] = __float_as_uint(cost(i / 2));
+                        frag_a.word[i] = __float_as_uint(cost(i / 2));
                     }
                 }
 #pragma unroll
                 for (int n = 0; n < CHANNELS / 32; ++n) {
-                    B b[2];
-                    load_b_by_rows(b, grads, k, warp / 4 * (CHANNELS / 32) + n, lane);
-                    mma<T>(sums[2 * n], factor, b[0]);
-                    mma<T>(sums[2 * n + 1], factor, b[1]);
+                    mma<T>(sums + 2 * n, frag_a, load_b_by_rows(grads, k, warp / 4 * (CHANNELS / 32) + n, lane));
                 }
             }
         }
     }
-#pragma unroll
-    for (int n = 0; n < CHANNELS / 16; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int c = channel + 8 * n + d_column(lane, i), own = tap + i / 2 * 8;
-            if (c >= a.outputs || own > area) continue;
-            a.partial[((int64_t(part) * a.outputs + c) * a.prompts + prompt) * (area + 1) + own] = sums[n].value[i];
-        }
-    }
+    each_value<CHANNELS / 16>([&](int n, int i) {
+        const int c = channel + 8 * n + acc_col(lane, i), own = tap + i / 2 * 8;
+        if (c >= a.outputs || own > area) return;
+        a.partial[((int64_t(part) * a.outputs + c) * a.prompts + prompt) * (area + 1) + own] = sums[n].value[i];
+    });
 }
 
 // Adds the parts up: every 32 neighbours of a block's threads read 32 neighbours of a part, eight parts at a time.

@@ -28,7 +28,7 @@ struct Arguments {
 template <typename T>
 struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
-    int places[PIXELS];
+    int positions[PIXELS];
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
@@ -41,26 +41,22 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
     const int first_patch = int(blockIdx.x) % patch_tiles * PIXELS;
     const int first_prompt = int(blockIdx.x) / patch_tiles % prompt_tiles * TEXTS;
     for (int i = int(threadIdx.x); i < PIXELS; i += COSINE_THREADS) {
-        shared.places[i] = first_patch < a.patches - i ? first_patch + i : -1;
+        shared.positions[i] = first_patch < a.patches - i ? first_patch + i : -1;
     }
     __syncthreads();
     const Embeddings<T> embeddings(a.image + batch * a.patches * a.channels,
-                                   a.text + int64_t(first_prompt) * a.channels, shared.places,
+                                   a.text + int64_t(first_prompt) * a.channels, shared.positions,
                                    min(TEXTS, a.prompts - first_prompt), a.channels);
     Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, embeddings);
-    D d[TEXTS / 8];
-    cosines<T>(d, stages, warp, lane);
+    Acc acc[TEXTS / 8];
+    cosines<T>(acc, stages, warp, lane);
     T *const cost = a.cost + (batch * a.prompts + first_prompt) * a.patches;
-#pragma unroll
-    for (int n = 0; n < TEXTS / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int patch = shared.places[16 * warp + d_row(lane, i)], prompt = 8 * n + d_column(lane, i);
-            if (patch >= 0 && prompt < embeddings.texts) {
-                cost[int64_t(prompt) * a.patches + patch] = rounded<T>(d[n].value[i]);
-            }
+    each_value<TEXTS / 8>([&](int n, int i) {
+        const int patch = shared.positions[16 * warp + acc_row(lane, i)], prompt = 8 * n + acc_col(lane, i);
+        if (patch >= 0 && prompt < embeddings.texts) {
+            cost[int64_t(prompt) * a.patches + patch] = rounded<T>(acc[n].value[i]);
         }
-    }
+    });
 }
 
 // dx of each row from its p, or x̂ where `products` is null.
@@ -70,33 +66,32 @@ __global__ void __launch_bounds__(ROWS * 32)
     const int lane = int(threadIdx.x) % 32;
     const int64_t row = int64_t(blockIdx.x) * ROWS + int(threadIdx.x) / 32;
     if (row >= rows) return;
-    const T *const own = x + row * columns, *const product = products ? products + row * columns : own;
-    by_wholeness(whole_pieces<T>(columns), [&](auto whole) {
+    x += row * columns;
+    const T *const product = products ? products + row * columns : x;
+    with_constant(whole_vecs<T>(columns), [&](auto whole) {
         float squares = 0.0f, along = 0.0f;
-#pragma unroll 2
-        for (int column = lane * EACH<T>; column < columns; column += 32 * EACH<T>) {
-            const Floats<T> a = floats(load_piece(own, column, columns, whole));
-            const Floats<T> b = floats(load_piece(product, column, columns, whole));
+        each_vec<T, 2>(columns, lane, [&](int column) {
+            const Floats<T> a = floats(load_vec(x, column, columns, whole));
+            const Floats<T> b = floats(load_vec(product, column, columns, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 squares = fmaf(a.value[i], a.value[i], squares);
                 along = fmaf(a.value[i], b.value[i], along);
             }
-        }
+        });
         const float scale = fast_reciprocal(length_of(sum_over_lanes<32>(squares)));
         along = sum_over_lanes<32>(along) * scale;
-#pragma unroll 2
-        for (int column = lane * EACH<T>; column < columns; column += 32 * EACH<T>) {
-            const Floats<T> a = floats(load_piece(own, column, columns, whole));
-            const Floats<T> b = floats(load_piece(product, column, columns, whole));
-            Piece<T> result;
+        each_vec<T, 2>(columns, lane, [&](int column) {
+            const Floats<T> a = floats(load_vec(x, column, columns, whole));
+            const Floats<T> b = floats(load_vec(product, column, columns, whole));
+            Vec<T> result;
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 const float unit = a.value[i] * scale;
                 result.value[i] = rounded<T>(products ? (b.value[i] - unit * along) * scale : unit);
             }
-            store_piece(out + row * columns, column, columns, whole, result);
-        }
+            store_vec(out + row * columns, column, columns, whole, result);
+        });
     });
 }
 

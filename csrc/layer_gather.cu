@@ -15,7 +15,7 @@ namespace ovseg {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int STEPS = 4, CHUNK_PIECES = 2 * STEPS;  // of products with what is normalised at a time: 128 bytes a token
+constexpr int STEPS = 4, CHUNK_VECS = 2 * STEPS;  // of products with what is normalised at a time: 128 bytes a token
 
 template <typename T>
 struct Arguments {
@@ -33,7 +33,7 @@ struct Shape {
     static constexpr int STRIP = COLUMNS / WARPS;  // columns of a warp
     static constexpr int RING = 2048 / COLUMNS;
     static constexpr int STAGE = 32 * COLUMNS;  // bytes: what one product sums over is 32 bytes of numbers
-    static constexpr int CHUNK = ROWS * CHUNK_PIECES * 16;
+    static constexpr int CHUNK = ROWS * CHUNK_VECS * 16;
     static constexpr int TOTAL =
         RING * STAGE + 2 * CHUNK + ROWS * int(sizeof(Statistics)) + ROWS * WARPS * int(sizeof(float));
 };
@@ -43,8 +43,8 @@ struct Shape {
 template <typename T, int COLUMNS>
 struct Projections {
     static constexpr int PITCH = COLUMNS * int(sizeof(T));
-    static constexpr int PIECES = COLUMNS / EACH<T>, AT_ONCE = THREADS / PIECES;  // rows that all threads copy at once
-    static_assert(THREADS % PIECES == 0 && K<T> % AT_ONCE == 0, "every thread copies as many pieces of a column");
+    static constexpr int VECS = COLUMNS / VEC<T>, AT_ONCE = THREADS / VECS;  // rows that all threads copy at once
+    static_assert(THREADS % VECS == 0 && K<T> % AT_ONCE == 0, "every thread copies as many pieces of a column");
 
     const T *source;  // of the thread's first piece of the next stage
     int layers, channels, width, chunks;
@@ -54,9 +54,9 @@ struct Projections {
 
     DEVICE Projections(const T *first, int layers, int channels, int width, int chunks)
         : layers(layers), channels(channels), width(width), chunks(chunks) {
-        const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, column = thread % PIECES * EACH<T>;
+        const int thread = recomputed(int(threadIdx.x)), row = thread / VECS, column = thread % VECS * VEC<T>;
         source = first + row * width + column;
-        target = tile_offset<PITCH>(row, thread % PIECES);
+        target = tile_offset<PITCH>(row, thread % VECS);
         present = column < width ? channels - row : INT32_MIN / 2;
     }
 
@@ -66,17 +66,17 @@ struct Projections {
         // The first row is less than AT_ONCE: what a row's pieces are exchanged by, first + at, is first ^ at.
         const auto place = [&](int at) { return buffer + at * COLUMNS * int(sizeof(T)) + (target ^ (at & 7) * 16); };
         const T *piece = source;
-        if (whole_pieces<T>(width)) {
+        if (whole_vecs<T>(width)) {
 #pragma unroll
             for (int at = 0; at < K<T>; at += AT_ONCE, piece += AT_ONCE * width) {
                 copy_async(place(at), piece, at < present);
             }
         } else {
-            const int column = recomputed(int(threadIdx.x)) % PIECES * EACH<T>;
+            const int column = recomputed(int(threadIdx.x)) % VECS * VEC<T>;
 #pragma unroll 1
             for (int at = 0; at < K<T>; at += AT_ONCE, piece += AT_ONCE * width) {
                 const int count = at < present ? width - column : 0;
-                store(reinterpret_cast<T *>(place(at)), load_piece(piece, 0, count, false));
+                store(reinterpret_cast<T *>(place(at)), load_vec(piece, 0, count, false));
             }
         }
         source += max(min(K<T>, channels - passed), 0) * width;
@@ -94,7 +94,7 @@ template <typename T, int COLUMNS, bool SUMMED>
 __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gather(const Arguments<T> a) {
     using Layout = Shape<COLUMNS>;
     constexpr int ROWS = Layout::ROWS, ROW_TILES = Layout::ROW_TILES, COUNT = Layout::STRIP / 8;
-    constexpr int WARP_ROWS = ROWS / WARPS, CHANNELS = CHUNK_PIECES * EACH<T>;
+    constexpr int WARP_ROWS = ROWS / WARPS, CHANNELS = CHUNK_VECS * VEC<T>;
     unsigned char *const chunk_memory = shared_memory() + Layout::RING * Layout::STAGE;
     Statistics *const statistics = reinterpret_cast<Statistics *>(chunk_memory + 2 * Layout::CHUNK);
     float *const squares = reinterpret_cast<float *>(statistics + ROWS);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
     // Past the last token, that one stands in.
     const auto token = [&](int layer, int r) { return a.hidden.row(layer, min(row + r, rows - 1)); };
 
-    D total[SUMMED ? ROW_TILES : 1][COUNT] = {};
+    Acc total[SUMMED ? ROW_TILES : 1][COUNT] = {};
 #pragma unroll 1
     for (int layer = first; layer < first + layers; ++layer) {
         {
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             Statistics found[WARP_ROWS];
 #pragma unroll
             for (int i = 0; i < WARP_ROWS; ++i) own[i] = token(layer, warp * WARP_ROWS + i);
-            by_wholeness(a.hidden.whole,
-                         [&](auto whole) { find_statistics(found, own, a.norms, channels, whole, lane); });
+            with_constant(a.hidden.whole,
+                          [&](auto whole) { find_statistics(found, own, a.norms, channels, whole, lane); });
 #pragma unroll
             for (int i = 0; i < WARP_ROWS; ++i) {
                 if (lane == 0) statistics[warp * WARP_ROWS + i] = found[i];
@@ -131,25 +131,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         __syncthreads();
 
         // A thread normalises one piece of a chunk. Finding the statistics has brought it near, and the ring is full.
-        const bool normalises = thread < ROWS * CHUNK_PIECES;
-        const T *const source = token(layer, normalises ? thread / CHUNK_PIECES : 0);
-        D d[ROW_TILES][COUNT] = {};
+        const bool normalises = thread < ROWS * CHUNK_VECS;
+        const T *const source = token(layer, normalises ? thread / CHUNK_VECS : 0);
+        Acc acc[ROW_TILES][COUNT] = {};
         int chunk = 0;
         do {  // there is at least one chunk
             lane = recomputed(lane);
             const Tile<T, CHANNELS> tokens{chunk_memory + chunk % 2 * Layout::CHUNK};
             if (normalises) {
-                const int piece_row = thread / CHUNK_PIECES, within = thread % CHUNK_PIECES * EACH<T>;
+                const int vec_row = thread / CHUNK_VECS, within = thread % CHUNK_VECS * VEC<T>;
                 const int column = chunk * CHANNELS + within;
-                T *const place = tokens.at(piece_row, within);
+                T *const place = tokens.at(vec_row, within);
                 if (a.hidden.whole) {
-                    const Floats<T> x = floats(load_piece(source, column, channels, true));
-                    store(place, normalised(x, statistics[piece_row], a.norms, layer, column, channels, true));
+                    const Floats<T> x = floats(load_vec(source, column, channels, true));
+                    store(place, normalised(x, statistics[vec_row], a.norms, layer, column, channels, true));
                 } else {
 #pragma unroll 1
-                    for (int i = 0; i < EACH<T>; ++i) {
+                    for (int i = 0; i < VEC<T>; ++i) {
                         const bool present = column + i < channels;
-                        place[i] = present ? normalised(source[column + i], statistics[piece_row], a.norms, layer,
+                        place[i] = present ? normalised(source[column + i], statistics[vec_row], a.norms, layer,
                                                         column + i, channels)
                                            : rounded<T>(0.0f);
                     }
@@ -159,18 +159,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             for (int step = 0; step < STEPS; ++step) {
                 if (!SUMMED) lane = recomputed(lane);
                 const Tile<T, COLUMNS> projection{stages.next()};
-                A factors[ROW_TILES];
+                FragA frag_a[ROW_TILES];
 #pragma unroll
-                for (int i = 0; i < ROW_TILES; ++i) factors[i] = load_a_chained(tokens.rows_from(16 * i), step, lane);
+                for (int i = 0; i < ROW_TILES; ++i) frag_a[i] = load_a_chained(tokens.rows_from(16 * i), step, lane);
 #pragma unroll
                 for (int n = 0; n < COUNT / 2; ++n) {
-                    B b[2];
-                    load_b_by_rows(b, projection, 0, strip / 16 + n, lane);
+                    const FragB2 frag_b = load_b_by_rows(projection, 0, strip / 16 + n, lane);
 #pragma unroll
-                    for (int i = 0; i < ROW_TILES; ++i) {
-                        mma<T>(d[i][2 * n], factors[i], b[0]);
-                        mma<T>(d[i][2 * n + 1], factors[i], b[1]);
-                    }
+                    for (int i = 0; i < ROW_TILES; ++i) mma<T>(acc[i] + 2 * n, frag_a[i], frag_b);
                 }
             }
         } while (++chunk < chunks);
@@ -178,38 +174,30 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
             float sum = 0.0f;
-#pragma unroll
-            for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const float z = d[i / 2][n].value[i % 2 * 2 + j];
-                    sum += z * z;  // 0 past the width, unless the whole row is infinite or NaN
-                }
-            }
+            unrolled<COUNT, 2>([&](int n, int j) {
+                const float z = acc[i / 2][n].value[i % 2 * 2 + j];
+                sum += z * z;  // 0 past the width, unless the whole row is infinite or NaN
+            });
             sum = sum_over_lanes<4>(sum);
-            if (lane % 4 == 0) squares[(i / 2 * 16 + d_row(lane, i % 2 * 2)) * WARPS + warp] = sum;
+            if (lane % 4 == 0) squares[(i / 2 * 16 + acc_row(lane, i % 2 * 2)) * WARPS + warp] = sum;
         }
         __syncthreads();
         const float weight = a.weights ? to_float(a.weights[layer]) : 1.0f;
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
-            const float *const parts = squares + (i / 2 * 16 + d_row(lane, i % 2 * 2)) * WARPS;
+            const float *const parts = squares + (i / 2 * 16 + acc_row(lane, i % 2 * 2)) * WARPS;
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < WARPS; ++j) sum += parts[j];
             const float scale = weight / length_of(sum);
-#pragma unroll
-            for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    float &z = d[i / 2][n].value[i % 2 * 2 + j];
-                    if (SUMMED) {
-                        total[SUMMED ? i / 2 : 0][n].value[i % 2 * 2 + j] += z * scale;
-                    } else {
-                        z *= scale;
-                    }
+            unrolled<COUNT, 2>([&](int n, int j) {
+                float &z = acc[i / 2][n].value[i % 2 * 2 + j];
+                if (SUMMED) {
+                    total[SUMMED ? i / 2 : 0][n].value[i % 2 * 2 + j] += z * scale;
+                } else {
+                    z *= scale;
                 }
-            }
+            });
         }
 
         if (SUMMED && layer + 1 < first + layers) continue;
@@ -217,12 +205,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         const bool pairs = a.width % 2 == 0;
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
-            const int r = row + i / 2 * 16 + d_row(lane, i % 2 * 2);
+            const int r = row + i / 2 * 16 + acc_row(lane, i % 2 * 2);
             if (r >= rows) continue;
 #pragma unroll
             for (int n = 0; n < COUNT; ++n) {
-                const D &result = SUMMED ? total[SUMMED ? i / 2 : 0][n] : d[i / 2][n];
-                const int column = strip + 8 * n + d_column(lane, 0);
+                const Acc &result = SUMMED ? total[SUMMED ? i / 2 : 0][n] : acc[i / 2][n];
+                const int column = strip + 8 * n + acc_col(lane, 0);
                 const Pair<T> pair = rounded_pair<T>(result.value[i % 2 * 2], result.value[i % 2 * 2 + 1]);
                 T *const place = map + int64_t(r) * a.width + column;
                 if (pairs) {

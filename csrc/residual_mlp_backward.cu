@@ -3,9 +3,9 @@
 //
 //     a = W1 n + b1,   da = act'(a) ∘ (W2ᵀ g),   dn = W1ᵀ da,   dy = g + LN'(dn)
 //
-// a is worked out again, 32 hidden units at a time, with W1 and W2 streaming through a ring of stages; dn stays in
-// registers. What PyTorch's products make the weights' gradients of, n, act(a) and da, is written where `normed` is not
-// null; of the sums over all rows, those of norm weight, norm bias and b2, each block writes its part.
+// a is computed again, 32 hidden units at a time, with W1 and W2 streaming through a ring of stages; dn stays in registers.
+// n, act(a) and da, for the weights' gradients by PyTorch's products, are written unless `normed` is null. Each block
+// writes its share of the sums over all rows, the gradients of norm weight, norm bias and b2.
 
 #include "device/copies.cuh"
 #include "device/products.cuh"
@@ -29,7 +29,7 @@ struct Arguments {
 };
 
 template <typename T>
-constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as there is memory for everywhere
+constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as every GPU has memory for
 
 template <typename T>
 struct Shared {
@@ -37,7 +37,7 @@ struct Shared {
     static constexpr int TILE = ROWS * C * int(sizeof(T));
     static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
     static constexpr int TOTAL = 2 * TILE + RING<T> * STAGE;
-    static_assert(RING<T> * STAGE >= WARPS<T> * 3 * C * int(sizeof(float)), "the warps' sums take the stages' place");
+    static_assert(RING<T> * STAGE >= WARPS<T> * 3 * C * int(sizeof(float)), "the warps' sums reuse the stages");
     static_assert(TOTAL <= SHARED_EVERYWHERE, "see platform.cuh");
 };
 
@@ -77,53 +77,53 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
     const int warp = int(threadIdx.x) / 32;
     const int64_t first = int64_t(blockIdx.x) * Layout::ROWS + warp * 16;
     const int count = int(a.rows - first < 16 ? a.rows - first : 16);  // of the warp's rows, or less than 1
-    const Tile<T, C> normed = Tile<T, C>{memory}.rows_from(warp * 16);
-    const Tile<T, C> grad = Tile<T, C>{memory + Layout::TILE}.rows_from(warp * 16);
+    const Tile<T, C> smem_normed = Tile<T, C>{memory}.rows_from(warp * 16);
+    const Tile<T, C> smem_grad = Tile<T, C>{memory + Layout::TILE}.rows_from(warp * 16);
     unsigned char *const stage_memory = memory + 2 * Layout::TILE;
 
     Stages<RING<T>, Layout::STAGE, Weights<T>> stages(stage_memory, Weights<T>{a.fc1_weight, a.fc2_weight, a.hidden});
-    copy_in(normed, a.y + first * C, C, count, lane);
-    copy_in(grad, a.grad + first * C, C, count, lane);
+    copy_in(smem_normed, a.y + first * C, C, count, lane);
+    copy_in(smem_grad, a.grad + first * C, C, count, lane);
     __syncwarp();
-    normalise_rows(normed, a.norm_weight, a.norm_bias, lane);
+    normalise_rows(smem_normed, a.norm_weight, a.norm_bias, lane);
     __syncwarp();
-    if (a.normed) copy_out(normed, a.normed + first * C, C, count, lane);
+    if (a.normed) copy_out(smem_normed, a.normed + first * C, C, count, lane);
 
-    D normed_grad[C / 8];
+    Acc normed_grad[C / 8];
 #pragma unroll
     for (int n = 0; n < C / 8; ++n) normed_grad[n] = {};
     {
-        const Factors<T, C> factors(normed, lane);
+        const RowFrags<T, C> rows(smem_normed, lane);
         int unit = 0;
         do {
             lane = recomputed_lane(lane);
-            D units_grad[STAGE_ROWS / 8] = {}, units[STAGE_ROWS / 8];
-            multiply<T, C / K<T>, sizeof(T) == 2 ? C / K<T> : 1>(units_grad, Tile<T, STAGE_ROWS>{stages.next()}, lane,
-                                                                 [&](int k) { return load_a_chained(grad, k, lane); });
+            Acc units_grad[STAGE_ROWS / 8] = {}, units[STAGE_ROWS / 8];
+            multiply<T, C / K<T>, sizeof(T) == 2 ? C / K<T> : 1>(
+                units_grad, Tile<T, STAGE_ROWS>{stages.next()}, lane,
+                [&](int k) { return load_a_chained(smem_grad, k, lane); });
             const Tile<T, C> weight1{stages.next()};
-            project(units, factors, weight1, lane);
+            project(units, rows, weight1, lane);
 #pragma unroll
             for (int n = 0; n < STAGE_ROWS / 8; ++n) {
-                const Pair<T> bias = load<T, 2>(a.fc1_bias + unit + 8 * n + d_column(lane, 0));
+                const Pair<T> bias = load<T, 2>(a.fc1_bias + unit + 8 * n + acc_col(lane, 0));
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const float number = units[n].value[i] + to_float(bias.value[i % 2]);
-                    const Pair<float> found = activate_backward<GELU>(number, units_grad[n].value[i]);
-                    units[n].value[i] = found.value[0];
-                    units_grad[n].value[i] = found.value[1];
+                    float &x = units[n].value[i], &g = units_grad[n].value[i];
+                    const Pair<float> both = activate_backward<GELU>(x + to_float(bias.value[i % 2]), g);
+                    x = both.value[0], g = both.value[1];
                 }
             }
             if (a.normed) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int row = d_row(lane, 2 * i);
-                    const int64_t place = (first + row) * a.hidden + (unit + d_column(lane, 0));
+                    const int row = acc_row(lane, 2 * i);
+                    const int64_t offset = (first + row) * a.hidden + (unit + acc_col(lane, 0));
                     if (row >= count) continue;
 #pragma unroll
                     for (int n = 0; n < STAGE_ROWS / 8; ++n) {
                         const float (&x)[4] = units[n].value, (&g)[4] = units_grad[n].value;
-                        store(a.activated + place + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
-                        store(a.units_grad + place + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
+                        store(a.activated + offset + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
+                        store(a.units_grad + offset + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
                     }
                 }
             }
@@ -133,44 +133,40 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
         } while (unit < a.hidden);
     }
 
-    // The norm's own: with x̂ the standardised row, dy = g + scale (w dn − mean(w dn) − x̂ mean(w dn x̂)).
+    // Through the norm: with x̂ the standardised row, dy = g + scale (w dn − mean(w dn) − x̂ mean(w dn x̂)).
     lane = recomputed_lane(lane);
     __syncwarp();
-    copy_in(normed, a.y + first * C, C, count, lane);
+    copy_in(smem_normed, a.y + first * C, C, count, lane);
     __syncwarp();
-    D standardised[C / 8];
+    Acc standardised[C / 8];
     float mean[2] = {}, scale[2] = {};
 #pragma unroll
     for (int n = 0; n < C / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            const Pair<T> pair = load<T, 2>(pair_place(normed, n, lane) + i / 2 * (8 * C));
+            const Pair<T> pair = load<T, 2>(acc_address(smem_normed, n, lane) + i / 2 * (8 * C));
 #pragma unroll
             for (int j = 0; j < 2; ++j) mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]);
         }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) mean[i] = sum_over_lanes<4>(mean[i]) / C;
-#pragma unroll
-    for (int n = 0; n < C / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float &x = standardised[n].value[i];
-            x -= mean[i / 2];
-            scale[i / 2] += x * x;
-        }
-    }
+    each_value<C / 8>([&](int n, int i) {
+        float &x = standardised[n].value[i];
+        x -= mean[i / 2];
+        scale[i / 2] += x * x;
+    });
 #pragma unroll
     for (int i = 0; i < 2; ++i) scale[i] = rsqrtf(sum_over_lanes<4>(scale[i]) / C + LAYER_NORM_EPS);
-    float along[2] = {}, level[2] = {};
-    __syncthreads();  // all are done with the stages: their memory takes the warps' sums
+    float along[2] = {}, mean_grad[2] = {};
+    __syncthreads();  // all are done with the stages, whose memory the warps' sums reuse
     float *const sums = reinterpret_cast<float *>(stage_memory) + warp * 3 * C;
 #pragma unroll
     for (int n = 0; n < C / 8; ++n) {
-        const int column = 8 * n + d_column(lane, 0);
+        const int column = 8 * n + acc_col(lane, 0);
         const Pair<T> weight = load<T, 2>(a.norm_weight + column);
-        const T *const place = pair_place(grad, n, lane);
-        const Pair<T> upper = load<T, 2>(place), lower = load<T, 2>(place + 8 * C);
+        const T *const address = acc_address(smem_grad, n, lane);
+        const Pair<T> upper = load<T, 2>(address), lower = load<T, 2>(address + 8 * C);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             float weight_sum = 0.0f, bias_sum = 0.0f, grad_sum = to_float(upper.value[j]) + to_float(lower.value[j]);
@@ -181,7 +177,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
                 weight_sum += inner * x;
                 bias_sum += inner;
                 inner *= to_float(weight.value[j]);
-                level[i / 2] += inner;
+                mean_grad[i / 2] += inner;
                 along[i / 2] += inner * x;
             }
             if (a.sums) {
@@ -201,7 +197,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        level[i] = sum_over_lanes<4>(level[i]) / C;
+        mean_grad[i] = sum_over_lanes<4>(mean_grad[i]) / C;
         along[i] = sum_over_lanes<4>(along[i]) / C;
     }
     lane = recomputed_lane(lane);
@@ -209,19 +205,19 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
     for (int n = 0; n < C / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            T *const place = pair_place(grad, n, lane) + i / 2 * (8 * C);
-            const Pair<T> g = load<T, 2>(place);
+            T *const address = acc_address(smem_grad, n, lane) + i / 2 * (8 * C);
+            const Pair<T> g = load<T, 2>(address);
             float out[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const float inner = normed_grad[n].value[i + j] - level[i / 2];
+                const float inner = normed_grad[n].value[i + j] - mean_grad[i / 2];
                 out[j] = to_float(g.value[j]) + scale[i / 2] * (inner - standardised[n].value[i + j] * along[i / 2]);
             }
-            store(place, rounded_pair<T>(out[0], out[1]));
+            store(address, rounded_pair<T>(out[0], out[1]));
         }
     }
     __syncwarp();
-    if (a.y_grad) copy_out(grad, a.y_grad + first * C, C, count, lane);
+    if (a.y_grad) copy_out(smem_grad, a.y_grad + first * C, C, count, lane);
     if (!a.sums) return;
     __syncthreads();
     for (int i = int(threadIdx.x); i < 3 * C; i += 32 * WARPS<T>) {

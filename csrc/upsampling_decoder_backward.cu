@@ -29,15 +29,11 @@ __global__ void __launch_bounds__(THREADS, 2)
             float grads[BATCH][N];  // 0 beyond the chunk
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) load_floats(grads[b], grad + at + b * place.rows * s.channels, b < there);
-#pragma unroll
-            for (int b = 0; b < BATCH; ++b) {
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    const float h = b >= there || affine[i](z[b][i]) <= 0.0f ? 0.0f : grads[b][i];
-                    passed[i] += h;
-                    along[i] += h * (z[b][i] - group.value[0]);
-                }
-            }
+            unrolled<BATCH, N>([&](int b, int i) {
+                const float h = b >= there || affine[i](z[b][i]) <= 0.0f ? 0.0f : grads[b][i];
+                passed[i] += h;
+                along[i] += h * (z[b][i] - group.value[0]);
+            });
         });
 #pragma unroll
         for (int i = 0; i < N; ++i) along[i] *= group.value[1];

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "pieces.cuh"
+#include "vectors.cuh"
 #include "warp.cuh"
 
 namespace ovseg {
@@ -63,8 +63,8 @@ struct Chunk {
 // N numbers, a piece or a single one; zeros where they are not `present`.
 template <int N, typename T>
 DEVICE void load_floats(float (&values)[N], const T *address, bool present = true) {
-    if constexpr (N == EACH<T>) {
-        const Floats<T> found = floats(load_piece(address, 0, present ? N : 0, true));
+    if constexpr (N == VEC<T>) {
+        const Floats<T> found = floats(load_vec(address, 0, present ? N : 0, true));
 #pragma unroll
         for (int i = 0; i < N; ++i) values[i] = found.value[i];
     } else {
@@ -102,11 +102,7 @@ DEVICE void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &pl
             load_floats(z[b], y + at + b * step, b * place.rows < left);
             load_floats(terms[b], term + to_term + at + b * step, term != nullptr && b * place.rows < left);
         }
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) z[b][i] += terms[b][i];
-        }
+        unrolled<BATCH, N>([&](int b, int i) { z[b][i] += terms[b][i]; });
         static_assert(BATCH == 2);
         function(left > place.rows ? 2 : 1, at, z);
         at += BATCH * step;

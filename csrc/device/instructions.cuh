@@ -44,7 +44,7 @@ DEVICE Words load_words(const void *address) { return *static_cast<const Words *
 
 // 16 bytes to global memory in one store; the compiler would part numbers that come from different places.
 DEVICE void store_words(void *address, const Words &words) {
-    const uint32_t(&word)[4] = words.value;
+    const uint32_t (&word)[4] = words.value;
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(word[0]),
                  "r"(word[1]), "r"(word[2]), "r"(word[3])
                  : "memory");

@@ -34,7 +34,17 @@ DEVICE float length_of(float squares) {
 }
 
 template <typename T>
-constexpr int EACH = 16 / int(sizeof(T));  // numbers of a piece of 16 bytes
+constexpr int VEC = 16 / int(sizeof(T));  // numbers of a piece of 16 bytes
+
+// Calls function(i, j) for all i < N and j < M; unrolled, for numbers in registers.
+template <int N, int M, typename Function>
+DEVICE void unrolled(Function function) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int j = 0; j < M; ++j) function(i, j);
+    }
+}
 
 // N neighbours that are read or written at once.
 template <typename T, int N>
@@ -45,7 +55,7 @@ struct alignas(sizeof(T) * N) Vector {
 template <typename T>
 using Pair = Vector<T, 2>;
 template <typename T>
-using Piece = Vector<T, EACH<T>>;
+using Vec = Vector<T, VEC<T>>;
 
 template <typename T, int N>
 DEVICE Vector<T, N> load(const T *address) {
@@ -54,8 +64,8 @@ DEVICE Vector<T, N> load(const T *address) {
 }
 
 template <typename T>
-DEVICE Piece<T> load_piece(const T *address) {
-    return load<T, EACH<T>>(address);
+DEVICE Vec<T> load_vec(const T *address) {
+    return load<T, VEC<T>>(address);
 }
 
 template <typename T, int N>
