@@ -10,8 +10,7 @@
 // A warp owns 16 classes of a position, from x to out. A list that fits the block goes through one head after another,
 // and short lists of several positions share a block; a longer list is read twice, for the sums and for the queries.
 // Keys and values lie in shared memory, where each sum over classes is one warp's, in the order of the classes; the
-// others compute their queries meanwhile. Weights stream through a ring of stages. The resize after pooling is a kernel
-// of its own.
+// others compute their queries meanwhile. Weights stream through a ring of stages.
 
 #include <algorithm>
 
@@ -24,14 +23,11 @@ namespace {
 
 constexpr int RING = 3;
 
-template <typename T>
-constexpr int WARPS = sizeof(T) == 2 ? 12 : 4;
+template <typename T> constexpr int WARPS = sizeof(T) == 2 ? 12 : 4;
 
-template <typename T>
-constexpr int THREADS = WARPS<T> * 32;
+template <typename T> constexpr int THREADS = WARPS<T> * 32;
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     ClassMaps<T> maps;
     const T *terms, *norm1_weight, *norm1_bias, *qkv_weight, *v_bias;
     const T *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
@@ -42,8 +38,7 @@ struct Arguments {
     int together;  // positions of a block; for a long list: turns that the block takes for one
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     static constexpr int ROWS = WARPS<T> * 16 * C * int(sizeof(T));
     static constexpr int KEYS = WARPS<T> * 16 * WIDTH * int(sizeof(T));
     static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
@@ -56,8 +51,7 @@ struct Shared {
 
 // The weights in the order in which a block multiplies by them: k, v, q of a head, then of the next, then those of the
 // MLP. For a long list k and v of each head in each of `turns`, then in each turn q of each head and those of the MLP.
-template <typename T, bool LONG>
-struct Weights {
+template <typename T, bool LONG> struct Weights {
     const T *qkv, *fc1, *fc2;
     int hidden, turns;
 
@@ -128,8 +122,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         guidance = a.terms + Position<T>(a.maps, number).image * a.terms_stride;
     };
 
-    // acc = φ(acc + guidance) for 16 classes from `first` on, `terms` being the guidance of class 0 in acc's columns. A row
-    // beyond the list takes that of the last key.
+    // acc = φ(acc + guidance) for 16 classes from `first` on, the last key again beyond the list; terms: class 0's.
     const auto guide = [&](Acc(&acc)[WIDTH / 8], const T *terms, int first) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -18,8 +18,7 @@ namespace {
 constexpr int WARPS = 4, THREADS = WARPS * 32;
 constexpr int ACCS = 8;  // acc of a 32 × 32 matrix is, number 4 · (rows / 16) + columns / 8
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *tokens, *terms, *v_bias, *grad;
     T *grad_tokens;
     float *grad_padding;
@@ -34,16 +33,14 @@ struct Part {
     Vector<float, 4> matrix[ACCS][32];  // of each lane
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     static constexpr int TILE = 16 * WIDTH * int(sizeof(T)), OUTER = WIDTH * WIDTH * int(sizeof(T));
     static constexpr int VECTORS = 3 * WIDTH * int(sizeof(float));
     static constexpr int TOTAL = 2 * WARPS * TILE + 2 * OUTER + WARPS * int(sizeof(Part)) + VECTORS;
 };
 
 // matrix += leftᵀ · right for 16 rows of both.
-template <typename T>
-DEVICE void add_outer(Acc (&matrix)[ACCS], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
+template <typename T> DEVICE void add_outer(Acc (&matrix)[ACCS], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
 #pragma unroll
     for (int k = 0; k < 16 / K<T>; ++k) {
         FragA frag_a[WIDTH / 16];
@@ -81,8 +78,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
     const T *const padding = a.tokens + a.batch * classes.count * pitch + channel;
     const T *const terms = a.terms + image * a.terms_stride + channel;
 
-    // A lane's vector of queries, keys or values (`part` 0, 1, 2) before φ; beyond the list that of the last key, finite
-    // wherever the list is, which counts 0 times.
+    // A lane's vector of queries, keys or values (`part` 0, 1, 2) before φ, the last key's beyond the list.
     const auto load_part = [&](float (&values)[VEC<T>], int part, int key) {
         key = min(key, classes.keys() - 1);
         const int column = part * C + Rows::column(lane);
@@ -101,8 +97,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         copy_out(tile, a.grad_tokens + first * (3 * C) + channel + part * C + tile_first * pitch, pitch,
                  classes.count - tile_first, lane);
     };
-    // The sum of the warps' parts: `count` numbers to `vectors`, and the thread's two acc of the matrix. All threads call
-    // it together.
+    // The sum of the warps' parts: `count` numbers to `vectors`, and the thread's two acc of the matrix.
     const auto sum_parts = [&](Acc(&sums)[ACCS / WARPS], float *vectors, int count, float scale) {
         __syncthreads();
         if (int(threadIdx.x) < count) {

@@ -4,15 +4,13 @@
 //
 // with the cosines of image and text embeddings as cost, and 0 outside the map.
 //
-// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: of 16 classes
-// where each has one prompt, else 16 prompts of a class after another. One product gives the costs of tile and halo,
-// which stay in shared memory. Windows gathered from there are the rows of a second product, with the weights (P · K²,
-// C).
+// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: 16 classes with one
+// prompt each, else 16 prompts of a class after another. One product gives the costs of tile and halo, in shared memory.
+// Windows gathered from there are the rows of a second product, with the weights (P · K², C), whose columns are permuted
+// so that a lane's outputs are neighbours: see `column_of`.
 //
-// Columns of that product are the outputs in an order of their own, in which a lane's are neighbours: see `place_of`.
-//
-// Padding never meets a weight that is infinite or NaN, as 0 · ∞ would spread it: products take the weights' finite
-// part, and `add_rest`, which other weights never enter, the rest.
+// Padding never meets an infinite or NaN weight, as 0 · ∞ would spread it: products take the finite part of the weights,
+// `add_rest` the rest.
 
 #include "device/copies.cuh"
 #include "device/cosines.cuh"
@@ -25,22 +23,19 @@ constexpr int RING = 3;
 constexpr int OUTPUTS = 128;         // at a time
 constexpr int TAPS = 64;             // elements of the windows at a time
 constexpr int PITCH = PIXELS + 8;    // between the costs of two texts, so that they lie in other banks
-constexpr int ZERO = TEXTS * PITCH;  // the place of a zero behind them
+constexpr int ZERO = TEXTS * PITCH;  // index of a zero behind them
 constexpr int WARPS = COSINE_THREADS / 32;
 
-template <typename T>
-constexpr int GROUP = 4 * VEC<T>;  // outputs of which a lane has VEC neighbours
+template <typename T> constexpr int GROUP = 4 * VEC<T>;  // outputs of which a lane has VEC neighbours
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *image, *text, *weight, *bias;
     T *out;
     MapTiles tiles;
     int classes, prompts, height, width, channels, outputs, size;
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
     unsigned char weights[OUTPUTS * TAPS * sizeof(T)];
     float bias[OUTPUTS];
@@ -53,16 +48,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are VEC
-// neighbours.
-template <typename T>
-DEVICE int place_of(int c) {
-    return c % VEC<T> / 2 * 8 + c / VEC<T> * 2 + c % 2;
-}
+// The column of output c of a group: a lane's columns 2t, 2t + 1 of each 8 are VEC neighbours.
+template <typename T> DEVICE int column_of(int c) { return c % VEC<T> / 2 * 8 + c / VEC<T> * 2 + c % 2; }
 
 // A block's share of the work.
-template <typename T>
-struct Block {
+template <typename T> struct Block {
     const Arguments<T> &a;
     Shared<T> &shared;
     int first, present;  // classes
@@ -103,8 +93,7 @@ struct Block {
         return Embeddings<T>(image, text + int64_t(prompt) * a.channels, shared.sources, texts, a.channels);
     }
 
-    template <typename Stages>
-    DEVICE void find_costs(Stages &stages, int warp, int lane) const {
+    template <typename Stages> DEVICE void find_costs(Stages &stages, int warp, int lane) const {
         Acc acc[TEXTS / 8];
         cosines<T>(acc, stages, warp, lane);
         each_value<TEXTS / 8>([&](int n, int i) {
@@ -114,8 +103,7 @@ struct Block {
         });
     }
 
-    // Brings `taps` weights of OUTPUTS outputs from `output` on: those of the elements from `tap` on, counted from
-    // prompt `prompt`.
+    // Loads `taps` weights of OUTPUTS outputs from `output` on: elements from `tap` on, counted from `prompt`.
     DEVICE void load_weights(int output, int prompt, int tap, int taps) const {
         constexpr int AT_ONCE = COSINE_THREADS / TAPS;
         const Tile<T, TAPS> tile{shared.weights};
@@ -130,7 +118,7 @@ struct Block {
             const bool finite = fabsf(value) < INFINITY;
             const int row = first + at;
             all_finite = all_finite && finite;
-            *tile.at(row / GROUP<T> * GROUP<T> + place_of<T>(row % GROUP<T>), column) =
+            *tile.at(row / GROUP<T> * GROUP<T> + column_of<T>(row % GROUP<T>), column) =
                 rounded<T>(finite ? value : 0.0f);
         }
         if (!all_finite) shared.not_finite = 1;
@@ -144,8 +132,7 @@ struct Block {
 };
 
 // 16 windows as the rows of a product: an item is a pixel of the tile of one of the classes.
-template <typename T>
-struct Windows16 {
+template <typename T> struct Windows16 {
     const Block<T> &block;
     int corners[2];  // of a lane's two rows, among the costs
     int tokens[2];   // among those of the block's classes; −1 where there is none
@@ -197,9 +184,9 @@ struct Windows16 {
                 if (fabsf(weight) < INFINITY) continue;
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
-                    const int place = corners[row] + block.shared.offsets[i];
-                    if (block.shared.sources[place % PITCH] < 0) continue;
-                    acc[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[place]) * weight;
+                    const int index = corners[row] + block.shared.offsets[i];
+                    if (block.shared.sources[index % PITCH] < 0) continue;
+                    acc[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[index]) * weight;
                 }
             }
         }
@@ -208,25 +195,25 @@ struct Windows16 {
     // Of the group that begins at output `first` of those from `output` on.
     DEVICE void store_outputs(const Acc (&acc)[GROUP<T> / 8], int output, int first, int lane) const {
         const Arguments<T> &a = block.a;
-        const int own = first + lane % 4 * VEC<T>, left = a.outputs - output - own;
+        const int index = first + lane % 4 * VEC<T>, left = a.outputs - output - index;
         float bias[VEC<T>];
 #pragma unroll
         for (int j = 0; j < VEC<T>; j += 4) {
-            const Vector<float, 4> four = load<float, 4>(block.shared.bias + own + j);
+            const Vector<float, 4> four = load<float, 4>(block.shared.bias + index + j);
 #pragma unroll
             for (int i = 0; i < 4; ++i) bias[j + i] = four.value[i];
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             if (tokens[row] < 0) continue;
-            Vec<T> piece;
+            Vec<T> vec;
 #pragma unroll
-            for (int j = 0; j < VEC<T>; ++j) piece.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]);
-            T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + own;
+            for (int j = 0; j < VEC<T>; ++j) vec.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]);
+            T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + index;
             if (!whole_vecs<T>(a.outputs)) {
-                store_vec(target, 0, left, false, piece);
+                store_vec(target, 0, left, false, vec);
             } else if (left > 0) {
-                store_if(true, target, piece);
+                store_if(true, target, vec);
             }
         }
     }
@@ -243,10 +230,8 @@ DEVICE void multiply(Acc (&acc)[M][GROUP<T> / 8], const FragA (&frag_a)[M], Tile
     }
 }
 
-// One prompt a class and windows of up to TAPS elements, as published. Windows stay in registers while all outputs are
-// worked out, and weights in shared memory.
-template <typename T>
-__global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Arguments<T> a) {
+// One prompt a class and windows of up to TAPS elements, as published: windows stay in registers for all outputs.
+template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Arguments<T> a) {
     constexpr int M = sizeof(T) == 2 ? 2 : 1, STEPS = TAPS / K<T>;
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int warp = int(threadIdx.x) / 32;
@@ -295,10 +280,8 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
     }
 }
 
-// Any number of prompts and windows of any size: a warp keeps the sums of 16 windows and a group of outputs, while
-// prompts and weights come one after another.
-template <typename T>
-__global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a) {
+// Any number of prompts and any window: a warp keeps the sums of 16 windows and a group of outputs.
+template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a) {
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int warp = int(threadIdx.x) / 32;
     int lane = int(threadIdx.x) % 32;
@@ -313,7 +296,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
 #pragma unroll 1
         for (int job = warp; job - warp < jobs; job += WARPS) {
             const int c = job % GROUPS * GROUP<T>;
-            const Windows16<T> own(block, job / GROUPS * 16, lane);
+            const Windows16<T> windows(block, job / GROUPS * 16, lane);
             Acc acc[1][GROUP<T> / 8] = {};
 #pragma unroll 1
             for (int prompt = 0; prompt < a.prompts; prompt += TEXTS) {
@@ -334,13 +317,13 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
                     __syncthreads();
 #pragma unroll 1
                     for (int k = 0; k * K<T> < taps; ++k) {
-                        const FragA frag_a[1] = {own.at(k, lane)};
+                        const FragA frag_a[1] = {windows.at(k, lane)};
                         multiply<T, 1>(acc, frag_a, Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                     }
-                    if (shared.not_finite) own.add_rest(acc[0], output + c, prompt, tap, taps, lane);
+                    if (shared.not_finite) windows.add_rest(acc[0], output + c, prompt, tap, taps, lane);
                 }
             }
-            own.store_outputs(acc[0], output, c, lane);
+            windows.store_outputs(acc[0], output, c, lane);
         }
     }
 }

@@ -5,8 +5,8 @@
 //
 // where g is 0 outside the map.
 //
-// A block takes a tile of up to 32 × 32 pixels of a map, which it keeps as sums in registers, and works out z for a few
-// rows of the tile and its halo at a time. No pixel outside the map is read or multiplied.
+// A block takes a tile of up to 32 × 32 pixels of a map, kept as sums in registers, and computes z for a few rows of the
+// tile and its halo at a time. No pixel outside the map is read.
 
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int TAPS = 64;             // elements of the windows at a time
-constexpr int SOURCES = WARPS * 16;  // pixels whose z is worked out at a time
+constexpr int SOURCES = WARPS * 16;  // pixels whose z is computed at a time
 constexpr int SIDE = 32;             // of a tile
 constexpr int SUMS = SIDE * SIDE / THREADS;
 constexpr int RING = 4;
@@ -24,8 +24,7 @@ constexpr int PITCH = SOURCES + 4;  // between the z of two elements of the wind
 
 constexpr int NEIGHBOURS = 8;  // elements of a window's row that are added at a time
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *grad, *taps;
     T *grad_cost;
     MapTiles tiles;
@@ -49,33 +48,31 @@ struct Region {
 };
 
 // Stages of both factors of z: SOURCES pixels' gradients and TAPS elements of the window. A thread copies the same
-// piece of every AT_ONCE-th of them. From stage to stage the outputs go on, then the rows of the map, then the
-// elements.
-template <typename T>
-struct GradientsAndTaps {
+// vector of every AT_ONCE-th of them. Stages advance in the outputs, then in the rows of the map, then in the elements.
+template <typename T> struct GradientsAndTaps {
     static constexpr int WIDTH = 64 / int(sizeof(T)), VECS = 4;
     static constexpr int BYTES = (SOURCES + TAPS) * 64;
-    static constexpr int AT_ONCE = THREADS / VECS, OWN = SOURCES / AT_ONCE;
-    static_assert(TAPS == AT_ONCE, "one of a thread's pieces is of the taps");
+    static constexpr int AT_ONCE = THREADS / VECS, COUNT = SOURCES / AT_ONCE;
+    static_assert(TAPS == AT_ONCE, "one of a thread's vectors is of the taps");
 
     const Region &region;
-    const T *first_tap, *pixels[OWN];  // pixels: of the thread's pieces of the next stage
+    const T *first_tap, *pixels[COUNT];  // pixels: of the thread's vectors of the next stage
     int width, outputs, size, steps;
-    int own, target;             // the first one's row in a stage, its place in the tile
-    int left;                    // numbers of a row from the next stage's piece on
+    int first, target;           // row of the first one in a stage, its offset in the tile
+    int left;                    // numbers of a row from the next stage's vector on
     int step = 0, row, element;  // where the next stage is; element: of the window, the thread's
 
     DEVICE GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width, int outputs, int size)
         : region(region), first_tap(first_tap), width(width), outputs(outputs), size(size) {
         const int thread = recomputed(int(threadIdx.x)), column = thread % VECS * VEC<T>;
-        own = element = thread / VECS, target = tile_offset<64>(own, thread % VECS), left = outputs - column;
+        first = element = thread / VECS, target = tile_offset<64>(first, thread % VECS), left = outputs - column;
         steps = (outputs + WIDTH - 1) / WIDTH;
         row = region.first_row;
         grad += (int64_t(region.first_row) * width + region.first_column) * outputs;
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) {
-            const int pixel = own + i * AT_ONCE, place = pixel / region.columns * width + pixel % region.columns;
-            pixels[i] = grad + int64_t(place) * outputs + column;
+        for (int i = 0; i < COUNT; ++i) {
+            const int pixel = first + i * AT_ONCE, offset = pixel / region.columns * width + pixel % region.columns;
+            pixels[i] = grad + int64_t(offset) * outputs + column;
         }
     }
 
@@ -89,37 +86,35 @@ struct GradientsAndTaps {
         const int present = min(region.at_once, region.end_row - row) * region.columns;
         with_constant(whole_vecs<T>(outputs), [&](auto whole) {
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) {
-                const bool there = own + i * AT_ONCE < present;
-                copy_vec(buffer + target + i * AT_ONCE * 64, pixels[i], there ? left : 0, whole);
+            for (int i = 0; i < COUNT; ++i) {
+                const bool copied = first + i * AT_ONCE < present;
+                copy_vec(buffer + target + i * AT_ONCE * 64, pixels[i], copied ? left : 0, whole);
             }
             copy_vec(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
                      element < size * size ? left : 0, whole);
         });
-        int64_t on = WIDTH;  // to the next stage's
+        int64_t step_by = WIDTH;  // to the next stage
         left -= WIDTH;
         if (++step == steps) {
-            on -= steps * WIDTH, left += steps * WIDTH, step = 0;
-            on += int64_t(region.at_once) * width * outputs, row += region.at_once;
+            step_by -= steps * WIDTH, left += steps * WIDTH, step = 0;
+            step_by += int64_t(region.at_once) * width * outputs, row += region.at_once;
             if (row >= region.end_row) {
-                on -= int64_t(row - region.first_row) * width * outputs, row = region.first_row;
+                step_by -= int64_t(row - region.first_row) * width * outputs, row = region.first_row;
                 element += rows_of_window() * size;
             }
         }
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) pixels[i] += on;
+        for (int i = 0; i < COUNT; ++i) pixels[i] += step_by;
     }
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * GradientsAndTaps<T>::BYTES];
     float z[TAPS * PITCH];
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a) {
     using Fetch = GradientsAndTaps<T>;
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int warp = int(threadIdx.x) / 32, radius = a.size / 2;
@@ -135,8 +130,8 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a
         const int wide = a.tiles.width, first = recomputed(int(threadIdx.x));
         int y = region.top + first / wide, x = region.left + first % wide;
 #pragma unroll
-        for (int own = 0; own < SUMS; ++own) {
-            if (y < region.bottom && x < region.right) function(sums[own], y, x);
+        for (int i = 0; i < SUMS; ++i) {
+            if (y < region.bottom && x < region.right) function(sums[i], y, x);
             y += THREADS / wide, x += THREADS % wide;
             if (x >= region.left + wide) x -= wide, ++y;
         }

@@ -8,7 +8,7 @@
 //
 //     dx = (p − x̂ · <x̂, p>) / n,    p = Σ g · ŷ,  n = max(‖x‖, ε),  x̂ = x / n
 //
-// where p is a library's product. A kernel gives ŷ before it, and dx after it; a warp takes a row.
+// where PyTorch computes p. One kernel computes ŷ before it and dx after it; a warp takes a row.
 
 #include "device/cosines.cuh"
 
@@ -18,22 +18,19 @@ namespace {
 constexpr int RING = 4;
 constexpr int ROWS = 8;  // of the backward, to a block
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *image, *text;
     T *cost;
     int patches, prompts, channels;
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
     int positions[PIXELS];
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-template <typename T>
-__global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T> a) {
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int patch_tiles = (a.patches + PIXELS - 1) / PIXELS, prompt_tiles = (a.prompts + TEXTS - 1) / TEXTS;

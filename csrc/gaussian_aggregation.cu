@@ -17,13 +17,13 @@ constexpr int VECS = 4;  // that a thread of the backward pass takes: shuffles a
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     aggregate(const T *features, const T *weights, T *out, int layers, int64_t size) {
-    const int64_t at = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * VEC<T>;
+    const int64_t index = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * VEC<T>;
     const bool whole = whole_vecs<T>(size);
-    if (at >= size) return;
+    if (index >= size) return;
     float total[VEC<T>] = {};
 #pragma unroll 4
     for (int layer = 0; layer < layers; ++layer) {
-        const Floats<T> f = floats(load_vec(features + layer * size, at, size, whole));
+        const Floats<T> f = floats(load_vec(features + layer * size, index, size, whole));
         const float weight = to_float(weights[layer]);
 #pragma unroll
         for (int i = 0; i < VEC<T>; ++i) total[i] += weight * f.value[i];
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS)
     Vec<T> result;
 #pragma unroll
     for (int i = 0; i < VEC<T>; ++i) result.value[i] = rounded<T>(total[i]);
-    store_vec(out, at, size, whole, result);
+    store_vec(out, index, size, whole, result);
 }
 
 // Either gradient may be null. `shares` holds one number a layer and warp.

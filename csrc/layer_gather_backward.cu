@@ -1,18 +1,16 @@
-// Backward of the layer gather and of its weighted sum over layers; names are those of layer_gather.cu and of
-// patch_tokens.cuh.
+// Backward of the layer gather and of its weighted sum over layers; names as in layer_gather.cu and patch_tokens.cuh.
 //
 // From the gradient d of the layer's map, w · d in a sum over layers (w = 1 alone):
 //
-//     y again, z = y · P,  n = max(‖z‖, ε),  f = z / n
+//     y as forward, z = y · P,  n = max(‖z‖, ε),  f = z / n
 //     dw = Σ <d, f>                       over all patches
 //     dz = (w · d − f · <w · d, f>) / n   the second term is 0 where ‖z‖ < ε
 //     dy = dz · Pᵀ,                       dP = Σ yᵀ · dz
 //     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
 //     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
 //
-// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's; around them
-// a warp works on one token in each kernel, and the sums over tokens have a kernel of their own, a thread for each
-// channel.
+// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's. In each kernel
+// a warp takes one token; the sums over tokens have a kernel of their own, a thread for each channel.
 
 #include "device/partial_sums.cuh"
 #include "device/patch_tokens.cuh"
@@ -53,8 +51,8 @@ __global__ void __launch_bounds__(THREADS)
     });
 }
 
-// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each
-// row goes to `along`, where that is not null; else each has its own d.
+// dz replaces z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row
+// goes to `along`, or null; else d is (layers, rows, width).
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     length_backward(const T *grad, T *z, const T *weights, float *along, int layers, int64_t rows, int width) {
@@ -93,8 +91,8 @@ __global__ void __launch_bounds__(THREADS)
     });
 }
 
-// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the
-// means that the sums take; either may be null.
+// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 where tokens are not patches, and the means
+// for the sums; either or null.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     norms_backward(const T *grad, const PatchTokens<T> hidden, const Norms<T> norms, const Statistics *statistics,
@@ -117,8 +115,7 @@ __global__ void __launch_bounds__(THREADS)
         const Statistics found = statistics[patch_row];
         const float share = 1.0f / float(channels);
 
-        // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores
-        // what it returns as dx where `stored`.
+        // function(x̂, û, h, a) for each of the lane's channels, h and a 0 past the last; its result is dx if `stored`.
         const auto each_channel = [&](bool stored, auto function) {
             each_vec<T>(channels, lane, [&](int column) {
                 const auto read = [&](const T *row) { return floats(load_vec(row, column, channels, whole)); };

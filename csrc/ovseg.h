@@ -15,12 +15,7 @@
 extern "C" {
 #endif
 
-#if defined(__GNUC__)
 #define OVSEG_API __attribute__((visibility("default")))
-#else
-#define OVSEG_API
-#endif
-
 #define OVSEG_ABI_VERSION 2
 
 enum { OVSEG_FLOAT32 = 0, OVSEG_FLOAT16 = 1, OVSEG_BFLOAT16 = 2 };

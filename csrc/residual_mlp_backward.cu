@@ -1,5 +1,4 @@
-// Backward of the residual MLP in device/transformer.cuh, y + W2 act(W1 n + b1) + b2 with n = LN(y), from the gradient
-// g:
+// Backward of the residual MLP of transformer.cuh, y + W2 act(W1 n + b1) + b2 with n = LN(y), from the gradient g:
 //
 //     a = W1 n + b1,   da = act'(a) ∘ (W2ᵀ g),   dn = W1ᵀ da,   dy = g + LN'(dn)
 //
@@ -16,11 +15,9 @@ namespace {
 
 constexpr int C = 128;
 
-template <typename T>
-constexpr int WARPS = sizeof(T) == 2 ? 8 : 4;
+template <typename T> constexpr int WARPS = sizeof(T) == 2 ? 8 : 4;
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *grad, *y, *norm_weight, *norm_bias, *fc1_weight, *fc1_bias, *fc2_weight;
     T *y_grad, *normed, *activated, *units_grad;
     float *sums;  // (blocks, 3, C), or null
@@ -28,11 +25,9 @@ struct Arguments {
     int hidden;
 };
 
-template <typename T>
-constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as every GPU has memory for
+template <typename T> constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as every GPU has memory for
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     static constexpr int ROWS = WARPS<T> * 16;
     static constexpr int TILE = ROWS * C * int(sizeof(T));
     static constexpr int STAGE = STAGE_ROWS * C * int(sizeof(T));
@@ -41,8 +36,7 @@ struct Shared {
     static_assert(TOTAL <= SHARED_EVERYWHERE, "see platform.cuh");
 };
 
-template <typename T>
-struct Weights {
+template <typename T> struct Weights {
     const T *fc1, *fc2;
     int hidden;
 
@@ -59,8 +53,7 @@ struct Weights {
 };
 
 // act(a), and grad · act'(a).
-template <bool GELU>
-DEVICE Pair<float> activate_backward(float a, float grad) {
+template <bool GELU> DEVICE Pair<float> activate_backward(float a, float grad) {
     if constexpr (GELU) {
         const float below = gaussian(a), bell = fast_exp2(a * a * -0.7213475204444817f - 1.3257480647361592f);
         return {{a * below, grad * (below + a * bell)}};

@@ -23,8 +23,7 @@ namespace {
 constexpr int GROUPS = 3, TILES = TOKENS / 16 / GROUPS, WARPS = GROUPS * HEADS, THREADS = WARPS * 32;
 constexpr int UNITS = C;  // hidden units at a time
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *x, *q_term, *k_term, *norm1_weight, *norm1_bias, *qkv_weight, *v_bias, *proj_weight, *proj_bias;
     const T *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
     T *out, *middle;
@@ -50,29 +49,25 @@ struct Thread {
 };
 
 // A weight (C, C) comes in slices of its columns, 64 bytes wide.
-template <typename T>
-struct Slices {
+template <typename T> struct Slices {
     static constexpr int WIDTH = 2 * K<T>, COUNT = C / WIDTH, BYTES = 64 * C;
     static constexpr int RING = sizeof(T) == 2 ? 3 : 2;  // as many as sm_89 has memory for, and sm_80 for float32
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     static constexpr int ROWS = TOKENS * C * int(sizeof(T)), HEAD = ROWS / HEADS;
     static constexpr int TOTAL = 2 * ROWS + Slices<T>::RING * Slices<T>::BYTES + int(sizeof(Window));
     static_assert(TOTAL <= (sizeof(T) == 2 ? SHARED_EVERYWHERE : 163 * 1024), "float32 needs an sm_80, 90 or 100");
 };
 
 // A weight (C, C), or such a part of one: its rows are `pitch` numbers apart. Nothing where `first` is null.
-template <typename T>
-struct Weight {
+template <typename T> struct Weight {
     const T *first;
     int pitch;
 };
 
 // The slices of one weight after the other, on their way through a ring of buffers.
-template <typename T>
-struct Stream {
+template <typename T> struct Stream {
     using Sizes = Slices<T>;
     static constexpr int LAST = (Sizes::RING - 1) * Sizes::BYTES;
 
@@ -98,8 +93,7 @@ struct Stream {
         commit_copies();
     }
 
-    // A slice of `weight`, valid until the next one is taken. All of the block take slice by slice together, and name
-    // the weight that follows.
+    // A slice of `weight`, valid until the next one is taken, which all of the block do together.
     DEVICE Tile<T, Sizes::WIDTH> slice(int index, Weight<T> weight, Weight<T> following, Thread thread) {
         wait_for_copies<Sizes::RING - 2>();
         __syncthreads();
@@ -141,8 +135,7 @@ DEVICE void multiply(WarpAcc &acc, Tile<T, C> rows, Stream<T> &stream, Weight<T>
 
 // A lane's results, two neighbours at a time: function(row_of(eight), n, first, second) for those in the lane's row of
 // the eight rows from `eight` on, and in its columns of the eight columns from 8 · n on.
-template <typename RowOf, typename Function>
-DEVICE void each_pair(WarpAcc &acc, RowOf row_of, Function function) {
+template <typename RowOf, typename Function> DEVICE void each_pair(WarpAcc &acc, RowOf row_of, Function function) {
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
 #pragma unroll
@@ -155,8 +148,7 @@ DEVICE void each_pair(WarpAcc &acc, RowOf row_of, Function function) {
 }
 
 // A lane's two of the WIDTH numbers at `first`, of each eight.
-template <typename T>
-struct Bias {
+template <typename T> struct Bias {
     Pair<T> pairs[WIDTH / 8];
 
     DEVICE Bias(const T *first, int column) {
@@ -171,16 +163,14 @@ DEVICE void zero(WarpAcc &acc) {
 }
 
 // acc = a number for each channel.
-template <typename T>
-DEVICE void fill(WarpAcc &acc, const T *first, int column) {
+template <typename T> DEVICE void fill(WarpAcc &acc, const T *first, int column) {
     const Bias<T> bias(first, column);
     each_pair(
         acc, [](int) { return 0; },
         [&](int, int n, float &left, float &right) { left = bias.at(n, 0), right = bias.at(n, 1); });
 }
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(THREADS) spatial_aggregation(const Arguments<T> a) {
     using Layout = Shared<T>;
     constexpr int LANES = C / VEC<T>, AT_ONCE = THREADS / LANES;  // lanes to a row, rows that the block takes at once
     unsigned char *const token_memory = shared_memory();

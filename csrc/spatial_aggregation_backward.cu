@@ -17,8 +17,7 @@ constexpr int THREADS = TOKENS / 16 * 32;
 template <typename T>
 constexpr int CHUNK = sizeof(T) == 2 ? TOKENS / 3 : TOKENS / 9;  // tokens that a warp scores with its 16 at a time
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *tokens, *grad_attended;
     T *grad_tokens, *attended;
     Windows windows;
@@ -29,8 +28,7 @@ struct Query {
     float base, scale, delta;
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     static constexpr int TILE = TOKENS * WIDTH * int(sizeof(T));
     static constexpr int TOTAL = 4 * TILE + TOKENS * int(sizeof(Query)) + int(sizeof(Window));
 };
@@ -62,14 +60,12 @@ DEVICE void store_head(T *first, int pitch, const int *positions, const Acc (&ac
 }
 
 // 16 rows of a tile, for a frag_b from `load_b_chained`.
-template <typename T>
-DEVICE void load_rows(FragA (&frag_a)[WIDTH / K<T>], Tile<T, WIDTH> tile, int lane) {
+template <typename T> DEVICE void load_rows(FragA (&frag_a)[WIDTH / K<T>], Tile<T, WIDTH> tile, int lane) {
 #pragma unroll
     for (int k = 0; k < WIDTH / K<T>; ++k) frag_a[k] = load_a_chained(tile, k, lane);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS) spatial_attention_backward(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(THREADS) spatial_attention_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
     constexpr int COUNT = CHUNK<T> / 8;
     unsigned char *const memory = shared_memory();

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "products.cuh"
-#include "warp.cuh"
 
 namespace ovseg {
 
@@ -40,10 +39,8 @@ inline bool takes_classes(int64_t classes, int64_t height, int64_t width, int64_
            pooling >= 1 && pooling <= height && pooling <= width && height <= INT32_MAX / width;
 }
 
-// frag_a from columns 0..15, counted from 16 · m, of a tile that holds aᵀ: its rows from K · k on, for a frag_b from
-// `load_b_by_rows`.
-template <typename T, int WIDTH>
-DEVICE FragA load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
+// frag_a from columns 16 · m on of a tile that holds aᵀ, its rows from K · k on; frag_b comes from `load_b_by_rows`.
+template <typename T, int WIDTH> DEVICE FragA load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
     FragA frag_a;
     if constexpr (sizeof(T) == 2) {
         ldmatrix<true>(frag_a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_vec(lane), 2 * m));
@@ -58,8 +55,7 @@ DEVICE FragA load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
 }
 
 // The frag_b of step k whose columns all are `column`, for a chained frag_a.
-template <typename T>
-DEVICE FragB repeated_column(const float *column, int k, int lane) {
+template <typename T> DEVICE FragB repeated_column(const float *column, int k, int lane) {
     const float *const from = column + k * K<T> + acc_col(lane, 0);
     const Pair<float> first = load<float, 2>(from);
     if constexpr (sizeof(T) == 2) {

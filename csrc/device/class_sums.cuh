@@ -12,15 +12,13 @@ namespace ovseg {
 constexpr int QUARTERS = 4;
 
 // Two neighbours of a factor's row in a register, or in float32 the first of them alone.
-template <typename T>
-DEVICE uint32_t factor_word(float first, float second) {
+template <typename T> DEVICE uint32_t factor_word(float first, float second) {
     if constexpr (sizeof(T) == 2) return rounded_word<T>(first, second);
     return __float_as_uint(first);
 }
 
 // Two numbers kept for later. As 16-bit ones they share a register; `recomputed` keeps the compiler from parting them.
-template <typename T>
-struct Kept {
+template <typename T> struct Kept {
     uint32_t word[sizeof(T) / 2];
 
     static DEVICE Kept of(float first, float second) {
@@ -79,15 +77,13 @@ struct Quarter {
     }
 
     // Values 2 i and 2 i + 1 of it, with m subtracted from the values.
-    template <typename T>
-    DEVICE Kept<T> pair(int i) const {
+    template <typename T> DEVICE Kept<T> pair(int i) const {
         const float z = total[i % 2];
         return Kept<T>::of(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
     }
 
     // function(index, value) for its part of z, and of m behind it.
-    template <typename OfZ, typename OfM>
-    DEVICE void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
+    template <typename OfZ, typename OfM> DEVICE void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + acc_row(lane, 2 * i), total[i]);
 #pragma unroll
@@ -113,8 +109,7 @@ struct Quarter {
     }
 };
 
-template <typename T>
-DEVICE void store_quarter(Tile<T, WIDTH> outer, const Kept<T> (&pairs)[4], int which, int lane) {
+template <typename T> DEVICE void store_quarter(Tile<T, WIDTH> outer, const Kept<T> (&pairs)[4], int which, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         T *const address = acc_address(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);

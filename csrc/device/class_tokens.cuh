@@ -8,8 +8,7 @@
 
 namespace ovseg {
 
-template <typename T>
-struct ClassMaps {
+template <typename T> struct ClassMaps {
     const T *x, *padding_token;
     Classes classes;
     int64_t map;  // numbers from one class to the next
@@ -31,8 +30,7 @@ struct ClassMaps {
 };
 
 // Position `number` of those of all images: its image, and its first class's token.
-template <typename T>
-struct Position {
+template <typename T> struct Position {
     int image;
     const T *x;
 
@@ -47,8 +45,7 @@ struct Position {
     }
 };
 
-// A warp's classes from `first` on as rows of its tile, averaged over the positions that are pooled; zeros beyond the
-// list.
+// A warp's classes from `first` on as rows of its tile, averaged over the pooled positions; zeros beyond the list.
 template <typename T>
 DEVICE void load_pooled(Tile<T, C> tile, const ClassMaps<T> &maps, const T *source, int first, int lane) {
     using Rows = RowVecs<T, C>;

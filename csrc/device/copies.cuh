@@ -1,5 +1,4 @@
-// Copies between global memory and tiles by vectors of 16 bytes. A thread computes the address of its first vector,
-// from which those of the others follow.
+// Copies between global memory and tiles by vectors of 16 bytes.
 
 #pragma once
 
@@ -9,8 +8,7 @@
 namespace ovseg {
 
 // A lane's vectors of a warp's rows: of every AT_ONCE-th row, COUNT of them, all read before the first is used.
-template <typename T, int WIDTH>
-struct RowVecs {
+template <typename T, int WIDTH> struct RowVecs {
     static constexpr int LANES = WIDTH / VEC<T>, AT_ONCE = 32 / LANES;
     static constexpr int COUNT = AT_ONCE < 8 ? 4 : 16 / AT_ONCE, ROWS = COUNT * AT_ONCE;
 

@@ -11,10 +11,8 @@ namespace ovseg {
 
 constexpr int PIXELS = 128, TEXTS = 16, COSINE_THREADS = PIXELS / 16 * 32;
 
-// Copies 16 bytes of a row with `left` numbers left into a tile; zeros beyond its end. Rows that are not whole vectors
-// are read number by number, at once.
-template <typename T>
-DEVICE void copy_vec(void *target, const T *source, int left, bool whole) {
+// Copies 16 bytes of a row with `left` numbers left into a tile, zeros beyond; number by number unless `whole`.
+template <typename T> DEVICE void copy_vec(void *target, const T *source, int left, bool whole) {
     if (whole) {
         copy_async(target, source, left > 0);
     } else {
@@ -25,8 +23,7 @@ DEVICE void copy_vec(void *target, const T *source, int left, bool whole) {
 }
 
 // The stages of both sides. A thread copies the same vector of every AT_ONCE-th row.
-template <typename T>
-struct Embeddings {
+template <typename T> struct Embeddings {
     static constexpr int WIDTH = 128 / int(sizeof(T)), BYTES = (PIXELS + TEXTS) * 128;
     static constexpr int AT_ONCE = COSINE_THREADS / 8, COUNT = PIXELS / AT_ONCE;
     static_assert(PIXELS % AT_ONCE == 0 && TEXTS <= AT_ONCE, "a thread copies one of the text's rows at most");
@@ -65,8 +62,7 @@ struct Embeddings {
 
 // Sums of the squares of 16 rows. Those of 16-bit numbers are the diagonal of the rows' products with each other: the
 // rows of a frag_a are, as they lie in the lanes, also columns of a frag_b.
-template <typename T>
-struct Squares {
+template <typename T> struct Squares {
     Acc products[2] = {};  // with rows 0..7, with rows 8..15
 
     DEVICE void add(const FragA &rows) {
@@ -94,8 +90,7 @@ struct Squares {
 };
 
 // The cosines of a warp's 16 pixels and all texts.
-template <typename T, typename Stages>
-DEVICE void cosines(Acc (&acc)[TEXTS / 8], Stages &stages, int warp, int lane) {
+template <typename T, typename Stages> DEVICE void cosines(Acc (&acc)[TEXTS / 8], Stages &stages, int warp, int lane) {
     Squares<T> pixels, texts;
     acc[0] = acc[1] = {};
 #pragma unroll 1

@@ -1,6 +1,5 @@
-// Instructions for which CUDA C++ has no words, and launches; emulator/instructions.h has the same functions for CPUs.
-// Words are registers: a float32, or two 16-bit numbers with the first in the lower half. Which lane holds what is said
-// in mma.cuh.
+// Inline PTX, and launches; emulator/instructions.h has the same functions for CPUs. A word is a register: a float32, or
+// two 16-bit numbers, the first in the lower half.
 
 #pragma once
 
@@ -64,8 +63,7 @@ DEVICE float fast_reciprocal(float x) {
 }
 
 // Two numbers rounded to 16 bits in one conversion. Rounded one by one they may become two slow ones.
-template <typename T>
-DEVICE uint32_t rounded_word(float first, float second) {
+template <typename T> DEVICE uint32_t rounded_word(float first, float second) {
     static_assert(sizeof(T) == 2, "16-bit numbers");
     uint32_t word;
     if constexpr (std::is_same_v<T, __half>) {
@@ -87,14 +85,12 @@ DEVICE void copy_async(void *target, const void *source, bool present = true) {
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most GROUPS of this thread's groups are on their way. Other threads' copies need a barrier too.
-template <int GROUPS>
-DEVICE void wait_for_copies() {
+template <int GROUPS> DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 // Four 8×8 matrices of 16-bit numbers, one row of one of them at each lane's address.
-template <bool TRANSPOSED = false>
-DEVICE void ldmatrix(uint32_t (&words)[4], const void *address) {
+template <bool TRANSPOSED = false> DEVICE void ldmatrix(uint32_t (&words)[4], const void *address) {
     const uint32_t shared = uint32_t(__cvta_generic_to_shared(address));
 #define OVSEG_LDMATRIX(TRANS)                                                                \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANS ".shared.b16 {%0, %1, %2, %3}, [%4];" \
@@ -110,8 +106,7 @@ DEVICE void ldmatrix(uint32_t (&words)[4], const void *address) {
 }
 
 // d += a · b: m16n8k16 of 16-bit numbers, m16n8k8 of TF32.
-template <typename T>
-DEVICE void mma_once(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <typename T> DEVICE void mma_once(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #define OVSEG_MMA(SHAPE_AND_FORMATS)                                                                   \
     asm("mma.sync.aligned." SHAPE_AND_FORMATS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                               \

@@ -1,13 +1,13 @@
 // Scores of a label map's pixels, a thread for each pixel of a block's rectangle of the result: a row of it to a warp,
 // so that lanes are neighbours in memory.
 //
-// A result that is resized reads 2 × 2 pixels of the canvas, each of them up to 2 × 2 of a window's map and up to 4 × 4
-// of the whole image's. Where these lie depends on a row and on a column, and what each of the two adds to it is worked
-// out once for all pairs. Beyond a window's border the first row or column of its map is read and not counted.
+// A resized result reads 2 × 2 pixels of the canvas, each of them up to 2 × 2 of a window's map and up to 4 × 4 of the
+// whole image's. Where these lie depends on a row and on a column, whose parts are computed once for all pairs. Beyond a
+// window's border the first row or column of its map is read and not counted.
 
 #pragma once
 
-#include "warp.cuh"
+#include "numbers.cuh"
 
 namespace ovseg {
 
@@ -33,8 +33,7 @@ struct Rectangle {  // of pixels, the last ones included
     int top, left, bottom, right;
 };
 
-// Not needed where the sizes are the same: then a pixel is read as it is, and an infinite neighbour does not make it
-// NaN.
+// Not needed for equal sizes: a pixel is read as it is, and an infinite neighbour does not make it NaN.
 struct Resizing {
     Axis y, x;
     bool needed;
@@ -58,8 +57,7 @@ DEVICE float mixed(float first, float second, float weight) { return fmaf(weight
 constexpr int ROWS = 8, COLUMNS = 32, WARPS = ROWS, THREADS = WARPS * 32;  // of a rectangle; its warps
 constexpr int MOST_WINDOWS = 64;
 
-template <typename T>
-struct LabelMap {
+template <typename T> struct LabelMap {
     const T *logits, *whole, *offset;
     T *scores;
     int32_t *labels;
@@ -95,8 +93,7 @@ struct WindowsBelow {
 struct Target {
     int top, left, height, width;  // the result's height and width
 
-    template <typename T>
-    DEVICE Target(const LabelMap<T> &a, int tile) : height(a.out_height), width(a.out_width) {
+    template <typename T> DEVICE Target(const LabelMap<T> &a, int tile) : height(a.out_height), width(a.out_width) {
         const int across = (width + COLUMNS - 1) / COLUMNS;
         top = tile / across * ROWS, left = tile % across * COLUMNS;
     }
@@ -107,28 +104,27 @@ struct Target {
 
     DEVICE int row() const { return top + recomputed(int(threadIdx.x)) / COLUMNS; }
     DEVICE int column() const { return left + recomputed(int(threadIdx.x)) % COLUMNS; }
-    DEVICE bool there() const { return row() < height && column() < width; }
-    DEVICE int64_t place() const { return int64_t(row()) * width + column(); }
+    DEVICE bool inside() const { return row() < height && column() < width; }
+    DEVICE int64_t index() const { return int64_t(row()) * width + column(); }
 };
 
 // Lists the windows below a block's rectangle of the result, in their order.
-template <typename T>
-DEVICE void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &target) {
+template <typename T> DEVICE void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &target) {
     const int thread = int(threadIdx.x);
     const Rectangle below = a.from_canvas.source(target.rectangle());
     if (thread <= a.windows) {
-        int place = 0;
+        int index = 0;
 #pragma unroll 1
-        for (int n = 0; n < thread; ++n) place += a.meets(n, below);
+        for (int n = 0; n < thread; ++n) index += a.meets(n, below);
         if (thread == a.windows) {
-            windows.count = place;
+            windows.count = index;
             windows.whole = a.from_maps.source(a.from_window.source(below));
         } else if (a.meets(thread, below)) {
             const int from_y = a.tops[thread], from_x = a.lefts[thread];
             const Rectangle inside{max(below.top - from_y, 0), max(below.left - from_x, 0),
                                    min(below.bottom - from_y, a.window_height - 1),
                                    min(below.right - from_x, a.window_width - 1)};
-            windows.list[place] = {a.at(thread, 0), from_y, from_x, a.from_maps.source(inside)};
+            windows.list[index] = {a.at(thread, 0), from_y, from_x, a.from_maps.source(inside)};
         }
     }
     __syncthreads();
@@ -137,8 +133,7 @@ DEVICE void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &targ
 DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.4426950409f)); }
 
 // Of the logit that these taps make of a map.
-template <typename T>
-DEVICE float probability(const T *map, const Resizing &from_maps, const Taps &v, const Taps &h) {
+template <typename T> DEVICE float probability(const T *map, const Resizing &from_maps, const Taps &v, const Taps &h) {
     const auto at = [&](int y, int x) { return to_float(map[uint32_t(y * from_maps.x.size + x)]); };
     float logit = at(v.low, h.low);
     if (from_maps.needed) {
@@ -149,7 +144,7 @@ DEVICE float probability(const T *map, const Resizing &from_maps, const Taps &v,
     return sigmoid(logit);
 }
 
-// Scores of N classes from `first` on, beyond the last class that one's again, at SIDE × SIDE pixels of the canvas.
+// Scores of N classes from `first` on, the last class again beyond it, at SIDE × SIDE pixels of the canvas.
 template <int SIDE, int N, typename T>
 DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, const WindowsBelow &windows, int first,
                          const int (&rows)[SIDE], const int (&columns)[SIDE]) {

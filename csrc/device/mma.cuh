@@ -34,8 +34,7 @@ struct Acc {
     float value[4];
 };
 
-template <typename T>
-constexpr int K = 32 / int(sizeof(T));  // numbers that one product sums over
+template <typename T> constexpr int K = 32 / int(sizeof(T));  // numbers that one product sums over
 
 // Row and column of a lane's value i of an acc.
 __host__ __device__ constexpr int acc_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
@@ -48,16 +47,14 @@ __host__ __device__ constexpr int b_row(int lane) { return (lane & 7) + (lane >>
 __host__ __device__ constexpr int b_vec(int lane) { return lane >> 3 & 1; }
 
 // frag_a from rows 0..15 of a tile, its K numbers from vector 2 · k on.
-template <typename T, int WIDTH>
-DEVICE FragA load_a(Tile<T, WIDTH> tile, int k, int lane) {
+template <typename T, int WIDTH> DEVICE FragA load_a(Tile<T, WIDTH> tile, int k, int lane) {
     FragA frag_a;
     ldmatrix(frag_a.word, tile.stepped(a_row(lane), a_vec(lane), 2 * k));
     return frag_a;
 }
 
 // The same for a frag_b from `load_b_chained` or `load_b_by_rows`.
-template <typename T, int WIDTH>
-DEVICE FragA load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
+template <typename T, int WIDTH> DEVICE FragA load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
     if constexpr (sizeof(T) == 2) {
         return load_a(tile, k, lane);
     } else {
@@ -70,8 +67,7 @@ DEVICE FragA load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
 }
 
 // Writes a frag_a of `chained` to where `load_a_chained` would read it.
-template <typename T, int WIDTH>
-DEVICE void store_chained(Tile<T, WIDTH> tile, const FragA &frag_a, int k, int lane) {
+template <typename T, int WIDTH> DEVICE void store_chained(Tile<T, WIDTH> tile, const FragA &frag_a, int k, int lane) {
     const uint32_t (&word)[4] = frag_a.word;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -86,16 +82,14 @@ DEVICE void store_chained(Tile<T, WIDTH> tile, const FragA &frag_a, int k, int l
 }
 
 // Both frag_b from rows 0..15 of a tile that holds bᵀ.
-template <typename T, int WIDTH>
-DEVICE FragB2 load_b(Tile<T, WIDTH> tile, int k, int lane) {
+template <typename T, int WIDTH> DEVICE FragB2 load_b(Tile<T, WIDTH> tile, int k, int lane) {
     uint32_t word[4];
     ldmatrix(word, tile.stepped(b_row(lane), b_vec(lane), 2 * k));
     return {{{word[0], word[1]}}, {{word[2], word[3]}}};
 }
 
 // The same for a chained frag_a.
-template <typename T, int WIDTH>
-DEVICE FragB2 load_b_chained(Tile<T, WIDTH> tile, int k, int lane) {
+template <typename T, int WIDTH> DEVICE FragB2 load_b_chained(Tile<T, WIDTH> tile, int k, int lane) {
     if constexpr (sizeof(T) == 2) {
         return load_b(tile, k, lane);
     } else {
@@ -107,10 +101,8 @@ DEVICE FragB2 load_b_chained(Tile<T, WIDTH> tile, int k, int lane) {
     }
 }
 
-// Both frag_b from columns 0..15, counted from 16 · n, of a tile that holds b: its rows from K · k on. For a chained
-// frag_a.
-template <typename T, int WIDTH>
-DEVICE FragB2 load_b_by_rows(Tile<T, WIDTH> tile, int k, int n, int lane) {
+// Both frag_b from columns 16 · n on of a tile that holds b, its rows from K · k on; for a chained frag_a.
+template <typename T, int WIDTH> DEVICE FragB2 load_b_by_rows(Tile<T, WIDTH> tile, int k, int n, int lane) {
     if constexpr (sizeof(T) == 2) {
         uint32_t word[4];
         ldmatrix<true>(word, tile.rows_from(k * K<T>).stepped(a_row(lane), a_vec(lane), 2 * n));
@@ -125,8 +117,7 @@ DEVICE FragB2 load_b_by_rows(Tile<T, WIDTH> tile, int k, int n, int lane) {
 }
 
 // The frag_a of step k of a product from the results of another, which lie side by side: rows and columns stay.
-template <typename T>
-DEVICE FragA chained(const Acc *acc, int k) {
+template <typename T> DEVICE FragA chained(const Acc *acc, int k) {
     if constexpr (sizeof(T) == 2) {
         const Acc &left = acc[2 * k], &right = acc[2 * k + 1];
         return {{rounded_word<T>(left.value[0], left.value[1]), rounded_word<T>(left.value[2], left.value[3]),
@@ -152,8 +143,7 @@ DEVICE Split split(uint32_t word) {
 }
 
 // A frag_a that is split again in each turn of a loop, see `recomputed(int)`.
-template <typename T>
-DEVICE FragA recomputed(FragA frag_a) {
+template <typename T> DEVICE FragA recomputed(FragA frag_a) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) frag_a.word[i] = recomputed(frag_a.word[i]);
@@ -162,8 +152,7 @@ DEVICE FragA recomputed(FragA frag_a) {
 }
 
 // acc += frag_a · frag_b
-template <typename T>
-DEVICE void mma(Acc &acc, const FragA &frag_a, const FragB &frag_b) {
+template <typename T> DEVICE void mma(Acc &acc, const FragA &frag_a, const FragB &frag_b) {
     if constexpr (sizeof(T) == 2) {
         mma_once<T>(acc.value, frag_a.word, frag_b.word);
     } else {
@@ -186,16 +175,12 @@ DEVICE void mma(Acc &acc, const FragA &frag_a, const FragB &frag_b) {
 }
 
 // The same for 16 columns: acc[0] and acc[1].
-template <typename T>
-DEVICE void mma(Acc *acc, const FragA &frag_a, const FragB2 &frag_b) {
+template <typename T> DEVICE void mma(Acc *acc, const FragA &frag_a, const FragB2 &frag_b) {
     mma<T>(acc[0], frag_a, frag_b.left);
     mma<T>(acc[1], frag_a, frag_b.right);
 }
 
 // Calls function(n, i) for every value i of N acc.
-template <int N, typename Function>
-DEVICE void each_value(Function function) {
-    unrolled<N, 4>(function);
-}
+template <int N, typename Function> DEVICE void each_value(Function function) { unrolled<N, 4>(function); }
 
 }  // namespace ovseg

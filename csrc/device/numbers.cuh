@@ -1,4 +1,5 @@
-// Numbers of the three formats: float, __half, __nv_bfloat16. Kernels compute in float.
+// Numbers of the three formats, float, __half and __nv_bfloat16, and sums over the lanes of a warp. Kernels compute in
+// float.
 
 #pragma once
 
@@ -10,19 +11,10 @@ DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(__half x) { return __half2float(x); }
 DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename T>
-DEVICE T rounded(float x);
-template <>
-DEVICE float rounded<float>(float x) {
-    return x;
-}
-template <>
-DEVICE __half rounded<__half>(float x) {
-    return __float2half_rn(x);
-}
-template <>
-DEVICE __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
+template <typename T> DEVICE T rounded(float x) {
+    if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
+    if constexpr (std::is_same_v<T, float>) return x;
 }
 
 constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
@@ -33,12 +25,10 @@ DEVICE float length_of(float squares) {
     return length < SHORTEST ? SHORTEST : length;  // NaN stays
 }
 
-template <typename T>
-constexpr int VEC = 16 / int(sizeof(T));  // numbers of a piece of 16 bytes
+template <typename T> constexpr int VEC = 16 / int(sizeof(T));  // numbers of a vector of 16 bytes
 
 // Calls function(i, j) for all i < N and j < M; unrolled, for numbers in registers.
-template <int N, int M, typename Function>
-DEVICE void unrolled(Function function) {
+template <int N, int M, typename Function> DEVICE void unrolled(Function function) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
 #pragma unroll
@@ -47,41 +37,31 @@ DEVICE void unrolled(Function function) {
 }
 
 // N neighbours that are read or written at once.
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Vector {
+template <typename T, int N> struct alignas(sizeof(T) * N) Vector {
     T value[N];
 };
 
-template <typename T>
-using Pair = Vector<T, 2>;
-template <typename T>
-using Vec = Vector<T, VEC<T>>;
+template <typename T> using Pair = Vector<T, 2>;
+template <typename T> using Vec = Vector<T, VEC<T>>;
 
-template <typename T, int N>
-DEVICE Vector<T, N> load(const T *address) {
+template <typename T, int N> DEVICE Vector<T, N> load(const T *address) {
     check_aligned(address, sizeof(Vector<T, N>));
     return *reinterpret_cast<const Vector<T, N> *>(address);
 }
 
-template <typename T>
-DEVICE Vec<T> load_vec(const T *address) {
-    return load<T, VEC<T>>(address);
-}
+template <typename T> DEVICE Vec<T> load_vec(const T *address) { return load<T, VEC<T>>(address); }
 
-template <typename T, int N>
-DEVICE void store(T *address, const Vector<T, N> &vector) {
+template <typename T, int N> DEVICE void store(T *address, const Vector<T, N> &vector) {
     check_aligned(address, sizeof(vector));
     *reinterpret_cast<Vector<T, N> *>(address) = vector;
 }
 
-template <typename T>
-DEVICE Pair<T> rounded_pair(float first, float second) {
+template <typename T> DEVICE Pair<T> rounded_pair(float first, float second) {
     return {{rounded<T>(first), rounded<T>(second)}};
 }
 
 // N neighbours rounded together.
-template <typename T, int N>
-DEVICE Vector<T, N> rounded(const float (&numbers)[N]) {
+template <typename T, int N> DEVICE Vector<T, N> rounded(const float (&numbers)[N]) {
     Vector<T, N> vector;
     if constexpr (sizeof(T) == 2) {
         uint32_t words[N / 2];
@@ -95,8 +75,7 @@ DEVICE Vector<T, N> rounded(const float (&numbers)[N]) {
 }
 
 // Stores two neighbours at once, wherever they come from; returns what was stored.
-template <typename T>
-DEVICE Pair<T> store_pair(T *address, float first, float second) {
+template <typename T> DEVICE Pair<T> store_pair(T *address, float first, float second) {
     Pair<T> pair{{T(), T()}};
     if constexpr (sizeof(T) == 2) {
         const uint32_t word = recomputed(rounded_word<T>(first, second));
@@ -107,6 +86,22 @@ DEVICE Pair<T> store_pair(T *address, float first, float second) {
         store(address, pair);
     }
     return pair;
+}
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// Over LANES neighbouring lanes, a power of two; each of them gets the result.
+template <int LANES> DEVICE float sum_over_lanes(float x) {
+#pragma unroll
+    for (int distance = LANES / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+// NaN is passed over, as the hardware's maximum does.
+template <int LANES> DEVICE float maximum_over_lanes(float x) {
+#pragma unroll
+    for (int distance = LANES / 2; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
 }
 
 }  // namespace ovseg

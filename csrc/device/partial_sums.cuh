@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "warp.cuh"
+#include "numbers.cuh"
 
 namespace ovseg {
 namespace {

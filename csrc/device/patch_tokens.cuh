@@ -7,7 +7,6 @@
 #pragma once
 
 #include "vectors.cuh"
-#include "warp.cuh"
 
 namespace ovseg {
 
@@ -15,8 +14,7 @@ constexpr int MOST_LAYERS = 32;  // whose hidden states one launch takes
 
 // The hidden states of each layer, (batch, tokens, channels) with the last axis contiguous; the last `patches` of the
 // tokens are the patch tokens, of which there are rows() in a layer.
-template <typename T>
-struct PatchTokens {
+template <typename T> struct PatchTokens {
     const T *of_layer[MOST_LAYERS];
     int64_t batch_stride, token_stride;
     int layers, batch, tokens, patches, channels;
@@ -29,8 +27,7 @@ struct PatchTokens {
     }
 };
 
-template <typename T>
-struct Norms {
+template <typename T> struct Norms {
     const T *shared_weight, *shared_bias;  // a, c: (channels)
     const T *weight, *bias = nullptr;      // g, b: (layers, channels)
     float shared_eps = 0.0f, eps = 0.0f;

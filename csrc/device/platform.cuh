@@ -1,5 +1,4 @@
-// What every kernel needs of its platform: CUDA under nvcc, the emulator under a host compiler. Only this header asks
-// which of the two it is.
+// What every kernel needs of its platform: CUDA under nvcc, the emulator under a host compiler. Only this header knows.
 
 #pragma once
 
@@ -13,8 +12,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#else
-#include "../emulator/emulator.h"
 #endif
 
 #define DEVICE __device__ __forceinline__
@@ -38,19 +35,16 @@ namespace ovseg {
 constexpr size_t SHARED_EVERYWHERE = 99 * 1024;  // bytes that a block may have on every GPU; sm_86 has no more
 
 // An argument of a C function, cast to what it initialises: void * to T *, int64_t to int.
-template <typename From>
-struct Cast {
+template <typename From> struct Cast {
     From from;
 
-    template <typename To>
-    operator To() const {
+    template <typename To> operator To() const {
         static_assert(std::is_pointer_v<From> == std::is_pointer_v<To>, "a pointer for a pointer, a number for one");
         return static_cast<To>(from);
     }
 };
 
-template <typename From>
-auto cast(const From &from) {
+template <typename From> auto cast(const From &from) {
     if constexpr (std::is_scalar_v<From>) {
         return Cast<From>{from};
     } else {
@@ -59,8 +53,7 @@ auto cast(const From &from) {
 }
 
 // An aggregate whose members are cast from these arguments.
-template <typename Aggregate, typename... Arguments>
-Aggregate filled(const Arguments &...arguments) {
+template <typename Aggregate, typename... Arguments> Aggregate filled(const Arguments &...arguments) {
     return Aggregate{cast(arguments)...};
 }
 
@@ -75,29 +68,22 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t sh
 }
 
 // Calls `function` with a number of the type that `dtype` names.
-template <typename Function>
-int by_dtype(int dtype, Function function) {
+template <typename Function> int by_dtype(int dtype, Function function) {
     switch (dtype) {
-        case OVSEG_FLOAT32:
-            return function(float());
-        case OVSEG_FLOAT16:
-            return function(__half());
-        case OVSEG_BFLOAT16:
-            return function(__nv_bfloat16());
-        default:
-            return OVSEG_BAD_DTYPE;
+        case OVSEG_FLOAT32: return function(float());
+        case OVSEG_FLOAT16: return function(__half());
+        case OVSEG_BFLOAT16: return function(__nv_bfloat16());
+        default: return OVSEG_BAD_DTYPE;
     }
 }
 
 // Whether all pointers are aligned to the 16 bytes that kernels read at a time.
-template <typename... Pointers>
-bool aligned(Pointers... pointers) {
+template <typename... Pointers> bool aligned(Pointers... pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
 // The same for a params struct, whose pointers come before `first_size`.
-template <typename Params>
-bool aligned_params(const Params &params, const int64_t &first_size) {
+template <typename Params> bool aligned_params(const Params &params, const int64_t &first_size) {
     const auto *const pointers = reinterpret_cast<const void *const *>(&params);
     const auto *const end = reinterpret_cast<const void *const *>(&first_size);
     for (const auto *pointer = pointers; pointer < end; ++pointer) {

@@ -1,7 +1,6 @@
 // Products of a warp's 16 rows with a matrix in a tile, and the address of their results in another.
 //
-// The frag_a of step k is `frag_a(k)`, with K in the order of `chained`: from a tile by `load_a_chained`, or from other
-// results by `chained`.
+// The frag_a of step k is `frag_a(k)`, from `load_a_chained` or `chained`.
 
 #pragma once
 
@@ -33,15 +32,13 @@ DEVICE void multiply_transposed(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, 
 
 // The address of a lane's first two values of acc number n in a tile of 16 rows. Its other two lie 8 rows further, at
 // + 8 · WIDTH. Vectors are permuted among eight, so that the ninth is 128 bytes from the first.
-template <typename T, int WIDTH>
-DEVICE T *acc_address(Tile<T, WIDTH> tile, int n, int lane) {
+template <typename T, int WIDTH> DEVICE T *acc_address(Tile<T, WIDTH> tile, int n, int lane) {
     const int step = n * int(sizeof(T)) / 2;
     return tile.at(acc_row(lane, 0), acc_col(lane, 0), step % 8) + step / 8 * (128 / int(sizeof(T)));
 }
 
 // Two neighbours of acc number n, in the upper row for i = 0, back from the frag_a of all steps.
-template <typename T, int STEPS>
-DEVICE Pair<float> chained_pair(const FragA (&frag_a)[STEPS], int n, int i) {
+template <typename T, int STEPS> DEVICE Pair<float> chained_pair(const FragA (&frag_a)[STEPS], int n, int i) {
     if constexpr (sizeof(T) == 2) {
         Pair<T> pair;
         memcpy(&pair, &frag_a[n / 2].word[n % 2 * 2 + i], 4);

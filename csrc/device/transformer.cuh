@@ -4,7 +4,6 @@
 #pragma once
 
 #include "products.cuh"
-#include "warp.cuh"
 
 namespace ovseg {
 
@@ -34,8 +33,7 @@ struct Relu {
 };
 
 // Layer norm of rows of which LANES neighbouring lanes hold a vector each.
-template <int LANES, typename T>
-DEVICE Vec<T> normalised(const Vec<T> &vec, const Vec<T> &weight, const Vec<T> &bias) {
+template <int LANES, typename T> DEVICE Vec<T> normalised(const Vec<T> &vec, const Vec<T> &weight, const Vec<T> &bias) {
     constexpr float SHARE = 1.0f / (LANES * VEC<T>);
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
@@ -57,8 +55,7 @@ DEVICE Vec<T> normalised(const Vec<T> &vec, const Vec<T> &weight, const Vec<T> &
 }
 
 // The same for 16 rows of a tile, in place.
-template <typename T, int C>
-DEVICE void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
+template <typename T, int C> DEVICE void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
     constexpr int LANES = C / VEC<T>, AT_ONCE = 32 / LANES;
     static_assert(LANES <= 32 && 32 % LANES == 0, "a row fits a warp");
     const int column = lane % LANES * VEC<T>;
@@ -72,8 +69,7 @@ DEVICE void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int 
 
 // A ring of COUNT buffers through which weights stream from global memory while earlier ones are multiplied.
 // `fetch(stage, buffer)` starts the copies of one of `fetch.stages()`, in order; all threads call `next` together.
-template <int COUNT, int BYTES, typename Fetch>
-struct Stages {
+template <int COUNT, int BYTES, typename Fetch> struct Stages {
     static constexpr int LAST = (COUNT - 1) * BYTES;
 
     unsigned char *start;
@@ -104,8 +100,7 @@ struct Stages {
 
 // 16 rows of a tile as the a of products. 16-bit numbers are read once and kept in registers, 32 of them for 128
 // numbers a row; float32 would take twice as many, and each product reads it again.
-template <typename T, int C>
-struct RowFrags {
+template <typename T, int C> struct RowFrags {
     static constexpr bool KEPT = sizeof(T) == 2;
 
     Tile<T, C> rows;
@@ -139,8 +134,7 @@ DEVICE void project(Acc (&acc)[STAGE_ROWS / 8], const RowFrags<T, C> &rows, Tile
 }
 
 // A lane's values of acc that lie side by side, two neighbours at a time: function(row, column, first, second).
-template <int N, typename Function>
-DEVICE void each_pair(Acc (&acc)[N], int lane, Function function) {
+template <int N, typename Function> DEVICE void each_pair(Acc (&acc)[N], int lane, Function function) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll

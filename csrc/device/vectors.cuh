@@ -6,14 +6,12 @@
 
 namespace ovseg {
 
-template <typename T>
-struct Floats {
+template <typename T> struct Floats {
     float value[VEC<T>];
 };
 
 // A vector's numbers. Those of bfloat16 are the upper halves of float32's: one instruction each.
-template <typename T>
-DEVICE Floats<T> floats(const Vec<T> &vec) {
+template <typename T> DEVICE Floats<T> floats(const Vec<T> &vec) {
     Floats<T> numbers;
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         Words words;
@@ -31,25 +29,15 @@ DEVICE Floats<T> floats(const Vec<T> &vec) {
 }
 
 // Whether rows of this many numbers consist of whole vectors, aligned where the first row is.
-template <typename T>
-__host__ __device__ constexpr bool whole_vecs(int64_t count) {
-    return count % VEC<T> == 0;
-}
+template <typename T> __host__ __device__ constexpr bool whole_vecs(int64_t count) { return count % VEC<T> == 0; }
 
 // Calls function(whole) with a constant, so that whole vectors need no test of single numbers.
-template <typename Function>
-DEVICE void with_constant(bool whole, Function function) {
-    if (whole) {
-        function(std::true_type());
-    } else {
-        function(std::false_type());
-    }
+template <typename Function> DEVICE void with_constant(bool whole, Function function) {
+    whole ? function(std::true_type()) : function(std::false_type());
 }
 
-// The vector at `column` of a row of `count` numbers, zeros past its end; number by number unless the rows are `whole`
-// vectors.
-template <typename T>
-DEVICE Vec<T> load_vec(const T *row, int64_t column, int64_t count, bool whole) {
+// The vector at `column` of a row of `count` numbers, zeros past its end; number by number unless rows are `whole`.
+template <typename T> DEVICE Vec<T> load_vec(const T *row, int64_t column, int64_t count, bool whole) {
     Words words{};
     Vec<T> vec{};
     if (whole) {
@@ -66,8 +54,7 @@ DEVICE Vec<T> load_vec(const T *row, int64_t column, int64_t count, bool whole) 
     return vec;
 }
 
-template <typename T>
-DEVICE void store_vec(T *row, int64_t column, int64_t count, bool whole, const Vec<T> &vec) {
+template <typename T> DEVICE void store_vec(T *row, int64_t column, int64_t count, bool whole, const Vec<T> &vec) {
     if (whole) {
         if (column < count) store(row + column, vec);
     } else {
@@ -86,8 +73,7 @@ DEVICE void each_vec(int count, int lane, Function function) {
 }
 
 // A vector or zeros, read at once.
-template <typename T>
-DEVICE Vec<T> load_if(bool present, const T *address) {
+template <typename T> DEVICE Vec<T> load_if(bool present, const T *address) {
     Words words{};
     if (present) words = load_words(address);
     keep_together(words);
@@ -97,8 +83,7 @@ DEVICE Vec<T> load_if(bool present, const T *address) {
 }
 
 // A vector to global memory at once.
-template <typename T>
-DEVICE void store_if(bool present, T *address, const Vec<T> &vec) {
+template <typename T> DEVICE void store_if(bool present, T *address, const Vec<T> &vec) {
     Words words;
     memcpy(&words, &vec, 16);
     if (present) store_words(address, words);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "products.cuh"
-#include "warp.cuh"
 #include "windows.h"
 
 namespace ovseg {
@@ -25,8 +24,7 @@ struct Window {
     bool whole, plain;                       // no token is beyond the map; and all tokens see each other
 
     // Fills it in, by all threads of the block; a barrier has to follow. `index` counts the windows of all maps.
-    template <int THREADS>
-    DEVICE void init(const Windows &windows, int index, int classes) {
+    template <int THREADS> DEVICE void init(const Windows &windows, int index, int classes) {
         const int which = index % windows.count();
         for (int token = int(threadIdx.x); token < TOKENS; token += THREADS) {
             const int position = windows.position(which, token);
@@ -87,8 +85,7 @@ struct Softmax {
     float base[2], scale[2];
 };
 
-// acc = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on. Unless all keys are taken at once, the sums
-// are rescaled to each new maximum.
+// acc = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, rescaled to each new maximum of the keys.
 template <typename T>
 DEVICE Softmax attend(Acc (&acc)[WIDTH / 8], const FragA (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys, Tile<T, WIDTH> values,
                       const Window &window, int row, int lane) {

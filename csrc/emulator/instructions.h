@@ -33,8 +33,7 @@ inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float number(__half x) { return __half2float(x); }
 inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename T>
-uint32_t rounded_word(float first, float second) {
+template <typename T> uint32_t rounded_word(float first, float second) {
     T pair[2];
     if constexpr (std::is_same_v<T, __half>) {
         pair[0] = __float2half_rn(first), pair[1] = __float2half_rn(second);
@@ -51,15 +50,11 @@ inline void copy_async(void *target, const void *source, bool present = true) {
 }
 inline void commit_copies() { emulator::async_commit(); }
 
-template <int GROUPS>
-void wait_for_copies() {
-    emulator::async_wait(GROUPS);
-}
+template <int GROUPS> void wait_for_copies() { emulator::async_wait(GROUPS); }
 
 constexpr int LDMATRIX = 3, PRODUCT = 4;  // kinds of meetings
 
-template <bool TRANSPOSED = false>
-void ldmatrix(uint32_t (&words)[4], const void *address) {
+template <bool TRANSPOSED = false> void ldmatrix(uint32_t (&words)[4], const void *address) {
     check_aligned(address, 16);
     emulator::slot(LDMATRIX).address = address;
     const emulator::Slot *slots = emulator::meet();
@@ -75,8 +70,7 @@ void ldmatrix(uint32_t (&words)[4], const void *address) {
 }
 
 // The product of all lanes' fragments: a in words 0..3 of their slots, b in 4 and 5, d in 6..9, the result in 10..13.
-template <typename T>
-void multiply_fragments(emulator::Slot *slots) {
+template <typename T> void multiply_fragments(emulator::Slot *slots) {
     constexpr int K = 32 / int(sizeof(T));
     float a[16][K], b[8][K];
     for (int lane = 0; lane < 32; ++lane) {
@@ -102,8 +96,7 @@ void multiply_fragments(emulator::Slot *slots) {
     }
 }
 
-template <typename T>
-void mma_once(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <typename T> void mma_once(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::Slot &slot = emulator::slot(PRODUCT + int(sizeof(T)));
     memcpy(slot.words, a, 16);
     memcpy(slot.words + 4, b, 8);
