@@ -1,8 +1,8 @@
-"""Every function of ovseg.h by itself: what it refuses, in which words, and that no sizes end the process.
+"""Every function of ovseg.h by itself: what it refuses, with which message, and that no sizes crash the process.
 
-Each has a row in SMALLEST: a smallest call that it takes, and what it does not. A function without a row fails. The
-calls are made in another process, with pointers at which there is no memory: a function that launched a kernel, or
-read a tensor on the host, would end it.
+Each has a row in SMALLEST: the smallest call that it takes, and what it refuses. A function without a row fails. The
+calls are made in another process, with pointers to no memory: a function that launched a kernel, or read a tensor on
+the host, would crash it.
 """
 
 from __future__ import annotations

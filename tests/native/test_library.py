@@ -1,7 +1,7 @@
-"""The native library: one interface on both sides, what it exports and needs, and each way in which it may be unusable.
+"""The native library: the same interface on both sides, what it exports and needs, and each way it can be unusable.
 
-What cannot run says so in one sentence that holds the cure: as an error where the backend is forced, as a reason where
-another one takes over. Nothing here needs a GPU or nvcc; what looks at the built library is skipped without one.
+A backend that cannot run says why and how to fix it in one sentence: as an error if it is forced, as a reason if
+another one takes over. Nothing here needs a GPU or nvcc; tests of the built library are skipped without one.
 """
 
 from __future__ import annotations
