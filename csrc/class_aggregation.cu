@@ -160,10 +160,10 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
             const Pair<T> bias = load<T, 2>(a.v_bias + head * WIDTH + 8 * n + acc_col(lane, 0));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const bool there = first + acc_row(lane, 2 * i) < classes.keys();
+                const bool present = first + acc_row(lane, 2 * i) < classes.keys();
                 const Kept<T> pair = Kept<T>::of(acc[n].value[2 * i] + to_float(bias.value[0]),
                                                  acc[n].value[2 * i + 1] + to_float(bias.value[1]));
-                store(acc_address(warp_values, n, lane) + i * (8 * WIDTH), (there ? pair : Kept<T>{}).pair());
+                store(acc_address(warp_values, n, lane) + i * (8 * WIDTH), (present ? pair : Kept<T>{}).pair());
             }
         }
     };
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         for (int head = 0; head < HEADS; ++head) {
             lane = recomputed_lane(lane);
             stage_keys(normed, head, tile * 16);
-            // All keys and values are there once the queries' weights are. S reuses their memory when all have been
+            // All keys and values are present once the queries' weights are. S reuses their memory when all have been
             // read; until then a warp may hold all four quarters.
             unsigned char *const query_weight = stages.next();
             Kept<T> held[QUARTERS][4] = {};

@@ -153,11 +153,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         store_matrix(matrix);
 #pragma unroll
         for (int i = 0; i < VEC<T>; ++i) {
-#pragma unroll
-            for (int distance = 16; distance >= LANES; distance /= 2) {
-                totals[i] += __shfl_xor_sync(ALL_LANES, totals[i], distance);
-                means[i] += __shfl_xor_sync(ALL_LANES, means[i], distance);
-            }
+            totals[i] = sum_over_lanes<32 / LANES, LANES>(totals[i]);
+            means[i] = sum_over_lanes<32 / LANES, LANES>(means[i]);
             if (lane < LANES) {
                 parts[warp].vectors[lane * VEC<T> + i] = totals[i];
                 parts[warp].vectors[WIDTH + lane * VEC<T> + i] = means[i];
@@ -248,11 +245,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         }
         store_matrix(matrix);
         unrolled<WIDTH / 8, 2>([&](int n, int i) {
-#pragma unroll
-            for (int distance = 16; distance >= 4; distance /= 2) {
-                totals[n].value[i] += __shfl_xor_sync(ALL_LANES, totals[n].value[i], distance);
-            }
-            if (lane < 4) parts[warp].vectors[8 * n + acc_col(lane, i)] = totals[n].value[i];
+            const float total = sum_over_lanes<8, 4>(totals[n].value[i]);
+            if (lane < 4) parts[warp].vectors[8 * n + acc_col(lane, i)] = total;
         });
         Acc sums[ACCS / WARPS];
         sum_parts(sums, z_grad, WIDTH, share);

@@ -116,10 +116,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 4) resize_backw
             for (int c = 0; c < VEC<T>; ++c) total[c] += share * to_float(grad.value[c]);
         }
     }
-    Vec<T> sum;
-#pragma unroll
-    for (int c = 0; c < VEC<T>; ++c) sum.value[c] = rounded<T>(total[c]);
-    store(a.out + item.index * VEC<T>, sum);
+    store(a.out + item.index * VEC<T>, rounded<T>(total));
 }
 
 template <bool BACKWARD>

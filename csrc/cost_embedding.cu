@@ -210,11 +210,10 @@ template <typename T> struct Windows16 {
 #pragma unroll
             for (int j = 0; j < VEC<T>; ++j) vec.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]);
             T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + index;
-            if (!whole_vecs<T>(a.outputs)) {
+            if (whole_vecs<T>(a.outputs))
+                store_if(left > 0, target, vec);
+            else
                 store_vec(target, 0, left, false, vec);
-            } else if (left > 0) {
-                store_if(true, target, vec);
-            }
         }
     }
 };

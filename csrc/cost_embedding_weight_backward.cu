@@ -234,9 +234,9 @@ int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, float *p
         using T = decltype(number);
         const auto a = filled<Arguments<T>>(grad, cost, partial, tiles, jobs, (jobs + parts - 1) / parts, prompts,
                                             height, width, outputs, size, tap_groups, channel_groups);
-        const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
-                                 sizeof(Shared<T>), device, stream, a);
-        if (error) return error;
+        if (const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
+                                     sizeof(Shared<T>), device, stream, a))
+            return error;
         const int64_t sums = outputs * prompts * (area + 1);
         return launch(sum_parts<T>, (sums + 31) / 32, THREADS, sizeof(float) * THREADS, device, stream, partial,
                       grad_weight, grad_bias, sums, parts, prompts, area);

@@ -28,10 +28,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < VEC<T>; ++i) total[i] += weight * f.value[i];
     }
-    Vec<T> result;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) result.value[i] = rounded<T>(total[i]);
-    store_vec(out, index, size, whole, result);
+    store_vec(out, index, size, whole, rounded<T>(total));
 }
 
 // Either gradient may be null. `shares` holds one number a layer and warp.

@@ -72,11 +72,7 @@ template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
             x[i] = fmaxf(upper ? x[i + half] : x[i], received);
         }
     }
-#pragma unroll
-    for (int distance = N; distance < 32; distance *= 2) {
-        x[0] = fmaxf(x[0], __shfl_xor_sync(ALL_LANES, x[0], distance));
-    }
-    return x[0];
+    return maximum_over_lanes<32 / N, N>(x[0]);
 }
 
 // The key of a bound on the scores of a class in the block's rectangle, the largest key if it is unknown. A warp computes

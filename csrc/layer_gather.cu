@@ -210,12 +210,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
                 const int column = strip + 8 * n + acc_col(lane, 0);
                 const Pair<T> pair = rounded_pair<T>(result.value[i % 2 * 2], result.value[i % 2 * 2 + 1]);
                 T *const address = map + int64_t(r) * a.width + column;
-                if (pairs) {
-                    if (column < a.width) store(address, pair);
-                } else {
-                    if (column < a.width) address[0] = pair.value[0];
-                    if (column + 1 < a.width) address[1] = pair.value[1];
-                }
+                if (pairs && column < a.width) store(address, pair);
+                if (!pairs && column < a.width) address[0] = pair.value[0];
+                if (!pairs && column + 1 < a.width) address[1] = pair.value[1];
             }
         }
     }

@@ -125,12 +125,12 @@ int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const voi
         using T = decltype(number);
         constexpr int N = decltype(together)::value;
         const int64_t blocks = maps * ((positions - 1) / chunk + 1) * Slot<N>::parts(s);
-        int error = launch(take_moments<T, N>, blocks, THREADS, 3 * THREADS * sizeof(float), device, stream, y, term,
-                           moments, s);
-        if (error) return error;
-        error = launch(combine_moments<N>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, moments, statistics,
-                       last, eps, s);
-        if (error) return error;
+        if (const int error = launch(take_moments<T, N>, blocks, THREADS, 3 * THREADS * sizeof(float), device, stream,
+                                     y, term, moments, s))
+            return error;
+        if (const int error = launch(combine_moments<N>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream,
+                                     moments, statistics, last, eps, s))
+            return error;
         return launch(normalise_groups<T, N>, blocks, THREADS, 0, device, stream, y, term, statistics, weight, bias,
                       out, s);
     });

@@ -137,9 +137,9 @@ int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y, const voi
             launch(sum_gradients<T, N>, maps * ((positions - 1) / chunk + 1) * parts, THREADS,
                    2 * N * THREADS * sizeof(float), device, stream, grad, y, term, statistics, weight, bias, sums, s);
         if (error || !(y_grad || term_grad)) return error;
-        error = launch(combine_gradients<T>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, sums, weight,
-                       means, last, s);
-        if (error) return error;
+        if (const int error = launch(combine_gradients<T>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, sums,
+                                     weight, means, last, s))
+            return error;
         return launch(differentiate<T, N>, batch * splits * ((positions - 1) / rows + 1) * parts, THREADS, 0, device,
                       stream, grad, y, term, statistics, means, weight, bias, y_grad, term_grad, splits, s);
     });

@@ -90,17 +90,17 @@ template <typename T> DEVICE Pair<T> store_pair(T *address, float first, float s
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// Over LANES neighbouring lanes, a power of two; each of them gets the result.
-template <int LANES> DEVICE float sum_over_lanes(float x) {
+// Over LANES lanes, a power of two, that are STRIDE apart; each of them gets the result.
+template <int LANES, int STRIDE = 1> DEVICE float sum_over_lanes(float x) {
 #pragma unroll
-    for (int distance = LANES / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    for (int i = LANES / 2; i; i /= 2) x += __shfl_xor_sync(ALL_LANES, x, i * STRIDE);
     return x;
 }
 
-// NaN is passed over, as the hardware's maximum does.
-template <int LANES> DEVICE float maximum_over_lanes(float x) {
+// NaN is ignored, as the hardware's maximum does.
+template <int LANES, int STRIDE = 1> DEVICE float maximum_over_lanes(float x) {
 #pragma unroll
-    for (int distance = LANES / 2; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    for (int i = LANES / 2; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, i * STRIDE));
     return x;
 }
 

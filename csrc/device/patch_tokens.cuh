@@ -15,10 +15,10 @@ constexpr int MOST_LAYERS = 32;  // whose hidden states one launch takes
 // The hidden states of each layer, (batch, tokens, channels) with the last axis contiguous; the last `patches` of the
 // tokens are the patch tokens, of which there are rows() in a layer.
 template <typename T> struct PatchTokens {
-    const T *of_layer[MOST_LAYERS];
     int64_t batch_stride, token_stride;
     int layers, batch, tokens, patches, channels;
     bool whole;  // every token consists of whole vectors
+    const T *of_layer[MOST_LAYERS] = {};
 
     __host__ DEVICE int rows() const { return batch * patches; }
 
@@ -148,12 +148,9 @@ inline int check_patch_tokens(const void *const *hidden, int64_t layers, int64_t
 template <typename T>
 PatchTokens<T> patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
                             int64_t channels, int64_t batch_stride, int64_t token_stride) {
-    PatchTokens<T> found{};
+    const bool whole = whole_vecs<T>(channels) && whole_vecs<T>(batch_stride) && whole_vecs<T>(token_stride);
+    auto found = filled<PatchTokens<T>>(batch_stride, token_stride, layers, batch, tokens, patches, channels, whole);
     for (int64_t layer = 0; layer < layers; ++layer) found.of_layer[layer] = static_cast<const T *>(hidden[layer]);
-    found.batch_stride = batch_stride, found.token_stride = token_stride;
-    found.layers = int(layers), found.batch = int(batch), found.tokens = int(tokens);
-    found.patches = int(patches), found.channels = int(channels);
-    found.whole = whole_vecs<T>(channels) && whole_vecs<T>(batch_stride) && whole_vecs<T>(token_stride);
     return found;
 }
 
