@@ -109,8 +109,8 @@ def run_tests(run: Run) -> None:
     """Every operator, layer and model test on the device, in a process of its own."""
     paths = [
         "tests/test_kernels.py",
-        "tests/test_native.py",
-        "tests/test_native_functions.py",
+        "tests/native/test_library.py",
+        "tests/native/test_functions.py",
         "tests/test_mlp.py",
         "tests/ops",
         "tests/layers",

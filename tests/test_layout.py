@@ -101,9 +101,10 @@ def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None
 
 
 def test_cuda_sources_are_named_after_an_operator() -> None:
-    """`<operator>.cu`, `<operator>_<part>.cu` beside it, such as its backward, or `_<part>.cu` where it is shared."""
-    sources = {path.stem for path in (ROOT / "csrc").glob("*.cu") if not path.stem.startswith("_")}
-    whole = sources & set(OPERATORS)
+    """`<operator>.cu`, or `<operator>_<part>.cu` beside it, such as its backward; likewise of a part that operators
+    share, which is named after its file in ops/common."""
+    sources = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
+    whole = (sources & set(OPERATORS)) | {path.stem for path in (PACKAGE / "ops" / "common").glob("*.py")}
     assert [name for name in sources - whole if not name.startswith(tuple(f"{operator}_" for operator in whole))] == []
 
 
@@ -145,12 +146,12 @@ def test_device_headers_are_used_and_use_nothing_above_them() -> None:
         assert not [name for name in re.findall(r'#include "([^"]+)"', path.read_text()) if name.endswith(".cu")]
 
 
-def test_only_the_platform_header_meets_the_emulator() -> None:
-    """Elsewhere kernels are CUDA C++ as it is; what the emulator needs stands behind `#ifndef __CUDACC__`."""
-    including = [
-        path.name for path in [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")] if "emulator.h" in path.read_text()
-    ]
-    assert including == ["platform.cuh"]
+def test_only_the_platform_header_knows_the_emulator() -> None:
+    """Elsewhere kernels are CUDA C++ as it is; what the emulator needs lies in csrc/emulator."""
+    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")]
+    emulation = re.compile(r'#include ".*emulator|emulator::|__CUDACC__')
+    knowing = [path.name for path in sources if emulation.search(path.read_text())]
+    assert knowing == ["platform.cuh"]
 
 
 def test_readme_names_every_operator() -> None:

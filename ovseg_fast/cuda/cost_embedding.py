@@ -23,7 +23,7 @@ def cost_embedding(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) ->
     out = image.new_empty(batch, classes, height, width, outputs)
     native.call(
         "ovseg_cost_embedding_fwd", image, text, weight, bias, out,
-        batch, height, width, channels, classes, prompts, 0, outputs, size,
+        batch, height, width, channels, classes, prompts, outputs, size,
     )  # fmt: skip
     return out
 

@@ -13,7 +13,7 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
     batch, height, width, channels = image.shape
     classes, prompts, _ = text.shape
     cost = image.new_empty(batch, classes, prompts, height, width)
-    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, height * width, classes * prompts, channels, 0)
+    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, height * width, classes * prompts, channels)
     return cost
 
 

@@ -42,7 +42,7 @@ def window_attention_backward(
     tokens_grad = torch.empty_like(tokens)
     attended = grad.new_empty(grad.shape if need_attended else 0)
     native.call(
-        "ovseg_spatial_aggregation_bwd", tokens, grad, tokens_grad, attended if need_attended else None,
+        "ovseg_spatial_aggregation_attention_bwd", tokens, grad, tokens_grad, attended if need_attended else None,
         *x.shape, heads, window, shift,
     )  # fmt: skip
     return tokens_grad.view(-1, 3 * channels), attended, statistics
