@@ -39,13 +39,14 @@ import ovseg_fast
 from ovseg_fast.data.world.scenes import WORLD, WorldScenes
 from ovseg_fast.evaluation.evaluate import evaluate
 from ovseg_fast.files import write_whole
+from ovseg_fast.models.catseg import TEMPLATES
 from ovseg_fast.models.clip import CLIP, TINY_CLIP
 from ovseg_fast.models.presets import get_preset
 from ovseg_fast.segmenter import Segmenter
 from ovseg_fast.tiny.clip import zero_shot_scores
 from ovseg_fast.training.config import DataConfig, TrainingConfig
 from ovseg_fast.training.run import Run
-from ovseg_fast.vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
+from ovseg_fast.vocabulary import fill_templates, tokenize
 
 FORMAT = "ovseg-fast claims"
 OUT = Path(__file__).resolve().parent / "results" / "claims.json"
@@ -88,7 +89,7 @@ class Settings:
     evaluation_world: int = EVALUATION_WORLD
 
     def of(self, variant: Variant) -> Schedule:
-        return self.catseg if get_preset(variant.preset).method == "cat-seg" else self.cascade
+        return self.catseg if get_preset(variant.preset).model.method == "cat-seg" else self.cascade
 
 
 class Results:
@@ -194,7 +195,7 @@ def expected_seconds(names: Sequence[str], settings: Settings, runs: Sequence[di
 
 
 def _foreseen(variant: Variant, settings: Settings) -> float:
-    step, scene = SECONDS[get_preset(variant.preset).method]
+    step, scene = SECONDS[get_preset(variant.preset).model.method]
     return step * settings.of(variant).steps + scene * settings.scenes
 
 
@@ -226,7 +227,7 @@ def models_digest() -> str:
 @torch.no_grad()
 def zero_shot(clip: CLIP, settings: Settings) -> dict[str, float | None]:
     """Scores of that CLIP alone: each pixel the class of highest cosine."""
-    tokens = tokenize(fill_templates(WORLD.classes, CATSEG_TEMPLATES))[:, 0]
+    tokens = tokenize(fill_templates(WORLD.classes, TEMPLATES))[:, 0]
     scenes = WorldScenes.first(settings.scenes, "test", settings.evaluation_world)
     scores = zero_shot_scores(clip.visual, F.normalize(clip.text(tokens), dim=-1), scenes)
     return {metric: _number(getattr(scores, metric)) for metric in METRICS}

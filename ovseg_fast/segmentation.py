@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,9 @@ class Segmentation:
     Args:
         image: the photograph, H pixels high and W wide.
         classes: T names.
-        labels: (H, W) integers in 0..T-1.
-        compute_scores: gives the scores, (T, H, W) in 0..1; called at most once, and only when they are asked for.
-
-    Attributes:
-        image: the photograph, a PIL image.
-        classes: list of the T names.
-        labels: (H, W) int32, indices into `classes`. Every pixel has a class: there is no -1.
+        labels: (H, W) integers in 0..T-1; the attribute `labels` is int32.
+        compute_scores: returns the scores, (T, H, W) in 0..1; called at most once, at the first use of `scores`.
+        compute_top: returns what `top` does; by default `top` sorts the scores.
 
     Raises:
         ValueError, TypeError: labels that do not fit the image or the classes.
@@ -39,6 +36,7 @@ class Segmentation:
         classes: Sequence[str],
         labels: ArrayLike,
         compute_scores: Callable[[], ArrayLike],
+        compute_top: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         self.image = image
         self.classes = list(classes)
@@ -48,29 +46,46 @@ class Segmentation:
                 f"labels must be of the image's size, {image.height} x {image.width} (H, W), got {self.labels.shape}."
             )
         self._compute_scores: Callable[[], ArrayLike] | None = compute_scores
-        self._scores: np.ndarray | None = None
+        self._compute_top = compute_top
 
-    @property
+    @cached_property
     def scores(self) -> np.ndarray:
-        """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed when first asked for, then kept."""
-        if self._scores is None:
-            assert self._compute_scores is not None
-            scores = np.asarray(self._compute_scores(), dtype=np.float32)
-            expected = (len(self.classes), *self.labels.shape)
-            if scores.shape != expected:
-                raise ValueError(
-                    f"compute_scores must give an array of shape {expected} (T, H, W), got {scores.shape}."
-                )
-            self._scores = scores
-            self._compute_scores = None  # lets go of the features that it held
-        return self._scores
+        """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed at first use, then kept."""
+        assert self._compute_scores is not None
+        scores = np.asarray(self._compute_scores(), dtype=np.float32)
+        expected = (len(self.classes), *self.labels.shape)
+        if scores.shape != expected:
+            raise ValueError(f"compute_scores must return an array of shape {expected} (T, H, W), got {scores.shape}.")
+        self._compute_scores = None  # frees what it holds
+        return scores
+
+    def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best k classes of every pixel; `labels` are the first of them.
+
+        Args:
+            k: 1..min(T, 8).
+
+        Returns:
+            Labels (k, H, W) int32 and what they are ranked by, (k, H, W) float32, the best first: probabilities, less
+            the offset of seen classes (for Cascade-CLIP `scores` is their softmax over all classes). Computed at each
+            call, without holding all T maps.
+
+        Raises:
+            ValueError: another k.
+        """
+        if self._compute_top is not None:
+            return self._compute_top(k)
+        if not 1 <= k <= len(self.classes):
+            raise ValueError(f"k must be in 1..{len(self.classes)}, the number of classes, got {k}.")
+        labels = np.argsort(-self.scores, axis=0, kind="stable")[:k]
+        return labels.astype(np.int32), np.take_along_axis(self.scores, labels, 0)
 
     def counts(self) -> np.ndarray:
         """(T,) int64: pixels of each class."""
         return np.bincount(self.labels.ravel(), minlength=len(self.classes))
 
     def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
-        """The photograph with the colours of the classes laid over it, and a legend; see `visualize.overlay`."""
+        """The photograph under the colours of the classes, and a legend; see `visualize.overlay`."""
         return visualize.overlay(self.image, self.labels, self.classes, alpha, legend)
 
     def save(self, path: str | os.PathLike[str], *, alpha: float = 0.5, scores: bool = False) -> None:
@@ -92,7 +107,7 @@ class Segmentation:
             if scores:
                 raise ValueError(f"scores can only be saved to an .npz file, got '{path}'.")
             picture = self.overlay(alpha)
-            write_whole(path, lambda file: picture.save(file, quality=92))  # PNG takes no notice of the quality
+            write_whole(path, lambda file: picture.save(file, quality=92))  # PNG ignores the quality
             return
         arrays: dict[str, Any] = {"labels": self.labels, "classes": np.array(self.classes, dtype=str)}
         if scores:
@@ -105,10 +120,10 @@ class Segmentation:
         write_whole(path, write)
 
     def save_labels(self, path: str | os.PathLike[str]) -> None:
-        """Write the labels as a PNG whose pixel values are indices into `classes`; see `visualize.label_image`.
+        """Write the labels as a .png file of indices into `classes`; see `visualize.label_image`.
 
         Raises:
-            ValueError: another suffix than .png. OSError: the file cannot be written.
+            ValueError: another suffix. OSError: the file cannot be written.
         """
         if Path(path).suffix.lower() != ".png":
             raise ValueError(f"path must end in .png, got '{path}'; other formats would change the labels.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,24 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoints, ops
-from .data.vocabularies import VOCABULARIES
 from .images import MAX_SIDE, ImageSource, load_image
-from .models import CascadeCLIP, CATSeg, build, get_preset
+from .models import SegmentationModel, build, get_preset
 from .models.clip import TEXT_BATCH
 from .models.sliding import Windows
 from .ops.common.attention import prepare_attention
 from .segmentation import Segmentation
-from .vocabulary import (
-    CASCADE_TEMPLATES,
-    CASCADE_VOC_TEMPLATES,
-    CATSEG_TEMPLATES,
-    check_classes,
-    fill_templates,
-    prompt_name,
-    tokenize,
-)
+from .vocabulary import check_classes, fill_templates, prompt_name, tokenize
 
-MODES = ("slide", "whole")
 TEXT_CACHE_PROMPTS = 50_000  # embeddings kept: 100 MB at 512 channels
 
 
@@ -49,16 +39,15 @@ def load(
 
     Args:
         name: a preset: `catseg-vitb`, `catseg-vitl`, `cascade-clip-vitb`, ... (`ovseg-fast info` lists them).
-        weights: `"published"` downloads what the method's authors publish, once, or takes what comes with this package
-            (the tiny models); a path loads a checkpoint in upstream's layout or this package's own; None keeps random
-            weights.
-        device: where to run; by default a GPU where there is one.
+        weights: `"published"` for those in this package (the tiny models) or, downloaded once, the authors'; a path for
+            a checkpoint in upstream's format or this package's own; None for random ones.
+        device: where to run; by default a GPU if there is one.
         max_side: largest accepted side of an image in pixels.
-        attention: what plain attention runs on, `"sdpa"` or `"xformers"`, see `build`.
+        attention: `"sdpa"` or `"xformers"`, see `build`.
 
     Raises:
         ValueError: no such preset or attention, or it has no published weights. FileNotFoundError: no such file.
-        ImportError: xformers is asked for and not installed.
+        ImportError: xformers is not installed.
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
         RuntimeError: no such device here. OSError: the download failed.
     """
@@ -78,26 +67,21 @@ class Segmenter:
     """A model with everything around it: reading images, prompting, windows, labels.
 
     Args:
-        model: `CATSeg` or `CascadeCLIP`, on the device where it shall run.
-        templates: prompts made of each class name, each with one `{}`; by default the method's published ones.
+        model: the model, on the device to run on.
+        templates: prompts for each class name, each with one `{}`; by default the method's published ones.
         max_side: largest accepted side of an image in pixels.
     """
 
     def __init__(
-        self,
-        model: CATSeg | CascadeCLIP,
-        *,
-        templates: Sequence[str] | None = None,
-        max_side: int = MAX_SIDE,
+        self, model: SegmentationModel, *, templates: Sequence[str] | None = None, max_side: int = MAX_SIDE
     ) -> None:
-        self.model = model
-        self.templates = tuple(templates) if templates is not None else _published_templates(model)
-        self.max_side = max_side
+        self.model, self.max_side = model, max_side
+        self.templates = tuple(model.templates if templates is None else templates)
         self._prompt_embeddings: dict[str, Tensor] = {}
         self._text_version: tuple[Any, ...] = ()
-        if isinstance(model, CATSeg) and len(self.templates) != model.config.prompts:
+        if model.prompts_per_class not in (None, len(self.templates)):
             raise ValueError(
-                f"templates must hold as many prompts as the model takes for a class, {model.config.prompts}, "
+                f"templates must hold as many prompts as the model takes for a class, {model.prompts_per_class}, "
                 f"got {len(self.templates)}."
             )
 
@@ -121,11 +105,10 @@ class Segmenter:
         Args:
             image: a path, a PIL image or a uint8 array (H, W, 3); or a list of them.
             classes: T names, such as `["cat", "grass", "sky"]`. Of synonyms, `"door, double door"`, the first is used.
-            mode: `"slide"` as all published numbers were made, or `"whole"`, one pass over the resized image.
-            text: own embeddings (T, P, E) or (T, E) in place of prompts; `classes` then only names them and may be
-                left out.
-            seen: which of the classes Cascade-CLIP was trained on, so that 0.1 is subtracted from their scores as
-                published; by default those that its training set names. CAT-Seg makes no difference.
+            mode: `"slide"`, in which all published numbers were made, or `"whole"`, one pass over the resized image.
+            text: embeddings (T, P, E) or (T, E) in place of prompts; then `classes` only names them and is optional.
+            seen: the classes that a model with a `seen_offset` (Cascade-CLIP: 0.1) was trained on, from whose
+                probabilities it is subtracted; by default those of its training set. For others it must be None.
             progress: show progress bars over prompts and windows.
 
         Returns:
@@ -134,20 +117,31 @@ class Segmenter:
         Raises:
             ValueError, TypeError, FileNotFoundError: an argument does not fit; the sentence says which and how.
         """
-        _check_mode(mode)
+        self.check_mode(mode)
         prompts = self._prompts(classes, text, seen, progress)
         if isinstance(image, (list, tuple)):
-            return [self._encode(one, mode, progress)._segment(prompts, progress) for one in image]
-        return self._encode(image, mode, progress)._segment(prompts, progress)
+            return [self.encode(one, mode, progress=progress)._segment(prompts, progress) for one in image]
+        return self.encode(image, mode, progress=progress)._segment(prompts, progress)
+
+    def check_mode(self, mode: str) -> None:
+        """Raises ValueError for a mode that the model does not have."""
+        if mode not in self.model.modes:
+            raise ValueError(f"mode must be {' or '.join(map(repr, self.model.modes))}, got {mode!r}.")
 
     def encode(self, image: ImageSource, mode: str = "slide", *, progress: bool = False) -> EncodedImage:
-        """Run the image encoder once; the result can be prompted many times. Arguments and errors as `segment`."""
-        _check_mode(mode)
-        return self._encode(image, mode, progress)
+        """Run the image encoder once, to prompt the result many times. Arguments and errors as `segment`."""
+        self.check_mode(mode)
+        picture = load_image(image, max_side=self.max_side)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device, self.model.pixel_mean.dtype)
+        with self._inference():
+            windows = self.model.windows(pixels, mode)
+            # Several windows fill a GPU; a CPU is faster with one, whose tensors stay in its caches.
+            batches = windows.pixels.split(1 if self.device.type == "cpu" else 8)
+            features = [self.model.encode_pixels(batch) for batch in _bar(batches, "image", progress)]
+        return EncodedImage(self, picture, windows, features)
 
     def embed_text(self, classes: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Text embeddings (T, P, E) of class names, unit length. Cached by prompt until the text encoder's weights
-        change."""
+        """Unit-length text embeddings (T, P, E) of class names; cached until the text encoder's weights change."""
         names = [prompt_name(entry) for entry in check_classes(classes)]
         prompts = fill_templates(names, self.templates)
         encoder = self.model.text_encoder
@@ -160,24 +154,17 @@ class Segmenter:
         if missing:
             tokens = tokenize([[prompt] for prompt in missing]).to(self.device)
             with self._inference():
-                parts = [
-                    self.model.encode_text(part)[:, 0] for part in _bar(tokens.split(TEXT_BATCH), "text", progress)
-                ]
-            self._prompt_embeddings.update(zip(missing, torch.cat(parts), strict=True))
+                batches = _bar(tokens.split(TEXT_BATCH), "text", progress)
+                embedded = torch.cat([self.model.encode_text(batch)[:, 0] for batch in batches])
+            self._prompt_embeddings.update(zip(missing, embedded, strict=True))
         return torch.stack([torch.stack([self._prompt_embeddings[prompt] for prompt in row]) for row in prompts])
 
     def _prompts(
-        self,
-        classes: Sequence[str] | None,
-        text: Tensor | ArrayLike | None,
-        seen: Collection[str] | None,
-        progress: bool,
+        self, classes: Sequence[str] | None, text: Any, seen: Collection[str] | None, progress: bool
     ) -> _Prompts:
         if text is None:
             if classes is None:
-                raise ValueError(
-                    "classes must be a list of names such as ['cat', 'grass'], got None and no text embeddings."
-                )
+                raise ValueError("classes must be a list of names such as ['cat', 'grass'], got None and no text.")
             names = check_classes(classes)
             embeddings = self.embed_text(names, progress=progress)
         else:
@@ -189,28 +176,20 @@ class Segmenter:
 
     def _offset(self, names: list[str], seen: Collection[str] | None) -> Tensor | None:
         """What is subtracted from each class's probability, (T,), or None."""
-        if not isinstance(self.model, CascadeCLIP):
+        model = self.model
+        if model.seen_offset is None:
             if seen is not None:
-                raise ValueError("seen is for Cascade-CLIP; CAT-Seg treats all classes alike.")
+                raise ValueError(
+                    f"seen must be None, as {type(model).__name__} treats all classes alike, got {seen!r}."
+                )
             return None
-        config = self.model.config
         if seen is None:
-            seen = VOCABULARIES[config.training_classes].seen
+            seen = model.trained_on
         elif isinstance(seen, str) or not set(seen) <= set(names):
             raise ValueError(f"seen must be a list of names out of classes, got {seen!r}.")
         known = {prompt_name(entry).casefold() for entry in seen}
         flags = [prompt_name(name).casefold() in known for name in names]
-        return config.seen_offset * torch.tensor(flags, dtype=self.model.pixel_mean.dtype, device=self.device)
-
-    def _encode(self, source: ImageSource, mode: str, progress: bool) -> EncodedImage:
-        image = load_image(source, max_side=self.max_side)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.device, self.model.pixel_mean.dtype)
-        with self._inference():
-            windows = self.model.windows(pixels, mode)
-            # A GPU is filled by several windows at once; a CPU is faster on one, whose tensors stay in its caches.
-            batches = windows.pixels.split(1 if self.device.type == "cpu" else 8)
-            features = [self.model.encode_pixels(batch) for batch in _bar(batches, "image", progress)]
-        return EncodedImage(self, image, windows, features)
+        return model.seen_offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -224,21 +203,20 @@ class Segmenter:
             self.model.train(training)
 
 
-class _Prompts:
-    """Class names with what the model and the label map take for them."""
+class _Prompts(NamedTuple):
+    """Class names, `text` for the model's `decode`, and what is subtracted from each class's probability."""
 
-    def __init__(self, names: list[str], text: Tensor, offset: Tensor | None) -> None:
-        self.names, self.text, self.offset = names, text, offset
+    names: list[str]
+    text: Tensor
+    offset: Tensor | None
 
 
 class EncodedImage:
-    """An image whose features are at hand, to be prompted with any classes. Made by `Segmenter.encode`."""
+    """The features of an image, to be prompted with any classes. Made by `Segmenter.encode`."""
 
     def __init__(self, segmenter: Segmenter, image: Image.Image, windows: Windows, features: list[Any]) -> None:
         self._segmenter = segmenter
-        self.image = image
-        self.windows = windows
-        self.features = features
+        self.image, self.windows, self.features = image, windows, features
 
     def segment(
         self,
@@ -254,12 +232,8 @@ class EncodedImage:
     def _segment(self, prompts: _Prompts, progress: bool) -> Segmentation:
         windows, model = self.windows, self._segmenter.model
         with self._segmenter._inference():
-            logits = torch.cat(
-                [
-                    model.decode(features, prompts.text, **windows.decode)
-                    for features in _bar(self.features, "classes", progress)
-                ]
-            )
+            parts = _bar(self.features, "classes", progress)
+            logits = torch.cat([model.decode(features, prompts.text, **windows.decode) for features in parts])
             if windows.cut is not None:
                 logits = logits[..., : windows.cut[0], : windows.cut[1]]
             arguments: dict[str, Any] = {
@@ -272,11 +246,16 @@ class EncodedImage:
             }
             labels = ops.label_map(**arguments).cpu().numpy()
 
+        @torch.no_grad()
         def compute_scores() -> np.ndarray:
-            with torch.no_grad():
-                return model.scores(ops.score_map(**arguments)).float().cpu().numpy()
+            return model.scores(ops.score_map(**arguments)).float().cpu().numpy()
 
-        return Segmentation(self.image, prompts.names, labels, compute_scores)
+        @torch.no_grad()
+        def compute_top(k: int) -> tuple[np.ndarray, np.ndarray]:
+            scores, labels = ops.top_labels(k=k, **arguments)
+            return labels.cpu().numpy(), scores.float().cpu().numpy()
+
+        return Segmentation(self.image, prompts.names, labels, compute_scores, compute_top)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -287,24 +266,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device must be a PyTorch device such as 'cpu' or 'cuda:0', got {device!r}.") from None
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {device!r} was asked for, but PyTorch finds no CUDA GPU here; use 'cpu'.")
+        raise RuntimeError(f"device must be 'cpu', as PyTorch finds no CUDA GPU here, got {device!r}.")
     return target
 
 
-def _published_templates(model: CATSeg | CascadeCLIP) -> tuple[str, ...]:
-    if isinstance(model, CATSeg):
-        return CATSEG_TEMPLATES
-    one = model.config.training_classes in ("pascal-voc", "world")  # VOC as published; `world` because it is small
-    return CASCADE_VOC_TEMPLATES if one else CASCADE_TEMPLATES
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode must be 'slide' or 'whole', got {mode!r}.")
-
-
 def _own_embeddings(text: Tensor | ArrayLike) -> Tensor:
-    """(T, P, E) unit-length floats from what a caller gives."""
+    """(T, P, E) unit-length floats from a caller's embeddings."""
     embeddings = torch.as_tensor(text)
     if not embeddings.is_floating_point():
         raise TypeError(f"text must be floating-point embeddings, got {embeddings.dtype}.")

@@ -16,26 +16,6 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 77  # tokens that CLIP's text encoder takes, with the start and the end token
 
-CATSEG_TEMPLATES = ("A photo of a {} in the scene",)
-CASCADE_VOC_TEMPLATES = ("a photo of a {}",)
-CASCADE_TEMPLATES = (
-    "a photo of a {}.",
-    "a photo of a small {}.",
-    "a photo of a medium {}.",
-    "a photo of a large {}.",
-    "This is a photo of a {}.",
-    "This is a photo of a small {}.",
-    "This is a photo of a medium {}.",
-    "This is a photo of a large {}.",
-    "a {} in the scene.",
-    "a photo of a {} in the scene.",
-    "There is a {} in the scene.",
-    "There is the {} in the scene.",
-    "This is a {} in the scene.",
-    "This is the {} in the scene.",
-    "This is one {} in the scene.",
-)
-
 logger = logging.getLogger(__name__)
 
 

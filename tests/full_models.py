@@ -9,8 +9,8 @@ from torch import Tensor
 import literal
 import ovseg_fast as ovs
 from goldens import DEVICE, filled
-from ovseg_fast.checkpoints.upstream import CASCADE_RULES, CATSEG_RULES, Stored, upstream_layout
-from ovseg_fast.models import CascadeCLIP, CATSeg
+from ovseg_fast.checkpoints.upstream import Stored, upstream_format
+from ovseg_fast.models import CascadeCLIP, CATSeg, SegmentationModel
 
 
 def full_model(preset: str, keys: str, salt: str) -> torch.nn.Module:
@@ -20,20 +20,19 @@ def full_model(preset: str, keys: str, salt: str) -> torch.nn.Module:
     return model.eval().to(DEVICE)
 
 
-def upstream_parts(model: CATSeg | CascadeCLIP) -> dict[str, Stored]:
+def upstream_parts(model: SegmentationModel) -> dict[str, Stored]:
     """Which of our tensors each upstream name stands for."""
-    rules = CATSEG_RULES if isinstance(model, CATSeg) else CASCADE_RULES
-    return upstream_layout(rules, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    return upstream_format(model.upstream_rules, {name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
-def upstream_trainable(model: CATSeg | CascadeCLIP) -> list[str]:
+def upstream_trainable(model: SegmentationModel) -> list[str]:
     """Upstream's names of the parameters that require gradients; what we never read is none and left out."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     stored = upstream_parts(model).items()
     return [name for name, (_, parts) in stored if all(own in trainable for own, _ in parts)]
 
 
-def upstream_gradients(model: CATSeg | CascadeCLIP) -> dict[str, Tensor | None]:
+def upstream_gradients(model: SegmentationModel) -> dict[str, Tensor | None]:
     """Gradients of the trainable parameters under upstream's names and in its shapes; None where there is none."""
     parameters, stored = dict(model.named_parameters()), upstream_parts(model)
     gradients: dict[str, Tensor | None] = {}

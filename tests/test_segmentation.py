@@ -82,7 +82,20 @@ def test_scores_of_other_kinds_become_float32_arrays() -> None:
     assert np.allclose(out.scores, value.numpy())
 
 
-def test_scores_let_go_of_what_computed_them() -> None:
+def test_top_sorts_the_scores_by_default() -> None:
+    scores = np.array([0.2, 0.5, 0.3, 0.5], np.float32)[:, None, None].repeat(HEIGHT, 1).repeat(WIDTH, 2)
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    out = Segmentation(image, ["a", "b", "c", "d"], np.ones((HEIGHT, WIDTH), int), lambda: scores)
+    labels, best = out.top(3)
+    assert labels.dtype == np.int32 and best.dtype == np.float32
+    assert (labels == np.array([1, 3, 2])[:, None, None]).all()
+    assert (best == np.array([0.5, 0.5, 0.3], np.float32)[:, None, None]).all()
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=rf"k must be in 1\.\.4, the number of classes, got {k}"):
+            out.top(k)
+
+
+def test_scores_release_what_computed_them() -> None:
     scores = Scores(3)
     kept = weakref.ref(scores)
     out = result(3, scores)
@@ -92,7 +105,7 @@ def test_scores_let_go_of_what_computed_them() -> None:
     assert kept() is None
 
 
-def test_failing_scores_can_be_asked_for_again() -> None:
+def test_failing_scores_can_be_retried() -> None:
     answers = [MemoryError("full"), np.zeros((2, HEIGHT, WIDTH)), np.ones((3, HEIGHT, WIDTH))]
 
     def compute():
@@ -174,7 +187,7 @@ def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_are_not_saved_lossily(tmp_path: Path) -> None:
+def test_labels_are_saved_losslessly_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.png.*change the labels"):
         result().save_labels(tmp_path / "a.jpg")
     assert list(tmp_path.iterdir()) == []
@@ -196,7 +209,7 @@ def test_missing_folder(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.npz", "labels.png"])
-def test_failing_to_write_keeps_the_old_file(tmp_path: Path, monkeypatch, name: str) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch, name: str) -> None:
     def fail(file, *arguments, **options):
         if isinstance(file, Image.Image):
             file = arguments[0]

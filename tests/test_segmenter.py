@@ -114,7 +114,7 @@ def test_own_embeddings_as_matrix_or_numpy(seg, photo):
     assert np.array_equal(one.labels, other.labels)
 
 
-def test_text_is_encoded_once_a_prompt(seg):
+def test_each_prompt_is_encoded_once(seg):
     calls = []
     seg.model.text_encoder.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[0]))
     first = seg.embed_text(NAMES)
@@ -134,7 +134,7 @@ def test_text_cache_follows_the_weights(seg):
     assert torch.equal(after, seg.embed_text(NAMES))
 
 
-def test_segmenting_leaves_the_model_as_it_was(seg, photo):
+def test_segmenting_does_not_change_the_model(seg, photo):
     seg.model.train()
     before = copy.deepcopy(seg.model.state_dict())
     out = seg.segment(photo, NAMES)
@@ -174,9 +174,9 @@ def test_seen_classes_are_lowered(cascade, photo):
     assert (default.scores[0] < nothing.scores[0]).all()
 
 
-def test_seen_is_of_cascade_clip_only(photo):
+def test_seen_is_refused_by_catseg(photo):
     segmenter = ovs.load("catseg-tiny", weights=None, device="cpu")
-    with pytest.raises(ValueError, match="seen is for Cascade-CLIP"):
+    with pytest.raises(ValueError, match="seen must be None, as CATSeg treats all classes alike"):
         segmenter.segment(photo, NAMES, seen=["cat"])
 
 
@@ -191,6 +191,29 @@ def test_scores_are_computed_only_when_asked_for(seg, photo, monkeypatch):
     out = seg.segment(photo, NAMES)
     assert not calls
     assert out.scores is out.scores and calls == [1]
+
+
+@pytest.mark.parametrize("classes", [2, 12])
+def test_top_is_the_best_classes_in_order_without_all_maps(seg, photo, classes, monkeypatch):
+    out = seg.segment(photo, [f"thing {i}" for i in range(classes)])
+    monkeypatch.setattr(ops, "score_map", None)  # would hold a map of every class
+    k = min(classes, 8)
+    labels, scores = out.top(k)
+    assert labels.shape == scores.shape == (k, 70, 110)
+    assert (labels.dtype, scores.dtype) == (np.int32, np.float32)
+    assert np.array_equal(labels[0], out.labels)
+    assert (np.diff(scores, axis=0) <= 0).all()
+    assert (np.diff(np.sort(labels, 0), axis=0) > 0).all()  # each class once
+    first, best = out.top(1)
+    assert np.array_equal(first[0], labels[0]) and np.array_equal(best[0], scores[0])
+    monkeypatch.undo()
+    ranked = np.sort(out.scores, 0)[::-1]
+    assert np.allclose(np.take_along_axis(out.scores, labels, 0), ranked[:k], atol=1e-6)
+    if seg.model.preset == "catseg-tiny":
+        assert np.allclose(scores, ranked[:k], atol=1e-6)
+    for bad in (0, k + 1):
+        with pytest.raises(ValueError, match=f"k must be in .* = {k}, got {bad}"):
+            out.top(bad)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +254,6 @@ def test_bad_loading(name, arguments, error, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there():
+def test_a_missing_gpu_is_reported():
     with pytest.raises(RuntimeError, match="no CUDA GPU"):
         ovs.load("catseg-tiny", weights=None, device="cuda")

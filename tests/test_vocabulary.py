@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 
 from ovseg_fast import vocabulary
 from ovseg_fast.data import COCO_STUFF, PASCAL_CONTEXT, PASCAL_VOC, VOCABULARIES, Vocabulary
+from ovseg_fast.models import cascade_clip, catseg
 from ovseg_fast.vocabulary import (
-    CASCADE_TEMPLATES,
-    CASCADE_VOC_TEMPLATES,
-    CATSEG_TEMPLATES,
     check_classes,
     fill_templates,
     parse_classes,
@@ -233,15 +231,15 @@ def test_prompt_name(entry: str, name: str) -> None:
 
 
 def test_templates_are_the_published_ones() -> None:
-    assert fill_templates(["cat"], CATSEG_TEMPLATES) == [["A photo of a cat in the scene"]]
-    assert fill_templates(["cat"], CASCADE_VOC_TEMPLATES) == [["a photo of a cat"]]
+    assert fill_templates(["cat"], catseg.TEMPLATES) == [["A photo of a cat in the scene"]]
+    assert fill_templates(["cat"], cascade_clip.VOC_TEMPLATES) == [["a photo of a cat"]]
     sizes = ["", "small ", "medium ", "large "]
     expected = [f"a photo of a {size}cat." for size in sizes] + [f"This is a photo of a {size}cat." for size in sizes]
     expected += ["a cat in the scene.", "a photo of a cat in the scene."]
     expected += ["There is a cat in the scene.", "There is the cat in the scene."]
     expected += ["This is a cat in the scene.", "This is the cat in the scene.", "This is one cat in the scene."]
-    assert fill_templates(["cat"], CASCADE_TEMPLATES) == [expected]
-    assert len(CASCADE_TEMPLATES) == 15
+    assert fill_templates(["cat"], cascade_clip.TEMPLATES) == [expected]
+    assert len(cascade_clip.TEMPLATES) == 15
 
 
 def test_fill_templates_gives_classes_by_prompts() -> None:
@@ -277,7 +275,7 @@ def test_known_tokens(prompt: str, words: list[int]) -> None:
     assert tokens[0, 0].tolist() == [START, *words, END] + [0] * (75 - len(words))
 
 
-@pytest.mark.parametrize("templates", [CATSEG_TEMPLATES, CASCADE_TEMPLATES])
+@pytest.mark.parametrize("templates", [catseg.TEMPLATES, cascade_clip.TEMPLATES])
 def test_tokens_are_open_clips_own(templates: tuple[str, ...]) -> None:
     import open_clip
 

@@ -1,4 +1,4 @@
-"""Checkpoints: reading files of any make, upstream's layouts and this package's own, in both directions, strictly."""
+"""Checkpoints: reading files of any make, upstream's formats and this package's own, in both directions, strictly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading checkpoint files of any make: told apart by content, never trusted to run code, refused in one sentence."""
+"""Reading checkpoint files of any make: recognised by content, never run as code, refused in one sentence."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WRAPPERS = ("model", "state_dict")  # detectron2's and mmseg's name for the state dict within a checkpoint
-PREFIX = re.compile(r"(module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before every key
-ARCHIVE = b"PK\x03\x04"  # how a zip archive begins, and with it what torch.save writes
+PREFIX = re.compile(r"(module\.|_orig_mod\.)+")  # of every key, by DistributedDataParallel and torch.compile
+ARCHIVE = b"PK\x03\x04"  # start of a zip archive, which torch.save writes
 
 
 class CheckpointError(ValueError):
@@ -25,8 +25,7 @@ class CheckpointError(ValueError):
     The first line of the message is one sentence; further lines name every key that does not fit.
 
     Attributes:
-        missing, unexpected, mismatched: keys that the model needs and the checkpoint lacks, that it holds besides, and
-            whose shape is another one.
+        missing, unexpected, mismatched: keys that the checkpoint lacks, that the model lacks, and of another shape.
     """
 
     def __init__(
@@ -37,19 +36,18 @@ class CheckpointError(ValueError):
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint file, whatever its layout; no code in the file is run.
+    """Tensors and metadata of a checkpoint file, whatever its format; no code in the file is run.
 
     Args:
-        path: a PyTorch file (.pth, .pt, .bin) or a safetensors file, told apart by their content.
+        path: a PyTorch file (.pth, .pt, .bin) or a safetensors file, told apart by content.
 
     Returns:
-        The state dict, without wrapping dicts and the `module.` prefix, on the CPU (tensors of PyTorch files are
-        mapped from the file as they are used, so it must not be overwritten meanwhile); and the metadata of a
-        safetensors file.
+        The state dict on the CPU, without wrapping dicts and the `module.` prefix, and the metadata of a safetensors
+        file. Tensors of PyTorch files are mapped from the file, so it must not be overwritten while they are used.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, no checkpoint, or holds other objects than tensors.
+        CheckpointError: the file is damaged, not a checkpoint, or holds other objects than tensors.
     """
     file = Path(path)
     kind = file_kind(file)
@@ -66,10 +64,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def unwrap(content: object, what: str) -> dict[str, Tensor]:
-    """The bare state dict in what a checkpoint holds; `what` names the checkpoint in errors.
+    """The bare state dict in the content of a checkpoint; `what` names the checkpoint in errors.
 
     Raises:
-        CheckpointError: there are no tensors by name, or other things beside them.
+        CheckpointError: it does not hold tensors by name, or holds other things too.
     """
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
@@ -93,7 +91,7 @@ def first_of(names: list[str], most: int = 5) -> str:
 
 
 def file_kind(path: Path) -> str:
-    """What a file is by its first bytes: "zip" or "pickle", which torch.load reads, or "safetensors".
+    """A file's kind by its first bytes: "zip" or "pickle", which torch.load reads, or "safetensors".
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: it is none of these.
@@ -117,7 +115,7 @@ def file_kind(path: Path) -> str:
 
 
 def _refuse_text(path: Path, head: bytes) -> None:
-    """Downloads that went wrong are mostly text; say which."""
+    """Failed downloads are mostly text; say which."""
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
     except UnicodeDecodeError:
@@ -132,14 +130,13 @@ def _refuse_text(path: Path, head: bytes) -> None:
 
 
 def _read_torch(path: Path, zipped: bool) -> object:
-    """What torch.save wrote: tensors in plain containers, anything else is refused."""
+    """The content of a torch.save file: tensors in plain containers, anything else is refused."""
     if zipped:
         _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickles; the sentences below say what matters
-            # Mapping spares a second copy in memory. It needs a zipped file and its name, which must not be that of
-            # another format, as newer torch.load goes by it.
+            # Mapping saves a second copy in memory. It needs a zipped file, and the name of another format misleads it.
             if zipped and path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             with open(path, "rb") as file:
@@ -155,7 +152,7 @@ def _read_torch(path: Path, zipped: bool) -> object:
 
 
 def _ends_within(path: Path, name: str) -> bool:
-    """Whether a pickle was cut off within this name, so that it only looks foreign."""
+    """Whether a pickle was cut off within this name, which then only looks foreign."""
     stem = name.rstrip(".").encode()
     with open(path, "rb") as file:
         file.seek(-min(len(stem) + 2, path.stat().st_size), os.SEEK_END)  # its reader drops the last character
@@ -163,7 +160,7 @@ def _ends_within(path: Path, name: str) -> bool:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse zip archives that torch.load would not read, or would read as something else."""
+    """Refuse zip archives that torch.load cannot read, or would read as something else."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}

@@ -1,7 +1,7 @@
-"""Checkpoints: upstream's released layouts and this package's own, in both directions, strictly.
+"""Saving and loading: upstream's released formats and this package's own, in both directions, strictly.
 
-Own files are safetensors with the names of `model.state_dict()` and, in their metadata, the preset's name and the class
-list. Upstream's are what its training code saves; `upstream_names` says how their layout differs.
+Own files are safetensors with the names of `model.state_dict()`; their metadata holds the preset's name and the class
+list. Upstream's are what its training code saves; each method has rules for how they differ, see `upstream`.
 """
 
 from __future__ import annotations
@@ -10,92 +10,74 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..data.vocabularies import VOCABULARIES
 from ..files import write_whole
-from ..models import CascadeCLIP, CATSeg, get_preset
+from ..models import SegmentationModel, get_preset
+from ..models.base import check_model
 from ..models.token_table import compact, expand
-from ..ops.spatial_aggregation import window_layout
 from ..vocabulary import check_classes
 from .files import CheckpointError, first_of, read, read_metadata, unwrap
-from .upstream import (
-    CASCADE_EMPTY_WEIGHT,
-    CASCADE_RULES,
-    CATSEG_MASK,
-    CATSEG_RULES,
-    Stored,
-    is_derived,
-    own_layout,
-    recognise,
-    upstream_layout,
-)
-
-__all__ = ["CheckpointError", "classes", "download", "load", "load_upstream", "read", "save", "to_upstream"]
-
-Model: TypeAlias = CATSeg | CascadeCLIP
+from .upstream import Stored, matches_any, own_format, recognise, upstream_format
 
 FORMAT, VERSION = "ovseg-fast", "1"  # in the metadata of own files
-HUB_REPOSITORY = "hamacojr/CAT-Seg-weights"  # a Space
-HUB_PAGE = f"https://huggingface.co/spaces/{HUB_REPOSITORY}"
-NO_OBJECT_WEIGHT = 0.1  # MaskFormer's weight of the class "no object"
 
 
-def load_upstream(model: Model, state_dict: Mapping[str, Any]) -> None:
+def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> None:
     """Fill a model from an upstream state dict, all of it or nothing.
 
     Args:
         model: the model to fill; values are cast to its dtype and go to its device.
         state_dict: upstream's names and tensors, bare or as detectron2 (`{"model": ...}`) and mmseg (`{"state_dict":
-            ...}`) wrap it, with or without the `module.` of distributed training. The buffers `attn_mask` and
-            `empty_weight`, which follow from the configuration, are ignored.
+            ...}`) wrap them, with or without the `module.` of distributed training. Buffers that follow from the
+            configuration are ignored.
 
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape, all of them named; or values are not finite.
-            The model is as it was.
-        TypeError: `model` or `state_dict` is something else.
+            The model is unchanged.
+        TypeError: `model` or `state_dict` is something else. ValueError: the method has no upstream format.
     """
-    layout = _upstream_layout(model)
+    stored = _upstream_format(model)
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict of tensors, got {type(state_dict).__name__}.")
-    _fill(model, unwrap(state_dict, "the checkpoint"), layout, "the checkpoint")
+    _fill(model, unwrap(state_dict, "the checkpoint"), stored, "the checkpoint")
 
 
 @torch.no_grad()
-def to_upstream(model: Model) -> dict[str, Tensor]:
+def to_upstream(model: SegmentationModel) -> dict[str, Tensor]:
     """A model's weights under upstream's names and in its shapes, derived buffers included: copies, on its device.
 
     Raises:
-        TypeError: `model` is something else.
+        TypeError: `model` is something else. ValueError: the method has no upstream format.
     """
-    layout, tensors = _upstream_layout(model), model.state_dict()
+    formats, tensors = _upstream_format(model), model.state_dict()
     state = {
         key: torch.cat([part.reshape(-1) for part in _parts(tensors, stored)]).view(stored.shape)
-        for key, stored in layout.items()
+        for key, stored in formats.items()
     }
-    return state | _derived_buffers(model)
+    return state | model.upstream_buffers()
 
 
 def save(
-    model: Model, path: str | os.PathLike[str], classes: Sequence[str] | None = None, *, half: bool = False
+    model: SegmentationModel, path: str | os.PathLike[str], classes: Sequence[str] | None = None, *, half: bool = False
 ) -> None:
     """Save a model in this package's own format, whole or not at all.
 
     Args:
         path: a file ending in `.safetensors`.
-        classes: names of the T classes that the model was trained on, to be kept with it.
+        classes: names of the T classes that the model was trained on, kept in the file.
         half: in float16, which takes half the space and rounds the weights.
 
     Raises:
-        ValueError, TypeError: `path` ends otherwise, `classes` are no names, or `model` is something else.
+        ValueError, TypeError: `path` ends otherwise, `classes` are not names, or `model` is something else.
         OSError: the file cannot be written.
     """
-    _check_model(model)
+    check_model(model)
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got '{path}'.")
     metadata = {"format": FORMAT, "version": VERSION}
@@ -119,28 +101,29 @@ def save(
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
 
     write_whole(path, write)
 
 
-def load(model: Model, path: str | os.PathLike[str]) -> dict[str, str]:
-    """Fill a model from a file, in upstream's layout or this package's own, all of it or nothing.
+def load(model: SegmentationModel, path: str | os.PathLike[str]) -> dict[str, str]:
+    """Fill a model from a file, in upstream's format or this package's own, all of it or nothing.
 
     Args:
         model: the model to fill; values are cast to its dtype and go to its device.
-        path: a PyTorch or safetensors file. Its content tells the layout, not its name.
+        path: a PyTorch or safetensors file; its content tells the format, not its name.
 
     Returns:
-        The file's metadata. Own files have `format`, `version` and, where known, `preset` and `classes` (a JSON list,
+        The file's metadata. Own files have `format`, `version` and, if known, `preset` and `classes` (a JSON list,
         see `classes`); PyTorch files have none.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, no checkpoint, or of another model. The model is as it was.
+        CheckpointError: the file is damaged, not a checkpoint, or of another model. The model is unchanged.
         TypeError: `model` is something else.
     """
-    layout, own = _upstream_layout(model), own_layout(_shapes(model.state_dict()))
+    check_model(model)
+    stored = own_format(_shapes(model.state_dict()))
     state, metadata = read(path)
     try:
         state = expand(state)
@@ -148,18 +131,19 @@ def load(model: Model, path: str | os.PathLike[str]) -> dict[str, str]:
         raise CheckpointError(f"'{path}' is damaged: {error}") from error
     if metadata.get("format") == FORMAT:
         _check_metadata(metadata, model, path)
-        layout = own
-    elif sum(key in own for key in state) > sum(key in layout for key in state):
-        layout = own  # saved by torch.save(model.state_dict())
-    _fill(model, state, layout, f"'{path}'")
+    elif model.upstream_rules:  # unless torch.save(model.state_dict()) wrote it
+        upstream = _upstream_format(model)
+        if sum(key in stored for key in state) <= sum(key in upstream for key in state):
+            stored = upstream
+    _fill(model, state, stored, f"'{path}'")
     return metadata
 
 
 def classes(path: str | os.PathLike[str]) -> list[str] | None:
-    """The class list kept in an own file, or None where there is none.
+    """The class list in an own file, or None.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: the file is damaged or no checkpoint.
+        FileNotFoundError: no such file. CheckpointError: the file is damaged or not a checkpoint.
     """
     metadata = read_metadata(path)
     if metadata.get("format") != FORMAT or "classes" not in metadata:
@@ -173,7 +157,7 @@ def classes(path: str | os.PathLike[str]) -> list[str] | None:
 def download(preset_name: str) -> Path:
     """The weights of a preset: those in this package, or the published ones from the Hugging Face hub or its cache.
 
-    The hub's own settings hold, such as `HF_HOME` for the cache and `HF_HUB_OFFLINE=1` for using nothing but it.
+    The hub's own settings hold, such as `HF_HOME` for the cache and `HF_HUB_OFFLINE=1` for using only that.
 
     Raises:
         ValueError: no such preset, or nothing is published for it on the hub.
@@ -182,88 +166,64 @@ def download(preset_name: str) -> Path:
     preset = get_preset(preset_name)
     if preset.packaged is not None:
         return preset.packaged
-    file = preset.weights_file
-    if file is None:
-        where = ", whose authors share theirs elsewhere" if preset.method == "cascade-clip" else ""
-        raise ValueError(
-            f"the hub holds no weights of {preset_name}{where}; pass a file as weights, or None for random weights."
-        )
+    file, space, note = preset.weights_file, preset.model.hub_space, preset.model.hub_note
+    if file is None or space is None:
+        known = f"the hub holds no weights of {preset_name}{note and f' ({note})'}"
+        raise ValueError(f"{known}; pass a file as weights, or None for random weights.")
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(HUB_REPOSITORY, file, repo_type="space"))
+        return Path(huggingface_hub.hf_hub_download(space, file, repo_type="space"))
     except Exception as error:  # requests', httpx' or xet's own, depending on the hub's version
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set and the hub's cache does not hold it"
         else:
             reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ConnectionError(
-            f"cannot download {file}, the weights of {preset_name} ({reason}); they are published at {HUB_PAGE}, and "
-            f'weights="{file}" loads a copy on disk.'
+            f"cannot download {file}, the weights of {preset_name} ({reason}); they are published at "
+            f'https://huggingface.co/spaces/{space}, and weights="{file}" loads a copy on disk.'
         ) from error
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, (CATSeg, CascadeCLIP)):
-        raise TypeError(f"model must be a CATSeg or a CascadeCLIP, got {type(model).__name__}.")
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-def _upstream_layout(model: Model) -> dict[str, Stored]:
-    _check_model(model)
-    rules = CATSEG_RULES if isinstance(model, CATSeg) else CASCADE_RULES
-    return upstream_layout(rules, _shapes(model.state_dict()))
+def _upstream_format(model: SegmentationModel) -> dict[str, Stored]:
+    check_model(model)
+    if not model.upstream_rules:
+        raise ValueError(f"{type(model).__name__} has no upstream format; save and load use this package's own.")
+    return upstream_format(model.upstream_rules, _shapes(model.state_dict()))
 
 
 def _parts(tensors: Mapping[str, Tensor], stored: Stored) -> list[Tensor]:
-    """Views of the model's tensors, or rows of them, that one tensor of a checkpoint holds."""
+    """Views of the model's tensors, or of their rows, that one tensor of a checkpoint holds."""
     return [tensors[name] if row is None else tensors[name][row] for name, row in stored.parts]
 
 
-def _derived_buffers(model: Model) -> dict[str, Tensor]:
-    """Buffers that upstream saves although they follow from the configuration."""
-    like = next(model.parameters())
-    if isinstance(model, CascadeCLIP):
-        weight = like.new_ones(len(VOCABULARIES[model.config.training_classes].seen) + 1)
-        weight[-1] = NO_OBJECT_WEIGHT
-        return {CASCADE_EMPTY_WEIGHT: weight}
-    side, window = model.config.image_size // model.clip.visual.patch, model.config.window
-    if side <= window:  # one window, nothing to shift
-        return {}
-    mask = window_layout(side, side, window, window // 2, like.device, like.dtype)[2]
-    assert mask is not None  # a shift always leaves neighbours to be kept apart
-    return {
-        CATSEG_MASK.format(layer): mask.clone(memory_format=torch.contiguous_format)
-        for layer in range(model.config.layers)
-    }
-
-
 @torch.no_grad()
-def _fill(model: Model, state: dict[str, Tensor], layout: Mapping[str, Stored], what: str) -> None:
+def _fill(model: SegmentationModel, state: dict[str, Tensor], stored: Mapping[str, Stored], what: str) -> None:
     """Check everything, then copy, so that a model is never half filled."""
-    state = {key: tensor for key, tensor in state.items() if not is_derived(key)}
-    _check_fit(state, layout, model.preset or type(model).__name__, what)
+    state = {key: tensor for key, tensor in state.items() if not matches_any(model.upstream_derived, key)}
+    _check_fit(state, stored, model.preset or type(model).__name__, what)
     _check_values(state, what)
     targets = model.state_dict()
-    for key, stored in layout.items():
-        parts = _parts(targets, stored)
-        pieces = state[key].reshape(-1).split([part.numel() for part in parts])
-        for part, piece in zip(parts, pieces, strict=True):
-            part.copy_(piece.view(part.shape))
+    for key, how in stored.items():
+        parts = _parts(targets, how)
+        values = state[key].reshape(-1).split([part.numel() for part in parts])
+        for part, value in zip(parts, values, strict=True):
+            part.copy_(value.view(part.shape))
 
 
-def _check_fit(state: Mapping[str, Tensor], layout: Mapping[str, Stored], name: str, what: str) -> None:
+def _check_fit(state: Mapping[str, Tensor], stored: Mapping[str, Stored], name: str, what: str) -> None:
     """Refuse a checkpoint that is not the model's, naming every key."""
-    missing = [key for key in layout if key not in state]
-    unexpected = [key for key in state if key not in layout]
-    mismatched = [key for key in layout if key in state and tuple(state[key].shape) != layout[key].shape]
+    missing = [key for key in stored if key not in state]
+    unexpected = [key for key in state if key not in stored]
+    mismatched = [key for key in stored if key in state and tuple(state[key].shape) != stored[key].shape]
     if not (missing or unexpected or mismatched):
         return
-    counts = {"missing": len(missing), "unexpected": len(unexpected), "of another shape": len(mismatched)}
-    keys = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    counts = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    keys = ", ".join(f"{len(keys)} {kind}" for kind, keys in counts.items() if keys)
     look = recognise(_shapes(state))
     if look is None:
         advice = f"get a checkpoint of {name}"
@@ -273,33 +233,31 @@ def _check_fit(state: Mapping[str, Tensor], layout: Mapping[str, Stored], name: 
         advice = f"it looks like a checkpoint of {look.name}; {look.advice}"
     lines = [
         f"{what} does not fit {name} (keys: {keys}): {advice}.",
-        *(f"missing: {key} {layout[key].shape}" for key in missing),
+        *(f"missing: {key} {stored[key].shape}" for key in missing),
         *(f"unexpected: {key} {tuple(state[key].shape)}" for key in unexpected),
-        *(f"another shape: {key} {tuple(state[key].shape)}, expected {layout[key].shape}" for key in mismatched),
+        *(f"another shape: {key} {tuple(state[key].shape)}, expected {stored[key].shape}" for key in mismatched),
     ]
     raise CheckpointError("\n".join(lines), missing, unexpected, mismatched)
 
 
 def _check_values(state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse values that are no numbers to compute with."""
+    """Refuse values that are not finite floating-point numbers."""
     integers = [f"'{key}' ({tensor.dtype})" for key, tensor in state.items() if not tensor.is_floating_point()]
     if integers:
         raise CheckpointError(f"{what} must hold floating-point tensors, got {first_of(integers)}.")
     broken = [f"'{key}'" for key, tensor in state.items() if not _is_finite(tensor)]
     if broken:
-        raise CheckpointError(
-            f"{what} holds NaN or infinite values in {first_of(broken)}: its training diverged or the file is "
-            "damaged; use another checkpoint."
-        )
+        advice = "its training diverged or the file is damaged; use another checkpoint."
+        raise CheckpointError(f"{what} holds NaN or infinite values in {first_of(broken)}: {advice}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
     values = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    # A sum reads the values once and keeps every NaN and Inf; only where it overflows they are looked at one by one.
+    # A sum reads the values once and keeps every NaN and Inf; only if it overflows are they checked one by one.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
-def _check_metadata(metadata: Mapping[str, str], model: Model, path: str | os.PathLike[str]) -> None:
+def _check_metadata(metadata: Mapping[str, str], model: SegmentationModel, path: str | os.PathLike[str]) -> None:
     version, preset = metadata.get("version"), metadata.get("preset")
     if version != VERSION:
         raise CheckpointError(

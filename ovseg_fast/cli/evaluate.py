@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -41,8 +40,8 @@ WORLD_SCENES = 500  # of the procedural world, where no limit is given
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),
-    help="What Cascade-CLIP subtracts from the probabilities of seen classes, published as 0.1; 0 after transductive "
-    "training.  [default: the model's]",
+    help="What the model subtracts from the probabilities of seen classes (Cascade-CLIP: 0.1 as published, 0 after "
+    "transductive training).  [default: the model's]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option(
@@ -83,9 +82,9 @@ def evaluate_command(
     from ..models.presets import get_preset
 
     try:
-        method = get_preset(preset).method
-        if seen_offset is not None and method != "cascade-clip":
-            raise ValueError(f"--seen-offset is Cascade-CLIP's, {preset} has none.")
+        method = get_preset(preset).model
+        if seen_offset is not None and method.seen_offset is None:
+            raise ValueError(f"--seen-offset is for models that lower seen classes, {preset} does not.")
         dataset: SegmentationDataset | WorldScenes
         if layout == "world":
             split = "test" if split == "val" else split
@@ -103,8 +102,7 @@ def evaluate_command(
         segmenter = load(preset, weights=None if weights == "random" else weights, device=device)
         backends.check(segmenter.device)
         if seen_offset is not None:
-            config: Any = segmenter.model.config
-            segmenter.model.config = replace(config, seen_offset=seen_offset)
+            segmenter.model.seen_offset = seen_offset
         target = Path("out", f"{preset}_{layout}_{split}_{mode}.json") if out is None else out
         try:
             result = evaluate(

@@ -1,8 +1,6 @@
 """What a training image goes through, together with its label map, before it becomes part of a batch.
 
-CAT-Seg (Cho et al., CVPR 2024, arXiv 2303.11797): shorter side to the crop's size, a random crop, SSD's colour
-distortion, a flip. Cascade-CLIP (Li et al., ICML 2024, arXiv 2406.00670): shorter side to 0.5..2 times the crop's size,
-a random crop in which no category covers more than 75 %, a flip, the same distortion.
+Resize the shorter side, crop at random, flip, distort colours as SSD does. What differs between methods are arguments.
 """
 
 from __future__ import annotations
@@ -25,53 +23,54 @@ from torchvision import tv_tensors  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 from torchvision.transforms.v2 import functional as F  # noqa: E402
 
-METHODS = ("cat-seg", "cascade-clip")
 CROP_TRIES = 10
 
 Augmentation = Callable[[Image.Image | Tensor, Any, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def augmentation(
-    method: str, size: int, *, scales: tuple[float, float] | None = None, distortion: bool = True
+    size: int,
+    *,
+    scales: tuple[float, float],
+    longest: float,
+    largest_share: float,
+    fill: int,
+    flip_first: bool,
+    distortion: bool = True,
 ) -> Augmentation:
-    """The published augmentation of a method.
+    """The augmentation of a method; the arguments but the first and the last are its `AugmentationSettings`.
 
     Args:
-        method: `cat-seg` or `cascade-clip`.
-        size: side of the crop in pixels; 384 and 512 as published.
-        scales: smallest and largest shorter side before the crop, in units of `size`; by default the published ones.
-        distortion: of colours, as published; without it they keep their names.
+        size: side of the crop in pixels.
+        scales: smallest and largest shorter side before the crop, in units of `size`.
+        longest: largest longer side, in units of the drawn shorter side.
+        largest_share: largest share of a crop's labelled pixels that one class may have.
+        fill: grey level of the padding.
+        flip_first: whether the flip comes before the colour distortion.
+        distortion: whether colours are distorted; without it colours keep their names.
 
     Returns:
         A function of an image (PIL, or uint8 (3, H, W)), its labels (H, W) (array or tensor of indices, -1 for no
         class) and a CPU generator. It gives a uint8 tensor (3, size, size) and int64 labels (size, size). What is drawn
-        depends on the generator alone, and the global random state is left as it was, so that loader processes and
-        a resumed training draw the same. It raises ValueError for an image or labels of another form or size.
+        depends on the generator alone, and the global random state is unchanged, so that loader processes and a resumed
+        training draw the same. It raises ValueError for an image or labels of another form or size.
 
     Raises:
-        ValueError: no such method, size is no whole number of at least 2, or scales are not two rising numbers above 0.
+        ValueError: size is not a whole number of at least 2, or scales are not two ascending numbers above 0.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ValueError(f"size must be a whole number of pixels, at least 2, got {size!r}.")
-    if scales is not None and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
+    if not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
         raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {scales!r}.")
-    flip, colours = v2.RandomHorizontalFlip(), _distortion() if distortion else []
-    if method == "cat-seg":
-        steps = [ShorterSide(size, scales or (1.0, 1.0)), Crop(size, 1.0), *colours, flip]
-        fill = 128
-    else:
-        steps = [ShorterSide(size, scales or (0.5, 2.0), longer=4), Crop(size, 0.75), flip, *colours]
-        fill = 0
-    return _Seeded(v2.Compose([*steps, Pad(size, fill)]))
+    flip, colours = [v2.RandomHorizontalFlip()], _distortion() if distortion else []
+    last = [*flip, *colours] if flip_first else [*colours, *flip]
+    steps = [ShorterSide(size, scales, longest), Crop(size, largest_share), *last, Pad(size, fill)]
+    return _Seeded(v2.Compose(steps))
 
 
 class ShorterSide(v2.Transform):
-    """Resize so that the shorter side becomes `size` times a random factor, the longer one at most `longer` times that.
-
-    A base scale of (2048, 512) for crops of 512 means `longer` = 4.
-    """
+    """Resize so that the shorter side becomes `size` times a random factor, the longer one at most `longer` times
+    that."""
 
     def __init__(self, size: int, factors: tuple[float, float] = (1.0, 1.0), longer: float = math.inf) -> None:
         super().__init__()

@@ -43,17 +43,6 @@ class Vocabulary:
         """Names of the classes that are trained on, in order."""
         return tuple(name for index, name in enumerate(self.classes) if index not in self.unseen)
 
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The names to prompt a model with: the classes; where there is a background, the others and then its names."""
-        return (*self.classes[1:], *self.background) if self.background else self.classes
-
-    @property
-    def prompt_labels(self) -> tuple[int, ...]:
-        """The class that each of `prompts` counts as, so that `prompt_labels[argmax]` is the predicted class."""
-        classes = range(len(self.classes))
-        return (*classes[1:], *(0 for _ in self.background)) if self.background else tuple(classes)
-
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(","))

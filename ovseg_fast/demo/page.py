@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from .. import ops
-from ..models import CATSeg
 from ..segmentation import Segmentation
 from ..segmenter import Segmenter
 from ..visualize import Panel, cost_map, key, overlay, palette, panels
@@ -25,27 +22,17 @@ UNNAMED = "no name was typed"
 def cost_maps(segmenter: Segmenter, image: Image.Image, names: Sequence[str]) -> NDArray[np.float32]:
     """Cosines of the dense image embeddings with the names' text embeddings: what the model starts from.
 
-    For CAT-Seg that is the cost volume that is aggregated (section 3.2), the mean over a name's prompts; for
-    Cascade-CLIP the embeddings are those of the last stage, the last block of the encoder. The whole image is encoded
-    in one pass, whatever the mode.
+    For CAT-Seg that is the cost volume that is aggregated (section 3.2); for Cascade-CLIP the embeddings are those of
+    the last stage. The whole image is encoded in one pass, whatever the mode.
 
     Returns:
         (T, H, W) in −1..1, resized to the image.
     """
     model = segmenter.model.eval()
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(segmenter.device, model.pixel_mean.dtype)
-    size = covered = (image.height, image.width)
     with torch.no_grad():
         text = model.text_from_prompts(segmenter.embed_text(names))
-        if isinstance(model, CATSeg):
-            dense = model.encode_pixels(pixels[None]).dense
-            covered = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)  # CAT-Seg's padding is in the map
-        else:
-            features = model.encode_pixels(model.windows(pixels, "whole").pixels)
-            dense, text = features.stages[-1].unflatten(1, features.grid), text[:, None]
-        maps = ops.cost_volume(dense, text).mean(-1)
-        maps = F.interpolate(maps, covered, mode="bilinear", align_corners=False)
-    return maps[0, :, : size[0], : size[1]].float().cpu().numpy()
+        return model.cost_maps(pixels, text).float().cpu().numpy()
 
 
 def page(

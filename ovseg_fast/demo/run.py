@@ -12,7 +12,6 @@ from PIL import Image
 from ..data.world.scenes import WORLD, Scene, World
 from ..evaluation.metrics import ConfusionMatrix
 from ..files import write_whole
-from ..models import CascadeCLIP
 from ..segmenter import Segmenter
 from ..visualize import label_image
 from .page import cost_maps, page
@@ -100,7 +99,7 @@ def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) ->
     scene, names, meant = asked.scene, asked.names, asked.meant
     image = Image.fromarray(scene.image)
     known = None
-    if isinstance(segmenter.model, CascadeCLIP) and segmenter.model.config.training_classes == WORLD.name:
+    if segmenter.model.seen_offset is not None and segmenter.model.training_classes == WORLD.name:
         # By meaning, not by name: published inference lowers the scores of what was trained on.
         known = [name for name, classes in zip(names, meant, strict=True) if set(classes) - set(WORLD.unseen)]
     result = segmenter.encode(image, mode).segment(names, seen=known)

@@ -9,10 +9,9 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,58 +19,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, backends
-from ..models import CascadeCLIP
-from ..segmenter import MODES, Segmenter
+from ..data.masks import NO_CLASS
+from ..segmenter import Segmenter
 from ..vocabulary import check_classes
-from .groups import prompts_of
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
 from .state import State, fingerprint_of
 
-SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the image at work
+if TYPE_CHECKING:
+    from ..data import Dataset
+
+SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the current image
 AHEAD = 4  # images read while the model works
 
 logger = logging.getLogger(__name__)
 
 
 class EvaluationError(ValueError):
-    """Not one image could be evaluated; the message is one sentence."""
-
-
-class Named(Protocol):
-    """What an evaluation needs of an image and mask pair."""
-
-    @property
-    def name(self) -> str: ...
-
-
-class ClassList(Protocol):
-    """What an evaluation needs of a class list; `data.vocabularies.Vocabulary` is one."""
-
-    @property
-    def classes(self) -> Sequence[str]: ...
-    @property
-    def unseen(self) -> Sequence[int]: ...
-    @property
-    def background(self) -> Sequence[str]:
-        """What is prompted in place of class 0 where that one is "everything else"; else empty."""
-
-
-class Dataset(Protocol):
-    """What an evaluation needs of a dataset; `data.datasets.SegmentationDataset` is one.
-
-    Where it has an `image_folder` too, this tells datasets with the same names of images apart.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def vocabulary(self) -> ClassList: ...
-    @property
-    def pairs(self) -> Sequence[Named]: ...
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """An RGB image and its (H, W) integer labels, -1 where there is no class. Raises ValueError or OSError for a
-        pair that cannot be used."""
+    """No image could be evaluated; the message is one sentence."""
 
 
 def evaluate(
@@ -89,34 +54,34 @@ def evaluate(
 ) -> Evaluation:
     """Segment every image of a dataset and compare with its ground truth, at the ground truth's size.
 
-    Pixels that the ground truth gives no class (-1) are not counted, nor are classes that it does not hold. A pair that
-    cannot be used (a damaged image, a mask of another size, a label beyond the class list, too large for the memory) is
-    named in a warning and in the result, and left out.
+    Pixels of no class (-1) in the ground truth are not counted, nor are classes absent from it. An unusable pair (a
+    damaged image, a mask of another size, a label beyond the class list, too large for the memory) is left out, and
+    named in a warning and in the result.
 
     Args:
-        segmenter: the model; it is left as it is.
-        dataset: pairs of images and ground truth, and the class list.
-        out: a .json file for the result. Next to it, `<name>.partial.npz` keeps what is done; called again with the
-            same arguments after a kill, the evaluation goes on from there, and images that were left out are tried
-            again. A result that was there before is kept under the time it was written. None writes nothing.
-        mode: `"slide"` as all published numbers were made, or `"whole"`.
-        seen: names of those of the dataset's classes that the model was trained on. By default the scores are split as
-            the dataset's vocabulary says, if it does, and Cascade-CLIP subtracts its offset from the classes of its
-            preset's training set, see `Segmenter.segment`.
-        groups: class -> names that are prompted in its stead and count as it. By default those of the vocabulary's
-            background, if it has one, as for the published PAS-20b; `{}` for none.
+        segmenter: the model; it is not changed.
+        dataset: from `data.open_dataset`, or anything with its `name`, `vocabulary` (`classes`, `unseen`,
+            `background`), `pairs` (each with a `name`) and `read(index)`; an `image_folder` tells equal names apart.
+        out: a .json file for the result, or None. Progress is kept next to it, in `<name>.partial.npz`: called again
+            with the same arguments, a killed evaluation resumes and tries the images that were left out again. An
+            earlier result is kept under the time it was written.
+        mode: one of the model's, such as `"slide"`, in which all published numbers were made.
+        seen: those of the dataset's classes that the model was trained on. By default the scores are split as the
+            dataset's vocabulary says, and the model's offset is subtracted as in `Segmenter.segment`.
+        groups: class -> names that are prompted in its place and count as it. By default the background of the
+            vocabulary, if it has one, as for the published PAS-20b; `{}` for none.
         progress: show a progress bar with the mIoU so far.
-        limit: only the first so many images.
-        restart: discard what an earlier run left instead of going on from there.
-        save_seconds: how often that is written, by default every 20 seconds.
+        limit: only the first `limit` images.
+        restart: discard the progress of an earlier run.
+        save_seconds: how often progress is saved, by default every 20 seconds.
 
     Raises:
         ValueError: an argument does not fit, or the dataset is empty.
         state.StateError: the state at `out` is damaged, or of an evaluation with other weights, classes, images, ...
         EvaluationError: no image could be evaluated.
-        OSError: `out` cannot be written. What the model raises, other than for a lack of memory, comes through.
+        OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
-    task = _task(segmenter, dataset, mode, seen, groups, limit)
+    task = _Task(segmenter, dataset, mode, seen, groups, limit)
     target = None if out is None else _target(out)
     partial = None if target is None else target.with_name(f"{target.stem}.partial.npz")
     fingerprint = task.fingerprint()
@@ -125,9 +90,9 @@ def evaluate(
         count = len(task.classes)
         state = State(fingerprint, np.zeros((count, count), np.int64), np.zeros(len(task.pairs), bool))
     else:
-        logger.info("%s: going on after %d of %d images", partial, state.done.sum(), len(task.pairs))
+        logger.info("%s: resuming after %d of %d images", partial, state.done.sum(), len(task.pairs))
     if partial is not None:
-        state.save(partial)  # tells now, not after the first images, where nothing can be written
+        state.save(partial)  # fails now, not after the first images, if nothing can be written
 
     skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
     if not state.done.any():
@@ -148,19 +113,42 @@ def evaluate(
     return result
 
 
-@dataclass(frozen=True)
 class _Task:
-    """What is evaluated: T names are prompted, the name at t counts as class `class_of[t]`."""
+    """What is evaluated; the arguments of `evaluate`, checked. T `names` are prompted, names[t] counts as class
+    class_of[t]; `split` are the indices of the seen classes, `offset` the argument `seen` of `Segmenter.segment`."""
 
-    segmenter: Segmenter
-    dataset: Dataset
-    pairs: Sequence[Named]
-    mode: str
-    classes: list[str]
-    names: list[str]
-    class_of: np.ndarray
-    split: list[int] | None  # indices of the seen classes
-    offset: dict[str, Any]  # the argument `seen` of `Segmenter.segment`, where one is given
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        dataset: Dataset,
+        mode: str,
+        seen: Collection[str] | None,
+        groups: Mapping[str, Sequence[str]] | None,
+        limit: int | None,
+    ) -> None:
+        if not len(dataset.pairs):
+            raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 image, got {limit}.")
+        segmenter.check_mode(mode)
+        self.segmenter, self.dataset, self.pairs, self.mode = segmenter, dataset, dataset.pairs[:limit], mode
+        vocabulary = dataset.vocabulary
+        self.classes = classes = list(vocabulary.classes)
+        if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
+            raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
+        if groups is None:
+            groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
+        names, self.class_of = prompts_of(classes, groups)
+        self.names = check_classes(names)
+        self.split: list[int] | None = None
+        self.offset: dict[str, Any] = {}
+        if seen is not None:
+            self.split = [i for i, name in enumerate(classes) if name in seen]
+            if segmenter.model.seen_offset is not None:
+                pairs = zip(self.names, self.class_of, strict=True)
+                self.offset["seen"] = [name for name, position in pairs if position in self.split]
+        elif vocabulary.unseen:
+            self.split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
 
     @property
     def folder(self) -> str | None:
@@ -173,7 +161,7 @@ class _Task:
             {
                 "templates": self.segmenter.templates,
                 "classes": [self.classes, self.names, self.class_of.tolist()],
-                "seen classes": [self.split, self.offset],
+                "seen classes": [self.split, self.offset, self.segmenter.model.seen_offset],
                 "mode": self.mode,
                 "dataset": self.dataset.name,
                 "folder": str(self.folder),
@@ -182,7 +170,7 @@ class _Task:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What the result says of how it was made."""
+        """How the result was made."""
         model, device = self.segmenter.model, self.segmenter.device
         members: dict[str, list[str]] = {}
         for name, position in zip(self.names, self.class_of.tolist(), strict=True):
@@ -200,49 +188,43 @@ class _Task:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
             "operators": {name: ran for name, ran in operators.items() if ran is not None},
         }
-        if isinstance(model, CascadeCLIP):
-            settings["seen_offset"] = model.config.seen_offset
-            settings["seen_offset_of"] = self.offset.get("seen", f"seen classes of {model.config.training_classes}")
+        if model.seen_offset is not None:
+            settings["seen_offset"] = model.seen_offset
+            settings["seen_offset_of"] = self.offset.get("seen", f"seen classes of {model.training_classes}")
         return settings
 
 
-def _task(
-    segmenter: Segmenter,
-    dataset: Dataset,
-    mode: str,
-    seen: Collection[str] | None,
-    groups: Mapping[str, Sequence[str]] | None,
-    limit: int | None,
-) -> _Task:
-    """Check the arguments of `evaluate` and put them together."""
-    if not len(dataset.pairs):
-        raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 image, got {limit}.")
-    if mode not in MODES:
-        raise ValueError(f"mode must be 'slide' or 'whole', got {mode!r}.")
-    vocabulary = dataset.vocabulary
-    classes = list(vocabulary.classes)
-    if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
-        raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
-    if groups is None:
-        groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
-    names, class_of = prompts_of(classes, groups)
-    names = check_classes(names)
-    split, offset = None, {}
-    if seen is not None:
-        split = [i for i, name in enumerate(classes) if name in seen]
-        if isinstance(segmenter.model, CascadeCLIP):
-            offset["seen"] = [name for name, position in zip(names, class_of, strict=True) if position in split]
-    elif vocabulary.unseen:
-        split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
-    return _Task(segmenter, dataset, dataset.pairs[:limit], mode, classes, names, class_of, split, offset)
+def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """The names to prompt with, and which class each counts as.
+
+    No prompt describes "everything else", so a pixel counts as PASCAL VOC's background if it is given to any of a list
+    of further names (PAS-20b; CAT-Seg, Cho et al., CVPR 2024).
+
+    Args:
+        classes: the evaluated classes. groups: class -> names that stand for it; others are prompted by their own name.
+
+    Returns:
+        T names, and (T,) int64 indices into `classes`.
+
+    Raises:
+        ValueError: a group is empty or of no class, or two classes share a name.
+    """
+    for name, members in groups.items():
+        if name not in classes:
+            raise ValueError(f"groups must be keyed by evaluated classes, got {name!r}, which is none of them.")
+        if isinstance(members, str) or not members:
+            raise ValueError(f"groups[{name!r}] must be a list of at least one name, got {members!r}.")
+    prompted = [(member, index) for index, name in enumerate(classes) for member in groups.get(name, (name,))]
+    names = [name for name, _ in prompted]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"each name must stand for one class, {repeated!r} comes more than once.")
+    return names, np.array([index for _, index in prompted], dtype=np.int64)
 
 
 def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_seconds: float) -> list[Skipped]:
-    """Evaluate what `state` lacks, in place; returns what could not be evaluated."""
+    """Evaluate what is missing in `state`, in place; returns what could not be evaluated."""
     segmenter = task.segmenter
-    # Counting on the GPU saves the CPU the work; torchmetrics has no frugal way to count on other accelerators.
     device = segmenter.device if segmenter.device.type == "cuda" else torch.device("cpu")
     confusion = ConfusionMatrix(len(task.classes), device)
     confusion.matrix += torch.from_numpy(state.matrix).to(device)
@@ -250,12 +232,8 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
     text = segmenter.embed_text(task.names, progress=progress)
     left = np.flatnonzero(~state.done).tolist()
     skipped: list[Skipped] = []
-    bar = tqdm(
-        total=len(task.pairs),
-        initial=len(task.pairs) - len(left),
-        unit="image",
-        disable=None if progress else True,  # None: only on a terminal
-    )
+    count, hidden = len(task.pairs), None if progress else True  # None: only on a terminal
+    bar = tqdm(total=count, initial=count - len(left), unit="image", disable=hidden)
     began, before = time.monotonic(), state.seconds
     saved = began
 
@@ -272,7 +250,7 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
                 image, labels = pair.result()
                 _check(image, labels, len(task.classes))
                 result = segmenter.encode(image, task.mode).segment(task.names, text=text, **task.offset)
-            # Of the model only these come from the image; anything else would come with the next one too.
+            # Only these errors are due to the image; others would recur with the next one.
             except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 skipped.append(Skipped(task.pairs[position].name, " ".join(str(error).split()) or repr(error)))
                 bar.clear()
@@ -288,12 +266,10 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
     return skipped
 
 
-def _read_ahead(
-    dataset: Dataset, indices: Iterable[int]
-) -> Iterator[tuple[int, Future[tuple[Image.Image, np.ndarray]]]]:
+def _read_ahead(dataset: Dataset, indices: Iterable[int]) -> Iterator[tuple[int, Future[Any]]]:
     """Pairs in order, read by one thread while the model works; a future raises what reading raised."""
     with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[int, Future[tuple[Image.Image, np.ndarray]]]] = deque()
+        waiting: deque[tuple[int, Future[Any]]] = deque()
         for index in indices:
             waiting.append((index, reader.submit(dataset.read, index)))
             if len(waiting) > AHEAD:
@@ -303,14 +279,14 @@ def _read_ahead(
 
 
 def _check(image: Image.Image, labels: np.ndarray, classes: int) -> None:
-    """Raises ValueError for a ground truth that does not fit its image or the class list."""
+    """Raises ValueError for ground truth that does not fit its image or the class list."""
     if labels.shape != (image.height, image.width):
         shape = " x ".join(map(str, labels.shape))
         raise ValueError(f"its mask is {shape} pixels, its image {image.height} x {image.width} (H x W).")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"its mask holds {labels.dtype} values, expected integers.")
     low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= classes:
+    if low < NO_CLASS or high >= classes:
         wrong = high if high >= classes else low
         raise ValueError(
             f"its mask holds label {wrong} in {np.count_nonzero(labels == wrong)} pixels, beyond the {classes} classes."
@@ -329,7 +305,7 @@ def _target(out: str | os.PathLike[str]) -> Path:
 
 def _versions() -> dict[str, str]:
     versions = {"ovseg-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchmetrics", "open_clip_torch", "numpy", "pillow"):
+    for name in ("open_clip_torch", "numpy", "pillow"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # installed otherwise than by a package manager

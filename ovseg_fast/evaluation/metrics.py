@@ -4,15 +4,14 @@ Of M, rows the ground truth and columns the prediction, class c has
 
     IoU(c) = M[c, c] / (sum of row c + sum of column c - M[c, c]),   accuracy(c) = M[c, c] / sum of row c.
 
-Pixels whose ground truth is -1 are in neither sum. The mean IoU is over the classes that the ground truth holds, as
-detectron2's evaluator takes it, by which CAT-Seg's numbers were made; mmsegmentation, by which Cascade-CLIP's were
-made, also counts classes that are only predicted, each with IoU 0. Both means are given.
+Pixels whose ground truth is -1 are in neither sum. The mean IoU is over the classes in the ground truth, as in
+detectron2 and CAT-Seg's published numbers; a second one, as in mmsegmentation and Cascade-CLIP's, includes classes that
+are only predicted, with IoU 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,17 +19,16 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..compat import ensure_importable
+from ..data.masks import NO_CLASS
 
 CHUNK = 2**24  # pixels counted at once; their int64 temporaries take some 500 MB
 
 
 class ConfusionMatrix:
-    """Counts pixels by ground truth and prediction; keeps nothing else, so images may be many and of any size.
+    """Counts pixels by ground truth and prediction; keeps nothing else, whatever the number and size of the images.
 
     Args:
-        classes: T, the number of classes.
-        device: where to count.
+        classes: T, the number of classes. device: where to count.
 
     Attributes:
         matrix: (T, T) int64 on `device`, rows the ground truth, columns the prediction.
@@ -42,7 +40,6 @@ class ConfusionMatrix:
     def __init__(self, classes: int, device: str | torch.device = "cpu") -> None:
         if classes < 1:
             raise ValueError(f"classes must be at least 1, got {classes}.")
-        ensure_importable()  # torchmetrics imports torchvision
         self.classes = classes
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
@@ -50,17 +47,14 @@ class ConfusionMatrix:
         """Add an image, or a batch of them.
 
         Args:
-            predicted: integers in 0..T-1, of any shape; where `truth` is -1 any value.
+            predicted: integers in 0..T-1, of any shape; any value where `truth` is -1.
             truth: integers in -1..T-1 of the same shape; -1 is not counted.
 
         Raises:
-            TypeError: no integers. ValueError: other shapes, or labels outside these ranges. Nothing is added then.
+            TypeError: not integers. ValueError: other shapes, or labels outside these ranges. Nothing is added then.
         """
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
-
         device = self.matrix.device
-        predicted = torch.as_tensor(predicted, device=device)
-        truth = torch.as_tensor(truth, device=device)
+        predicted, truth = (torch.as_tensor(labels, device=device) for labels in (predicted, truth))
         for name, labels in (("predicted", predicted), ("truth", truth)):
             if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must hold integers, got {labels.dtype}.")
@@ -68,40 +62,30 @@ class ConfusionMatrix:
             raise ValueError(
                 f"predicted and truth must have the same shape, got {tuple(predicted.shape)} and {tuple(truth.shape)}."
             )
-        if not truth.numel():
-            return
-        counted = truth != -1
-        low, high = _range(truth)
-        if low < -1 or high >= self.classes:
-            raise ValueError(f"truth must hold labels in -1..{self.classes - 1}, got {low}..{high}.")
-        if high < 0:
-            return
-        # The prediction of an uncounted pixel is replaced by a valid label, so that the rest can be checked at once.
-        predicted = predicted.where(counted, 0)
-        low, high = _range(predicted)
-        if low < 0 or high >= self.classes:
-            raise ValueError(f"predicted must hold labels in 0..{self.classes - 1}, got {low}..{high}.")
-        added = torch.zeros_like(self.matrix)
-        with _plain_counting():
-            for part, part_truth in zip(predicted.flatten().split(CHUNK), truth.flatten().split(CHUNK), strict=True):
-                added += multiclass_confusion_matrix(
-                    part, part_truth, self.classes, ignore_index=-1, validate_args=False
-                )
-        self.matrix += added
+        counted = truth != NO_CLASS
+        predicted, known = predicted[counted], truth[counted]
+        for name, labels, lowest in (("truth", known, NO_CLASS), ("predicted", predicted, 0)):
+            low, high = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
+            if low < 0 or high >= self.classes:
+                raise ValueError(f"{name} must hold labels in {lowest}..{self.classes - 1}, got {low}..{high}.")
+        added = torch.zeros_like(self.matrix).flatten()
+        for part, part_truth in zip(predicted.split(CHUNK), known.split(CHUNK), strict=True):
+            added += torch.bincount(part_truth.long() * self.classes + part.long(), minlength=self.classes**2)
+        self.matrix += added.view_as(self.matrix)
 
     def scores(self, seen: Sequence[int] | None = None) -> Scores:
-        """The scores of everything added so far. `seen`: indices of the classes that were trained on, see `Scores`."""
+        """The scores of everything added so far. `seen`: indices of the classes that were trained on."""
         return Scores.of(self.matrix.cpu().numpy(), seen)
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a confusion matrix says. All ratios are in 0..1; NaN stands for "there is no such class".
+    """The scores of a confusion matrix. All ratios are in 0..1; NaN means that there is no such class.
 
     Attributes:
-        correct: (T,) int64, pixels of each class that are labelled right.
-        truth, predicted: (T,) int64, pixels of each class, among those that have a ground truth.
-        seen: (T,) bool, the classes that were trained on, or None where there is no such split.
+        correct: (T,) int64, pixels of each class that are labelled correctly.
+        truth, predicted: (T,) int64, pixels of each class, among those with a ground truth.
+        seen: (T,) bool, the classes that were trained on, or None without such a split.
     """
 
     correct: np.ndarray
@@ -133,17 +117,17 @@ class Scores:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """(T,) float64: share of a class's pixels that are labelled right; NaN without ground truth."""
+        """(T,) float64: share of a class's pixels that are labelled correctly; NaN without ground truth."""
         return _ratio(self.correct, self.truth)
 
     @property
     def present(self) -> np.ndarray:
-        """(T,) bool: the classes that the ground truth holds. Only they count in the means."""
+        """(T,) bool: the classes in the ground truth. Only they count in the means."""
         return self.truth > 0
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that the ground truth holds (detectron2's practice)."""
+        """Mean IoU over the classes in the ground truth (detectron2's practice)."""
         return _mean(self.iou[self.present])
 
     @property
@@ -153,23 +137,23 @@ class Scores:
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of all counted pixels that are labelled right."""
+        """Share of all counted pixels that are labelled correctly."""
         pixels = self.truth.sum()
         return float(self.correct.sum() / pixels) if pixels else float("nan")
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean of `accuracy` over the classes that the ground truth holds."""
+        """Mean of `accuracy` over the classes in the ground truth."""
         return _mean(self.accuracy[self.present])
 
     @property
     def miou_seen(self) -> float:
-        """Mean IoU over those classes of the ground truth that were trained on; NaN without a split."""
+        """Mean IoU over the classes in the ground truth that were trained on; NaN without a split."""
         return _mean(self.iou[self.present & self.seen]) if self.seen is not None else float("nan")
 
     @property
     def miou_unseen(self) -> float:
-        """Mean IoU over those classes of the ground truth that were not trained on; NaN without a split."""
+        """Mean IoU over the classes in the ground truth that were not trained on; NaN without a split."""
         return _mean(self.iou[self.present & ~self.seen]) if self.seen is not None else float("nan")
 
     @property
@@ -185,20 +169,3 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
-
-
-def _range(labels: Tensor) -> tuple[int, int]:
-    low, high = torch.stack(labels.aminmax()).tolist()
-    return low, high
-
-
-@contextmanager
-def _plain_counting() -> Iterator[None]:
-    """Counts of integers do not depend on their order, but under `torch.use_deterministic_algorithms` torchmetrics
-    would compare every pixel with every cell of the matrix, which no memory holds."""
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn)

@@ -14,28 +14,24 @@ from ..files import write_whole
 from .metrics import Scores
 
 FORMAT, VERSION = "ovseg-fast evaluation", 1
-RULES = {
-    "miou": "mean IoU over the classes that the ground truth holds, as detectron2 takes it",
-    "miou_nonzero_union": "mean IoU over the classes in the ground truth or predicted, as mmsegmentation takes it",
-    "pixel_accuracy": "share of the labelled pixels that are right",
-    "mean_accuracy": "mean over the classes that the ground truth holds of the share of their pixels that are right",
-    "miou_seen": "miou over the classes that were trained on, told by name",
-    "miou_unseen": "miou over the classes that were not trained on, told by name",
-    "hiou": "harmonic mean of miou_seen and miou_unseen",
+SCORES = {  # name: title in the table, rule
+    "miou": ("mIoU", "mean IoU over the classes in the ground truth, as in detectron2"),
+    "miou_nonzero_union": (
+        "mIoU, also classes only predicted",
+        "mean IoU over the classes in the ground truth or predicted, as in mmsegmentation",
+    ),
+    "pixel_accuracy": ("pixel accuracy", "share of the labelled pixels that are correct"),
+    "mean_accuracy": ("mean class accuracy", "mean over the classes in the ground truth of their pixels' accuracy"),
+    "miou_seen": ("mIoU seen", "miou over the classes that were trained on, listed by name"),
+    "miou_unseen": ("mIoU unseen", "miou over the classes that were not trained on, listed by name"),
+    "hiou": ("hIoU", "harmonic mean of miou_seen and miou_unseen"),
 }
-_TITLES = {
-    "miou": "mIoU",
-    "miou_nonzero_union": "mIoU, also classes only predicted",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_accuracy": "mean class accuracy",
-    "miou_seen": "mIoU seen",
-    "miou_unseen": "mIoU unseen",
-    "hiou": "hIoU",
-}
+SPLIT = ("miou_seen", "miou_unseen", "hiou")
+ABSENT = "a class without a pixel of ground truth is in no mean; pixels without a class count nowhere"
 
 
 class Skipped(NamedTuple):
-    """An image that is not in the numbers, and why."""
+    """An image that was left out, and why."""
 
     name: str
     reason: str
@@ -47,9 +43,9 @@ class Evaluation:
 
     Attributes:
         classes: C names. scores: see `metrics.Scores`; all ratios in 0..1.
-        images: how many are in the numbers. skipped: those that are not, by name, and why.
-        settings: model, weights, dataset, mode, groups and what else the numbers depend on.
-        versions: of the packages. seconds: what the images took, reading included.
+        images: how many were evaluated. skipped: those that were not, by name, and why.
+        settings: model, weights, dataset, mode, groups and whatever else the numbers depend on.
+        versions: of the packages. seconds: the time the images took, reading included.
         finished: local time, ISO 8601.
     """
 
@@ -64,18 +60,18 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The scores by name: `miou`, `miou_nonzero_union`, `pixel_accuracy`, `mean_accuracy`, and where there is a
-        split `miou_seen`, `miou_unseen`, `hiou`. NaN where no class counts."""
-        split = ("miou_seen", "miou_unseen", "hiou")
-        return {name: getattr(self.scores, name) for name in RULES if self.scores.seen is not None or name not in split}
+        """The scores by name: `miou`, `miou_nonzero_union`, `pixel_accuracy`, `mean_accuracy`, and with a split
+        `miou_seen`, `miou_unseen`, `hiou`. NaN if no class counts."""
+        names = [name for name in SCORES if self.scores.seen is not None or name not in SPLIT]
+        return {name: getattr(self.scores, name) for name in names}
 
     @property
     def absent(self) -> list[str]:
-        """Names of the classes that the ground truth does not hold, so that they are in no mean."""
+        """Names of the classes absent from the ground truth, which are in no mean."""
         return [name for name, present in zip(self.classes, self.scores.present, strict=True) if not present]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON takes it; null where a number has no meaning."""
+        """Everything, ready for JSON; null for a number without meaning."""
         scores = self.scores
         rows = []
         for i, name in enumerate(self.classes):
@@ -94,8 +90,7 @@ class Evaluation:
             "version": VERSION,
             "finished": self.finished,
             "metrics": {name: _number(value) for name, value in self.metrics.items()},
-            "rules": {name: RULES[name] for name in self.metrics}
-            | {"absent": "a class without a pixel of ground truth is in no mean; pixels without a class count nowhere"},
+            "rules": {name: SCORES[name][1] for name in self.metrics} | {"absent": ABSENT},
             "images": {"evaluated": self.images, "skipped": [item._asdict() for item in self.skipped]},
             "absent_classes": self.absent,
             "settings": self.settings,
@@ -105,13 +100,13 @@ class Evaluation:
         }
 
     def save(self, path: Path) -> Path | None:
-        """Write the JSON, whole or not at all. A file that was there is kept under the time it was written.
+        """Write the JSON, whole or not at all. An earlier file is kept under the time it was written.
 
         Returns:
-            Where the earlier file is now, or None where there was none.
+            Where the earlier file is now, or None.
 
         Raises:
-            OSError: it cannot be written; what was there is as it was.
+            OSError: it cannot be written; an earlier file is unchanged.
         """
         earlier = None
         if path.is_file():
@@ -123,27 +118,29 @@ class Evaluation:
         return earlier
 
     def table(self) -> str:
-        """All of it as plain text: percentages, one line a class."""
+        """Everything as plain text: percentages, one line per class."""
         scores, settings = self.scores, self.settings
         lines = [
             f"{settings['model']} on {settings['dataset']}, mode {settings['mode']}: {self.images} images"
             + (f", {len(self.skipped)} skipped" if self.skipped else ""),
             "",
         ]
-        width = max(map(_columns, ["class", *self.classes, *_TITLES.values()]))
+        width = max(min(len(name), 40) for name in ["class", *self.classes, *(title for title, _ in SCORES.values())])
         heads = ["IoU %", "accuracy %", "pixels %"] + ([] if scores.seen is None else ["split"])
         lines.append(_row("class", width, heads))
         total = max(int(scores.truth.sum()), 1)
         for i, name in enumerate(self.classes):
-            # "-": not in the mean. The IoU of a class that is only predicted is 0 and in the JSON.
+            # "-": not in the mean; the JSON has the IoU of a class that is only predicted, 0.
             iou = _percent(scores.iou[i]) if scores.present[i] else "-"
             cells = [iou, _percent(scores.accuracy[i]), f"{100 * scores.truth[i] / total:.2f}"]
-            lines.append(_row(name, width, cells if scores.seen is None else [*cells, _split(scores.seen[i])]))
+            if scores.seen is not None:
+                cells.append("seen" if scores.seen[i] else "unseen")
+            lines.append(_row(name, width, cells))
         lines.append("")
-        lines += [_row(_TITLES[name], width, [_percent(value)]) for name, value in self.metrics.items()]
+        lines += [_row(SCORES[name][0], width, [_percent(value)]) for name, value in self.metrics.items()]
         lines += ["", f"means over {int(scores.present.sum())} of {len(self.classes)} classes"]
         if self.absent:
-            lines.append(f"not counted, for the ground truth does not hold them: {', '.join(self.absent)}")
+            lines.append(f"not counted, being absent from the ground truth: {', '.join(self.absent)}")
         lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
@@ -154,14 +151,6 @@ def _number(value: float) -> float | None:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def _split(seen: bool) -> str:
-    return "seen" if seen else "unseen"
-
-
-def _columns(name: str) -> int:
-    return min(len(name), 40)
 
 
 def _row(name: str, width: int, cells: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""How far an evaluation has come, on disk, so that it goes on after it was stopped or killed."""
+"""Progress of an evaluation on disk, so that it can be resumed after it was stopped or killed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 from .. import __version__
 from ..files import write_whole
-from ..models import CascadeCLIP, CATSeg
+from ..models import SegmentationModel
 
 
 class StateError(ValueError):
-    """A stored state cannot be gone on with; the message is one sentence that says how to start anew."""
+    """A stored state cannot be resumed; the message is one sentence that says how to start over."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class State:
     """Counts so far.
 
     Attributes:
-        fingerprint: everything that the numbers depend on, part by part; only a state that agrees is gone on with.
+        fingerprint: everything that the numbers depend on, part by part; only a state with the same one is resumed.
         matrix: (C, C) int64, the confusion matrix. done: (N,) bool, the images that are in it.
-        seconds: what they took.
+        seconds: the time they took.
     """
 
     fingerprint: dict[str, str]
@@ -49,37 +49,35 @@ class State:
 
     @classmethod
     def load(cls, path: Path, fingerprint: dict[str, str]) -> State | None:
-        """The state in a file, or None where there is none, or one without a single image.
+        """The state in a file, or None if there is no file, or none of its images is done.
 
         Raises:
             StateError: it is damaged, or of an evaluation with another fingerprint.
         """
         if not path.exists():
             return None
-        anew = "start anew with restart=True (--restart), which discards it."
+        cure = "start over with restart=True (--restart), which discards it."
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
                 state = cls(dict(about["fingerprint"]), file["matrix"], file["done"], float(about["seconds"]))
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise StateError(f"'{path}' is no state of an evaluation or is damaged; {anew}") from error
+            raise StateError(f"'{path}' is not the state of an evaluation, or is damaged; {cure}") from error
         if not state.done.any():
             return None
         if state.fingerprint != fingerprint:
             keys = [*fingerprint, *(key for key in state.fingerprint if key not in fingerprint)]
             other = [key for key in keys if state.fingerprint.get(key) != fingerprint.get(key)]
             raise StateError(
-                f"'{path}' holds the state of an evaluation that was begun with other {', '.join(other)}; go on with "
-                f"the same, give another file for the result, or {anew}"
+                f"'{path}' holds the state of an evaluation with other {', '.join(other)}; use the same, give another "
+                f"file for the result, or {cure}"
             )
         return state
 
 
-def fingerprint_of(model: CATSeg | CascadeCLIP, parts: Mapping[str, Any]) -> dict[str, str]:
-    """What the numbers depend on: the model, its weights, this package's version, and further parts by name.
-
-    Strings stand for themselves, other values, of JSON's kinds, for their digest.
-    """
+def fingerprint_of(model: SegmentationModel, parts: Mapping[str, Any]) -> dict[str, str]:
+    """What the numbers depend on: the model, its weights, this package's version, and `parts` by name. Values other
+    than strings are digested as JSON."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -22,10 +22,12 @@ DROPPED_LOGIT = -100.0  # logit of a class that was not among the `pad_length` b
 class AggregationLayer(nn.Module):
     """Spatial, then class aggregation."""
 
-    def __init__(self, channels: int, guidance: int, heads: int, window: int, pad_length: int) -> None:
+    def __init__(
+        self, channels: int, guidance: int, heads: int, window: int, pad_length: int, class_attention: str = "linear"
+    ) -> None:
         super().__init__()
         self.spatial = SpatialAggregation(channels, guidance, heads, window)
-        self.classes = ClassAggregation(channels, guidance, heads, pad_length)
+        self.classes = ClassAggregation(channels, guidance, heads, pad_length, attention=class_attention)
 
     def forward(self, x: Tensor, appearance: Tensor, text: Tensor, pooling: int) -> Tensor:
         """(B, T, H, W, C), (B, H, W, G), (T, G) or (B, T, G) -> (B, T, H, W, C)."""
@@ -41,6 +43,7 @@ class CostAggregator(nn.Module):
         channels: C of the cost embedding; guidance: G of projected appearance and text guidance.
         layers, heads, window: N aggregation layers, attention heads, side of a window in tokens.
         pad_length: the class block's fixed list length. More classes than this: the best of each image go on.
+        class_attention: of the class block, `"linear"` or `"full"`.
         decoder_appearance, decoder_guidance, decoder_channels: see `UpsamplingDecoder`.
     """
 
@@ -58,6 +61,7 @@ class CostAggregator(nn.Module):
         decoder_appearance: Sequence[int],
         decoder_guidance: Sequence[int],
         decoder_channels: Sequence[int],
+        class_attention: str = "linear",
     ) -> None:
         super().__init__()
         self.pad_length = pad_length
@@ -65,7 +69,7 @@ class CostAggregator(nn.Module):
         self.appearance_projection = nn.Conv2d(embed_dim, guidance, 3, padding=1)
         self.text_projection = nn.Linear(embed_dim, guidance)
         self.layers = nn.ModuleList(
-            AggregationLayer(channels, guidance, heads, window, pad_length) for _ in range(layers)
+            AggregationLayer(channels, guidance, heads, window, pad_length, class_attention) for _ in range(layers)
         )
         self.decoder = UpsamplingDecoder(channels, decoder_appearance, decoder_guidance, decoder_channels)
         self.prepared = Prepared()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,60 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers.cascade_head import CascadeHead
+from .base import AugmentationSettings, Hyperparameters, Rule, SegmentationModel, rules
 from .clip import CLIP, ImageEncoder
-from .losses import check_labels, share_of_masks
-from .sliding import Windows, resize, to_pixels, window_starts
+from .sliding import resize
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's statistics of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
-FOCAL_WEIGHT, DICE_WEIGHT = 100.0, 1.0  # in the training loss
-MAX_ASPECT = 32  # beyond this, sliding windows over one picture run into the hundreds
+SEEN_OFFSET = 0.1  # as published
+NO_OBJECT_WEIGHT = 0.1  # MaskFormer's weight of the class "no object"
+
+VOC_TEMPLATES = ("a photo of a {}",)
+TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "a {} in the scene.",
+    "a photo of a {} in the scene.",
+    "There is a {} in the scene.",
+    "There is the {} in the scene.",
+    "This is a {} in the scene.",
+    "This is the {} in the scene.",
+    "This is one {} in the scene.",
+)
+
+EMPTY_WEIGHT = "decode_head.loss_decode.criterion.empty_weight"
+UPSTREAM_RULES = (
+    *rules(
+        "image_encoder.",
+        "backbone.",
+        ("clip.*.attn.(q|k|v)_proj_weight", "{0}.attn.in_proj_weight"),
+        ("clip.*", "{0}"),
+        ("norm_(weight|bias)", "ln_layers.{row}.{0}"),
+        ("prompt_embeddings", "prompt_embeddings", 1),
+        ("*", "{0}"),
+    ),
+    Rule("text_encoder.*.attn.(q|k|v)_proj_weight", "text_encoder.{0}.attn.in_proj_weight"),
+    Rule("text_encoder.*", "text_encoder.{0}"),
+    *rules(
+        "head.decoders.#.layers.#.",
+        "decode_head.cascade_decoders.{0}.layers.{1}.",
+        ("(q|k|v|proj).*", "multihead_attn.{2}.{3}"),
+        ("unused.self_attn_(in_proj)_*", "self_attn.{2}_{3}"),
+        ("unused.self_attn_(out_proj)_*", "self_attn.{2}.{3}"),
+        ("unused.norm1_*", "norm1.{2}"),
+        ("*", "{2}"),
+    ),
+    Rule("head.query_projections.#.*", "decode_head.q_projs.{0}.{1}"),
+    Rule("head.stage_weights.0", "decode_head.weights_s1"),
+    Rule("head.stage_weights.1", "decode_head.weights_s2"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +94,11 @@ class CascadeCLIPConfig:
     dropout: float = 0.1
     stride: int = 426
     training_classes: str = "coco-stuff"
-    seen_offset: float = 0.1
+    seen_offset: float = SEEN_OFFSET
 
 
 class ImageFeatures(NamedTuple):
-    """What the head needs of B images: `stages` maps (B, S, E), `global_embedding` (B, E), and the `grid` with S
-    patches."""
+    """The head's input for B images: `stages` maps (B, S, E), `global_embedding` (B, E), `grid` (rows, columns)."""
 
     stages: tuple[Tensor, ...]
     global_embedding: Tensor
@@ -65,17 +110,15 @@ class PromptedImageEncoder(nn.Module):
 
     Args:
         clip: the encoder; its position embeddings are resized to `grid` once, bilinearly.
-        prompts: prompt tokens of each block; gathered: zero-based blocks, besides the last one, whose outputs are
-            gathered.
-        dropout: probability with which projected prompts are dropped in training.
+        prompts: prompt tokens of each block. gathered: zero-based blocks, besides the last, whose outputs are gathered.
+        dropout: of projected prompts, in training.
     """
 
     def __init__(self, clip: ImageEncoder, grid: int, prompts: int, gathered: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         width, embed_dim = clip.width, clip.embed_dim
         clip.set_grid(grid, grid, "bilinear")
-        self.clip = clip
-        self.gathered = gathered
+        self.clip, self.gathered = clip, gathered
         self.prompt_embeddings = nn.Parameter(torch.empty(prompts, width))
         self.deep_prompt_embeddings = nn.Parameter(torch.empty(clip.layers - 1, prompts, width))
         bound = (6.0 / (3 * clip.patch**2 + width)) ** 0.5
@@ -95,12 +138,12 @@ class PromptedImageEncoder(nn.Module):
 
         Args:
             pixels: (B, 3, h, w) normalised image; h and w are multiples of the patch.
-            stage_weights: the Gaussian weights (L,) of each stage before the last, whose layers follow each other in
-                `gathered`; by default each layer is a stage of its own.
+            stage_weights: the Gaussian weights (L,) of each stage before the last, whose layers are consecutive in
+                `gathered`; by default each layer is its own stage.
 
         Returns:
-            a map (B, S, E) a stage, the last one of the last block alone: weighted sums over the stage's layers of
-            features of unit length over E, the features themselves without weights; the global embedding (B, E), unit
+            A map (B, S, E) per stage, the last one of the last block alone: weighted sums over the stage's layers of
+            unit-length features, or without weights the features themselves; the global embedding (B, E) of unit
             length; the grid (rows, columns) with S = rows · columns.
         """
         tokens, grid = self.clip.embed(pixels, "bilinear", class_again=True)
@@ -108,24 +151,15 @@ class PromptedImageEncoder(nn.Module):
         for index, block in enumerate(self.clip.transformer.resblocks):
             prompts = self.deep_prompt_embeddings[index - 1] if index else self.prompt_embeddings
             prompts = self.prompt_dropout(self.prompt_proj(prompts)).expand(tokens.shape[0], -1, -1)
-            first = (
-                1 if index == 0 else 1 + len(self.prompt_embeddings)
-            )  # each block replaces the prompts of the one before
+            first = 1 + len(self.prompt_embeddings) if index else 1  # replaces the prompts of the block before
             tokens = block(torch.cat([tokens[:, :1], prompts, tokens[:, first:]], 1))
             if index in self.gathered:
                 outputs.append(tokens)
         maps = self.gather(outputs, grid[0] * grid[1], stage_weights)
         post, projection = self.clip.ln_post, self.clip.proj
-        last = ops.layer_gather(
-            [tokens],
-            grid[0] * grid[1],
-            self.prompt_norm.weight,
-            self.prompt_norm.bias,
-            post.weight[None],
-            post.bias[None],
-            projection[None],
-            shared_eps=self.prompt_norm.eps,
-        )
+        norm = self.prompt_norm
+        last_weights = (norm.weight, norm.bias, post.weight[None], post.bias[None], projection[None])
+        last = ops.layer_gather([tokens], grid[0] * grid[1], *last_weights, shared_eps=norm.eps)
         class_token = self.clip.project(self.prompt_norm(tokens[:, 0]))
         return [*maps, *last], F.normalize(class_token, dim=-1), grid
 
@@ -138,39 +172,63 @@ class PromptedImageEncoder(nn.Module):
         sizes = [len(weights) for weights in stage_weights]
         maps, first = [], 0
         parts = (tensor.split(sizes) for tensor in own)
-        for weights, norm_weight, norm_bias, projection in zip(stage_weights, *parts, strict=True):
+        for weights, *layers in zip(stage_weights, *parts, strict=True):
             stage = hidden[first : first + len(weights)]
             first += len(weights)
-            maps.append(
-                ops.layer_gather(
-                    stage,
-                    patches,
-                    *shared,
-                    norm_weight,
-                    norm_bias,
-                    projection,
-                    weights=weights,
-                    shared_eps=self.prompt_norm.eps,
-                )
-            )
+            options = {"weights": weights, "shared_eps": self.prompt_norm.eps}
+            maps.append(ops.layer_gather(stage, patches, *shared, *layers, **options))
         return maps
 
 
-class CascadeCLIP(nn.Module):
-    """Prompted CLIP image encoder, frozen text encoder and the cascade head.
+class CascadeCLIP(SegmentationModel):
+    """Prompted CLIP image encoder, frozen text encoder and the cascade head; see `CascadeCLIPConfig`.
 
-    Args:
-        config: see `CascadeCLIPConfig`.
-        clip_pretrained: weights of CLIP by open_clip's tag or a file; None for random ones.
+    `text` is (T, E). The published loss is 100 × sigmoid focal loss + 1 × dice loss of the summed masks, of the seen
+    classes only (`training.labels.seen_labels`). Both terms are divided by the number of ground-truth masks.
     """
 
-    preset: str | None = None
-    pixel_mean: Tensor
-    pixel_std: Tensor
+    method = "cascade-clip"
+    statistics = (PIXEL_MEAN, PIXEL_STD)
+    templates: tuple[str, ...] = TEMPLATES
+    seen_offset = SEEN_OFFSET
+    hub_note = "its authors share weights elsewhere"
+    upstream_rules = UPSTREAM_RULES
+    upstream_derived = (EMPTY_WEIGHT,)
+    mark = "image_encoder.prompt_embeddings"
+    clip_prefixes = ("image_encoder.", "text_encoder.")
+    # Section 3.2: the per-layer norms and projections stay as they are, although no CLIP checkpoint holds them.
+    policy = "prompt"
+    policies: ClassVar = {
+        "prompt": "prompt",  # prompts, their projection, their norm
+        "attention": r"\.attn\.[qv]_proj_weight$|prompt|^image_encoder\.(norm_weight|norm_bias|proj_layers)$",
+    }
+    hyperparameters = Hyperparameters(  # section 4.1; steps are 20 000 for VOC, 40 000 for Context
+        learning_rate=2e-5,
+        weight_decay=0.01,
+        factors={"image_encoder.prompt": 10.0, "image_encoder.deep_prompt": 10.0, "head.": 10.0, "": 1.0},
+        no_decay=("norm",),
+        schedule="poly",
+        end=1e-6,
+        warmup=1500,
+        warmup_start=1e-6,  # read as a learning rate, as the end of the decay is
+        batch=16,
+        clip="",
+    )
+    # A base scale of (2048, 512) for crops of 512.
+    augmentation = AugmentationSettings(scales=(0.5, 2.0), longest=4.0, largest_share=0.75, flip_first=True)
+    seen_only = True
+    loss_weights: ClassVar = {"focal": 100.0, "dice": 1.0}
+    config: CascadeCLIPConfig
 
     def __init__(self, config: CascadeCLIPConfig | None = None, clip_pretrained: str | Path | None = None) -> None:
-        super().__init__()
-        self.config = config = config or CascadeCLIPConfig()
+        config = config or CascadeCLIPConfig()
+        super().__init__(config)
+        self.training_classes, self.seen_offset = config.training_classes, config.seen_offset
+        if config.training_classes in (
+            "pascal-voc",
+            "world",
+        ):  # VOC as published; the made-up world because it is small
+            self.templates = VOC_TEMPLATES
         clip = CLIP(config.clip, clip_pretrained)
         gathered = tuple(block for stage in config.stages for block in stage)
         grid = config.image_size // clip.visual.patch
@@ -180,37 +238,24 @@ class CascadeCLIP(nn.Module):
         self.head = CascadeHead(
             clip.visual.embed_dim, sizes, config.decoder_layers, config.heads, config.hidden, config.dropout
         )
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(T, P, 77) int64 token ids -> (T, P, E) unit-length text embeddings.
-
-        Raises:
-            TypeError, ValueError: `tokens` is not integer or has another rank.
-        """
-        if tokens.dim() != 3:
-            raise ValueError(f"tokens must have shape (T, P, 77), got {tuple(tokens.shape)}.")
-        return F.normalize(self.text_encoder(tokens), dim=-1)
+    @property
+    def stride(self) -> int:
+        return self.config.stride
 
     def text_from_prompts(self, embeddings: Tensor) -> Tensor:
-        """What `decode` takes, (T, E), from (T, P, E): the mean over unit-length prompts, again of unit length."""
+        """(T, P, E) -> (T, E): the mean over unit-length prompts, of unit length itself."""
         return F.normalize(F.normalize(embeddings, dim=-1).mean(1), dim=-1)
 
     def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
-        """(B, 3, h, w) in 0..255 -> features."""
+        """(B, 3, h, w) in 0..255, sides multiples of the patch -> features."""
         patch = self.image_encoder.clip.patch
         if pixels.shape[-2] % patch or pixels.shape[-1] % patch:
             raise ValueError(
                 f"images must have sides that are multiples of the {patch}-pixel patch, got {tuple(pixels.shape[-2:])}."
             )
-        normalised = (pixels - self.pixel_mean) / self.pixel_std
-        stages, global_embedding, grid = self.image_encoder(normalised, self.head.stage_weights)
+        stages, global_embedding, grid = self.image_encoder(self.normalise(pixels), self.head.stage_weights)
         return ImageFeatures(tuple(stages), global_embedding, grid)
-
-    def encode_image(self, images: Tensor) -> ImageFeatures:
-        """(B, 3, h, w) uint8 or float in 0..1, sides multiples of the patch -> features for `decode`."""
-        return self.encode_pixels(to_pixels(images))
 
     def decode(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, T, H, W) at the encoder's grid, of classes (T, E).
@@ -225,79 +270,21 @@ class CascadeCLIP(nn.Module):
         return masks.unflatten(-1, features.grid)
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """Mask logits at the image's size.
+        """Mask logits (B, T, h, w) at the image's size, whose sides must be multiples of the patch (published: 512 ×
+        512); arguments and errors as `SegmentationModel.forward`."""
+        return resize(super().forward(images, text), *images.shape[-2:])
 
-        Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch (512 × 512 as
-                published).
-            text: (T, E) unit-length embeddings.
-
-        Returns:
-            (B, T, h, w).
-
-        Raises:
-            TypeError, ValueError: images or text have another dtype or shape.
-        """
-        return resize(self.decode(self.encode_image(images), text), *images.shape[-2:])
-
-    def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """The published training loss: 100 × sigmoid focal loss + 1 × dice loss of the summed masks.
-
-        As published, the classes are the seen ones only (`training.labels.seen_labels`), and pixels of no class count
-        as negatives of every class. The masks are resized from the encoder's grid to the labels, map by map; neither
-        they nor one-hot targets are ever held at that size. (The published code goes by way of 512 × 512, which is the
-        labels' size there.) Both terms are divided by the number of ground-truth masks; its mean over all processes
-        counts where `torch.distributed` is initialised, and all of them must then call this together.
-
-        Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB; sides are multiples of the patch.
-            labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, is no class.
-            text: (T, E) unit-length embeddings of the classes trained on.
-
-        Returns:
-            Scalars `"focal"` and `"dice"`, weighted, and their sum `"loss"`.
-
-        Raises:
-            TypeError, ValueError: images, labels or text have another dtype or shape.
-        """
-        check_labels(labels, images)
-        masks = self.decode(self.encode_image(images), text)
-        terms = ops.mask_losses(masks, labels, terms=("focal", "dice"))
-        share = share_of_masks(labels, masks.shape[1])
-        if share is not None:
-            terms = {name: term * share for name, term in terms.items()}
-        losses = {"focal": FOCAL_WEIGHT * terms["focal"], "dice": DICE_WEIGHT * terms["dice"]}
-        return losses | {"loss": losses["focal"] + losses["dice"]}
+    def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Those of the last stage, the last block of the encoder."""
+        features = self.encode_pixels(self.windows(image, "whole").pixels)
+        return features.stages[-1].unflatten(1, features.grid), (image.shape[1], image.shape[2])
 
     def scores(self, score_map: Tensor) -> Tensor:
         """Scores (T, H, W) in 0..1 from `ops.score_map`: softmax over the classes, as published."""
         return score_map.softmax(0)
 
-    def windows(self, image: Tensor, mode: str) -> Windows:
-        """Cut one image (3, H, W) in 0..255.
-
-        `"slide"`: as published, shorter side resized to 512, windows of 512 at stride 426. `"whole"`: resized to 512 ×
-        512 without keeping the aspect ratio, one window.
-
-        Raises:
-            ValueError: for `"slide"`, one side of the image is more than 32 times the other.
-        """
-        side = self.config.image_size
-        height, width = image.shape[-2:]
-        if mode == "whole":
-            canvas = (side, side)
-        else:
-            if max(height, width) > MAX_ASPECT * min(height, width):
-                raise ValueError(
-                    f"image is {width} × {height} pixels, 'slide' takes at most {MAX_ASPECT}:1; cut it or use 'whole'."
-                )
-            scale = side / min(height, width)
-            canvas = (max(side, int(height * scale + 0.5)), max(side, int(width * scale + 0.5)))
-        resized = resize(image.unsqueeze(0), *canvas)
-        positions = [
-            (top, left)
-            for top in window_starts(canvas[0], side, self.config.stride)
-            for left in window_starts(canvas[1], side, self.config.stride)
-        ]
-        pixels = torch.cat([resized[..., top : top + side, left : left + side] for top, left in positions])
-        return Windows(pixels, positions, (side, side), canvas)
+    def upstream_buffers(self) -> dict[str, Tensor]:
+        """The weights of the training loss's classes."""
+        weight = self.pixel_mean.new_ones(len(self.trained_on) + 1)
+        weight[-1] = NO_OBJECT_WEIGHT
+        return {EMPTY_WEIGHT: weight}

@@ -6,20 +6,59 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..layers.cost_aggregator import CostAggregator
+from ..ops.spatial_aggregation import window_layout
+from .base import AugmentationSettings, Hyperparameters, Rule, SegmentationModel, rules
 from .clip import CLIP
-from .losses import check_labels
-from .sliding import Windows, resize, to_pixels, window_starts
+from .sliding import Windows, crops, resize
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's statistics of RGB in 0..255
 PIXEL_STD = (68.5005327, 66.6321579, 70.3231630)
+TEMPLATES = ("A photo of a {} in the scene",)
+
+PREDICTOR = "sem_seg_head.predictor."
+HEAD = PREDICTOR + "transformer."
+SHIFT_MASK = HEAD + "layers.{}.swin_block.block_2.attn_mask"
+UPSTREAM_RULES = (
+    *rules("clip.visual.", PREDICTOR + "clip_model.visual.", ("*", "{0}")),
+    *rules("clip.text.", PREDICTOR + "clip_model.", ("*", "{0}")),
+    *rules("clip.", PREDICTOR + "clip_model.", ("logit_scale", "logit_scale")),
+    *rules(
+        "aggregator.",
+        HEAD,
+        ("cost_embedding.*", "conv1.{0}"),
+        ("appearance_projection.*", "guidance_projection.0.{0}"),
+        ("text_projection.*", "text_guidance_projection.0.{0}"),
+        ("decoder.guidance_projections.#.*", "decoder_guidance_projection.{0}.0.{1}"),
+        ("decoder.head.*", "head.{0}"),
+        ("decoder.stages.#.up.*", "decoder{next0}.up.{1}"),
+        ("decoder.stages.#.conv1.*", "decoder{next0}.conv.double_conv.0.{1}"),
+        ("decoder.stages.#.norm1.*", "decoder{next0}.conv.double_conv.1.{1}"),
+        ("decoder.stages.#.conv2.*", "decoder{next0}.conv.double_conv.3.{1}"),
+        ("decoder.stages.#.norm2.*", "decoder{next0}.conv.double_conv.4.{1}"),
+    ),
+    *rules(
+        "aggregator.layers.#.",
+        HEAD + "layers.{0}.",
+        ("spatial.guidance_norm.*", "swin_block.guidance_norm.{1}"),
+        ("spatial.blocks.#.(norm1|norm2).*", "swin_block.block_{next1}.{2}.{3}"),
+        ("spatial.blocks.#.(q|k|v|proj).*", "swin_block.block_{next1}.attn.{2}.{3}"),
+        ("spatial.blocks.#.(fc1|fc2).*", "swin_block.block_{next1}.mlp.{2}.{3}"),
+        ("classes.(norm1|norm2).*", "attention.{1}.{2}"),
+        ("classes.(q|k|v).*", "attention.attention.{1}.{2}"),
+        ("classes.fc1.*", "attention.MLP.0.{1}"),
+        ("classes.fc2.*", "attention.MLP.2.{1}"),
+        ("classes.padding_token", "attention.padding_tokens", 2),
+        ("classes.padding_guidance", "attention.padding_guidance", 2),
+    ),
+    Rule("guidance_upsample.#.*", "upsample{next0}.{1}"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +73,7 @@ class CATSegConfig:
         guidance_blocks: zero-based encoder blocks whose outputs guide the decoder.
         prompts: P, prompts a class.
         class_pooling: side of the class block's pooling in training; the published evaluation uses 1.
+        class_attention: of the class block, "linear" as in the released models, or "full".
         slide_canvas, slide_window, slide_overlap: sliding-window inference, in pixels and as a fraction of the window.
         The others are described at `layers.cost_aggregator.CostAggregator`.
     """
@@ -52,9 +92,14 @@ class CATSegConfig:
     decoder_guidance: tuple[int, int] = (32, 16)
     decoder_channels: tuple[int, int] = (64, 32)
     class_pooling: int = 2
+    class_attention: str = "linear"
     slide_canvas: int = 640
     slide_window: int = 384
     slide_overlap: float = 0.333
+
+    def __post_init__(self) -> None:
+        if self.class_attention not in ("linear", "full"):
+            raise ValueError(f"class_attention must be 'linear' or 'full', got {self.class_attention!r}.")
 
 
 class ImageFeatures(NamedTuple):
@@ -64,21 +109,39 @@ class ImageFeatures(NamedTuple):
     appearance: tuple[Tensor, ...]
 
 
-class CATSeg(nn.Module):
-    """CLIP encoders and the cost aggregator.
+class CATSeg(SegmentationModel):
+    """CLIP encoders and the cost aggregator; see `CATSegConfig`.
 
-    Args:
-        config: see `CATSegConfig`.
-        clip_pretrained: weights of CLIP by open_clip's tag or a file; None for random ones.
+    `text` is (T, P, E) with the configuration's P. The published loss is the mean binary cross-entropy over all images,
+    classes and pixels.
     """
 
-    preset: str | None = None
-    pixel_mean: Tensor
-    pixel_std: Tensor
+    method = "cat-seg"
+    statistics = (PIXEL_MEAN, PIXEL_STD)
+    templates = TEMPLATES
+    hub_space = "hamacojr/CAT-Seg-weights"
+    upstream_rules = UPSTREAM_RULES
+    upstream_derived = (SHIFT_MASK.format("#"),)
+    mark = "clip.visual.conv1.weight"
+    clip_prefixes = ("clip.",)
+    policy = "attention"  # section 3.5
+    policies: ClassVar = {"attention": r"\.attn\.[qv]_proj_weight$"}
+    hyperparameters = Hyperparameters(  # section 4.1
+        learning_rate=2e-4,
+        weight_decay=1e-4,
+        factors={"clip.": 0.01},
+        no_decay=("norm", "embedding"),
+        schedule="cosine",
+        max_gradient_norm=0.01,
+        clip="clip.",
+    )
+    augmentation = AugmentationSettings(fill=128)  # shorter side to the crop's size, colour distortion, flip
+    config: CATSegConfig
 
     def __init__(self, config: CATSegConfig | None = None, clip_pretrained: str | Path | None = None) -> None:
-        super().__init__()
-        self.config = config = config or CATSegConfig()
+        config = config or CATSegConfig()
+        super().__init__(config)
+        self.prompts_per_class = config.prompts
         self.clip = CLIP(config.clip, clip_pretrained)
         encoder = self.clip.visual
         self.guidance_upsample = nn.ModuleList(
@@ -94,12 +157,11 @@ class CATSeg(nn.Module):
             heads=config.heads,
             window=config.window,
             pad_length=config.pad_length,
+            class_attention=config.class_attention,
             decoder_appearance=config.decoder_appearance,
             decoder_guidance=config.decoder_guidance,
             decoder_channels=config.decoder_channels,
         )
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     @property
     def map_size(self) -> int:
@@ -107,33 +169,17 @@ class CATSeg(nn.Module):
         return 4 * (self.config.image_size // self.clip.visual.patch)
 
     @property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> nn.Module:  # type: ignore[override]
         return self.clip.text
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(T, P, 77) int64 token ids -> (T, P, E) unit-length text embeddings.
-
-        Raises:
-            TypeError, ValueError: `tokens` is not integer or has another rank.
-        """
-        if tokens.dim() != 3:
-            raise ValueError(f"tokens must have shape (T, P, 77), got {tuple(tokens.shape)}.")
-        return F.normalize(self.clip.text(tokens), dim=-1)
-
-    def text_from_prompts(self, embeddings: Tensor) -> Tensor:
-        """What `decode` takes, from (T, P, E): unchanged."""
-        return embeddings
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """(B, 3, h, w) in 0..255 -> the encoder's input (B, 3, s, s).
 
-        As published: normalised, padded with zeros right and below to a multiple of 32, then resized as a whole without
-        keeping the aspect ratio. The padding stays in the picture.
+        As published: normalised, padded with zeros right and below to a multiple of 32, then resized together with the
+        padding, without keeping the aspect ratio.
         """
-        normalised = (pixels - self.pixel_mean) / self.pixel_std
-        height, width = normalised.shape[-2:]
-        right, below = (-(-side // 32) * 32 - side for side in (width, height))
-        padded = F.pad(normalised, (0, right, 0, below))
+        height, width = _padded(*pixels.shape[-2:])
+        padded = F.pad(self.normalise(pixels), (0, width - pixels.shape[-1], 0, height - pixels.shape[-2]))
         return resize(padded, self.config.image_size, self.config.image_size)
 
     def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
@@ -144,10 +190,6 @@ class CATSeg(nn.Module):
             maps = upsample(tokens[:, 1:].transpose(1, 2).unflatten(2, grid))
             appearance.append(maps.permute(0, 2, 3, 1))
         return ImageFeatures(dense[:, 1:].unflatten(1, grid), tuple(appearance))
-
-    def encode_image(self, images: Tensor) -> ImageFeatures:
-        """(B, 3, h, w) uint8 or float in 0..1 -> features for `decode`."""
-        return self.encode_pixels(to_pixels(images))
 
     def decode(self, features: ImageFeatures, text: Tensor, class_pooling: int | None = None) -> Tensor:
         """Logits (B, T, 4H, 4W) of classes (T, P, E); `class_pooling` defaults to the configuration's.
@@ -164,53 +206,26 @@ class CATSeg(nn.Module):
         return self.aggregator(features.dense, text, features.appearance, pooling)
 
     def forward(self, images: Tensor, text: Tensor, class_pooling: int | None = None) -> Tensor:
-        """Logits of every class.
+        """Logits of every class; arguments and errors as `SegmentationModel.forward`.
 
         Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB, any size.
-            text: (T, P, E) unit-length embeddings.
-            class_pooling: side of the class block's pooling; by default the configuration's (2 as published in
-                training).
+            class_pooling: side of the class block's pooling; by default the configuration's.
 
         Returns:
             (B, T, 96, 96) at the published sizes, whatever the image's.
-
-        Raises:
-            TypeError, ValueError: images or text have another dtype or shape.
         """
         return self.decode(self.encode_image(images), text, class_pooling)
 
-    def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """The published training loss: binary cross-entropy, mean over all images, classes and pixels.
-
-        As published, pixels of no class are not left out: they count as negatives of every class. The logits are
-        resized to the labels, map by map; neither they nor one-hot targets are ever held at that size.
-
-        Args:
-            images: (B, 3, h, w) uint8, or float in 0..1, RGB, any size.
-            labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, is no class.
-            text: (T, P, E) unit-length embeddings, made with gradients where the text encoder is to be trained.
-
-        Returns:
-            Scalars `"bce"` and `"loss"`, which are the same.
-
-        Raises:
-            TypeError, ValueError: images, labels or text have another dtype or shape.
-        """
-        check_labels(labels, images)
-        bce = ops.mask_losses(self(images, text), labels)["bce"]
-        return {"bce": bce, "loss": bce}
-
-    def scores(self, score_map: Tensor) -> Tensor:
-        """Scores (T, H, W) in 0..1 from `ops.score_map`: the probabilities themselves."""
-        return score_map
+    def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        height, width = image.shape[-2:]
+        return self.encode_pixels(image.unsqueeze(0)).dense, _padded(height, width)
 
     def windows(self, image: Tensor, mode: str) -> Windows:
         """Cut one image (3, H, W) in 0..255 as published.
 
         `"slide"`: resized to 640 × 640, windows of 384 at stride 256, and the whole image at 384 as a last one;
-        pooling 1. `"whole"`: the image alone, pooling 2. The published code cuts the 96 × 96 map to the image's size
-        where that is smaller, which misplaces the labels of images under 96 pixels; use `"slide"` for those.
+        pooling 1. `"whole"`: the image alone, pooling 2. The published code cuts the 96 × 96 map to the size of smaller
+        images, which misplaces their labels; use `"slide"` for those.
         """
         config, image = self.config, image.unsqueeze(0)
         if mode == "whole":
@@ -223,9 +238,24 @@ class CATSeg(nn.Module):
             return Windows(image, [(0, 0)], cut, cut, cut=cut)
         side = config.slide_window
         canvas = (config.slide_canvas, config.slide_canvas)
-        resized = resize(image, *canvas)
-        starts = window_starts(config.slide_canvas, side, int(side * (1 - config.slide_overlap)))
-        positions = [(top, left) for top in starts for left in starts]
-        crops = [resized[..., top : top + side, left : left + side] for top, left in positions]
-        pixels = torch.cat([*crops, resize(image, side, side)])
+        parts, positions = crops(resize(image, *canvas), side, int(side * (1 - config.slide_overlap)))
+        pixels = torch.cat([parts, resize(image, side, side)])
         return Windows(pixels, positions, (side, side), canvas, has_whole=True, decode={"class_pooling": 1})
+
+    def upstream_buffers(self) -> dict[str, Tensor]:
+        """The masks of shifted windows."""
+        config, like = self.config, self.pixel_mean
+        side, window = config.image_size // self.clip.visual.patch, config.window
+        if side <= window:  # one window, nothing to shift
+            return {}
+        mask = window_layout(side, side, window, window // 2, like.device, like.dtype)[2]
+        assert mask is not None  # a shift always separates some neighbours
+        return {
+            SHIFT_MASK.format(layer): mask.clone(memory_format=torch.contiguous_format)
+            for layer in range(config.layers)
+        }
+
+
+def _padded(height: int, width: int) -> tuple[int, int]:
+    """The next multiples of 32."""
+    return -(-height // 32) * 32, -(-width // 32) * 32

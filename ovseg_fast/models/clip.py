@@ -1,8 +1,8 @@
 """CLIP as both methods use it: open_clip's vision transformers and text encoders, run block by block.
 
-open_clip builds the modules, names them and brings published weights; this adapter takes them over with q, k and v as
-separate parameters (fine-tuning treats them apart, and a value-only block needs only v) and runs them itself: outputs
-of chosen blocks, dense features, visual prompts, position embeddings for any grid.
+open_clip builds the modules, names them and brings published weights. This adapter takes them over, with q, k and v as
+separate parameters (fine-tuning and value-only blocks need them apart), and runs them itself: outputs of chosen blocks,
+dense features, visual prompts, position embeddings for any grid.
 """
 
 from __future__ import annotations
@@ -20,26 +20,22 @@ from ..compat import ensure_importable
 from ..ops.common.attention import plain_attention
 from .token_table import expand
 
-PACKAGED = Path(__file__).parent.parent / "weights"  # what comes with this package
-TINY_CLIP = "world"  # the tag of the tiny CLIP among it, which knows the procedural world
+PACKAGED = Path(__file__).parent.parent / "weights"  # of this package
+TINY_CLIP = "world"  # tag of the tiny CLIP among them, which knows the procedural world
 TEXT_BATCH = 256  # prompts encoded at a time
 
 
 class SplitAttention(nn.Module):
-    """Multi-head self-attention with q, k and v projections as parameters of their own and one joint bias.
-
-    Attributes: `attention`, what it attends with, `"sdpa"` or `"xformers"`.
-    """
+    """Multi-head self-attention with separate q, k and v projections and one joint bias; `attention` is `"sdpa"` or
+    `"xformers"`."""
 
     attention = "sdpa"
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads = attention.num_heads
-        q, k, v = attention.in_proj_weight.detach().chunk(3)
-        self.q_proj_weight = nn.Parameter(q.clone())
-        self.k_proj_weight = nn.Parameter(k.clone())
-        self.v_proj_weight = nn.Parameter(v.clone())
+        q, k, v = (nn.Parameter(part.clone()) for part in attention.in_proj_weight.detach().chunk(3))
+        self.q_proj_weight, self.k_proj_weight, self.v_proj_weight = q, k, v
         self.in_proj_bias = attention.in_proj_bias
         self.out_proj = attention.out_proj
 
@@ -63,12 +59,8 @@ class Block(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.ln_1 = block.ln_1
-        self.attn = SplitAttention(block.attn)
-        self.ls_1 = block.ls_1
-        self.ln_2 = block.ln_2
-        self.mlp = block.mlp
-        self.ls_2 = block.ls_2
+        self.ln_1, self.attn, self.ls_1 = block.ln_1, SplitAttention(block.attn), block.ls_1
+        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -76,7 +68,7 @@ class Block(nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def dense(self, x: Tensor) -> Tensor:
-        """CAT-Seg's last block: no attention, and the residual is the class token's, at every position."""
+        """CAT-Seg's last block: no attention, and at every position the residual of the class token."""
         x = x[:, :1] + self.ls_1(self.attn.value_only(self.ln_1(x)))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
@@ -105,23 +97,12 @@ class ImageEncoder(nn.Module):
         self.transformer = Blocks(visual.transformer)
         self.ln_post: nn.LayerNorm = visual.ln_post
         self.proj: nn.Parameter = visual.proj
-        self.patch = int(visual.patch_size[0])
+        self.patch, self.layers = int(visual.patch_size[0]), len(self.transformer.resblocks)
         self.grid: tuple[int, int] = tuple(visual.grid_size)
-
-    @property
-    def width(self) -> int:
-        return self.proj.shape[0]
-
-    @property
-    def embed_dim(self) -> int:
-        return self.proj.shape[1]
-
-    @property
-    def layers(self) -> int:
-        return len(self.transformer.resblocks)
+        self.width, self.embed_dim = self.proj.shape
 
     def set_grid(self, rows: int, columns: int, mode: str) -> None:
-        """Store the position embeddings at another grid, resized once, as a method that trains at another size does."""
+        """Resize the stored position embeddings once, for a method that trains at another size."""
         resized = resize_positions(self.positional_embedding.detach(), self.grid, (rows, columns), mode)
         self.positional_embedding = nn.Parameter(resized)
         self.grid = (rows, columns)
@@ -131,7 +112,7 @@ class ImageEncoder(nn.Module):
 
         Args:
             pixels: (B, 3, h, w) normalised image.
-            mode: how position embeddings are resized where the grid differs, `"bicubic"` or `"bilinear"`.
+            mode: how position embeddings are resized to another grid, `"bicubic"` or `"bilinear"`.
             class_again: add the class embedding to the class token a second time (Cascade-CLIP).
 
         Returns:
@@ -158,7 +139,7 @@ class ImageEncoder(nn.Module):
 
         Args:
             pixels: (B, 3, h, w) normalised image.
-            blocks: zero-based indices of blocks whose outputs are wanted, ascending.
+            blocks: zero-based indices of blocks whose outputs to return, ascending.
 
         Returns:
             dense (B, 1 + S, E), not normalised to unit length, class token first; block outputs, each (B, 1 + S, D);
@@ -184,20 +165,12 @@ class TextEncoder(nn.Module):
         self.transformer = Blocks(text.transformer)
         self.ln_final: nn.LayerNorm = text.ln_final
         self.text_projection: nn.Parameter = text.text_projection
-
-    @property
-    def context(self) -> int:
-        return self.positional_embedding.shape[0]
-
-    @property
-    def embed_dim(self) -> int:
-        return self.text_projection.shape[1]
+        self.context, self.embed_dim = self.positional_embedding.shape[0], self.text_projection.shape[1]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed prompts; the end token is the one with the largest id.
 
-        Exact rewrite: the encoder is causal and only the end token is read, so what follows the last end token of a
-        batch is cut away.
+        Exact rewrite: the encoder is causal and only the end token is read, so a batch is cut after its last end token.
 
         Args:
             tokens: (..., 77) int64 token ids.
@@ -218,7 +191,7 @@ class TextEncoder(nn.Module):
 
     def _encode(self, tokens: Tensor) -> Tensor:
         end = tokens.argmax(-1)
-        if not torch.compiler.is_compiling():  # the length depends on the data, which would break a graph
+        if not torch.compiler.is_compiling():  # a length that depends on the data would break the graph
             tokens = tokens[:, : int(end.max()) + 1]
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         for block in self.transformer.resblocks:
@@ -230,14 +203,14 @@ class CLIP(nn.Module):
     """Image and text encoder in one embedding space.
 
     Args:
-        config: a name of open_clip's (`"ViT-B-16-quickgelu"`), or a dict as open_clip's model configurations have it
-            (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`).
-        pretrained: weights by open_clip's own tag (`"openai"`, downloaded) or a checkpoint file; `"world"` for those of
-            the tiny CLIP that comes with this package (`presets.TINY_WORLD`); None for random ones.
+        config: a name of open_clip's (`"ViT-B-16-quickgelu"`), or a dict like its model configurations (`embed_dim`,
+            `vision_cfg`, `text_cfg`, `quick_gelu`).
+        pretrained: weights by open_clip's tag (`"openai"`, downloaded) or a checkpoint file; `"world"` for the tiny
+            CLIP in this package (`presets.TINY_WORLD`); None for random ones.
 
     Raises:
-        ValueError: open_clip knows no such name, or the model is no plain CLIP vision transformer with a causal text
-            encoder.
+        ValueError: open_clip knows no such name, or the model is not a plain CLIP vision transformer with a causal
+            text encoder.
     """
 
     def __init__(self, config: str | Mapping[str, Any], pretrained: str | Path | None = None) -> None:
@@ -251,9 +224,8 @@ class CLIP(nn.Module):
 
 
 def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ...], mode: str) -> Tensor:
-    """(1 + old, D) position embeddings to (1 + new, D): the class position stays, the grid is resized (corners not
-    aligned)."""
-    # The same grid comes out unchanged either way; a compiler would tie its graph to what the comparison says.
+    """(1 + old, D) position embeddings to (1 + new, D): the grid is resized without aligning corners."""
+    # The same grid comes out unchanged either way; a compiler would specialise its graph on the comparison.
     if not torch.compiler.is_compiling() and tuple(old) == tuple(new):
         return positions
     grid = positions[1:].unflatten(0, tuple(old)).permute(2, 0, 1).unsqueeze(0)
@@ -268,9 +240,7 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
     if isinstance(config, str):
         known = open_clip.get_model_config(config)
         if known is None:
-            raise ValueError(
-                f"config must be a model name that open_clip knows or a configuration dict, got {config!r}."
-            )
+            raise ValueError(f"config must be a model name of open_clip's or a configuration dict, got {config!r}.")
         if pretrained is not None:
             return open_clip.create_model(config, pretrained=str(pretrained))
     settings = dict(known if isinstance(config, str) else config)
@@ -284,7 +254,7 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
 
 
 def _check_supported(visual: Any, text: Any) -> None:
-    """Refuse towers that this adapter would run wrongly."""
+    """Refuse towers that this adapter would run incorrectly."""
     ensure_importable()
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 

@@ -1,7 +1,7 @@
-"""Token tables in which nearly all rows are the same, stored without the repetition.
+"""Token tables in which most rows are the same, stored without the repetition.
 
-The tiny models know a few of CLIP's 49,408 tokens; all others share one row. As a file, the whole table would be ten
-times the rest of such a model.
+The tiny models know a few of CLIP's 49,408 tokens; all others share one row. Stored whole, the table would be ten times
+the size of the rest.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def compact_embedding(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in which token tables whose rows are mostly the same are stored compactly; others stay."""
+    """A state dict with a compact form of token tables in which most rows are the same."""
     compacted: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        # Its first token, "!", stands for the many that a tiny model does not know.
+        # The first row, of "!", is that of all tokens that a tiny model does not know.
         if name.endswith(TABLE) and len(tensor) == CLIP_TOKENS and (tensor == tensor[0]).all(1).float().mean() > 0.5:
             stem = name.removesuffix(TABLE)
             ids, rows = compact_embedding(tensor)

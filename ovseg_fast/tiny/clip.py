@@ -38,10 +38,11 @@ from ..data.vocabularies import WORLD
 from ..data.world.scenes import World, WorldScenes
 from ..evaluation.metrics import ConfusionMatrix, Scores
 from ..files import write_whole
+from ..models.catseg import TEMPLATES
 from ..models.clip import CLIP, ImageEncoder
 from ..models.presets import TINY_WORLD
 from ..models.token_table import expand_embedding
-from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
+from ..vocabulary import fill_templates, tokenize
 from .contrast import encode, near_contrast, patch_aligned, soft_contrast
 from .crops import LAST_WORDS, class_captions, object_crops, shown_classes
 from .tokens import KnownTokens
@@ -246,7 +247,7 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
         (similarity.argmax(1) == right).float().mean().item()
         for similarity in (whole @ text.t(), patch_aligned(dense, text))
     )
-    class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, CATSEG_TEMPLATES)])
+    class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, TEMPLATES)])
     scores = zero_shot_scores(model.visual, class_text, WorldScenes.first(config.evaluation_scenes, "test", fresh.seed))
     return {
         "retrieval": by_token,

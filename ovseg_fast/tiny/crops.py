@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..data.world.classes import GROUNDS, OBJECTS
 from ..data.world.scenes import Scene, describe, phrase
-from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES
+from ..models import cascade_clip, catseg
 
-TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # what segmentation will ask with
+# What segmentation will ask with.
+TEMPLATES = (*catseg.TEMPLATES, *cascade_clip.VOC_TEMPLATES, *cascade_clip.TEMPLATES)
 WORDS = (*OBJECTS, *GROUNDS)  # of each class
 
 

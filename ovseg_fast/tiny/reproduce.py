@@ -27,13 +27,14 @@ from ..data.world.scenes import WORLD, WorldScenes
 from ..evaluation.evaluate import evaluate
 from ..files import write_whole
 from ..models import build
+from ..models.catseg import TEMPLATES
 from ..models.clip import CLIP, PACKAGED, TINY_CLIP
 from ..models.presets import TINY_WORLD
 from ..models.token_table import compact
 from ..segmenter import load
 from ..training.config import read_config, read_toml
 from ..training.run import train
-from ..vocabulary import CATSEG_TEMPLATES, fill_templates, tokenize
+from ..vocabulary import fill_templates, tokenize
 from .clip import WEIGHTS as CLIP_WEIGHTS
 from .clip import PretrainingConfig, pretrain, zero_shot_scores
 
@@ -97,7 +98,7 @@ def pack_model(name: str, source: Path, target: Path) -> None:
 @torch.inference_mode()
 def baseline(clip: CLIP, dataset: WorldScenes) -> dict[str, float]:
     """Scores of the tiny CLIP alone: each pixel the class of highest cosine."""
-    prompts = fill_templates(WORLD.classes, CATSEG_TEMPLATES)
+    prompts = fill_templates(WORLD.classes, TEMPLATES)
     text = torch.nn.functional.normalize(clip.text(tokenize(prompts)[:, 0]), dim=-1)
     scores = zero_shot_scores(clip.visual, text, dataset)
     return {name: float(getattr(scores, name)) for name in MEASURED}

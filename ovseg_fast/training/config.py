@@ -1,4 +1,4 @@
-"""What a training run is told, as a TOML file.
+"""The configuration of a training run, as a TOML file.
 
     model = "catseg-vitb"
     out = "runs/catseg"
@@ -16,7 +16,7 @@
     root = "datasets"
     limit = 200
 
-Everything but `model`, `out`, `steps` and `data` may be left out; the rest defaults to what the method published.
+All but `model`, `out`, `steps` and `data` are optional and default to what the method published.
 """
 
 from __future__ import annotations
@@ -59,29 +59,28 @@ class TrainingConfig:
     """One training run.
 
     Attributes:
-        model: a preset's name. out: the folder for checkpoints, logs and pictures.
-        steps: optimiser steps. data: what is trained on; validation: what is evaluated on, if anything.
-        weights: a checkpoint to start from; clip_pretrained: or weights of CLIP alone, see `models.build`.
-        policy: what of CLIP is trained, see `finetuning.set_trainable`; by default as published.
-        seen_only: train on the seen classes of the data's zero-shot split alone; by default as published, which is so
-            for Cascade-CLIP.
-        transductive: from this share of the steps on, Cascade-CLIP's unseen pixels get pseudo-labels; None: never.
-        batch: images a step, over all processes and `accumulation` parts, each of which goes forward by itself.
+        model: a preset's name. out: the folder for checkpoints, logs and pictures. steps: optimiser steps.
+        data: the training data. validation: the evaluation data, if any.
+        weights: a checkpoint to start from; or clip_pretrained: weights of CLIP alone, see `models.build`.
+        policy: the part of CLIP to train, see `finetuning.set_trainable`; by default as published.
+        seen_only: train only on the seen classes of a zero-shot split; by default as published (Cascade-CLIP: true).
+        transductive: from this share of the steps on, unseen pixels get pseudo-labels; None: never.
+        batch: images per step, over all processes and `accumulation` parts, each a forward pass of its own.
         crop: side of a training crop in pixels; by default the model's.
-        scales: smallest and largest shorter side of an image before it is cropped, in units of `crop`, in place of the
-            published ones. distortion: whether colours are distorted, as published.
-        sample_classes: whether a step takes, besides the classes that its images show, only a random number of the
-            others, so that the model learns lists of any length; published training takes all.
-        learning_rate: of the method's optimiser in place of the published one; its groups keep their ratios.
-        clip_learning_rate: that of CLIP's own weights, in place of the published share of the rest's, which is a
-            hundredth for CAT-Seg and a tenth for Cascade-CLIP.
-        warmup: steps of linear warm-up in place of the published ones.
-        max_gradient_norm: to which all gradients together are clipped, in place of the published norm (0.01 for
-            CAT-Seg, none for Cascade-CLIP). In short trainings of Cascade-CLIP it matters much: its first gradients
-            are so large that AdamW, which remembers squares for a thousand steps, hardly moves afterwards.
-        precision: `"fp32"`, `"bf16"` or `"fp16"`: that of autocast.
-        seed: of weights that start random, order, augmentation and dropout.
-        workers: processes that read images, for each training process.
+        scales: smallest and largest shorter side before the crop, in units of `crop`; by default as published.
+        distortion: whether colours are distorted, as published.
+        sample_classes: take, besides the classes in its images, only a random number of the others in each step, so
+            that the model learns lists of any length; published training takes all.
+        learning_rate: of the optimiser, by default as published; its groups keep their ratios.
+        clip_learning_rate: of CLIP's weights; by default as published, 1/100 of the rest for CAT-Seg and 1/10 for
+            Cascade-CLIP.
+        warmup: steps of linear warm-up; by default as published.
+        max_gradient_norm: the norm of all gradients is clipped to this; by default as published (0.01 for CAT-Seg,
+            none for Cascade-CLIP). Short trainings of Cascade-CLIP need it: its first gradients are so large that
+            AdamW, which remembers squares for a thousand steps, hardly moves afterwards.
+        precision: of autocast, `"fp32"`, `"bf16"` or `"fp16"`.
+        seed: of random initial weights, order, augmentation and dropout.
+        workers: processes that read images, per training process.
         log_every, checkpoint_every, evaluate_every: in steps; pictures: validation images drawn at each evaluation.
     """
 
@@ -144,7 +143,7 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError, TypeError: no TOML, a key that is unknown or missing, a value of another type or out of range; the
+        ValueError, TypeError: not TOML, an unknown or missing key, a value of another type or out of range; the
             sentence names the file and the key.
     """
     file = Path(path)
@@ -157,9 +156,9 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise ValueError(f"'{file}' is no UTF-8 text, expected a TOML file.") from None
+        raise ValueError(f"'{file}' is not UTF-8, expected a TOML file.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"'{file}' is no TOML file: {error}.") from None
+        raise ValueError(f"'{file}' is not a TOML file: {error}.") from None
     try:
         return cast(Config, _build(kind, values, ""))
     except (ValueError, TypeError) as error:
@@ -167,13 +166,13 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
 
 
 def check_resumable(saved: Mapping[str, Any], config: TrainingConfig) -> None:
-    """Raises ValueError, naming the keys, where a run with `config` would not go on as the saved one began."""
+    """Raises ValueError that names the keys in which a run with `config` differs from the saved one."""
     now = dataclasses.asdict(config)
     changed = [name for name in now if name not in FREE_ON_RESUME and saved.get(name) != now[name]]
     if changed:
         parts = ", ".join(f"{name} {saved.get(name)!r} is now {now[name]!r}" for name in changed)
         raise ValueError(
-            f"out holds a run with another configuration ({parts}); change it back, choose another out, or start anew "
+            f"out holds a run with another configuration ({parts}); change it back, choose another out, or start over "
             "with --restart."
         )
 

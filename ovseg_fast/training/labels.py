@@ -1,4 +1,4 @@
-"""Labels of zero-shot training: classes that are never shown, and what a half-trained model thinks that they are.
+"""Labels of zero-shot training: classes that are never shown, and what a half-trained model takes them for.
 
 Cascade-CLIP, arXiv 2406.00670, section 4.1; the transductive phase is its "self-training".
 """
@@ -11,24 +11,25 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.losses import DTYPES, NO_CLASS, check_labels
+from ..data.masks import NO_CLASS
+from ..models.losses import check_label_maps
+from ..ops.common.checks import check_tensors
 
 
 def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor:
-    """Labels among the seen classes alone, as inductive training reads them.
+    """Labels among the seen classes only, for inductive training.
 
     Args:
         labels: (..., H, W) uint8, int32 or int64 indices of T classes; −1, or any other outside 0..T-1, is no class.
-        classes: T.
-        unseen: indices of the classes that are not trained on.
+        classes: T. unseen: indices of the classes that are not trained on.
 
     Returns:
         int64 of the same shape: seen classes renumbered 0..S-1 in order; −1 where there was no class or an unseen one.
 
     Raises:
-        TypeError, ValueError: `labels` is no tensor of indices, or `unseen` names a class twice, or none, or all.
+        TypeError, ValueError: `labels` are not indices, or `unseen` repeats a class, is out of range or holds all.
     """
-    _check_indices(labels)
+    check_label_maps(labels)
     seen = seen_classes(classes, unseen)
     table = torch.full((classes + 1,), NO_CLASS, device=labels.device)  # its last entry is for no class
     table[seen] = torch.arange(len(seen), device=labels.device)
@@ -40,7 +41,7 @@ def seen_classes(classes: int, unseen: Collection[int]) -> list[int]:
     """Indices of the classes trained on: the rows of the text embeddings that go with `seen_labels`.
 
     Raises:
-        ValueError: `unseen` names a class twice, or one that is not in 0..T-1, or no class is left.
+        ValueError: `unseen` repeats a class, is outside 0..T-1, or leaves no class.
     """
     if len(set(unseen)) < len(unseen) or not set(unseen) <= set(range(classes)) or len(unseen) == classes:
         raise ValueError(
@@ -52,12 +53,11 @@ def seen_classes(classes: int, unseen: Collection[int]) -> list[int]:
 
 @torch.no_grad()
 def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Collection[int]) -> Tensor:
-    """Labels for transductive training: unseen pixels get the unseen class that the model now gives most.
+    """Labels for transductive training: unseen pixels get the unseen class with the highest logit.
 
-    Unseen pixels are those whose label is an unseen class. Which one is not read: only that the annotators of the seen
-    classes left them out. Pixels of no class, such as the background, stay so, as do pixels of seen classes. The class
-    is the argmax of the sigmoid masks with those of seen classes set to −1; as the sigmoid only ever grows, that is the
-    argmax over the unseen classes. It is worked out tile by tile, so that nothing of size (B, T, H, W) is held.
+    Unseen pixels are those whose label is an unseen class; which one is not read. All others keep their label. The
+    published argmax of the sigmoid masks, with those of seen classes set to −1, is the argmax over the unseen logits.
+    It is computed tile by tile, so nothing of size (B, T, H, W) is held.
 
     Args:
         logits: (B, T, h, w) mask logits of all T classes, at the encoder's grid (`decode`) or any other size; they are
@@ -69,14 +69,10 @@ def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Collection[int]) -> Te
         (B, H, W) int64 labels among all T classes, −1 for no class.
 
     Raises:
-        TypeError, ValueError: logits or labels do not fit, or `unseen` names a class twice, or none, or all.
+        TypeError, ValueError: logits or labels do not fit, or `unseen` repeats a class, is out of range or holds all.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating-point tensor, got {got}.")
-    if logits.dim() != 4 or 0 in logits.shape:
-        raise ValueError(f"logits must have shape (B, T, h, w) with no size zero, got {tuple(logits.shape)}.")
-    check_labels(labels, logits)
+    check_tensors("pseudo_labels", logits=(logits, "B T h w"))
+    check_label_maps(labels, logits)
     classes = logits.shape[1]
     seen_classes(classes, unseen)
     hidden = torch.tensor(sorted(unseen), dtype=torch.int64, device=logits.device)
@@ -89,9 +85,3 @@ def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Collection[int]) -> Te
         guess = ops.label_map(image[None], ops.Placement([(0, 0)], size, size, size))
         labels[index] = torch.where(torch.isin(labels[index], hidden), hidden[guess.long()], labels[index])
     return labels
-
-
-def _check_indices(labels: object) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in DTYPES:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be a uint8, int32 or int64 tensor of class indices, got {got}.")

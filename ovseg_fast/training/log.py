@@ -1,23 +1,30 @@
-"""What a run tells while it goes on: a progress bar, TensorBoard, a file of JSON lines."""
+"""What a run reports as it goes: a progress bar, TensorBoard, a file of JSON lines, pictures."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..files import write_whole
+from ..visualize import overlay, palette
+
+HEIGHT = 240  # of a row of pictures, in pixels
+GAP = 6  # between pictures, in pixels
 
 
 class Log:
-    """Losses and scores of a run, told by its main process.
+    """Losses and scores of a run, reported by its main process.
 
-    Losses are summed where they are and read only every `every` steps, since reading one waits for the GPU.
+    Losses are summed on their device and read only every `every` steps, since reading one waits for the GPU.
 
     Args:
         out: the run's folder; `None` in all but the main process.
@@ -42,20 +49,16 @@ class Log:
             self.writer.close()
 
     def step(self, step: int, losses: dict[str, Tensor], rate: float) -> None:
-        """Note the losses of the step that has just ended, number `step` counted from 1."""
+        """Add the losses of the step that has just ended, number `step` counted from 1."""
         self.bar.update()
         for name, loss in losses.items():
             self.sums[name] = self.sums[name] + loss if self.count else loss
         self.count += 1
         if step % self.every == 0:
-            self.tell(step, rate)
+            self.report(step, rate)
 
-    def tell(self, step: int, rate: float | None = None) -> None:
-        """Read the losses since the last time.
-
-        Raises:
-            FloatingPointError: one is not finite.
-        """
+    def report(self, step: int, rate: float | None = None) -> None:
+        """Write the mean losses since the last time. Raises FloatingPointError if one is not finite."""
         if not self.count:
             return
         values = torch.stack([loss.float() for loss in self.sums.values()]) / self.count
@@ -69,7 +72,7 @@ class Log:
         self.write(step, means if rate is None else means | {"learning_rate": rate}, "training")
 
     def write(self, step: int, values: dict[str, float], of: str = "validation") -> None:
-        """Note values that were measured after `step`."""
+        """Write values that were measured after `step`."""
         if self.out is None:
             return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
@@ -81,8 +84,25 @@ class Log:
                 self.writer.add_scalar(f"{of}/{name}", value, step)
 
 
+def comparison(rows: Sequence[tuple[Image.Image, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Image.Image:
+    """A row for each RGB image with true labels (H, W), −1 for no class, and predicted ones: the image, the true labels
+    (white for no class), the predicted ones laid over the image."""
+    colours = np.concatenate([palette(len(classes)), np.full((1, 3), 255, np.uint8)])  # the last one is that of −1
+    strips = []
+    for image, truth, predicted in rows:
+        parts = [image, Image.fromarray(colours[truth]), overlay(image, predicted, classes, legend=False)]
+        width = max(1, round(image.width * HEIGHT / image.height))
+        strips.append([part.resize((width, HEIGHT), Image.Resampling.NEAREST) for part in parts])
+    widths = [3 * strip[0].width + 2 * GAP for strip in strips]
+    sheet = Image.new("RGB", (max(widths), len(strips) * (HEIGHT + GAP) - GAP), "white")
+    for number, strip in enumerate(strips):
+        for place, part in enumerate(strip):
+            sheet.paste(part, (place * (part.width + GAP), number * (HEIGHT + GAP)))
+    return sheet
+
+
 def _keep_until(file: Path, step: int) -> None:
-    """Drop what an earlier run told of steps that are now done again."""
+    """Drop the lines of steps that are done again."""
     if not file.is_file():
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -91,7 +111,7 @@ def _keep_until(file: Path, step: int) -> None:
 
 
 def _tensorboard(folder: Path, first: int) -> Any:
-    """A writer, where TensorBoard is installed; what an earlier run logged after step `first` is passed over."""
+    """A writer, if TensorBoard is installed; it hides what an earlier run logged after step `first`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,10 +1,9 @@
-"""The training loop: any number of processes, precise resumption, one folder for all that a run leaves.
+"""The training loop: any number of processes, exact resumption, one folder for everything that a run writes.
 
-Nothing of a step depends on the steps before but weights and optimiser: image order, augmentation and dropout follow
-from the seed and the step's number. So a checkpoint holds weights, optimiser and a number, and a run that was killed
-goes on as if it had not been: bit by bit where sums keep their order, as on a CPU with as many threads. Several
-processes share each global batch; the sum of their gradients is that of one process with the whole batch, but for
-rounding.
+A step depends on earlier ones only through weights and optimiser: image order, augmentation and dropout follow from the
+seed and the step's number. So a checkpoint holds weights, optimiser and a number, and a killed run resumes without a
+trace: bit by bit if sums keep their order, as on a CPU with the same number of threads. Several processes share each
+global batch; up to rounding, the sum of their gradients is that of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -27,16 +26,15 @@ from ..data.datasets import SegmentationDataset, open_dataset
 from ..data.world.scenes import WorldScenes
 from ..evaluation.evaluate import evaluate
 from ..files import write_whole
-from ..models import CascadeCLIP, CATSeg, build
+from ..models import Hyperparameters, SegmentationModel, build
 from ..segmenter import Segmenter
 from ..vocabulary import fill_templates, prompt_name, tokenize
 from .config import PRECISIONS, DataConfig, TrainingConfig, check_resumable
 from .finetuning import set_trainable
 from .images import TrainingImages, stream
 from .labels import pseudo_labels, seen_classes, seen_labels
-from .log import Log
-from .optimizer import PUBLISHED, Hyperparameters, build_optimizer, build_schedule, method, with_clip_rate
-from .pictures import save_comparison
+from .log import Log, comparison
+from .optimizer import build_optimizer, build_schedule, with_clip_rate
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
 WORLD_SCENES = 100_000  # of the procedural world, where the configuration sets no limit
@@ -45,16 +43,16 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig, *, restart: bool = False, progress: bool = True) -> Path:
-    """Train a model as `config` says; goes on where the run in `config.out` stopped, if there is one.
+    """Train a model as `config` says; resumes the run in `config.out`, if there is one.
 
-    Under `torchrun` or `accelerate launch`, every process calls it alike.
+    Under `torchrun` or `accelerate launch`, every process makes the same call.
 
     Args:
-        restart: begin anew where the folder holds a run.
-        progress: show a bar with the loss and the time that is left.
+        restart: start over if the folder holds a run.
+        progress: show a bar with the loss and the remaining time.
 
     Returns:
-        the file of the trained weights, `out/model.safetensors`.
+        The file of the trained weights, `out/model.safetensors`.
 
     Raises:
         ValueError, OSError: the configuration does not fit itself, the data, or the run that `out` holds.
@@ -70,13 +68,13 @@ class Objective(nn.Module):
     """A model with the texts of its classes: images and labels in, the published loss out.
 
     Args:
-        model: on its device. prompts: of all classes, as tokens (T, P, 77) where the text encoder is trained, else as
-            their embeddings (T, P, E). unseen: indices of the classes that are not trained on.
+        model: on its device. prompts: of all classes, as tokens (T, P, 77) if the text encoder is trained, else as
+            embeddings (T, P, E). unseen: indices of the classes that are not trained on.
         sample_classes: see `TrainingConfig`.
     """
 
     def __init__(
-        self, model: CATSeg | CascadeCLIP, prompts: Tensor, unseen: tuple[int, ...], sample_classes: bool = False
+        self, model: SegmentationModel, prompts: Tensor, unseen: tuple[int, ...], sample_classes: bool = False
     ) -> None:
         super().__init__()
         self.model, self.prompts, self.unseen, self.sample_classes = model, prompts, unseen, sample_classes
@@ -88,15 +86,14 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, transductive: bool = False) -> dict[str, Tensor]:
         """(B, 3, s, s) uint8 and (B, s, s) indices of all classes -> named losses. Transductively, all classes are
-        trained on, the unseen ones by labels that the model gives now."""
+        trained on, the unseen ones by labels that the model predicts."""
         if not transductive:
             chosen = self._sample(labels) if self.sample_classes else self.seen
             left_out = set(range(len(self.prompts))) - set(chosen)
             return self.model.loss(images, seen_labels(labels, len(self.prompts), left_out), self._embed(chosen))
         text = self._embed(list(range(len(self.prompts))))
         with torch.no_grad():
-            features: Any = self.model.encode_image(images)
-            logits = self.model.decode(features, text)
+            logits = self.model.decode(self.model.encode_image(images), text)
         return self.model.loss(images, pseudo_labels(logits, labels, self.unseen), text)
 
     def _sample(self, labels: Tensor) -> list[int]:
@@ -112,11 +109,11 @@ class Objective(nn.Module):
 class Run:
     """One process of a training run: `prepare`, then `go`. Arguments and errors as `train`.
 
-    A `model` of one's own takes the place of the one that `config` would build.
+    `model` replaces the one that `config` would build.
     """
 
     def __init__(
-        self, config: TrainingConfig, *, progress: bool = True, model: CATSeg | CascadeCLIP | None = None
+        self, config: TrainingConfig, *, progress: bool = True, model: SegmentationModel | None = None
     ) -> None:
         self.config, self.out = config, Path(config.out)
         self.accelerator = _accelerator(config)
@@ -130,16 +127,15 @@ class Run:
         self.model = model or build(config.model, clip_pretrained=config.clip_pretrained)
         if config.weights is not None:
             checkpoints.load(self.model, config.weights)
-        self.method = method(self.model)
-        self.settings = _settings(config, self.method)
+        self.settings = _settings(config, self.model.hyperparameters)
         vocabulary = self.dataset.vocabulary
-        seen_only = self.method == "cascade-clip" if config.seen_only is None else config.seen_only
+        seen_only = self.model.seen_only if config.seen_only is None else config.seen_only
         self.classes, self.unseen = vocabulary.classes, vocabulary.unseen if seen_only else ()
         if config.transductive is not None and not self.unseen:
             raise ValueError("transductive needs unseen classes: a dataset with a zero-shot split, and seen_only.")
 
     def prepare(self, restart: bool) -> None:
-        """Everything that may be refused, and the state to begin with."""
+        """Everything that may be refused, and the initial state."""
         model, accelerator = self.model, self.accelerator
         self.out.mkdir(parents=True, exist_ok=True)
         saved = None if restart or not (self.out / CHECKPOINT).is_file() else self._read_checkpoint()
@@ -164,7 +160,7 @@ class Run:
             accelerator.scaler.load_state_dict(saved["scaler"])
 
     def go(self) -> Path:
-        """All steps that are left."""
+        """All remaining steps."""
         config, accelerator = self.config, self.accelerator
         out = self.out if accelerator.is_main_process else None
         with Log(out, accelerator, self.first, config.steps, config.log_every, self.progress) as log:
@@ -177,7 +173,7 @@ class Run:
                 done, last = step + 1, step + 1 == config.steps
                 log.step(done, losses, max(group["lr"] for group in self.optimizer.param_groups))
                 if done % config.checkpoint_every == 0 or last:
-                    log.tell(done)  # no checkpoint of what is not finite
+                    log.report(done)  # raises rather than save what is not finite
                     self._write_checkpoint(done)
                 if config.validation is not None and (done % config.evaluate_every == 0 or last):
                     log.write(done, self._evaluate(done))
@@ -188,7 +184,7 @@ class Run:
         return self.out / WEIGHTS
 
     def _batches(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
-        """Each step that is left with this process's share of its images, in parts that go forward one by one."""
+        """Each remaining step with this process's share of its images, in parts that go forward one by one."""
         config, accelerator = self.config, self.accelerator
         steps = range(self.first, config.steps)
         mine = [
@@ -198,12 +194,13 @@ class Run:
             for part in range(config.accumulation)
         ]  # fmt: skip
         side = config.crop or self.model.config.image_size
-        augment = augmentation(self.method, side, scales=config.scales, distortion=config.distortion)
+        recipe = self.model.augmentation
+        if config.scales is not None:
+            recipe = replace(recipe, scales=config.scales)
+        augment = augmentation(side, **asdict(recipe), distortion=config.distortion)
         images = TrainingImages(self.dataset, augment, config.seed)
-        loader = DataLoader(
-            images, batch_sampler=mine, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"
-        )
-        parts = iter(loader)
+        pin = accelerator.device.type == "cuda"
+        parts = iter(DataLoader(images, batch_sampler=mine, num_workers=config.workers, pin_memory=pin))
         for step in steps:
             yield step, [next(parts) for _ in range(config.accumulation)]
 
@@ -235,9 +232,9 @@ class Run:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             began = saved["config"]
         except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError):
-            raise ValueError(f"'{path}' is no checkpoint of a run, or damaged; --restart begins anew.") from None
+            raise ValueError(f"'{path}' is not a checkpoint of a run, or damaged; --restart starts over.") from None
         check_resumable(began, self.config)
-        logger.info("going on after step %d of the run in %s", saved["step"], self.out)
+        logger.info("resuming after step %d of the run in %s", saved["step"], self.out)
         return saved
 
     def _write_checkpoint(self, step: int) -> None:
@@ -268,7 +265,7 @@ class Run:
                 rows.append((image, labels, segmenter.encode(image).segment(names).labels))
             if rows:
                 (self.out / "pictures").mkdir(exist_ok=True)
-                save_comparison(self.out / "pictures" / f"step_{step:07}.png", rows, names)
+                write_whole(self.out / "pictures" / f"step_{step:07}.png", comparison(rows, names).save)
         self.accelerator.wait_for_everyone()
         return scores
 
@@ -283,12 +280,10 @@ def open_data(config: DataConfig, split: str) -> SegmentationDataset | WorldScen
     return dataset if config.limit is None else replace(dataset, pairs=dataset.pairs[: config.limit])
 
 
-def _settings(config: TrainingConfig, method: str) -> Hyperparameters:
+def _settings(config: TrainingConfig, published: Hyperparameters) -> Hyperparameters:
     own = {name: getattr(config, name) for name in ("learning_rate", "warmup", "max_gradient_norm")}
-    settings = replace(PUBLISHED[method], **{name: value for name, value in own.items() if value is not None})
-    if config.clip_learning_rate is not None:
-        settings = with_clip_rate(settings, config.clip_learning_rate)
-    return settings
+    settings = replace(published, **{name: value for name, value in own.items() if value is not None})
+    return settings if config.clip_learning_rate is None else with_clip_rate(settings, config.clip_learning_rate)
 
 
 def _accelerator(config: TrainingConfig) -> Any:
@@ -296,6 +291,6 @@ def _accelerator(config: TrainingConfig) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError:
         raise ImportError("training needs accelerate: pip install 'ovseg-fast[train]'") from None
-    # Some parameters that are trained are never read, as published, see `finetuning.set_trainable`.
+    # Some trained parameters are never read, as published; see `finetuning.set_trainable`.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(mixed_precision=PRECISIONS[config.precision], kwargs_handlers=[unused])

@@ -33,7 +33,7 @@ WRITERS = pytest.mark.parametrize("writer", [save_zip, save_legacy, save_safeten
 
 @WRITERS
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "model"])
-def test_read_goes_by_content(tmp_path: Path, writer, name: str) -> None:
+def test_read_recognises_files_by_content(tmp_path: Path, writer, name: str) -> None:
     writer(tmp_path / name)
     state, metadata = checkpoints.read(tmp_path / name)
     assert_same(state, STATE)
@@ -54,7 +54,7 @@ def test_truncated_files(tmp_path: Path, writer, rng: torch.Generator) -> None:
         assert "damaged" in str(error), length
 
 
-def test_a_truncated_checkpoint_leaves_the_model_alone(tmp_path: Path, model: nn.Module) -> None:
+def test_a_truncated_checkpoint_does_not_change_the_model(tmp_path: Path, model: nn.Module) -> None:
     path = tmp_path / "model.pth"
     torch.save({"model": checkpoints.to_upstream(model)}, path)
     os.truncate(path, path.stat().st_size * 3 // 4)
@@ -81,7 +81,7 @@ def test_a_truncated_checkpoint_leaves_the_model_alone(tmp_path: Path, model: nn
         (b"\xff\xff\xff\xff\xff\xff\xff\xff{", "damaged"),
     ],
 )
-def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes, words: str) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     error = refused(checkpoints.read, path)

@@ -50,7 +50,7 @@ def test_own_format_keeps_dtype_layout_and_shared_tensors(tmp_path: Path, rng: t
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_load_reads_upstreams_layout_from_any_file(
+def test_load_reads_the_upstream_format_from_any_file(
     tmp_path: Path, model: nn.Module, other: nn.Module, suffix: str
 ) -> None:
     path, state = tmp_path / f"model{suffix}", checkpoints.to_upstream(model)
@@ -83,10 +83,10 @@ def test_load_refuses_another_model(tmp_path: Path, rng: torch.Generator) -> Non
     catseg.preset = None
     checkpoints.save(catseg, path)
     error = refused(checkpoints.load, cascade, path)
-    assert "CAT-Seg in ovseg-fast's own layout" in str(error) and error.missing and error.unexpected
+    assert "cat-seg in ovseg-fast's own format" in str(error) and error.missing and error.unexpected
     torch.save({"model": checkpoints.to_upstream(catseg)}, path)
     error = refused(checkpoints.load, cascade, path)
-    assert f"'{path}' does not fit cascade-clip-tiny" in str(error) and "checkpoint of CAT-Seg;" in str(error)
+    assert f"'{path}' does not fit cascade-clip-tiny" in str(error) and "checkpoint of cat-seg;" in str(error)
     assert_same(cascade.state_dict(), before)
 
 

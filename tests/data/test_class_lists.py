@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ovseg_fast.data import ADE20K_150, LAYOUTS, PASCAL_CONTEXT, PASCAL_VOC, PASCAL_VOC_20B, VOCABULARIES, Vocabulary
+from ovseg_fast.evaluation.evaluate import prompts_of
 from ovseg_fast.vocabulary import check_classes
 
 
@@ -30,19 +31,18 @@ def test_ade20k_150() -> None:
 
 def test_background_of_voc_20b() -> None:
     assert PASCAL_VOC_20B.classes == ("background", *PASCAL_VOC.classes)
-    prompts, labels = PASCAL_VOC_20B.prompts, PASCAL_VOC_20B.prompt_labels
-    assert len(prompts) == len(labels) == 59 and "background" not in prompts
-    assert prompts[:20] == PASCAL_VOC.classes and labels[:20] == tuple(range(1, 21))
-    assert set(prompts[20:]) == set(PASCAL_CONTEXT.classes) - {*PASCAL_VOC.classes, "table"}
-    assert set(labels[20:]) == {0}
-    for prompt, label in zip(prompts[:20], labels[:20], strict=True):
-        assert PASCAL_VOC_20B.classes[label] == prompt
+    names, index = prompts_of(PASCAL_VOC_20B.classes, {"background": PASCAL_VOC_20B.background})
+    assert len(names) == len(index) == 59 and "background" not in names
+    assert tuple(names[39:]) == PASCAL_VOC.classes and index[39:].tolist() == list(range(1, 21))
+    assert set(names[:39]) == set(PASCAL_CONTEXT.classes) - {*PASCAL_VOC.classes, "table"}
+    assert set(index[:39].tolist()) == {0}
+    for name, label in zip(names[39:], index[39:].tolist(), strict=True):
+        assert PASCAL_VOC_20B.classes[label] == name
 
 
 @pytest.mark.parametrize("name", sorted(set(VOCABULARIES) - {"pascal-voc-20b"}))
-def test_without_a_background_prompts_are_the_classes(name: str) -> None:
-    known = VOCABULARIES[name]
-    assert known.prompts == known.classes and known.prompt_labels == tuple(range(len(known.classes)))
+def test_other_vocabularies_have_no_background(name: str) -> None:
+    assert VOCABULARIES[name].background == ()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,4 +1,4 @@
-"""Evaluation of small folders with an untrained `catseg-tiny`: the numbers, what is left out, what is kept on disk."""
+"""Evaluation of small folders with an untrained `catseg-tiny`: numbers, skipped images, files."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_limit(segmenter, photos):
     assert result.scores.truth.sum() == sum((photos.read(index)[1] >= 0).sum() for index in range(2))
 
 
-def test_the_segmenter_is_left_as_it_was(segmenter, photos):
+def test_the_segmenter_is_unchanged(segmenter, photos):
     segmenter.model.train()
     run(segmenter, photos, limit=1)
     assert segmenter.model.training
@@ -141,7 +141,7 @@ def spoil(folder):
 REASONS = {"001": "truncated", "002": "its mask is 9 x 12", "003": "label 7 in 6 pixels, beyond the 5", "004": "empty"}
 
 
-def test_what_cannot_be_used_is_named_and_the_rest_is_counted(segmenter, tmp_path, caplog):
+def test_unusable_pairs_are_named_and_the_rest_is_counted(segmenter, tmp_path, caplog):
     photos = make_photos(tmp_path, 6, 1)
     sound = [0, 5]
     truth = sum((photos.read(index)[1] >= 0).sum() for index in sound)
@@ -157,9 +157,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_counted(segmenter, tmp_pat
     assert all(f"skipped: {name}: " in result.table() for name in REASONS)
 
 
-def test_memory_that_an_image_does_not_fit_in_is_the_image_s_fault_other_failures_are_not(
-    segmenter, photos, monkeypatch
-):
+def test_an_image_too_large_for_the_memory_is_skipped_other_failures_are_raised(segmenter, photos, monkeypatch):
     encode, failures = segmenter.encode, [None, torch.OutOfMemoryError("out of memory"), None]
 
     def fail(*arguments, **options):
@@ -226,7 +224,7 @@ def metrics_of(path):
     return {key: stored[key] for key in ("metrics", "classes", "images", "absent_classes")}
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(segmenter, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_numbers(segmenter, tmp_path):
     make_photos(tmp_path / "photos", 6, 3)
     (tmp_path / "photos" / "002.png").write_bytes(b"broken")
     run(segmenter, PhotoFolder(tmp_path / "photos"), tmp_path / "undisturbed.json")
@@ -240,7 +238,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(segmenter, tmp_path):
     assert not list(tmp_path.glob("*.partial.npz"))
 
 
-def test_an_image_that_was_left_out_counts_once_it_is_mended(segmenter, tmp_path):
+def test_a_skipped_image_counts_once_it_is_repaired(segmenter, tmp_path):
     make_photos(tmp_path / "photos", 4, 4)
     sound = (tmp_path / "photos" / "001.png").read_bytes()
     (tmp_path / "photos" / "001.png").write_bytes(b"broken")
@@ -250,7 +248,7 @@ def test_an_image_that_was_left_out_counts_once_it_is_mended(segmenter, tmp_path
     assert run(segmenter, PhotoFolder(tmp_path / "photos"), tmp_path / "result.json").images == 4
 
 
-def test_a_result_that_cannot_be_written_costs_no_image(segmenter, tmp_path, monkeypatch):
+def test_progress_survives_a_result_that_cannot_be_written(segmenter, tmp_path, monkeypatch):
     photos = make_photos(tmp_path / "photos", 3, 9)
 
     def fail(self, path):
@@ -267,7 +265,7 @@ def test_a_result_that_cannot_be_written_costs_no_image(segmenter, tmp_path, mon
     assert metrics_of(tmp_path / "result.json") == metrics_of(tmp_path / "undisturbed.json")
 
 
-def test_restart_discards_what_was_done(segmenter, tmp_path):
+def test_restart_discards_progress(segmenter, tmp_path):
     make_photos(tmp_path / "photos", 3, 5)
     with pytest.raises(Stopped):
         run(segmenter, StopsAt(tmp_path / "photos", 2), tmp_path / "result.json", save_seconds=0)
@@ -302,7 +300,7 @@ def test_the_state_of_another_evaluation_is_refused(segmenter, tmp_path, change,
     assert (tmp_path / "result.partial.npz").read_bytes() == before
 
 
-def test_a_state_that_holds_no_image_yet_is_in_nobodys_way(segmenter, tmp_path):
+def test_a_state_without_images_is_ignored(segmenter, tmp_path):
     photos = make_photos(tmp_path / "photos", 2, 7)
     with pytest.raises(Stopped):
         run(segmenter, StopsAt(tmp_path / "photos", 0), tmp_path / "result.json", save_seconds=0)
@@ -395,7 +393,7 @@ def test_an_empty_dataset_is_refused(segmenter, tmp_path):
         run(segmenter, PhotoFolder(tmp_path))
 
 
-def test_where_nothing_can_be_written_is_told_before_the_first_image(segmenter, tmp_path):
+def test_an_unwritable_folder_is_reported_before_the_first_image(segmenter, tmp_path):
     make_photos(tmp_path / "photos", 1, 8)
     (tmp_path / "result.partial.npz").mkdir()
     photos = StopsAt(tmp_path / "photos", None)

@@ -1,4 +1,4 @@
-"""An evaluation that is killed without warning goes on to the numbers of an undisturbed one."""
+"""An evaluation that is killed without warning resumes to the numbers of an undisturbed one."""
 
 from __future__ import annotations
 

@@ -130,16 +130,16 @@ def test_many_classes_and_images_of_different_sizes(monkeypatch):
     assert (confusion.matrix.numpy() == expected).all()
 
 
-def test_predictions_without_ground_truth_may_be_anything():
+def test_predictions_without_ground_truth_are_not_checked():
     confusion = ConfusionMatrix(2)
     confusion.update(torch.tensor([0, 255, -7]), torch.tensor([1, -1, -1]))
     assert confusion.matrix.tolist() == [[0, 0], [1, 0]]
 
 
-def test_deterministic_algorithms_stay_as_they_were():
+def test_deterministic_mode_is_unchanged():
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        confusion = ConfusionMatrix(847)  # torchmetrics alone would ask for 10 GB here
+        confusion = ConfusionMatrix(847)  # comparing each pixel with each cell of the matrix would take 10 GB
         confusion.update(torch.randint(847, (120, 120)), torch.randint(847, (120, 120)))
         assert confusion.matrix.sum() == 120 * 120
         assert torch.are_deterministic_algorithms_enabled()
@@ -160,7 +160,7 @@ def test_deterministic_algorithms_stay_as_they_were():
         ([0, 1], [False, True], TypeError, ("truth", "bool")),
     ],
 )
-def test_unfit_labels_are_refused_and_nothing_is_added(predicted, truth, error, words):
+def test_bad_labels_are_refused_and_nothing_is_added(predicted, truth, error, words):
     confusion = ConfusionMatrix(3)
     with pytest.raises(error) as caught:
         confusion.update(torch.tensor(predicted), torch.tensor(truth))

@@ -64,7 +64,7 @@ def test_one_crop(model, text, goldens):
     assert goldens.error("crop.pred", scores) <= GOLDEN_OUTPUT
 
 
-def test_several_prompts_a_class(model, goldens):
+def test_several_prompts_per_class(model, goldens):
     tokens = goldens.tokens(60, "tokens_multi").view(20, 3, 77)
     text = model.text_from_prompts(model.encode_text(tokens))
     logits = model(goldens.images("crop.image", 512, 512), text)

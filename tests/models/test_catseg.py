@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +12,7 @@ import ovseg_fast as ovs
 from full_models import full_model
 from goldens import Golden, golden
 from ovseg_fast import ops
+from ovseg_fast.models import CATSeg
 from ovseg_fast.models.sliding import resize
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, relative_error
 
@@ -148,6 +151,17 @@ def test_batch_equals_single_images(tiny):
     together = tiny(images, text)
     for one, logits in zip(images, together, strict=True):
         assert relative_error(tiny(one[None], text)[0], logits) <= GOLDEN_OUTPUT
+
+
+def test_class_attention_is_configured(tiny):
+    full = CATSeg(replace(tiny.config, class_attention="full")).eval()
+    full.load_state_dict(tiny.state_dict())
+    assert [layer.classes.attention for layer in full.aggregator.layers] == ["full", "full"]
+    assert [layer.classes.attention for layer in tiny.aggregator.layers] == ["linear", "linear"]
+    images, text = torch.rand(1, 3, 64, 64), torch.randn(5, 1, 64)
+    assert relative_error(full(images, text), tiny(images, text)) > 1e-4
+    with pytest.raises(ValueError, match="class_attention must be 'linear' or 'full', got 'softmax'"):
+        replace(tiny.config, class_attention="softmax")
 
 
 def test_gradients_reach_every_trainable_part_but_the_dead_ones(tiny):

@@ -86,7 +86,7 @@ def test_image_encoder_equals_open_clip(pair):
         assert relative_error(ours.visual.project(x[:, 0]), theirs.encode_image(pixels)) <= REWRITE_FLOAT64
 
 
-def test_dense_features_give_the_outputs_of_the_blocks_asked_for(pair):
+def test_dense_features_return_the_outputs_of_the_given_blocks(pair):
     ours, _ = pair
     pixels = torch.randn(1, 3, 32, 48, dtype=torch.float64)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_dense_features_give_the_outputs_of_the_blocks_asked_for(pair):
     assert torch.equal(outputs[0], first) and torch.equal(outputs[1], second)
 
 
-def test_gelu_of_the_configuration_is_kept():
+def test_gelu_follows_the_configuration():
     exact = CLIP({**TINY, "quick_gelu": False}).visual.transformer.resblocks[0].mlp
     quick = CLIP(TINY).visual.transformer.resblocks[0].mlp
     quick.load_state_dict(exact.state_dict())
@@ -153,7 +153,7 @@ def test_positions_keep_the_class_and_resize_the_grid(mode):
     assert torch.equal(resized[1:], expected)
 
 
-def test_text_encoder_refuses_what_is_no_token_ids():
+def test_text_encoder_refuses_anything_but_token_ids():
     clip = CLIP(TINY)
     with pytest.raises(TypeError, match="integer token ids"):
         clip.text(torch.rand(2, 20))

@@ -139,7 +139,7 @@ def test_cascade_losses_and_gradients_are_the_literal_ones(rng, small_heads, pol
 
 
 @pytest.mark.parametrize("preset", ["catseg-tiny", "cascade-clip-tiny"])
-def test_every_name_of_no_class_counts_the_same(rng, preset):
+def test_all_labels_outside_the_classes_count_as_no_class(rng, preset):
     model = small_model(preset, None).eval()
     images, labels = some_images(rng), some_labels(rng)
     text = torch.randn(CLASSES, *[1] * (preset == "catseg-tiny"), 64, generator=rng, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_every_name_of_no_class_counts_the_same(rng, preset):
     assert not torch.equal(model.loss(images, labels.clamp(min=0), text)["loss"], expected)
 
 
-def test_class_255_is_a_class_like_any_other(rng):
+def test_255_is_a_regular_class(rng):
     model, images = small_model("cascade-clip-tiny", None).eval(), some_images(rng)
     text = torch.randn(300, 64, generator=rng, dtype=torch.float64)
     labels = torch.full((2, 16, 16), 255, dtype=torch.uint8)
@@ -174,7 +174,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preset", ["catseg-tiny", "cascade-clip-tiny"])
-def test_nothing_of_all_classes_at_the_labels_size_is_held(rng, preset):
+def test_no_map_of_all_classes_at_the_labels_size(rng, preset):
     model, classes, side = ovs.build(preset), 16, 512
     set_trainable(model)
     text = torch.randn(classes, *[1] * (preset == "catseg-tiny"), 64, generator=rng)
@@ -206,7 +206,7 @@ def test_bad_labels(preset, labels, error, words):
         ovs.build(preset).loss(torch.rand(1, 3, 96, 96), labels, text)
 
 
-def test_bad_images_and_text_are_named_too():
+def test_bad_images_and_text():
     model, labels = ovs.build("catseg-tiny"), torch.zeros(1, 8, 8, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, h, w\)"):
         model.loss(torch.rand(1, 4, 96, 96), labels, torch.rand(3, 1, 64))
@@ -228,7 +228,7 @@ def masks_in(labels):
     return sum(len({*label.unique().tolist()} & set(range(CLASSES))) for label in labels)
 
 
-def test_losses_are_shared_by_the_mean_number_of_masks(rng, monkeypatch):
+def test_losses_are_divided_by_the_mean_number_of_masks(rng, monkeypatch):
     model = small_model("cascade-clip-tiny", None).eval()
     images, labels, text = uneven_batch(rng)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Compact token tables: nothing is lost, nothing else is touched, damage is told."""
+"""Compact token tables: nothing is lost, nothing else changes, damage is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table(rng: torch.Generator, width: int = 8) -> torch.Tensor:
     return expand_embedding(KNOWN, torch.randn(len(KNOWN) + 1, width, generator=rng))
 
 
-def test_there_and_back(rng: torch.Generator) -> None:
+def test_compacting_round_trip(rng: torch.Generator) -> None:
     whole = table(rng)
     ids, rows = compact_embedding(whole)
     assert torch.equal(ids, KNOWN) and rows.shape == (5, 8)
@@ -39,7 +39,7 @@ def test_there_and_back(rng: torch.Generator) -> None:
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_tables_of_models_that_know_all_words_stay(rng: torch.Generator) -> None:
+def test_full_tables_are_unchanged(rng: torch.Generator) -> None:
     state = {"text." + TABLE: torch.randn(CLIP_TOKENS, 2, generator=rng), "other." + TABLE: torch.zeros(5, 2)}
     assert compact(state) == state
     assert expand(state) == state
@@ -56,7 +56,7 @@ def test_tables_of_models_that_know_all_words_stay(rng: torch.Generator) -> None
         {IDS: torch.tensor([1.0, 2.0, 3.0, 4.0])},
     ],
 )
-def test_damage_is_told(rng: torch.Generator, change: dict[str, torch.Tensor | None]) -> None:
+def test_damage_is_refused(rng: torch.Generator, change: dict[str, torch.Tensor | None]) -> None:
     ids, rows = compact_embedding(table(rng))
     state = {name: tensor for name, tensor in ({IDS: ids, ROWS: rows} | change).items() if tensor is not None}
     with pytest.raises(ValueError, match="known_ids' must hold the ids of tokens"):

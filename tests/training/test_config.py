@@ -16,7 +16,7 @@ def read(tmp_path, text: str) -> TrainingConfig:
     return read_config(tmp_path / "run.toml")
 
 
-def test_what_is_left_out_has_its_default(tmp_path):
+def test_omitted_keys_have_defaults(tmp_path):
     expected = TrainingConfig(model="catseg-tiny", out="run", steps=3, data=DataConfig("coco-stuff"))
     assert read(tmp_path, SMALLEST) == expected
 
@@ -53,25 +53,25 @@ def test_every_key_is_read(tmp_path):
         ("catseg-tiny", "resnet", "name must be one of catseg-vitb"),
         ('layout = "coco-stuff"', 'layouts = "coco-stuff"', "unknown key data.layouts;"),
         ('[data]\nlayout = "coco-stuff"', 'data = "coco-stuff"', r"data must be a table \[data\], got 'coco-stuff'"),
-        ("steps = 3", "steps = ", "is no TOML file"),
+        ("steps = 3", "steps = ", "is not a TOML file"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, old, new, words):
+def test_bad_values_are_named(tmp_path, old, new, words):
     assert old in SMALLEST
     with pytest.raises((ValueError, TypeError), match=words) as caught:
         read(tmp_path, SMALLEST.replace(old, new))
     assert "run.toml" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_missing_and_unreadable_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no configuration file .*missing\.toml"):
         read_config(tmp_path / "missing.toml")
     (tmp_path / "latin.toml").write_bytes(b'model = "\xe9"')
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         read_config(tmp_path / "latin.toml")
 
 
-def test_a_run_goes_on_only_as_it_began():
+def test_a_run_resumes_only_with_its_own_configuration():
     config = TrainingConfig(model="catseg-tiny", out="run", steps=3, data=DataConfig("coco-stuff"))
     saved = dataclasses.asdict(config)
     check_resumable(saved, dataclasses.replace(config, steps=9, out="moved", workers=0))

@@ -29,7 +29,7 @@ def test_seen_labels_by_hand(dtype):
     assert seen_labels(labels, 5, ()).tolist() == [[0, 1, 2], [3, 4, -1]]
 
 
-def test_seen_labels_keep_no_class():
+def test_seen_labels_preserve_no_class():
     labels = torch.tensor([-1, -7, 5, 300, 2])
     assert seen_labels(labels, 5, [0]).tolist() == [-1, -1, -1, -1, 1]
 
@@ -59,14 +59,14 @@ def test_pseudo_labels_are_those_of_the_full_size_masks(rng, size):
     assert {*found[shown].unique().tolist()} == {*unseen}
 
 
-def test_which_unseen_class_a_pixel_shows_is_not_read(rng):
+def test_pseudo_labels_do_not_read_which_unseen_class_it_is(rng):
     logits = torch.randn(1, 6, 8, 8, generator=rng)
     labels = torch.randint(0, 6, (1, 32, 32), generator=rng)
     other = labels.where(~torch.isin(labels, torch.tensor([1, 5])), 1)
     assert torch.equal(pseudo_labels(logits, labels, (1, 5)), pseudo_labels(logits, other, (1, 5)))
 
 
-def test_without_unseen_classes_labels_stay(rng):
+def test_without_unseen_classes_labels_are_unchanged(rng):
     labels = torch.randint(-1, 6, (2, 16, 16), generator=rng, dtype=torch.int32)
     assert torch.equal(pseudo_labels(torch.randn(2, 6, 4, 4, requires_grad=True), labels, ()), labels.long())
 
@@ -83,7 +83,7 @@ def test_bad_unseen(unseen, words):
         pseudo_labels(torch.zeros(1, 4, 2, 2), labels, unseen)
 
 
-def test_pseudo_labels_hold_nothing_of_all_classes_at_full_size(rng):
+def test_pseudo_labels_need_no_map_of_all_classes_at_full_size(rng):
     elements = []
 
     class Watch(TorchDispatchMode):
@@ -108,7 +108,7 @@ def test_bad_tensors():
         seen_labels(labels.numpy(), 4, ())
     with pytest.raises(TypeError, match=r"logits must be a floating-point tensor, got torch\.int64"):
         pseudo_labels(torch.zeros(1, 4, 2, 2, dtype=torch.int64), labels, (0,))
-    with pytest.raises(ValueError, match=r"logits must have shape \(B, T, h, w\) with no size zero, got \(4, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"logits must have shape \(B, T, h, w\), got \(4, 2, 2\)"):
         pseudo_labels(torch.zeros(4, 2, 2), labels, (0,))
     with pytest.raises(ValueError, match=r"labels must have shape \(B, H, W\) with B = 1"):
         pseudo_labels(torch.zeros(1, 4, 2, 2), labels[0], (0,))

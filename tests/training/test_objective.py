@@ -1,4 +1,4 @@
-"""What a training step asks of a model: texts and labels of the classes that it takes."""
+"""Texts and labels of the classes that a training step passes to the model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def ask(labels: Tensor, classes: int, unseen: tuple[int, ...], sample: bool) -> 
     return model.text.flatten().long().tolist(), model.labels
 
 
-def test_all_seen_classes_are_taken(rng: torch.Generator) -> None:
+def test_all_seen_classes_are_trained(rng: torch.Generator) -> None:
     labels = torch.tensor([[[0, 1, 2, 3, -1]]])
     taken, asked = ask(labels, 5, (1, 4), sample=False)
     assert taken == [0, 2, 3]
     assert asked.flatten().tolist() == [0, -1, 1, 2, -1]
 
 
-def test_sampled_classes_hold_all_that_are_shown(rng: torch.Generator) -> None:
+def test_sampled_classes_include_all_in_the_labels(rng: torch.Generator) -> None:
     unseen = (3, 10, 11)
     sizes = set()
     for _ in range(60):
@@ -50,11 +50,11 @@ def test_sampled_classes_hold_all_that_are_shown(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("labels", [torch.full((1, 2, 2), -1), torch.tensor([[[3, 3]]])])
-def test_one_class_is_taken_where_none_is_shown(labels: Tensor) -> None:
+def test_one_class_is_sampled_if_the_labels_have_none(labels: Tensor) -> None:
     for _ in range(10):
         taken, asked = ask(labels, 4, (3,), sample=True)
         assert 1 <= len(taken) <= 3 and bool((asked == -1).all())
 
 
-def test_where_all_are_shown_all_are_taken() -> None:
+def test_all_classes_are_taken_if_all_are_in_the_labels() -> None:
     assert ask(torch.tensor([[[0, 1, 2]]]), 4, (3,), sample=True)[0] == [0, 1, 2]

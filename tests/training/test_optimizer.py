@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import ovseg_fast as ovs
+from ovseg_fast.models import CascadeCLIP, CATSeg, Hyperparameters
 from ovseg_fast.training.finetuning import set_trainable
 from ovseg_fast.training.optimizer import (
-    PUBLISHED,
     build_optimizer,
     build_schedule,
     cosine,
-    method,
     parameter_groups,
     poly,
     with_clip_rate,
@@ -80,32 +79,30 @@ def test_cascade_clip_groups():
 
 
 def test_published_settings():
-    catseg, cascade = PUBLISHED["cat-seg"], PUBLISHED["cascade-clip"]
+    catseg, cascade = CATSeg.hyperparameters, CascadeCLIP.hyperparameters
     assert (catseg.max_gradient_norm, cascade.max_gradient_norm) == (0.01, None)
     assert (catseg.steps, catseg.batch, cascade.batch) == (80_000, 4, 16)
     with pytest.raises(FrozenInstanceError):
         catseg.learning_rate = 1.0
-    assert method(ovs.build("catseg-tiny")) == "cat-seg"
-    assert method(ovs.build("cascade-clip-tiny")) == "cascade-clip"
-    with pytest.raises(TypeError, match="model must be a CATSeg or a CascadeCLIP, got Linear"):
-        method(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="model must be a SegmentationModel, got Linear"):
+        parameter_groups(torch.nn.Linear(1, 1))
 
 
-def test_own_settings_replace_the_published_ones():
+def test_settings_override_the_published_ones():
     model = ovs.build("catseg-tiny")
     set_trainable(model)
-    settings = replace(PUBLISHED["cat-seg"], learning_rate=1e-3, weight_decay=0.0, factors=())
+    settings = replace(CATSeg.hyperparameters, learning_rate=1e-3, weight_decay=0.0, factors={})
     (group,) = build_optimizer(model, settings).param_groups
     assert (group["lr"], group["weight_decay"]) == (1e-3, 0)
 
 
 @pytest.mark.parametrize("method", ["cat-seg", "cascade-clip"])
-def test_clip_learns_at_a_rate_of_its_own(method):
+def test_clip_has_its_own_learning_rate(method):
     model = ovs.build("catseg-tiny" if method == "cat-seg" else "cascade-clip-tiny")
     set_trainable(model, "full")
     own = ("clip.",) if method == "cat-seg" else ("image_encoder.clip.", "text_encoder.")
     before = settings_of(model)
-    groups = parameter_groups(model, with_clip_rate(PUBLISHED[method], 5e-4))
+    groups = parameter_groups(model, with_clip_rate(model.hyperparameters, 5e-4))
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if name.startswith(own):
@@ -123,7 +120,7 @@ def test_nothing_to_train():
 def rates(model, steps, every):
     """Learning rates of all groups as an optimiser goes through a schedule."""
     optimizer = build_optimizer(model)
-    schedule = build_schedule(optimizer, PUBLISHED[method(model)], steps)
+    schedule = build_schedule(optimizer, model.hyperparameters, steps)
     found = []
     for step in range(steps + 2):
         if step % every == 0:
@@ -162,7 +159,7 @@ def test_poly_over_a_training():
 def test_schedules_stay_at_their_end():
     assert cosine(10)(0) == 1
     assert cosine(10)(25) == pytest.approx(0, abs=1e-15)
-    schedule = poly(10, 0.1, end=0.01)
+    schedule = poly(10, 0.1, Hyperparameters(end=0.01))
     assert (schedule(0), schedule(10), schedule(99)) == (1, pytest.approx(0.1), pytest.approx(0.1))
 
 
@@ -170,11 +167,11 @@ def test_bad_schedules():
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         cosine(0)
     with pytest.raises(ValueError, match="steps must be at least 1, got -3"):
-        poly(-3, 0.1)
+        poly(-3, 0.1, Hyperparameters())
     with pytest.raises(ValueError, match=r"rate must be positive, got 0\.0"):
-        poly(10, 0.0)
+        poly(10, 0.0, Hyperparameters())
     with pytest.raises(ValueError, match="warmup must be a number of steps, 0 or more, got -1"):
-        poly(10, 0.1, warmup=-1)
+        poly(10, 0.1, Hyperparameters(warmup=-1))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(ValueError, match="schedule must be cosine or poly, got 'step'"):
-        build_schedule(optimizer, replace(PUBLISHED["cat-seg"], schedule="step"))
+        build_schedule(optimizer, replace(CATSeg.hyperparameters, schedule="step"))

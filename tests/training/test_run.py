@@ -1,4 +1,4 @@
-"""Training runs: what they leave, that they go on as if they had not been stopped, alone and in several processes."""
+"""Training runs: what they write, that they resume without a trace, in one process and in several."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def command(*arguments: object, processes: int = 1) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
-def test_a_run_learns_and_leaves_what_it_promises(folder, model):
+def test_a_run_learns_and_writes_its_files(folder, model):
     config = configuration(
         folder, model=model, steps=12, learning_rate=2e-3, warmup=2, policy="full", log_every=3, evaluate_every=6,
         validation=DataConfig("folder", str(folder / "data")), pictures=2,
@@ -109,7 +109,7 @@ def test_gradients_are_clipped(folder, model, published, chosen, monkeypatch):
     assert norms == ([] if norm is None else [norm, norm])
 
 
-def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder):
+def test_a_killed_run_resumes_without_a_trace(folder):
     """Killed at a random moment, twice. With as many threads in each process: sums depend on how they are shared."""
     config = configuration(
         folder, steps=16, batch=2, checkpoint_every=1, log_every=1, policy="full", learning_rate=1e-3
@@ -142,7 +142,7 @@ def steps_done(checkpoint: Path) -> int:
 
 
 @pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
-def test_two_processes_train_as_one_does_with_the_same_global_batch(folder, model):
+def test_two_processes_train_like_one_with_the_same_global_batch(folder, model):
     """Also where the images of one process show more classes than those of the other."""
     config = configuration(folder, model=model, steps=2, batch=4, policy="full", warmup=0)
     start = ovs.build(model)
@@ -185,14 +185,14 @@ def test_the_procedural_world_trains_on_seen_classes_alone(tmp_path):
     assert 0 <= told[-1]["miou_unseen"] <= 1
 
 
-def test_a_run_is_refused_with_one_sentence(folder):
+def test_bad_runs_are_refused_in_one_sentence(folder):
     config = configuration(folder, steps=1, batch=2)
     train(config, progress=False)
     with pytest.raises(ValueError, match=r"batch 2 is now 4.*--restart"):
         train(dataclasses.replace(config, batch=4), progress=False)
     train(dataclasses.replace(config, batch=4), progress=False, restart=True)
     (folder / "run" / CHECKPOINT).write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt' is no checkpoint of a run, or damaged; --restart"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt' is not a checkpoint of a run, or damaged; --restart"):
         train(config, progress=False)
     with pytest.raises(ValueError, match="transductive needs unseen classes"):
         train(dataclasses.replace(config, out=str(folder / "other"), transductive=0.5), progress=False)
@@ -204,7 +204,7 @@ def test_a_run_is_refused_with_one_sentence(folder):
         train(dataclasses.replace(config, out=str(folder / "other")), progress=False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(folder):
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(folder):
     config = configuration(folder, steps=6, batch=2, learning_rate=1e-3, checkpoint_every=1, log_every=1)
     run = Run(config, progress=False)
     run.prepare(restart=False)

@@ -1,4 +1,4 @@
-"""Names and layouts of upstream, in both directions."""
+"""Names and shapes in upstream's formats, in both directions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import nn
 from checkpoints.common import CATSEG_PREFIX, assert_same, build_empty, build_random, copy_of
 from ovseg_fast import checkpoints
 from ovseg_fast.checkpoints import upstream
+from ovseg_fast.models import CascadeCLIP, CATSeg
 from parity import make_weights
 
-RULES = {"catseg": upstream.CATSEG_RULES, "cascade": upstream.CASCADE_RULES}
+RULES = {"catseg": CATSeg.upstream_rules, "cascade": CascadeCLIP.upstream_rules}
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -22,36 +23,37 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("preset", make_weights.PRESETS)
-def test_every_upstream_key_has_its_place_and_back(preset: str) -> None:
-    ours, published = shapes_of(build_empty(preset)), make_weights.shapes(preset)
+def test_every_upstream_key_maps_to_one_place(preset: str) -> None:
+    model, published = build_empty(preset), make_weights.shapes(preset)
+    ours = shapes_of(model)
     keys = json.loads((Path(make_weights.__file__).parent / make_weights.PRESETS[preset][0]).read_text())
-    assert [key for key in published if upstream.is_derived(key)] == keys["buffers"]
+    assert [key for key in published if upstream.matches_any(model.upstream_derived, key)] == keys["buffers"]
 
-    layout = upstream.upstream_layout(RULES[preset.split("-")[0]], ours)
-    assert {key: stored.shape for key, stored in layout.items()} == {
+    stored = upstream.upstream_format(RULES[preset.split("-")[0]], ours)
+    assert {key: how.shape for key, how in stored.items()} == {
         key: shape for key, shape in published.items() if key not in keys["buffers"]
     }
-    places = [part for stored in layout.values() for part in stored.parts]
+    places = [part for how in stored.values() for part in how.parts]
     stacked = ("image_encoder.norm_weight", "image_encoder.norm_bias")
     expected = {name: list(range(shape[0])) if name in stacked else [None] for name, shape in ours.items()}
     assert {name: [row for owner, row in places if owner == name] for name in ours} == expected
 
 
 @pytest.mark.parametrize("preset", ["catseg-vitb", "cascade-clip-vitb"])
-def test_no_rule_is_idle(preset: str) -> None:
+def test_every_rule_is_needed(preset: str) -> None:
     rules, shapes = RULES[preset.split("-")[0]], shapes_of(build_empty(preset))
-    layout = upstream.upstream_layout(rules, shapes)
+    stored = upstream.upstream_format(rules, shapes)
     for left_out in rules:
         try:
-            without = upstream.upstream_layout([rule for rule in rules if rule != left_out], shapes)
+            without = upstream.upstream_format([rule for rule in rules if rule != left_out], shapes)
         except ValueError:
             continue
-        assert without != layout, f"idle: {left_out}"
+        assert without != stored, f"idle: {left_out}"
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'adapter\.weight'"):
-        upstream.upstream_layout(upstream.CATSEG_RULES, {"adapter.weight": (3, 4)})
+        upstream.upstream_format(CATSeg.upstream_rules, {"adapter.weight": (3, 4)})
 
 
 def test_q_k_v_are_joined_in_upstreams_order(rng: torch.Generator) -> None:
@@ -90,7 +92,7 @@ def test_round_trip_is_bit_exact(model: nn.Module, other: nn.Module) -> None:
     assert_same(checkpoints.to_upstream(other), state)
 
 
-def test_to_upstream_gives_copies(model: nn.Module) -> None:
+def test_to_upstream_returns_copies(model: nn.Module) -> None:
     state = checkpoints.to_upstream(model)
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     assert not own & {tensor.untyped_storage().data_ptr() for tensor in state.values()}
