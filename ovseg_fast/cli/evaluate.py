@@ -5,16 +5,21 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .options import BAD_INPUT, FAILED, device_option, fail, mode_option, weights_option
-
-if TYPE_CHECKING:
-    from ..data.datasets import SegmentationDataset
-
-WORLD_SCENES = 500  # of the procedural world, where no limit is given
+from .options import (
+    BAD_INPUT,
+    FAILED,
+    device_option,
+    exit_on_error,
+    fail,
+    load_model,
+    mode_option,
+    quiet_option,
+    weights_option,
+)
 
 
 @click.command("evaluate")
@@ -23,13 +28,13 @@ WORLD_SCENES = 500  # of the procedural world, where no limit is given
 @click.option(
     "-d",
     "--dataset",
-    "layout",
+    "name",
     required=True,
     help="The dataset's name, such as ade20k-150; `folder` for your own, `world` for the procedural world.",
 )
 @click.option("--root", type=click.Path(path_type=Path), help="The folder that the dataset lies in; `world` has none.")
-@click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the procedural world.")
+@click.option("--split", default="val", show_default=True, help="Part of the dataset.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the procedural world.")
 @mode_option
 @click.option(
     "-o",
@@ -41,23 +46,21 @@ WORLD_SCENES = 500  # of the procedural world, where no limit is given
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),
-    help="What Cascade-CLIP subtracts from the probabilities of seen classes, published as 0.1; 0 after transductive "
+    help="What Cascade-CLIP subtracts from the probabilities of seen classes: 0.1 as published, 0 after transductive "
     "training.  [default: the model's]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first images, this many.")
 @click.option(
     "--resume/--restart",
     default=True,
     show_default=True,
-    help="Go on where a stopped or killed run came to, or discard that.",
+    help="Resume a run that was stopped or killed, or discard it.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no table.")
-@click.pass_obj
+@quiet_option("No progress bar and no table.")
 def evaluate_command(
-    verbose: bool | None,
     preset: str,
     weights: str,
-    layout: str,
+    name: str,
     root: Path | None,
     split: str,
     seed: int,
@@ -75,37 +78,25 @@ def evaluate_command(
     ovseg-fast evaluate catseg-vitb --dataset ade20k-150 --root datasets/
     ovseg-fast evaluate catseg-tiny --dataset world --seed 1
 
-    A run that was stopped or killed goes on when it is started again. Pairs that cannot be used are named and left
-    out; the exit code is then 1.
+    Started again, a run that was stopped or killed resumes. Pairs that cannot be used are listed and left out; the
+    exit code is then 1.
     """
-    from ..data.datasets import open_dataset
-    from ..data.world.scenes import WorldScenes
+    from ..data import datasets
     from ..models.presets import get_preset
 
-    try:
-        method = get_preset(preset).method
-        if seen_offset is not None and method != "cascade-clip":
+    with exit_on_error(BAD_INPUT):
+        if not hasattr(get_preset(preset).config, "seen_offset") and seen_offset is not None:
             raise ValueError(f"--seen-offset is Cascade-CLIP's, {preset} has none.")
-        dataset: SegmentationDataset | WorldScenes
-        if layout == "world":
-            split = "test" if split == "val" else split
-            dataset = WorldScenes.first(limit or WORLD_SCENES, split, seed)
-        elif root is None:
-            raise ValueError(f"--root must be the folder that {layout} lies in.")
-        else:
-            dataset = open_dataset(layout, root, split)
+        dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed)
         if not len(dataset):
-            raise ValueError(f"--root '{root}' holds no image of {layout}, split {split}.")
-        from .. import backends
+            raise ValueError(f"--root '{root}' holds no image of {name}, split {split}.")
         from ..evaluation.evaluate import EvaluationError, evaluate
-        from ..segmenter import load
 
-        segmenter = load(preset, weights=None if weights == "random" else weights, device=device)
-        backends.check(segmenter.device)
+        segmenter = load_model(preset, weights, device)
         if seen_offset is not None:
             config: Any = segmenter.model.config
             segmenter.model.config = replace(config, seen_offset=seen_offset)
-        target = Path("out", f"{preset}_{layout}_{split}_{mode}.json") if out is None else out
+        target = Path("out", f"{preset}_{name}_{dataset.split}_{mode}.json") if out is None else out
         try:
             result = evaluate(
                 segmenter,
@@ -118,9 +109,7 @@ def evaluate_command(
                 restart=not resume,
             )
         except EvaluationError as error:
-            fail(error, verbose, FAILED)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        fail(error, verbose, BAD_INPUT)
+            fail(error, FAILED)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")
     if result.skipped:
@@ -130,7 +119,7 @@ def evaluate_command(
 
 
 def _trained_on(weights: str, classes: tuple[str, ...]) -> list[str] | None:
-    """Those of the classes that a checkpoint of this package says it was trained on; None where it does not say."""
+    """The classes that a checkpoint of this package says it was trained on; None if it does not say."""
     if not Path(weights).is_file():
         return None
     from .. import checkpoints

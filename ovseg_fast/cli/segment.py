@@ -9,7 +9,21 @@ from typing import Any
 
 import click
 
-from .options import BAD_INPUT, FAILED, device_option, fail, mode_option, sentence, weights_option
+from .options import (
+    BAD_INPUT,
+    EXPECTED,
+    FAILED,
+    check_folder,
+    device_option,
+    exit_on_error,
+    load_model,
+    message,
+    mode_option,
+    model_option,
+    out_option,
+    quiet_option,
+    weights_option,
+)
 
 
 @click.command("segment")
@@ -18,13 +32,11 @@ from .options import BAD_INPUT, FAILED, device_option, fail, mode_option, senten
 @click.option(
     "--classes-file",
     type=click.Path(path_type=Path),
-    help="Class names from a text file, one a line, or a JSON array. Of synonyms on a line the first is used.",
+    help="Class names from a text file, one per line, or a JSON array. The first synonym on a line is used.",
 )
-@click.option("-m", "--model", "preset", default="catseg-vitb", show_default=True, help="A model; `info` lists them.")
+@model_option("catseg-vitb")
 @weights_option
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder for the results."
-)
+@out_option("out")
 @mode_option
 @click.option(
     "--save",
@@ -33,15 +45,13 @@ from .options import BAD_INPUT, FAILED, device_option, fail, mode_option, senten
     multiple=True,
     default=("overlay", "labels"),
     show_default=True,
-    help="What to write for each image; give it several times. `labels` is a PNG of class indices.",
+    help="What to write for each image; may be repeated. `labels` is a PNG of class indices.",
 )
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the colours.")
 @device_option
 @click.option("--max-side", type=click.IntRange(min=1), help="Largest accepted side of an image.  [default: 16384]")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no summary.")
-@click.pass_obj
+@quiet_option("No progress bar and no summary.")
 def segment_command(
-    verbose: bool,
     inputs: tuple[Path, ...],
     classes: str | None,
     classes_file: Path | None,
@@ -63,32 +73,20 @@ def segment_command(
 
     A broken image is reported and skipped; the exit code is then 1.
     """
-    # Heavy imports wait until the arguments are known to be sound, so that a typing mistake is answered at once.
+    # Heavy imports come late, so that --help and typing mistakes are answered at once.
     from tqdm import tqdm
 
     from ..images import MAX_SIDE, list_images
     from ..vocabulary import check_classes, parse_classes, read_classes
 
-    try:
+    with exit_on_error(BAD_INPUT):
         if (classes is None) == (classes_file is None):
             raise ValueError("give class names either by --classes or by --classes-file.")
         names = check_classes(parse_classes(classes) if classes is not None else read_classes(Path(str(classes_file))))
         images = list_images(inputs)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out must be a folder, {out} is a file.")
-        from .. import backends
-        from ..segmenter import load
-
-        segmenter = load(
-            preset,
-            weights=None if weights == "random" else weights,
-            device=device,
-            max_side=MAX_SIDE if max_side is None else max_side,
-        )
-        backends.check(segmenter.device)
+        check_folder(out)
+        segmenter = load_model(preset, weights, device, max_side=MAX_SIDE if max_side is None else max_side)
         segmenter.embed_text(names, progress=not quiet)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        fail(error, verbose, BAD_INPUT)
 
     failures = 0
     stems = _output_stems(images)
@@ -97,9 +95,9 @@ def segment_command(
         try:
             result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
             written = _write(result, out, stems[path], kinds, alpha)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except EXPECTED as error:
             failures += 1
-            bar.write(f"ovseg-fast: {sentence(error, verbose)}", file=sys.stderr)
+            bar.write(message(error), file=sys.stderr)
             continue
         if not quiet:
             bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written))}", file=sys.stdout)
@@ -110,11 +108,10 @@ def segment_command(
 
 
 def _output_stems(images: list[Path]) -> dict[Path, str]:
-    """A name for the results of each image; the suffix joins in where two images differ in nothing else."""
+    """A name for the results of each image: its stem, with the suffix or else a number if that is not unique."""
     counts = Counter(path.stem for path in images)
     stems = {path: path.stem if counts[path.stem] == 1 else path.name for path in images}
     repeated = Counter(stems.values())
-    # Same names from several folders: number them rather than overwrite.
     seen: Counter[str] = Counter()
     for path, stem in stems.items():
         seen[stem] += 1
@@ -130,9 +127,7 @@ def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: flo
         path = out / f"{stem}_{'labels.npz' if kind == 'npz' else kind + '.png'}"
         if kind == "labels":
             result.save_labels(path)
-        elif kind == "overlay":
-            result.save(path, alpha=alpha)
         else:
-            result.save(path)
+            result.save(path, alpha=alpha)
         written.append(path)
     return written

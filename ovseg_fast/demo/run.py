@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..data.world.scenes import WORLD, Scene, World
+from ..data.vocabularies import WORLD
+from ..data.world.scenes import Scene, World
 from ..evaluation.metrics import ConfusionMatrix
 from ..files import write_whole
 from ..models import CascadeCLIP

@@ -8,7 +8,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.world.scenes import FIRST_GROUND, GROUNDS, OBJECTS, ON, SYNONYMS, WORLD
+from ..data.vocabularies import WORLD
+from ..data.world.classes import CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, SYNONYMS
+from ..data.world.scenes import ON
 from ..vocabulary import check_classes, prompt_name
 
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -65,15 +67,14 @@ def distractors(labels: Sequence[int], count: int, rng: np.random.Generator, kno
     """Up to `count` classes, neither among `labels` nor `known`, each of which differs in a single word from one of
     `labels`; these take turns."""
     found: list[int] = []
-    words = (*OBJECTS, *GROUNDS)
     for turn in range(count):
         label = labels[turn % len(labels)]
         near = [
             index
-            for index, other in enumerate(words)
+            for index, other in enumerate(CLASS_WORDS)
             if index not in (*labels, *known, *found)
             and (index < FIRST_GROUND) == (label < FIRST_GROUND)
-            and sum(a != b for a, b in zip(other, words[label], strict=False)) == 1
+            and sum(a != b for a, b in zip(other, CLASS_WORDS[label], strict=False)) == 1
         ]
         if near:
             found.append(near[int(rng.integers(len(near)))])

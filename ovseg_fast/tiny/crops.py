@@ -9,18 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.world.classes import GROUNDS, OBJECTS
+from ..data.world.classes import CLASS_WORDS
 from ..data.world.scenes import Scene, describe, phrase
 from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES
 
 TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # what segmentation will ask with
-WORDS = (*OBJECTS, *GROUNDS)  # of each class
-
-
 # Of each class, the five that share all but its last word with it, which is the shape or the material; itself first.
 LAST_WORDS = tuple(
-    tuple(sorted((index for index, other in enumerate(WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
-    for label, words in enumerate(WORDS)
+    tuple(sorted((i for i, other in enumerate(CLASS_WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
+    for label, words in enumerate(CLASS_WORDS)
 )
 
 
@@ -60,7 +57,7 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
 def class_captions(rng: np.random.Generator) -> list[str]:
     """A caption of each class alone, in words of its own each time."""
     captions = []
-    for label in range(len(WORDS)):
+    for label in range(len(CLASS_WORDS)):
         template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
         plain = rng.random() < 0.4
         captions.append(template.replace("{}", phrase(label, rng, article=False)) if plain else describe([label], rng))
@@ -69,7 +66,7 @@ def class_captions(rng: np.random.Generator) -> list[str]:
 
 def shown_classes(scenes: list[Scene]) -> Tensor:
     """(S, T) bool: which of all classes each scene shows."""
-    shown = torch.zeros(len(scenes), len(WORDS), dtype=torch.bool)
+    shown = torch.zeros(len(scenes), len(CLASS_WORDS), dtype=torch.bool)
     for row, scene in zip(shown, scenes, strict=True):
         row[[scene.ground, *(region.label for region in scene.regions)]] = True
     return shown

@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save
 
 from .. import checkpoints
-from ..data.world.scenes import WORLD, WorldScenes
+from ..data.vocabularies import WORLD
+from ..data.world.scenes import WorldScenes
 from ..evaluation.evaluate import evaluate
 from ..files import write_whole
 from ..models import build

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from ovseg_fast.data.world.scenes import FIRST_GROUND, WORLD, World
+from ovseg_fast.data.vocabularies import WORLD
+from ovseg_fast.data.world.classes import FIRST_GROUND
+from ovseg_fast.data.world.scenes import World
 from ovseg_fast.models.catseg import PIXEL_MEAN, PIXEL_STD, CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
