@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from .options import BAD_INPUT, FAILED, exit_on_error, quiet_option
+from . import options
 
 
 @click.command("check")
 @click.argument("name", metavar="DATASET")
 @click.argument("root", type=click.Path(path_type=Path))
 @click.option("--split", default="val", show_default=True, help="Part of the dataset.")
-@quiet_option()
+@options.quiet()
 def check_command(name: str, root: Path, split: str, quiet: bool) -> None:
     """Read every image and mask of a dataset and report what is broken or does not fit.
 
@@ -26,9 +26,9 @@ def check_command(name: str, root: Path, split: str, quiet: bool) -> None:
     """
     from ..data import check_dataset, open_dataset, report
 
-    with exit_on_error(BAD_INPUT):
+    with options.exit_on_error(options.BAD_INPUT):
         dataset = open_dataset(name, root, split)
         problems = check_dataset(dataset, progress=not quiet)
     click.echo(f"{len(dataset)} pairs: {report(problems)}")
     if problems:
-        sys.exit(FAILED)
+        sys.exit(options.FAILED)

@@ -6,18 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import (
-    BAD_INPUT,
-    FAILED,
-    check_folder,
-    device_option,
-    exit_on_error,
-    load_model,
-    mode_option,
-    model_option,
-    out_option,
-    weights_option,
-)
+from . import options
 
 MAX_SIZE = 1536  # pixels
 
@@ -29,11 +18,9 @@ MAX_SIZE = 1536  # pixels
 @click.option(
     "--size", type=click.IntRange(32, MAX_SIZE), default=192, show_default=True, help="Side of the scene in pixels."
 )
-@model_option("catseg-tiny")
-@weights_option
-@out_option("out/demo")
-@mode_option
-@device_option
+@options.model("catseg-tiny")
+@options.run_options
+@options.out("out/demo")
 def demo_command(
     classes: str | None,
     wish: str | None,
@@ -60,17 +47,17 @@ def demo_command(
     # Heavy imports come late, so that --help and typing mistakes are answered at once.
     from ..vocabulary import parse_classes
 
-    with exit_on_error(BAD_INPUT):
+    with options.exit_on_error(options.BAD_INPUT):
         typed = None if classes is None else parse_classes(classes)
-        check_folder(out)
+        options.check_folder(out)
         from ..demo.run import ask, run
         from ..models.presets import get_preset
 
         get_preset(preset)
         asked = ask(wish, typed, seed, size)
-        segmenter = load_model(preset, weights, device)
+        segmenter = options.load_model(preset, weights, device)
         segmenter.embed_text(asked.names)
-    with exit_on_error(FAILED):
+    with options.exit_on_error(options.FAILED):
         name = f"{preset} with random weights" if weights == "random" else preset
         lines, files = run(segmenter, asked, mode, out, name)
     click.echo("\n".join([*lines, "", *map(str, files)]))

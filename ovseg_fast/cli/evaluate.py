@@ -9,22 +9,12 @@ from typing import Any
 
 import click
 
-from .options import (
-    BAD_INPUT,
-    FAILED,
-    device_option,
-    exit_on_error,
-    fail,
-    load_model,
-    mode_option,
-    quiet_option,
-    weights_option,
-)
+from . import options
 
 
 @click.command("evaluate")
 @click.argument("preset", metavar="MODEL")
-@weights_option
+@options.run_options
 @click.option(
     "-d",
     "--dataset",
@@ -35,14 +25,12 @@ from .options import (
 @click.option("--root", type=click.Path(path_type=Path), help="The folder that the dataset lies in; `world` has none.")
 @click.option("--split", default="val", show_default=True, help="Part of the dataset.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the procedural world.")
-@mode_option
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     help="A .json file for the result.  [default: out/MODEL_DATASET_SPLIT_MODE.json]",
 )
-@device_option
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),
@@ -56,7 +44,7 @@ from .options import (
     show_default=True,
     help="Resume a run that was stopped or killed, or discard it.",
 )
-@quiet_option("No progress bar and no table.")
+@options.quiet("No progress bar and no table.")
 def evaluate_command(
     preset: str,
     weights: str,
@@ -84,7 +72,7 @@ def evaluate_command(
     from ..data import datasets
     from ..models.presets import get_preset
 
-    with exit_on_error(BAD_INPUT):
+    with options.exit_on_error(options.BAD_INPUT):
         if not hasattr(get_preset(preset).config, "seen_offset") and seen_offset is not None:
             raise ValueError(f"--seen-offset is Cascade-CLIP's, {preset} has none.")
         dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed)
@@ -92,7 +80,7 @@ def evaluate_command(
             raise ValueError(f"--root '{root}' holds no image of {name}, split {split}.")
         from ..evaluation.evaluate import EvaluationError, evaluate
 
-        segmenter = load_model(preset, weights, device)
+        segmenter = options.load_model(preset, weights, device)
         if seen_offset is not None:
             config: Any = segmenter.model.config
             segmenter.model.config = replace(config, seen_offset=seen_offset)
@@ -109,13 +97,13 @@ def evaluate_command(
                 restart=not resume,
             )
         except EvaluationError as error:
-            fail(error, FAILED)
+            options.fail(error, options.FAILED)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")
     if result.skipped:
         total = result.images + len(result.skipped)
         click.echo(f"ovseg-fast: {len(result.skipped)} of {total} images were left out.", err=True)
-        sys.exit(FAILED)
+        sys.exit(options.FAILED)
 
 
 def _trained_on(weights: str, classes: tuple[str, ...]) -> list[str] | None:

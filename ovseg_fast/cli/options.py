@@ -17,7 +17,7 @@ FAILED = 1  # exit code: some or all of the work could not be done
 BAD_INPUT = 2  # exit code: an argument does not fit, nothing was started
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)  # errors reported in one line
 
-weights_option = click.option(
+_weights = click.option(
     "-w",
     "--weights",
     default="published",
@@ -25,32 +25,37 @@ weights_option = click.option(
     help="A checkpoint file (upstream's or this package's), `published` (downloaded; for the tiny models, part of this "
     "package), or `random`.",
 )
-mode_option = click.option(
+_mode = click.option(
     "--mode",
     type=click.Choice(["slide", "whole"]),
     default="slide",
     show_default=True,
     help="Sliding windows as published, or the resized image in one pass.",
 )
-device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
+_device = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 
 
-def model_option(default: str) -> Any:
+def run_options(command: Any) -> Any:
+    """How a model runs: --weights, --mode and --device."""
+    return _weights(_mode(_device(command)))
+
+
+def model(default: str) -> Any:
     return click.option("-m", "--model", "preset", default=default, show_default=True, help="A model, see `info`.")
 
 
-def out_option(default: str) -> Any:
+def out(default: str) -> Any:
     path = click.Path(path_type=Path)
     return click.option("-o", "--out", type=path, default=default, show_default=True, help="Folder for the results.")
 
 
-def quiet_option(help: str = "No progress bar.") -> Any:
+def quiet(help: str = "No progress bar.") -> Any:
     return click.option("-q", "--quiet", is_flag=True, help=help)
 
 
-def check_folder(out: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raises ValueError if the folder of results cannot be made, because it or a parent is a file."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--out must be a folder, {existing} is a file.")
 

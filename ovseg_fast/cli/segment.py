@@ -9,21 +9,7 @@ from typing import Any
 
 import click
 
-from .options import (
-    BAD_INPUT,
-    EXPECTED,
-    FAILED,
-    check_folder,
-    device_option,
-    exit_on_error,
-    load_model,
-    message,
-    mode_option,
-    model_option,
-    out_option,
-    quiet_option,
-    weights_option,
-)
+from . import options
 
 
 @click.command("segment")
@@ -34,10 +20,9 @@ from .options import (
     type=click.Path(path_type=Path),
     help="Class names from a text file, one per line, or a JSON array. The first synonym on a line is used.",
 )
-@model_option("catseg-vitb")
-@weights_option
-@out_option("out")
-@mode_option
+@options.model("catseg-vitb")
+@options.run_options
+@options.out("out")
 @click.option(
     "--save",
     "kinds",
@@ -48,9 +33,8 @@ from .options import (
     help="What to write for each image; may be repeated. `labels` is a PNG of class indices.",
 )
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the colours.")
-@device_option
 @click.option("--max-side", type=click.IntRange(min=1), help="Largest accepted side of an image.  [default: 16384]")
-@quiet_option("No progress bar and no summary.")
+@options.quiet("No progress bar and no summary.")
 def segment_command(
     inputs: tuple[Path, ...],
     classes: str | None,
@@ -79,13 +63,13 @@ def segment_command(
     from ..images import MAX_SIDE, list_images
     from ..vocabulary import check_classes, parse_classes, read_classes
 
-    with exit_on_error(BAD_INPUT):
+    with options.exit_on_error(options.BAD_INPUT):
         if (classes is None) == (classes_file is None):
             raise ValueError("give class names either by --classes or by --classes-file.")
         names = check_classes(parse_classes(classes) if classes is not None else read_classes(Path(str(classes_file))))
         images = list_images(inputs)
-        check_folder(out)
-        segmenter = load_model(preset, weights, device, max_side=MAX_SIDE if max_side is None else max_side)
+        options.check_folder(out)
+        segmenter = options.load_model(preset, weights, device, max_side=MAX_SIDE if max_side is None else max_side)
         segmenter.embed_text(names, progress=not quiet)
 
     failures = 0
@@ -95,16 +79,16 @@ def segment_command(
         try:
             result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
             written = _write(result, out, stems[path], kinds, alpha)
-        except EXPECTED as error:
+        except options.EXPECTED as error:
             failures += 1
-            bar.write(message(error), file=sys.stderr)
+            bar.write(options.message(error), file=sys.stderr)
             continue
         if not quiet:
             bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written))}", file=sys.stdout)
     if failures:
         if len(images) > 1:
             click.echo(f"ovseg-fast: {failures} of {len(images)} images failed.", err=True)
-        sys.exit(FAILED)
+        sys.exit(options.FAILED)
 
 
 def _output_stems(images: list[Path]) -> dict[Path, str]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from .options import BAD_INPUT, FAILED, exit_on_error, quiet_option
+from . import options
 
 
 @click.command("train")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--restart", is_flag=True, help="Start over if the folder holds a run, instead of resuming it.")
-@quiet_option()
+@options.quiet()
 def train_command(config: Path, restart: bool, quiet: bool) -> None:
     """Train a model as configured in the TOML file CONFIG.
 
@@ -24,13 +24,13 @@ def train_command(config: Path, restart: bool, quiet: bool) -> None:
     """
     from ..training.config import read_config
 
-    with exit_on_error(BAD_INPUT):
+    with options.exit_on_error(options.BAD_INPUT):
         settings = read_config(config)
         from ..training.run import Run
 
         run = Run(settings, progress=not quiet)
         run.prepare(restart)
-    with exit_on_error(FAILED):
+    with options.exit_on_error(options.FAILED):
         path = run.go()
     if run.accelerator.is_main_process and not quiet:
         click.echo(str(path))

@@ -1,20 +1,19 @@
-"""Trains a tiny CLIP on the image-caption pairs of the procedural world, from a seed, on a CPU.
+"""Trains the tiny CLIP on the image-caption pairs of the procedural world, from a seed, on a CPU.
 
-    python -m ovseg_fast.training.clip_pretraining --out build/clip --steps 40000
+    python -m ovseg_fast.tiny.clip --out build/clip --steps 40000
 
 Each step draws whole scenes with their captions, crops around single objects and pieces of ground, and a caption of
-every class alone. A batch of crops holds each class at most once; all classes that differ from it in one word are among
-the captions as hard negatives.
+every class alone. A batch of crops holds each class at most once; among the captions, all classes that differ from it
+in one word are hard negatives.
 
-Two kinds of contrastive loss are added. The plain one of CLIP (Radford et al., 2021, arXiv 2103.00020) compares class
-tokens with captions. The patch-aligned one, after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), works on the
-dense features of `ImageEncoder.dense_features`, which segmentation reads: a text is compared with every patch and the
-patches are averaged by how well they fit. It compares the captions of single things with the crops and with the whole
-scenes, of which several may be right, and once more those alone that differ in the last word, the shape or the
-material. Where in a scene a thing lies is never told; masks are not looked at, though the world knows where to cut the
-crops.
+The loss is the sum of two contrastive losses. The plain one of CLIP (Radford et al., 2021, arXiv 2103.00020) compares
+class tokens with captions. The patch-aligned one, after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), uses the
+dense features of `ImageEncoder.dense_features`, which segmentation reads: it compares a text with every patch and
+averages the patches by how well they fit. It compares captions of single things with the crops, with the whole scenes
+(several may be right), and once more with those that differ only in the last word, the shape or the material. Neither
+masks nor positions of things are used, except to cut the crops.
 
-Every random number is drawn from the seed and the step, so a run that is resumed goes on as if never stopped.
+All random numbers follow from the seed and the step, so a resumed run gives the same weights.
 """
 
 from __future__ import annotations
@@ -57,13 +56,13 @@ class PretrainingConfig:
     """How the tiny CLIP is trained.
 
     Attributes:
-        seed: of the world, the initial weights and all else. steps: of the optimiser.
-        split: of the world, see `World.scene`. Both methods build on a CLIP that has read of everything, or nearly so;
-            `"train"` makes one that has read of the seen combinations alone.
-        scenes: whole scenes a step. crops: most crops a step, cut from the same scenes. crop_size: their side.
+        seed: of the world, the initial weights and everything else. steps: of the optimiser.
+        split: of the world, see `World.scene`. Both methods expect a CLIP that has read about everything; `"train"`
+            makes one that has read about the seen combinations only.
+        scenes: whole scenes per step. crops: most crops per step, cut from these scenes. crop_size: their side.
         lr: peak learning rate, reached after `warmup` steps, then a cosine to zero. weight_decay: of matrices.
-        dense_weight: of the patch-aligned loss against the plain one.
-        forget: probability with which a word of a caption is replaced by the unknown one, which is so trained too.
+        dense_weight: of the patch-aligned loss, relative to the plain one.
+        forget: probability that a word of a caption becomes the unknown word, which is trained this way.
         checkpoint_every, evaluate_every: in steps. evaluation_scenes: fresh ones for the zero-shot segmentation.
     """
 
@@ -91,13 +90,13 @@ def pretrain(
     device: str = "cpu",
     workers: int = 0,
 ) -> CLIP:
-    """Train, or go on with training.
+    """Train, or resume training.
 
     Args:
-        out: folder, made where it is missing. It gets `checkpoint.pt`, from which the same call goes on, and at the end
-            `clip.safetensors`, in open_clip's layout, which `ovseg_fast.build(..., clip_pretrained=...)` takes.
-        clip_config: as open_clip's model configurations; `TINY_WORLD` by default.
-        device: what it is trained on. workers: processes that draw scenes ahead; they change nothing else.
+        out: folder, made if missing. It gets `checkpoint.pt`, from which the same call resumes, and at the end
+            `clip.safetensors`, in open_clip's format, for `ovseg_fast.build(..., clip_pretrained=...)`.
+        clip_config: an open_clip model configuration; `TINY_WORLD` by default.
+        device: to train on. workers: processes that draw scenes ahead; they do not change the result.
 
     Returns:
         the trained CLIP, with the whole token table.
@@ -151,7 +150,7 @@ def pretrain(
         elif step % 50 == 0:
             pace = (time.monotonic() - started) / (step - first)
             left = (config.steps - step) * pace / 3600
-            logger.info("step %d  loss %.3f  %.2f s a step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
+            logger.info("step %d  loss %.3f  %.2f s per step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
         if step % config.checkpoint_every == 0 or last:
             checkpoint()
     model.text.token_embedding = torch.nn.Embedding.from_pretrained(
@@ -162,11 +161,11 @@ def pretrain(
 
 
 class Batch(NamedTuple):
-    """What a step is trained on.
+    """Training data of one step.
 
     Attributes:
         scenes: (S, 3, 96, 96) uint8, whole scenes. text: (S, 77) tokens of their captions, as rows of the small table.
-        shown: (S, T) bool, the classes that each shows.
+        shown: (S, T) bool, the classes in each scene.
         crops: (B, 3, h, h) uint8. labels: (B,) the class of each. phrases: (T, 77) tokens of a caption of each class.
     """
 
@@ -179,7 +178,7 @@ class Batch(NamedTuple):
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
-    """The batch of each step, always the same one, whichever process makes it."""
+    """The batch of each step: always the same one, whichever process makes it."""
 
     def __init__(self, config: PretrainingConfig) -> None:
         self.config, self.world, self.known = config, World(config.seed), KnownTokens()
@@ -221,14 +220,14 @@ def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None = None) -> dict[str, float]:
-    """Accuracy of finding the class of a held-out crop, and zero-shot segmentation of fresh scenes.
+    """Accuracy of finding the class of a fresh crop, and zero-shot segmentation of fresh scenes.
 
     Args:
         known: for a model in training, whose token table is still small.
 
     Returns:
-        `retrieval` by the class token and `dense_retrieval` by patches, of crops among captions of all classes; `seen`
-        and `unseen` mIoU over all classes of the world, by cosine alone.
+        `retrieval` by class token and `dense_retrieval` by patches: accuracy of crops among captions of all classes;
+        `seen` and `unseen`: mIoU over all classes of the world, by cosine alone.
     """
     model.eval()
     fresh, device = World(config.seed + 1_000_003), model.visual.proj.device
@@ -257,17 +256,17 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
 
 
 def zero_shot_scores(visual: ImageEncoder, text: Tensor, dataset: WorldScenes) -> Scores:
-    """Scores of the baseline on a world's scenes; text (T, E) is that of all classes."""
+    """Scores of the baseline on scenes of a world; text (T, E) of all its classes."""
     confusion = ConfusionMatrix(len(WORLD.classes))
     for index in range(len(dataset)):
         image, labels = dataset.read(index)
         confusion.update(zero_shot(visual, np.array(image), text), labels)
-    return confusion.scores([index for index in range(len(WORLD.classes)) if index not in WORLD.unseen])
+    return confusion.scores(sorted({*range(len(WORLD.classes))} - {*WORLD.unseen}))
 
 
 @torch.no_grad()
 def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -> np.ndarray[Any, Any]:
-    """The baseline: each pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
+    """The baseline: per pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     _, dense = encode(visual, pixels.to(text.device))
     grid = (image.shape[0] // visual.patch, image.shape[1] // visual.patch)
@@ -277,7 +276,7 @@ def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
-    """The state dict in open_clip's layout: q, k and v in one matrix, the text encoder at the top."""
+    """The state dict in open_clip's format: q, k and v in one matrix, the text encoder at the top."""
     state = dict(model.state_dict())
     joined = {}
     for name, tensor in state.items():
@@ -301,8 +300,9 @@ def _small_model(settings: dict[str, Any], known: KnownTokens, seed: int) -> CLI
 
 
 def _groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
-    free = [p for name, p in model.named_parameters() if p.dim() < 2 or "embedding" in name]
-    decayed = [p for name, p in model.named_parameters() if not (p.dim() < 2 or "embedding" in name)]
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (free if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -328,26 +328,25 @@ def _resume(
     wanted = _resumable(config, settings)
     changed = [name for name in wanted if state["config"].get(name) != wanted[name]]
     if changed:
-        raise ValueError(
-            f"'{path}' was made with another {', '.join(changed)}; use the same settings to go on, or another folder."
-        )
+        names = ", ".join(changed)
+        raise ValueError(f"'{path}' was made with another {names}; resume with the same settings, or use another folder.")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    logger.info("going on from step %d of '%s'", state["step"], path)
+    logger.info("resuming after step %d of '%s'", state["step"], path)
     return state["step"], state["history"]
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="folder for the weights")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the weights.")
 @click.option("--steps", default=PretrainingConfig.steps, show_default=True)
 @click.option("--seed", default=PretrainingConfig.seed, show_default=True)
 @click.option("--lr", default=PretrainingConfig.lr, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--workers", default=0, show_default=True, help="processes that draw scenes ahead")
+@click.option("--workers", default=0, show_default=True, help="Processes that draw scenes ahead.")
 @click.option("--evaluate-every", default=PretrainingConfig.evaluate_every, show_default=True)
 def main(out: Path, device: str, workers: int, **settings: Any) -> None:
-    """Train the tiny CLIP of the procedural world; the same command goes on where it was stopped."""
+    """Train the tiny CLIP of the procedural world; the same command resumes a stopped run."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     pretrain(PretrainingConfig(**settings), out, device=device, workers=workers)
 

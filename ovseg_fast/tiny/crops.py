@@ -13,8 +13,8 @@ from ..data.world.classes import CLASS_WORDS
 from ..data.world.scenes import Scene, describe, phrase
 from ..vocabulary import CASCADE_TEMPLATES, CASCADE_VOC_TEMPLATES, CATSEG_TEMPLATES
 
-TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # what segmentation will ask with
-# Of each class, the five that share all but its last word with it, which is the shape or the material; itself first.
+TEMPLATES = (*CATSEG_TEMPLATES, *CASCADE_VOC_TEMPLATES, *CASCADE_TEMPLATES)  # the prompts of segmentation
+# For each class the five that differ from it at most in the last word, the shape or the material; itself first.
 LAST_WORDS = tuple(
     tuple(sorted((i for i, other in enumerate(CLASS_WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
     for label, words in enumerate(CLASS_WORDS)
@@ -22,14 +22,14 @@ LAST_WORDS = tuple(
 
 
 class Crops(NamedTuple):
-    """B pictures (B, 3, size, size) uint8, each of a single thing, and the class of that (B,) int64."""
+    """Images of single things (B, 3, size, size) uint8, and their classes (B,) int64."""
 
     pictures: Tensor
     labels: Tensor
 
 
 def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> Crops:
-    """At most `most` crops around single objects and pieces of ground, no two of the same class."""
+    """At most `most` crops around single objects and pieces of ground, all of different classes."""
     boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
     for scene in scenes:
         for region in scene.regions:
@@ -55,7 +55,7 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
 
 
 def class_captions(rng: np.random.Generator) -> list[str]:
-    """A caption of each class alone, in words of its own each time."""
+    """A caption of each class alone, worded differently each time."""
     captions = []
     for label in range(len(CLASS_WORDS)):
         template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
@@ -65,7 +65,7 @@ def class_captions(rng: np.random.Generator) -> list[str]:
 
 
 def shown_classes(scenes: list[Scene]) -> Tensor:
-    """(S, T) bool: which of all classes each scene shows."""
+    """(S, T) bool: the classes that each scene shows."""
     shown = torch.zeros(len(scenes), len(CLASS_WORDS), dtype=torch.bool)
     for row, scene in zip(shown, scenes, strict=True):
         row[[scene.ground, *(region.label for region in scene.regions)]] = True
@@ -73,7 +73,7 @@ def shown_classes(scenes: list[Scene]) -> Tensor:
 
 
 def _square(twice_x: float, twice_y: float, side: float, scene: Scene) -> tuple[float, float, float, float]:
-    """A square around a middle, moved to lie in the picture."""
+    """A square around a centre, moved to lie in the image."""
     height, width = scene.labels.shape
     left = min(max(twice_x / 2 - side / 2, 0), width - side)
     top = min(max(twice_y / 2 - side / 2, 0), height - side)

@@ -182,7 +182,7 @@ def test_own_words_count_as_what_they_mean(demo) -> None:
     assert len(rows) == 6
     assert f"mIoU {percent(float(np.mean(values)))}" in result.stdout
     share = percent(float((~counted).mean()))
-    assert f"Not counted, for no name means it: orange striped triangle ({share} of the picture)." in result.stdout
+    assert f"Not counted, because no name means it: orange striped triangle ({share} of the picture)." in result.stdout
 
 
 def names_shown(scene) -> set[str]:
