@@ -329,7 +329,9 @@ def _resume(
     changed = [name for name in wanted if state["config"].get(name) != wanted[name]]
     if changed:
         names = ", ".join(changed)
-        raise ValueError(f"'{path}' was made with another {names}; resume with the same settings, or use another folder.")
+        raise ValueError(
+            f"'{path}' was made with another {names}; resume with the same settings, or use another folder."
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
