@@ -106,12 +106,11 @@ def _output_stems(images: list[Path]) -> dict[Path, str]:
 
 def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: float) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind in dict.fromkeys(kinds):
-        path = out / f"{stem}_{'labels.npz' if kind == 'npz' else kind + '.png'}"
+    endings = {"overlay": "overlay.png", "labels": "labels.png", "npz": "labels.npz"}
+    paths = {kind: out / f"{stem}_{endings[kind]}" for kind in kinds}
+    for kind, path in paths.items():
         if kind == "labels":
             result.save_labels(path)
         else:
             result.save(path, alpha=alpha)
-        written.append(path)
-    return written
+    return list(paths.values())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..images import ImageError, MissingImageError, load_image
 from .datasets import Dataset, Pair, SegmentationDataset, fit, image_files, mask_files
 from .masks import DataError, read_mask
+
+Result = TypeVar("Result")
 
 KINDS = {
     "empty": "empty folder",
@@ -27,13 +30,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a pair.
-
-    Args:
-        name: of the pair; of the folder if it is empty.
-        kind: one of `KINDS`.
-        sentence: what is wrong, with the file concerned.
-    """
+    """A problem of the pair `name` (of the folder, if that is empty): its kind (of `KINDS`) and a sentence about it."""
 
     name: str
     kind: str
@@ -67,7 +64,7 @@ def check_dataset(dataset: Dataset, *, progress: bool = False, workers: int | No
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         # map keeps the order and reads ahead of the bar; decoding releases Python's lock.
-        found = pool.map(lambda pair: list(_content(dataset, pair)), complete)
+        found = pool.map(lambda pair: _content(dataset, pair), complete)
         for some in tqdm(found, total=len(complete), unit="pair", disable=None if progress else True):
             problems.extend(some)
     finally:
@@ -145,25 +142,23 @@ class _Names:
             yield Problem(pair.name, "case", sentence)
 
 
-def _content(dataset: SegmentationDataset, pair: Pair) -> Iterator[Problem]:
+def _content(dataset: SegmentationDataset, pair: Pair) -> list[Problem]:
     """What decoding the two files tells."""
-    image = None
-    try:
-        image = load_image(pair.image)
-    except ImageError as error:
-        kind = "missing-image" if isinstance(error, MissingImageError) else "unreadable-image"
-        yield Problem(pair.name, kind, str(error))
-    try:
-        values = read_mask(pair.mask)
-    except DataError as error:
-        yield Problem(pair.name, error.kind, str(error))
-        return
-    try:
+    found: list[Problem] = []
+
+    def attempt(step: Callable[[], Result]) -> Result | None:
+        try:
+            return step()
+        except DataError as error:
+            found.append(Problem(pair.name, error.kind, str(error)))
+        except ImageError as error:
+            kind = "missing-image" if isinstance(error, MissingImageError) else "unreadable-image"
+            found.append(Problem(pair.name, kind, str(error)))
+        return None
+
+    image, values = attempt(lambda: load_image(pair.image)), attempt(lambda: read_mask(pair.mask))
+    if values is not None:
         if image is not None:
-            fit(pair, image, values)
-    except DataError as error:
-        yield Problem(pair.name, error.kind, str(error))
-    try:
-        dataset.values.labels(values, pair.mask)
-    except DataError as error:
-        yield Problem(pair.name, error.kind, str(error))
+            attempt(lambda: fit(pair, image, values))
+        attempt(lambda: dataset.values.labels(values, pair.mask))
+    return found

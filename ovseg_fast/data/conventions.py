@@ -81,7 +81,7 @@ def _voc(values: tuple[int, ...]) -> tuple[Convention, ...]:
     )
 
 
-def _detectron2(masks: str, values: tuple[int, ...]) -> tuple[Convention, ...]:
+def _voc_converted(masks: str, values: tuple[int, ...]) -> tuple[Convention, ...]:
     """Converted masks of VOC 2012: one folder per split, or those of "val" directly in the folder."""
     return (
         Convention("images_detectron2/{split}", (f"{masks}/{{split}}",), values),
@@ -92,7 +92,9 @@ def _detectron2(masks: str, values: tuple[int, ...]) -> tuple[Convention, ...]:
 
 # mmsegmentation's masks of Context number its 59 classes alphabetically from 1; the dataset's own list does not.
 _CONTEXT_BY_ALPHABET = (-1, *(PASCAL_CONTEXT.classes.index(name) for name in sorted(PASCAL_CONTEXT.classes)))
+_CONTEXT_LISTS = ("ImageSets/SegmentationContext/{split}.txt",)
 _CONTEXT_59, _CONTEXT_459 = ("annotations_detectron2/pc59_{split}",), ("annotations_detectron2/pc459_{split}",)
+_ANNOTATIONS, _DETECTRON2 = ("annotations/{split}",), ("annotations_detectron2/{split}",)
 _VOC2012 = ("", "VOC2012", "VOCdevkit/VOC2012")
 _VOC2010 = ("", "VOC2010", "VOCdevkit/VOC2010")
 _OWN_SUFFIXES, _LARGE_SUFFIXES = (".png", ".tif", ".tiff"), (".tif", ".png")
@@ -102,10 +104,8 @@ DATASETS = {
         COCO_STUFF,
         ("", "coco_stuff164k", "coco-stuff"),
         (
-            Convention(
-                "images/{split}", ("annotations/{split}",), _same(171), ("_labelTrainIds.png",), splits=COCO_SPLITS
-            ),
-            Convention("images/{split}", ("annotations_detectron2/{split}",), _same(171), splits=COCO_SPLITS),
+            Convention("images/{split}", _ANNOTATIONS, _same(171), ("_labelTrainIds.png",), splits=COCO_SPLITS),
+            Convention("images/{split}", _DETECTRON2, _same(171), splits=COCO_SPLITS),
             Convention("coco/{split}", ("coco-stuff/annotations_detectron2/{split}",), _same(171), splits=COCO_SPLITS),
         ),
     ),
@@ -113,43 +113,30 @@ DATASETS = {
         ADE20K_150,
         ("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
         (
-            Convention("images/{split}", ("annotations/{split}",), _shifted(150), splits=ADE_SPLITS),
-            Convention("images/{split}", ("annotations_detectron2/{split}",), _same(150), splits=ADE_SPLITS),
+            Convention("images/{split}", _ANNOTATIONS, _shifted(150), splits=ADE_SPLITS),
+            Convention("images/{split}", _DETECTRON2, _same(150), splits=ADE_SPLITS),
         ),
     ),
     "ade20k-847": KnownDataset(
         847,
         ("", "ADE20K_2021_17_01"),
-        (
-            Convention(
-                "images_detectron2/{split}",
-                ("annotations_detectron2/{split}",),
-                _same(847),
-                (".tif",),
-                splits=ADE_SPLITS,
-            ),
-        ),
+        (Convention("images_detectron2/{split}", _DETECTRON2, _same(847), (".tif",), splits=ADE_SPLITS),),
         class_files=("ade847.json", "classes.json", "classes.txt"),
     ),
     "pascal-voc": KnownDataset(
-        PASCAL_VOC, _VOC2012, (*_voc(_shifted(20)), *_detectron2("annotations_detectron2", _same(20)))
+        PASCAL_VOC, _VOC2012, (*_voc(_shifted(20)), *_voc_converted("annotations_detectron2", _same(20)))
     ),
     "pascal-voc-20b": KnownDataset(
         PASCAL_VOC_20B,
         _VOC2012,
         # The converted masks number background last; the dataset's own masks, tried first, as class 0.
-        (*_voc(_same(21)), *_detectron2("annotations_detectron2_bg", (*range(1, 21), 0))),
+        (*_voc(_same(21)), *_voc_converted("annotations_detectron2_bg", (*range(1, 21), 0))),
     ),
     "pascal-context": KnownDataset(
         PASCAL_CONTEXT,
         _VOC2010,
         (
-            Convention(
-                "JPEGImages",
-                ("SegmentationClassContext",),
-                _CONTEXT_BY_ALPHABET,
-                lists=("ImageSets/SegmentationContext/{split}.txt",),
-            ),
+            Convention("JPEGImages", ("SegmentationClassContext",), _CONTEXT_BY_ALPHABET, lists=_CONTEXT_LISTS),
             Convention("images/{split}", _CONTEXT_59, _same(59)),
             Convention("JPEGImages", _CONTEXT_59, _same(59), by_masks=True),
         ),

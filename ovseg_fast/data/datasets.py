@@ -58,10 +58,7 @@ class SegmentationDataset:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Read a pair.
-
-        Returns:
-            An RGB image and its label map (H, W) int32 of the same size, with -1 for no class.
+        """An RGB image and its label map (H, W) int32 of the same size, with -1 for no class.
 
         Raises:
             ImageError: the image is missing or unreadable, see `load_image`.

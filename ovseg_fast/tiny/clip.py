@@ -116,14 +116,9 @@ def pretrain(
     losses: list[float] = []
 
     def checkpoint() -> None:
-        state = {
-            "step": step,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "config": _resumable(config, settings),
-            "history": history,
-        }
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "config": _resumable(config, settings), "history": history}
         write_whole(folder / CHECKPOINT, lambda path: torch.save(state, path))
 
     batches = torch.utils.data.DataLoader(
@@ -200,7 +195,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
 
 def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
-    """The sum of the contrastive losses of a batch."""
+    """The sum of a batch's contrastive losses."""
     ensure_importable()
     from open_clip import ClipLoss
 
@@ -247,12 +242,8 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
     )
     class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, CATSEG_TEMPLATES)])
     scores = zero_shot_scores(model.visual, class_text, WorldScenes.first(config.evaluation_scenes, "test", fresh.seed))
-    return {
-        "retrieval": by_token,
-        "dense_retrieval": by_patches,
-        "seen": scores.miou_seen,
-        "unseen": scores.miou_unseen,
-    }
+    retrieval = {"retrieval": by_token, "dense_retrieval": by_patches}
+    return retrieval | {"seen": scores.miou_seen, "unseen": scores.miou_unseen}
 
 
 def zero_shot_scores(visual: ImageEncoder, text: Tensor, dataset: WorldScenes) -> Scores:
@@ -277,18 +268,14 @@ def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
     """The state dict in open_clip's format: q, k and v in one matrix, the text encoder at the top."""
-    state = dict(model.state_dict())
+    state = model.state_dict()
     joined = {}
     for name, tensor in state.items():
-        name = name.removeprefix("text.")
-        if name.endswith(("k_proj_weight", "v_proj_weight")):
-            continue
         if name.endswith("q_proj_weight"):
             stem = name.removesuffix("q_proj_weight")
-            full = stem if name.startswith("visual.") else "text." + stem
-            tensor = torch.cat([state[f"{full}{part}_proj_weight"] for part in "qkv"])
-            name = stem + "in_proj_weight"
-        joined[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            name, tensor = f"{stem}in_proj_weight", torch.cat([state[f"{stem}{part}_proj_weight"] for part in "qkv"])
+        if not name.endswith(("k_proj_weight", "v_proj_weight")):
+            joined[name.removeprefix("text.")] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return joined
 
 
@@ -326,15 +313,12 @@ def _resume(
         return 0, []
     state = torch.load(path, map_location="cpu", weights_only=True)
     wanted = _resumable(config, settings)
-    changed = [name for name in wanted if state["config"].get(name) != wanted[name]]
-    if changed:
-        names = ", ".join(changed)
+    if names := ", ".join(name for name in wanted if state["config"].get(name) != wanted[name]):
         raise ValueError(
             f"'{path}' was made with another {names}; resume with the same settings, or use another folder."
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+        part.load_state_dict(state[name])
     logger.info("resuming after step %d of '%s'", state["step"], path)
     return state["step"], state["history"]
 

@@ -20,19 +20,6 @@ Plane = Callable[[Field, Field, float], Field]
 # ---- shapes: coordinates (u, v) from the centre, circumscribed radius r -> signed distance, negative inside ----
 
 
-def _circle(u: Field, v: Field, r: float) -> Field:
-    return np.hypot(u, v) - 0.9 * r
-
-
-def _square(u: Field, v: Field, r: float) -> Field:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.74 * r
-
-
-def _triangle(u: Field, v: Field, r: float) -> Field:
-    side = 0.5 * v + 0.8660254 * np.abs(u)
-    return np.maximum(side, -v) - 0.5 * r
-
-
 def _star(u: Field, v: Field, r: float) -> Field:
     fifth = 2 * np.pi / 5
     angle = np.abs((np.arctan2(v, u) + fifth / 2) % fifth - fifth / 2)
@@ -49,22 +36,14 @@ def _cross(u: Field, v: Field, r: float) -> Field:
 
 
 SHAPE_DISTANCES: dict[str, Plane] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+    "circle": lambda u, v, r: np.hypot(u, v) - 0.9 * r,
+    "square": lambda u, v, r: np.maximum(np.abs(u), np.abs(v)) - 0.74 * r,
+    "triangle": lambda u, v, r: np.maximum(0.5 * v + 0.8660254 * np.abs(u), -v) - 0.5 * r,
     "star": _star,
     "cross": _cross,
 }
 
 # ---- patterns: coordinates from the centre and a period -> share of the second tone, 0..1 ----
-
-
-def _plain(u: Field, v: Field, period: float) -> Field:
-    return np.zeros_like(u)
-
-
-def _striped(u: Field, v: Field, period: float) -> Field:
-    return _edge(np.cos(u * (2 * np.pi / period)) * (period / (2 * np.pi)))
 
 
 def _dotted(u: Field, v: Field, period: float) -> Field:
@@ -77,7 +56,12 @@ def _checkered(u: Field, v: Field, period: float) -> Field:
     return _edge(waves * (period / (2 * np.pi)))
 
 
-PATTERN_TONES: dict[str, Plane] = {"plain": _plain, "striped": _striped, "dotted": _dotted, "checkered": _checkered}
+PATTERN_TONES: dict[str, Plane] = {
+    "plain": lambda u, v, period: np.zeros_like(u),
+    "striped": lambda u, v, period: _edge(np.cos(u * (2 * np.pi / period)) * (period / (2 * np.pi))),
+    "dotted": _dotted,
+    "checkered": _checkered,
+}
 PERIODS = {"plain": 1.0, "striped": 9.0, "dotted": 10.0, "checkered": 13.0}
 
 # ---- materials: pixel coordinates and random numbers -> brightness around 1 ----

@@ -71,8 +71,7 @@ class Difficulty:
 
 
 class Region(NamedTuple):
-    """A visible object: its class index, and the box (left, top, right, bottom) around its visible pixels, the last two
-    exclusive."""
+    """A visible object: its class index and the box (left, top, right, bottom) of its pixels, the end exclusive."""
 
     label: int
     box: tuple[int, int, int, int]
@@ -97,15 +96,7 @@ class Scene:
 
 
 class World:
-    """Endless scenes from a seed.
-
-    Args:
-        seed: another seed gives other scenes of the same classes and the same split.
-        difficulty: see `Difficulty`.
-
-    Raises:
-        ValueError: the seed is negative.
-    """
+    """Endless scenes from a seed, which must not be negative (ValueError). Every seed has the same unseen classes."""
 
     vocabulary = WORLD
 
@@ -207,7 +198,7 @@ def _check_number(index: int, size: int) -> None:
 
 
 def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:
-    """A class in other words: synonyms, and for objects an article and either order of colour and pattern."""
+    """A class in other words: synonyms; for objects an article and either order of colour and pattern."""
     words = [_say(word, rng) for word in CLASS_WORDS[label]]
     if label < FIRST_GROUND:
         if rng.random() < 0.3:
