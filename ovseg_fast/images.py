@@ -43,11 +43,8 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
     Of an animation or a file with several pages the first is taken.
 
     Args:
-        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB.
-        max_side: largest accepted side in pixels.
-
-    Returns:
-        A new RGB image with both sides in 2..max_side; `source` is left as it is.
+        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB; it is left as it is.
+        max_side: largest accepted side in pixels; the smallest is 2.
 
     Raises:
         TypeError: `source` is of another type, a torch tensor for example.
@@ -62,14 +59,16 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
         path = getattr(source, "filename", "")
         return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side)
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_side)
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            got = f"{source.dtype} of shape {source.shape}"
+            raise ImageError(f"an image array must be uint8 of shape (H, W, 3), RGB, got {got}.")
+        _check_size("the given array", source.shape[1], source.shape[0], max_side)
+        return Image.fromarray(source)
     if isinstance(source, (str, os.PathLike)):
         with open_image(os.fsdecode(source)) as image:
             return _decode(image, f"image '{os.fsdecode(source)}'", max_side)
-    raise TypeError(
-        f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {type(source).__module__}."
-        f"{type(source).__qualname__}."
-    )
+    kind = f"{type(source).__module__}.{type(source).__qualname__}"
+    raise TypeError(f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {kind}.")
 
 
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -88,8 +87,7 @@ def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     for path in map(Path, paths):
         if not path.exists():
             raise MissingImageError(f"there is no file or folder '{path}'.")
-        files = _images_in(path) if path.is_dir() else [path]
-        for file in files:
+        for file in _images_in(path) if path.is_dir() else [path]:
             found.setdefault(os.path.abspath(file), file)
     if not found:
         raise ImageError("no image was given: expected at least one file or folder.")
@@ -150,16 +148,6 @@ def decoding(name: str) -> Iterator[None]:
         raise ImageError(f"{name} is damaged or truncated and cannot be decoded ({_one_line(error)}).") from error
 
 
-def _from_array(array: np.ndarray, max_side: int) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ImageError(
-            f"an image array must be uint8 of shape (H, W, 3), RGB, got {array.dtype} of shape {array.shape}."
-        )
-    height, width = array.shape[:2]
-    _check_size("the given array", width, height, max_side)
-    return Image.fromarray(array)
-
-
 def _decode(image: Image.Image, name: str, max_side: int) -> Image.Image:
     _check_size(name, *image.size, max_side)  # known before any pixel is decoded
     with decoding(name):
@@ -208,10 +196,8 @@ def _check_size(name: str, width: int, height: int, max_side: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"{name} is {width} x {height} pixels; expected at least {MIN_SIDE} x {MIN_SIDE}.")
     if max(width, height) > max_side:
-        raise ImageError(
-            f"{name} is {width} x {height} pixels, more than max_side = {max_side}: cut it into tiles, shrink it, or "
-            f"raise max_side."
-        )
+        size = f"{width} x {height} pixels, more than max_side = {max_side}"
+        raise ImageError(f"{name} is {size}: cut it into tiles, shrink it, or raise max_side.")
 
 
 def _one_line(error: Exception) -> str:

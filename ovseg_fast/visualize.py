@@ -44,9 +44,7 @@ def overlay(
     """Lay the colours of the labels over the photograph.
 
     Args:
-        image: the photograph.
-        labels: (H, W) integers in 0..T-1, the size of `image`.
-        classes: T names.
+        image: the photograph. labels: (H, W) integers in 0..T-1, of its size. classes: T names.
         alpha: opacity of the colours, 0..1.
         legend: add a legend beside or below: colour, name and share of each class in the picture, largest first. A
             picture smaller than 320 pixels is then enlarged.
@@ -82,8 +80,7 @@ def label_image(labels: ArrayLike, n: int) -> Image.Image:
     """An image whose pixel values are the class indices.
 
     Args:
-        labels: (H, W) integers in 0..n-1.
-        n: number of classes, at most 65536.
+        labels: (H, W) integers in 0..n-1. n: number of classes, at most 65536.
 
     Returns:
         Up to 256 classes an image of PIL mode P with the colours of `palette`, else 16-bit grey levels (I;16).
@@ -94,10 +91,9 @@ def label_image(labels: ArrayLike, n: int) -> Image.Image:
     labels = check_label_map(labels, n)
     if n > 65536:
         raise ValueError(f"a label image holds at most 65536 classes, got {n}; save as .npz instead.")
-    if n > 256:
-        return Image.fromarray(labels.astype(np.uint16))
-    image = Image.fromarray(labels.astype(np.uint8))
-    image.putpalette(palette(n).tobytes())
+    image = Image.fromarray(labels.astype(np.uint8 if n <= 256 else np.uint16))
+    if n <= 256:
+        image.putpalette(palette(n).tobytes())
     return image
 
 
@@ -266,9 +262,8 @@ def _add_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
         x, y = size, height + size
         canvas = (width, y + rows * line + size)
     if len(entries) > rows * columns:
-        kept = rows * columns - 1
-        rest = entries[kept:]
-        entries = [*entries[:kept], _Entry(None, f"+ {len(rest)} more", sum(entry.share for entry in rest))]
+        entries, rest = entries[: rows * columns - 1], entries[rows * columns - 1 :]
+        entries.append(_Entry(None, f"+ {len(rest)} more", sum(entry.share for entry in rest)))
 
     page = Image.new("RGB", canvas, PAPER)
     page.paste(picture, (0, 0))
@@ -308,10 +303,7 @@ def _fit(text: str, font: Font, width: float) -> str:
 
 
 def _scale(image: Image.Image, width: int, height: int) -> Image.Image:
-    if image.size == (width, height):
-        return image.convert("RGB")
-    # Whole multiples keep pixels and borders sharp.
-    sharp = width % image.width == 0 and height % image.height == 0
+    sharp = width % image.width == 0 and height % image.height == 0  # whole multiples keep pixels and borders sharp
     return image.convert("RGB").resize((width, height), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
 
 

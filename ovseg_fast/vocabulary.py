@@ -97,10 +97,8 @@ def check_classes(names: Sequence[str]) -> list[str]:
             messages count from 1.
     """
     if isinstance(names, str):
-        raise TypeError(
-            f"classes must be a list of names, got the string {_short(names)}; write ['cat', 'grass'], or "
-            "parse_classes('cat, grass') to take a string apart."
-        )
+        cure = "write ['cat', 'grass'], or split a string with parse_classes('cat, grass')"
+        raise TypeError(f"classes must be a list of names, got the string {_short(names)}; {cure}.")
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"classes must be a list of names such as ['cat', 'grass'], got {type(names).__name__}.")
     if not names:
@@ -110,24 +108,19 @@ def check_classes(names: Sequence[str]) -> list[str]:
     positions: dict[str, int] = {}
     prompted: dict[str, int] = {}
     for position, entry in enumerate(names, 1):
+        at = f"at position {position}"
         if not isinstance(entry, str):
-            raise TypeError(f"classes must hold strings, got {type(entry).__name__} at position {position}.")
+            raise TypeError(f"classes must hold strings, got {type(entry).__name__} {at}.")
         name = " ".join(entry.split())
         if not name:
-            raise ValueError(f"classes must not hold an empty name, got {_short(entry)} at position {position}.")
+            raise ValueError(f"classes must not hold an empty name, got {_short(entry)} {at}.")
         if not prompt_name(name):
-            raise ValueError(
-                f"a class must not begin with an empty synonym, got {_short(name)} at position {position}."
-            )
+            raise ValueError(f"a class must not begin with an empty synonym, got {_short(name)} {at}.")
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-            raise ValueError(
-                f"class names must not hold control characters, got {_short(ascii(name))} at position {position}."
-            )
+            raise ValueError(f"class names must not hold control characters, got {_short(ascii(name))} {at}.")
         key = _same(name)
         if key in positions:
-            raise ValueError(
-                f"classes must differ, got {_short(name)} at position {position} and before at {positions[key]}."
-            )
+            raise ValueError(f"classes must differ, got {_short(name)} {at} and before at {positions[key]}.")
         synonym = _same(prompt_name(name))
         if synonym in prompted:
             _warn_of_same_prompts(tidy[prompted[synonym] - 1], name)
@@ -179,13 +172,13 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
     for t, row in enumerate(prompts):
         for p, prompt in enumerate(row):
             words = tokenizer.encode(prompt)
-            if len(words) + 2 > CONTEXT_LENGTH:
+            if (count := len(words) + 2) > CONTEXT_LENGTH:
                 raise ValueError(
-                    f"a prompt must fit into CLIP's {CONTEXT_LENGTH} tokens, got {len(words) + 2} for {_short(prompt)}."
+                    f"a prompt must fit into CLIP's {CONTEXT_LENGTH} tokens, got {count} for {_short(prompt)}."
                 )
             if start in words or end in words:
                 raise ValueError(f"a prompt must not spell out CLIP's special tokens, got {_short(prompt)}.")
-            tokens[t, p, : len(words) + 2] = torch.tensor([start, *words, end])
+            tokens[t, p, :count] = torch.tensor([start, *words, end])
     return tokens
 
 

@@ -88,9 +88,8 @@ def _first_with_unseen(world: World) -> int:
         visible = [region.label for region in scene.regions if (scene.labels == region.label).mean() >= VISIBLE]
         if len(set(visible) & set(WORLD.unseen)) >= 2:
             return number
-    raise ValueError(
-        f"--seed {world.seed}: none of its first {SEARCHED} scenes shows two unseen objects; choose another seed."
-    )
+    where = f"--seed {world.seed}: none of its first {SEARCHED} scenes"
+    raise ValueError(f"{where} shows two unseen objects; choose another seed.")
 
 
 def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) -> tuple[list[str], list[Path]]:

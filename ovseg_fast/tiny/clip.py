@@ -138,10 +138,9 @@ def pretrain(
         losses.append(total.item())
         last = step == config.steps
         if step % config.evaluate_every == 0 or last:
-            record = {"step": step, "loss": float(np.mean(losses[-config.evaluate_every :]))}
-            record |= evaluate(model, config, known)
-            history.append(record)
-            logger.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+            mean = float(np.mean(losses[-config.evaluate_every :]))
+            history.append({"step": step, "loss": mean} | evaluate(model, config, known))
+            logger.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
         elif step % 50 == 0:
             pace = (time.monotonic() - started) / (step - first)
             left = (config.steps - step) * pace / 3600

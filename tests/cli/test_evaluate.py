@@ -142,9 +142,9 @@ def test_the_procedural_world_and_the_offset_of_seen_classes(folder, offset):
     checkpoints.save(ovs.build("cascade-clip-tiny"), folder / "cascade.safetensors")
     arguments = ["cascade-clip-tiny", "--dataset", "world", "--seed", "5", "--limit", "2", "-w", "cascade.safetensors"]
     arguments += [] if offset is None else ["--seen-offset", str(offset)]
-    result = CliRunner().invoke(evaluate_command, [*arguments, "-o", "world.json"], catch_exceptions=False)
+    result = CliRunner().invoke(evaluate_command, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    stored = json.loads((folder / "world.json").read_text())
+    stored = json.loads((folder / "out" / "cascade-clip-tiny_world_test_slide.json").read_text())
     assert stored["images"]["evaluated"] == 2 and stored["settings"]["seen_offset"] == (
         0.1 if offset is None else offset
     )
