@@ -125,11 +125,13 @@ def open_dataset(
 
     Raises:
         FileNotFoundError: `root` does not exist, or there is no file of class names.
-        ValueError: no such dataset or split, none of the expected folders, a wrong number of class names, or `limit`
-            is under 1.
+        ValueError: no such dataset or split, none of the expected folders, a wrong number of class names, `limit` is
+            under 1, or `seed` is negative.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
     if name not in (*DATASETS, WORLD.name):
         raise ValueError(f"name must be one of the datasets {', '.join((*DATASETS, WORLD.name))}, got {name!r}.")
     known = DATASETS.get(name)

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.vocabularies import WORLD
-from ..data.world.classes import CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, SYNONYMS
-from ..data.world.scenes import ON
+from ..data.world.classes import CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, ON, SYNONYMS
 from ..vocabulary import check_classes, prompt_name
 
 _ARTICLES = frozenset(("a", "an", "the"))

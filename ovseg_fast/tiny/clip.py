@@ -2,16 +2,14 @@
 
     python -m ovseg_fast.tiny.clip --out build/clip --steps 40000
 
-Each step draws whole scenes with their captions, crops around single objects and pieces of ground, and a caption of
-every class alone. A batch of crops holds each class at most once; among the captions, all classes that differ from it
-in one word are hard negatives.
+Each step draws scenes with their captions, crops around single things, at most one per class, and a caption of every
+class alone; classes that differ in one word are each other's hard negatives.
 
-The loss is the sum of two contrastive losses. The plain one of CLIP (Radford et al., 2021, arXiv 2103.00020) compares
-class tokens with captions. The patch-aligned one, after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), uses the
-dense features of `ImageEncoder.dense_features`, which segmentation reads: it compares a text with every patch and
-averages the patches by how well they fit. It compares captions of single things with the crops, with the whole scenes
-(several may be right), and once more with those that differ only in the last word, the shape or the material. Neither
-masks nor positions of things are used, except to cut the crops.
+Two contrastive losses are added: CLIP's (Radford et al., 2021, arXiv 2103.00020), of class tokens and captions, and a
+patch-aligned one after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), which averages the dense features that
+segmentation reads by how well each patch fits a text. It compares captions of single things with the crops, with the
+whole scenes, where several may be right, and there once more with those that differ only in the last word. Masks and
+positions of things serve only to cut the crops.
 
 All random numbers follow from the seed and the step, so a resumed run gives the same weights.
 """
@@ -176,9 +174,6 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def __init__(self, config: PretrainingConfig) -> None:
         self.config, self.world, self.known = config, World(config.seed), KnownTokens()
-
-    def __len__(self) -> int:
-        return self.config.steps
 
     def __getitem__(self, step: int) -> Batch:
         count = self.config.scenes

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.world.scenes import WORDS
+from ..data.world.classes import CAPTION_PARTS
 from ..vocabulary import tokenize
 from .crops import TEMPLATES
 
@@ -21,7 +21,7 @@ class KnownTokens:
     """
 
     def __init__(self) -> None:
-        words = [*WORDS, *(template.replace("{}", "") for template in TEMPLATES)]
+        words = [*CAPTION_PARTS, *(template.replace("{}", "") for template in TEMPLATES)]
         tokens = tokenize([[word] for word in words]).unique()
         self.ids = tokens[tokens > 0]  # zeros follow the end token
 

@@ -324,6 +324,8 @@ def test_bad_arguments_are_refused(tree) -> None:
     file = tree.text("file", "x")
     with pytest.raises(ValueError, match=r"root must be the folder of a dataset, '.*file' is a file"):
         open_dataset("folder", file)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        open_dataset("world", seed=-1)
     for name in ("folder", "world"):
         with pytest.raises(ValueError, match="limit must be at least 1 image, got 0"):
             open_dataset(name, tree.root, limit=0)

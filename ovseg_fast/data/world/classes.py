@@ -1,4 +1,4 @@
-"""The words of the procedural world, the classes that they combine into, and which of these are unseen."""
+"""The words of the procedural world and its captions, the classes that they combine into, and the unseen ones."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "wooden floor": ("wood", "planks"),
     "water": ("waves",),
 }
+PREFIXES = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ", "an image of ")
+SUFFIXES = ("", "", "", " in the scene", ".")
+ON = ("on", "over", "in front of")
+ARTICLES = ("a", "an")
+CAPTION_PARTS = (  # everything that captions are made of
+    *(
+        *COLOURS,
+        *GROUND_COLOURS,
+        *PATTERNS,
+        *SHAPES,
+        *MATERIALS,
+        *(word for words in SYNONYMS.values() for word in words),
+    ),
+    *(*ARTICLES, *PREFIXES, *SUFFIXES, *ON, "and", "a, a"),
+)
 
 OBJECTS = tuple(product(COLOURS, PATTERNS, SHAPES))
 GROUNDS = tuple(product(GROUND_COLOURS, MATERIALS))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,35 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..vocabularies import WORLD
-from .classes import (
-    CLASS_WORDS,
-    COLOURS,
-    FIRST_GROUND,
-    GROUND_COLOURS,
-    GROUNDS,
-    MATERIALS,
-    OBJECTS,
-    PATTERNS,
-    SHAPES,
-    SYNONYMS,
-)
+from .classes import ARTICLES, CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, ON, PREFIXES, SUFFIXES, SYNONYMS
 from .drawing import draw_ground, draw_object, light
 
 BASE_SIZE = 96  # pixels; lengths of `Difficulty` are at this size
 SPLITS = ("train", "test", "all")
 PLACING_ATTEMPTS = 50  # for a scene in which every requested object finds a place
 
-PREFIXES = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ", "an image of ")
-SUFFIXES = ("", "", "", " in the scene", ".")
-ON = ("on", "over", "in front of")
-ARTICLES = ("a", "an")
-
-# Everything that captions are made of.
-_PARTS = chain(
-    COLOURS, GROUND_COLOURS, PATTERNS, SHAPES, MATERIALS, *SYNONYMS.values(), ARTICLES, PREFIXES, SUFFIXES, ON
-)
 _UNSEEN = frozenset(WORLD.unseen)
-WORDS = tuple(dict.fromkeys(part.strip() for part in (*_PARTS, "and", "a, a") if part.strip()))
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,21 @@ import torch
 from ovseg_fast.data.vocabularies import WORLD
 from ovseg_fast.data.world import drawing
 from ovseg_fast.data.world.classes import (
+    ARTICLES,
     COLOURS,
     FIRST_GROUND,
     GROUND_COLOURS,
     GROUNDS,
     MATERIALS,
     OBJECTS,
+    ON,
     PATTERNS,
+    PREFIXES,
     SHAPES,
+    SUFFIXES,
     SYNONYMS,
 )
-from ovseg_fast.data.world.scenes import ARTICLES, ON, PREFIXES, SUFFIXES, Difficulty, Scene, World, phrase
+from ovseg_fast.data.world.scenes import Difficulty, Scene, World, phrase
 
 CANONICAL = {synonym: word for word, synonyms in SYNONYMS.items() for synonym in synonyms}
 
