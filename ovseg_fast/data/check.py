@@ -97,7 +97,7 @@ def _empty(dataset: SegmentationDataset) -> Iterator[Problem]:
 
 
 class _Names:
-    """What the file names alone tell, from one listing of each folder."""
+    """The problems that show in file names alone, from one listing of each folder."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.images = image_files(dataset.image_folder)
@@ -143,7 +143,7 @@ class _Names:
 
 
 def _content(dataset: SegmentationDataset, pair: Pair) -> list[Problem]:
-    """What decoding the two files tells."""
+    """The problems that show when the two files are decoded."""
     found: list[Problem] = []
 
     def attempt(step: Callable[[], Result]) -> Result | None:

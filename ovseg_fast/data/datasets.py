@@ -39,7 +39,7 @@ class SegmentationDataset:
     Args:
         name: of the dataset, "ade20k-150" for example. split: which part of it.
         vocabulary: the classes that label maps index, and which of them are unseen.
-        pairs: sorted by name; may be empty.
+        pairs: in the order of the split's list, or sorted by name; may be empty.
         values: the meaning of the values in the mask files.
         image_folder, mask_folders: where the files are.
         mask_suffixes: endings of mask files.

@@ -61,7 +61,7 @@ def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Aske
             scene = world.scene_of(labels, size=size)
         except ValueError as error:
             raise ValueError(f"--scene: {error}") from error
-        where = f"The wanted scene, seed {seed}"
+        where = f"The described scene, seed {seed}"
         if len(labels) > len(names):
             names.append(WORLD.classes[labels[-1]])
     else:
