@@ -163,13 +163,13 @@ class Explanation:
 
     def __str__(self) -> str:
         notes: dict[str, int] = {}  # reason -> its number
-        rows = [("operator", *BACKENDS)]
+        rows = [["operator", *BACKENDS]]
         for operator, row in self.reasons.items():
             cells = [operator]
             for name, reason in row.items():
                 free = "runs" if name == self.choices[operator] else "could"
                 cells.append(f"[{notes.setdefault(reason, len(notes) + 1)}]" if reason else free)
-            rows.append(tuple(cells))
+            rows.append(cells)
         lines = [f"{operator:<22}" + "".join(f"{cell:<8}" for cell in cells) for operator, *cells in rows]
         lines += [f"[{number}] {note}" for note, number in notes.items()]
         if None in self.choices.values():

@@ -114,7 +114,7 @@ def pretrain(
     losses: list[float] = []
 
     def checkpoint() -> None:
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "config": _resumable(config, settings), "history": history}
         write_whole(folder / CHECKPOINT, lambda path: torch.save(state, path))
@@ -281,10 +281,10 @@ def _small_model(settings: dict[str, Any], known: KnownTokens, seed: int) -> CLI
 
 
 def _groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
-    decayed, free = [], []
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
-        (free if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+        groups[parameter.dim() < 2 or "embedding" in name]["params"].append(parameter)
+    return groups
 
 
 def _learning_rate(step: int, config: PretrainingConfig) -> float:

@@ -72,8 +72,8 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
     pack_clip(clip, weights / "clip-tiny.safetensors")
     for name in MODELS:
         config = read_config(PACKAGED / f"{name}.toml")
-        paths = {"out": str(folder / name), "clip_pretrained": str(clip)}
-        trained = train(replace(config, **paths, steps=steps(config), workers=workers))
+        config = replace(config, out=str(folder / name), clip_pretrained=str(clip))
+        trained = train(replace(config, steps=steps(config), workers=workers))
         pack_model(name, trained, weights / f"{name}.safetensors")
     return weights
 
