@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -67,8 +67,10 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         with open_image(os.fsdecode(source)) as image:
             return _decode(image, f"image '{os.fsdecode(source)}'", max_side)
-    kind = f"{type(source).__module__}.{type(source).__qualname__}"
-    raise TypeError(f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {kind}.")
+    raise TypeError(
+        f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {type(source).__module__}."
+        f"{type(source).__qualname__}."
+    )
 
 
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -106,7 +108,7 @@ def _images_in(folder: Path) -> list[Path]:
     return files
 
 
-def open_image(path: str, what: str = "image") -> Image.Image:
+def open_image(path: str, what: str = "image") -> ImageFile.ImageFile:
     """An image file, opened but not decoded; `what` it is called in errors.
 
     Raises:
