@@ -57,7 +57,7 @@ demo: venv ## segment a scene with classes that the model was never trained on, 
 	$(BIN)/ovseg-fast demo --out $(DEMO)
 
 reproduce: venv ## train the tiny models of the package again and measure them: hours on a CPU; goes on where it was stopped
-	$(BIN)/python -m ovseg_fast.training.reproduce --out build/reproduce --workers 1
+	$(BIN)/python -m ovseg_fast.tiny.reproduce --out build/reproduce --workers 1
 
 claims: venv ## the claims of both papers, tested small: about three hours of a core; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims.py
