@@ -8,26 +8,15 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import pytest
 import torch
 
 from counterparts import counterpart, decoder_stage
 from ovseg_fast import ops
-from samples import Draw, Sample, arguments, select, tensors
+from samples import Draw, Sample, arguments, tensors
 from tolerances import ARGMAX_AGREEMENT, REWRITE_FLOAT32, relative_error
 
 Forms = dict[str, Callable[[], Any]]
 SECONDS = 1.0  # that all rounds of one form take together, at least three rounds
-
-
-def published_sizes(function: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Parametrise a benchmark by `row` and `form`; the two forms of a row follow each other."""
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        test = pytest.mark.parametrize("row", select("bench", function=function), ids=lambda row: row.name)(test)
-        return pytest.mark.parametrize("form", ["literal", "operator"])(test)
-
-    return decorate
 
 
 def compare(benchmark: Any, row: Sample, form: str) -> None:

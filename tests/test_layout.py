@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_operators
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,11 +78,15 @@ def test_there_are_operators() -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize(
-    "place", ["tests/ops/test_{}.py", "tests/samples/{}.py", "tests/literal/{}.py", "benchmarks/bench_{}.py"]
-)
+@pytest.mark.parametrize("place", ["tests/ops/test_{}.py", "tests/samples/{}.py", "tests/literal/{}.py"])
 def test_operator_has_all_its_places(operator: str, place: str) -> None:
     assert (ROOT / place.format(operator)).is_file(), f"operator {operator} lacks {place.format(operator)}"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_is_benchmarked(operator: str) -> None:
+    """By its rows of the published size, which `bench_operators.py` times."""
+    assert operator in {row.operator for row in bench_operators.ROWS}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
