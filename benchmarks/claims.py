@@ -224,7 +224,7 @@ def models_digest() -> str:
 
 @torch.no_grad()
 def zero_shot(clip: CLIP, settings: Settings) -> dict[str, float | None]:
-    """Scores of CLIP alone, with the class of highest cosine at each pixel."""
+    """Scores of that CLIP alone: each pixel the class of highest cosine."""
     tokens = tokenize(fill_templates(WORLD.classes, CATSEG_TEMPLATES))[:, 0]
     scenes = WorldScenes.first(settings.scenes, "test", settings.evaluation_world)
     scores = zero_shot_scores(clip.visual, F.normalize(clip.text(tokens), dim=-1), scenes)
