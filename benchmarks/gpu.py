@@ -46,8 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = (
     "tests/test_kernels.py",
-    "tests/test_native.py",
-    "tests/test_native_functions.py",
+    "tests/native/test_library.py",
+    "tests/native/test_functions.py",
     "tests/test_mlp.py",
     "tests/ops",
     "tests/layers",
