@@ -64,16 +64,12 @@ def _upsampling_decoder(named: dict[str, Any]) -> int:
 
 def _layer_gather(named: dict[str, Any]) -> int:
     rows = named["hidden"][0].shape[0] * named["patches"]
-    return 2 * rows * named["projection"].numel()
+    layers, channels, width = named["projection"].shape
+    return 2 * rows * layers * width * (channels + ("weights" in named))
 
 
 def _gaussian_aggregation(named: dict[str, Any]) -> int:
     return 2 * named["features"].numel()
-
-
-def _gather_stage(named: dict[str, Any]) -> int:
-    rows = named["hidden"][0].shape[0] * named["patches"]
-    return _layer_gather(named) + 2 * rows * named["projection"].shape[0] * named["projection"].shape[2]
 
 
 def _mask_scores(named: dict[str, Any]) -> int:
@@ -105,7 +101,6 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], int]] = {
     "class_aggregation": _class_aggregation,
     "cost_embedding": _cost_embedding,
     "cost_volume": _cost_volume,
-    "gather_stage": _gather_stage,
     "gaussian_aggregation": _gaussian_aggregation,
     "label_map": _label_map,
     "layer_gather": _layer_gather,

@@ -18,29 +18,33 @@ Backward, from the gradient g_t of y_t, and with r_t = g_t / e_t:
     dq'_t = dq_t · φ'(q'),  dk'_t likewise,      φ' = min(φ, 1),  ' marking what φ is applied to
     dn_t = W_qᵀ dq'_t + W_kᵀ dk'_t + W_vᵀ dv_t   dx = pooling's share of (g + LayerNorm's gradient from dn)
 
-The weights' gradients are the products of dq', dk', dv with n, and those of g, h, b their sums: plain matrix products
-and sums, which PyTorch takes. `_class_tokens` holds pooling and LayerNorm, `_class_softmax` the other, full attention,
-and `_class_resize` the end of the operator.
+PyTorch takes the weights' gradients, the products of dq', dk', dv with n, and those of g, h, b, their sums. Pooling and
+LayerNorm are in `class_aggregation_tokens`, full attention in `class_aggregation_softmax`, the resize at the end in
+`class_aggregation_resize`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .class_aggregation_resize import class_aggregation_resize, class_aggregation_resize_backward
+from .class_aggregation_resize import resize_add, resize_backward
 from .class_aggregation_softmax import attend, attend_backward
-from .class_aggregation_tokens import normalise_backward, normed_tokens, pooled, row_tile
+from .class_aggregation_tokens import normed_tokens, pooled, tokens_backward
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
+from .common.residual_mlp import residual_mlp, residual_mlp_backward
 
 __all__ = [
-    "class_aggregation_attention",
-    "class_aggregation_attention_backward",
-    "class_aggregation_resize",
-    "class_aggregation_resize_backward",
+    "class_aggregation",
+    "class_attention_backward",
+    "residual_mlp_backward",
+    "resize_backward",
+    "tokens_backward",
 ]
 
 NORMALISER_EPS = tl.constexpr(1e-6)
@@ -222,7 +226,7 @@ def _group_tile(x: Tensor, keys: int, heads: int) -> tuple[int, dict[str, int]]:
     }
 
 
-def _attend(
+def _linear_attention(
     normed: Tensor, x: Tensor, terms: Tensor, weight: Tensor, v_bias: Tensor, grad: Tensor, out: Tensor,
     pad_out: Tensor, pads: int, heads: int, pooling: int, backward: bool,
 ) -> None:  # fmt: skip
@@ -238,74 +242,37 @@ def _attend(
     )  # fmt: skip
 
 
-def class_aggregation_attention(
+def class_aggregation(
     x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
-    padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool,
-) -> Tensor:  # fmt: skip
-    """(B, T, H, W, C) -> (B, T, H // pooling, W // pooling, C)."""
-    x, terms, norm_weight, norm_bias, weight, v_bias, padding_token = (
-        tensor.contiguous() for tensor in (x, terms, norm_weight, norm_bias, weight, v_bias, padding_token)
-    )
+    padding_token: Tensor, *others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, T, H, W, C) -> the same, and what the attention half gives, (B, T, H // pooling, W // pooling, C), if it is
+    kept; `others` are the MLP's weights, pads, heads, pooling, whether attention is full and whether to keep."""
+    *mlp, pads, heads, pooling, full, keep = others
     batch, classes, height, width, channels = x.shape
-    out = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
+    middle = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
     normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
     if full:
-        attend(torch.mm(normed, weight.t()), x, terms, v_bias, out, pads, heads, pooling)
+        attend(torch.mm(normed, weight.t()), x, terms, v_bias, middle, pads, heads, pooling)
     else:
-        _attend(normed, x, terms, weight, v_bias, x, out, x, pads, heads, pooling, False)
-    return out
+        _linear_attention(normed, x, terms, weight, v_bias, x, middle, x, pads, heads, pooling, False)
+    y = residual_mlp(middle, *mlp, activation="relu")
+    return x + y if pooling == 1 else resize_add(x, y), middle if keep else x.new_empty(0)
 
 
-def class_aggregation_attention_backward(
+def class_attention_backward(
     grad: Tensor, x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
-    padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool, parameters: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of the tensors behind `grad`; empty but for that of x where no parameter needs one."""
-    grad, x, terms, norm_weight, norm_bias, weight, v_bias, padding_token = (
-        tensor.contiguous() for tensor in (grad, x, terms, norm_weight, norm_bias, weight, v_bias, padding_token)
-    )
-    batch, classes, height, width, channels = x.shape
-    positions = (height // pooling) * (width // pooling)
-    tokens = batch * classes * positions
+    padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool,
+) -> tuple[Tensor, Tensor, Tensor, None]:  # fmt: skip
+    """Gradients (dq', dk', dv) of all tokens, (tokens, or one more if there are pads, 3C); (dk', dv) of the padding
+    class, (B, positions, 2C), empty without pads; n; no statistics of the norm."""
     normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
-    rows = len(normed)
-    projected = x.new_empty(rows, 3 * channels)
-    pad_grads = x.new_empty(batch, positions if pads else 0, 2 * channels, dtype=torch.float32)
+    tokens_grad = x.new_empty(len(normed), 3 * x.shape[-1])
+    positions = grad.shape[2] * grad.shape[3]
+    pad_grads = x.new_empty(len(x), positions if pads else 0, 2 * x.shape[-1], dtype=torch.float32)
     if full:
-        product = torch.mm(normed, weight.t())
-        attend_backward(product, x, grad, terms, v_bias, projected, pad_grads, pads, heads, pooling)
+        projected = torch.mm(normed, weight.t())
+        attend_backward(projected, x, grad, terms, v_bias, tokens_grad, pad_grads, pads, heads, pooling)
     else:
-        _attend(normed, x, terms, weight, v_bias, grad, projected, pad_grads, pads, heads, pooling, True)
-    pad_sums = pad_grads.sum(1)
-    if pads:
-        projected[tokens, :channels] = 0
-        projected[tokens, channels:] = pad_sums.sum(0)
-
-    dropped = height % pooling or width % pooling  # tokens that no mean holds
-    x_grad = torch.zeros_like(x) if dropped else torch.empty_like(x)
-    padding_grad = torch.zeros_like(padding_token) if not pads else torch.empty_like(padding_token)
-    tile = row_tile(x)
-    programs = cdiv(rows, tile["ROWS"])
-    sums = x.new_empty(2, programs if parameters else 0, channels, dtype=torch.float32)
-    launch(
-        normalise_backward, (programs,),
-        grad, torch.mm(projected, weight), x, padding_token, norm_weight, x_grad, padding_grad, sums[0], sums[1],
-        tokens, rows, height, width, channels, pooling, **tile, SUMS=parameters,
-    )  # fmt: skip
-    if not parameters:
-        return x_grad, *(x.new_empty(0) for _ in range(6))
-
-    by_class = projected[:tokens].view(batch, classes, positions, 3 * channels).sum(2, dtype=torch.float32)
-    v_bias_grad = by_class[..., 2 * channels :].sum((0, 1)) + pad_sums[:, channels:].sum(0)
-    terms_grad = by_class[..., : 2 * channels]
-    if pads:
-        pad_terms = torch.nn.functional.pad(pad_sums[:, None, :channels], (channels, 0))
-        terms_grad = torch.cat([terms_grad, pad_terms], 1)
-    if len(terms) == 1:
-        terms_grad = terms_grad.sum(0, keepdim=True)
-    norm_grads = sums.sum(1).to(x.dtype)
-    return (
-        x_grad, terms_grad.contiguous().to(x.dtype),
-        norm_grads[0].clone(), norm_grads[1].clone(), torch.mm(projected.t(), normed), v_bias_grad.to(x.dtype),
-        padding_grad,
-    )  # fmt: skip
+        _linear_attention(normed, x, terms, weight, v_bias, grad, tokens_grad, pad_grads, pads, heads, pooling, True)
+    return tokens_grad, pad_grads, normed, None

@@ -93,9 +93,8 @@ def _reached(low: int, high: int) -> int:
     return min(high, 2 * (high - 1) // (low - 1) + 2) if low > 1 else high
 
 
-def class_aggregation_resize(x: Tensor, y: Tensor) -> Tensor:
+def resize_add(x: Tensor, y: Tensor) -> Tensor:
     """(B, T, H, W, C) and (B, T, h, w, C) -> (B, T, H, W, C)."""
-    x, y = x.contiguous(), y.contiguous()
     *_, height, width, channels = x.shape
     low_height, low_width = y.shape[2:4]
     rows = x.shape[0] * x.shape[1] * height * width
@@ -109,9 +108,8 @@ def class_aggregation_resize(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def class_aggregation_resize_backward(grad: Tensor, low_height: int, low_width: int) -> Tensor:
+def resize_backward(grad: Tensor, low_height: int, low_width: int) -> Tensor:
     """Gradient of y; that of x is `grad` itself."""
-    grad = grad.contiguous()
     batch, classes, height, width, channels = grad.shape
     rows = batch * classes * low_height * low_width
     out = grad.new_empty(batch, classes, low_height, low_width, channels)

@@ -5,6 +5,7 @@ Tokens are numbered (b, t, y, x) on the pooled maps; behind the last stands the 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,7 +39,7 @@ def pooled(x, row, c, mask, height, width, channels, pooling):
 
 
 @triton.jit
-def normalise(
+def _normalise(
     x, padding, norm_weight, norm_bias, normed, tokens, rows, height, width, channels, pooling,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +59,7 @@ def normalise(
 
 
 @triton.jit
-def normalise_backward(
+def _normalise_backward(
     grad, normed_grad, x, padding, norm_weight, x_grad, padding_grad, weight_sums, bias_sums,
     tokens, rows, height, width, channels, pooling,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, SUMS: tl.constexpr,
@@ -105,7 +106,31 @@ def normed_tokens(
     normed = x.new_empty(rows, channels)
     tile = row_tile(x)
     launch(
-        normalise, (cdiv(rows, tile["ROWS"]),),
+        _normalise, (cdiv(rows, tile["ROWS"]),),
         x, padding, norm_weight, norm_bias, normed, tokens, rows, height, width, channels, pooling, **tile,
     )  # fmt: skip
     return normed
+
+
+def tokens_backward(
+    normed_grad: Tensor, grad: Tensor, x: Tensor, padding: Tensor, norm_weight: Tensor, norm_bias: Tensor, _: None,
+    pads: int, pooling: int, parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of x, with the residual's, of the norm's weight and bias, if `parameters`, and of the padding class,
+    from those of n and y."""
+    batch, classes, height, width, channels = x.shape
+    tokens = batch * classes * (height // pooling) * (width // pooling)
+    rows = tokens + (pads > 0)
+    dropped = height % pooling or width % pooling  # tokens that no mean holds
+    x_grad = torch.zeros_like(x) if dropped else torch.empty_like(x)
+    padding_grad = torch.empty_like(padding) if pads else torch.zeros_like(padding)
+    tile = row_tile(x)
+    programs = cdiv(rows, tile["ROWS"])
+    sums = x.new_empty(2, programs if parameters else 0, channels, dtype=torch.float32)
+    launch(
+        _normalise_backward, (programs,),
+        grad, normed_grad, x, padding, norm_weight, x_grad, padding_grad, sums[0], sums[1],
+        tokens, rows, height, width, channels, pooling, **tile, SUMS=parameters,
+    )  # fmt: skip
+    gain, offset = (part.sum(0).to(x.dtype) if parameters else None for part in sums)
+    return x_grad, gain, offset, padding_grad

@@ -16,6 +16,8 @@ The backward pass is in `_spatial_aggregation_backward.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,13 @@ from torch import Tensor
 
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
-from .spatial_aggregation_backward import window_attention_backward  # noqa: F401
+from .common.residual_mlp import residual_mlp, residual_mlp_backward
+from .spatial_aggregation_backward import norm_backward, window_attention_backward
 from .spatial_aggregation_windows import LOG2E, masked, project, projection_tile, slots, window_tiles
 
-# Tokens that ask at a time in a window, by bytes of an element.
+__all__ = ["norm_backward", "residual_mlp_backward", "spatial_aggregation", "window_attention_backward"]
+
+# Queries per tile and warps, by bytes of an element.
 QUERIES = {2: {"QUERIES": 32, "warps": 2}, 4: {"QUERIES": 16, "warps": 8}}
 
 
@@ -99,12 +104,13 @@ def _attend(
         tl.store(attended + query[:, None] * channels + d, rounded(values, dtype), mask=query_mask)
 
 
-def window_attention(
+def spatial_aggregation(
     x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    v_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, heads: int, window: int, shift: int,
-) -> Tensor:  # fmt: skip
-    """(B, T, H, W, C) -> the same; terms (B, H · W, C), qkv_weight (3 C, C), proj_weight (C, C), the others (C,)."""
-    x = x.contiguous()
+    v_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, *others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, T, H, W, C) -> the same, and what the attention half gives, if it is kept; terms (B, H · W, C), qkv_weight
+    (3C, C), proj_weight (C, C); `others` are the MLP's weights, heads, window, shift and whether to keep."""
+    *mlp, heads, window, shift, keep = others
     batch, classes, height, width, channels = x.shape
     rows = batch * classes * height * width
     tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
@@ -117,11 +123,11 @@ def window_attention(
         **window_tiles(height, width, window, shift), **queries, WIDTH=block(channels // heads, most=1 << 16),
         PRECISION=precision(), warps=warps, stages=1,
     )  # fmt: skip
-    out = torch.empty_like(x)
+    middle = torch.empty_like(x)
     tile, warps = projection_tile(x)
     launch(
         _output, (cdiv(rows, tile["ROWS"]) * cdiv(channels, tile["COLUMNS"]),),
-        x, attended, proj_weight.contiguous(), proj_bias.contiguous(), out, rows, channels,
-        **tile, PRECISION=precision(), warps=warps,
+        x, attended, proj_weight, proj_bias, middle, rows, channels, **tile, PRECISION=precision(), warps=warps,
     )  # fmt: skip
-    return out
+    out = residual_mlp(middle, *mlp, activation="gelu")
+    return out, middle if keep else x.new_empty(0)

@@ -20,7 +20,7 @@ from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded, standardise, standardise_backward
 from .spatial_aggregation_windows import EPS, LOG2E, masked, project, slots, window_tiles
 
-# Tokens that ask at a time in a window. By bytes of an element.
+# Queries per tile and warps, by bytes of an element.
 QUERIES = {2: {"QUERIES": 16, "warps": 4}, 4: {"QUERIES": 16, "warps": 8}}
 PROGRAMS = 512  # at most, that share the sums over all tokens; a second step adds up what each found
 BLOCK = 4096  # elements of a normalisation tile
@@ -157,77 +157,48 @@ def _norm_backward(
 
 def window_attention_backward(
     grad: Tensor, x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    qkv_weight: Tensor, v_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, heads: int, window: int, shift: int,
-    needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of the nine tensors of `window_attention`; an empty tensor where none is needed."""
-    grad, x = grad.contiguous(), x.contiguous()
-    batch, classes, height, width, channels = x.shape
-    rows = batch * classes * height * width
-    need_x, need_q, need_k, need_gain, need_offset, need_qkv, need_v_bias, need_proj, need_proj_bias = needs
-    need_normed_grad = need_x or need_gain or need_offset
-    grads = [x.new_empty(0) for _ in needs]
-    flat = grad.view(rows, channels)
-    if need_proj_bias:
-        grads[8] = flat.sum(0)
-    if need_normed_grad or need_q or need_k or need_qkv or need_v_bias or need_proj:
-        grad_tokens, attended = _through_attention(
-            flat, x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias, proj_weight,
-            heads, window, shift, need_proj,
-        )  # fmt: skip
-        parts = grad_tokens.view(batch, classes, height * width, 3, channels)
-        if need_q:
-            grads[1] = parts[:, :, :, 0].sum(1)
-        if need_k:
-            grads[2] = parts[:, :, :, 1].sum(1)
-        if need_v_bias:
-            grads[6] = parts[:, :, :, 2].sum((0, 1, 2))
-        if need_proj:
-            grads[7] = flat.t() @ attended
-    if need_normed_grad or need_qkv:
-        grad_normed = grad_tokens @ qkv_weight if need_normed_grad else x.new_empty(0)
-        x_grad = torch.empty_like(x) if need_x else x.new_empty(0)
-        normed = x.new_empty(rows, channels) if need_qkv else x.new_empty(0)
-        wide = block(channels, most=1 << 16)
-        tile = max(BLOCK // wide, 1)
-        tiles = cdiv(cdiv(rows, tile), PROGRAMS)
-        programs = cdiv(cdiv(rows, tile), max(tiles, 1))
-        need_sums = need_gain or need_offset
-        weight_sums, bias_sums = (x.new_empty(programs * need_sums, channels, dtype=torch.float32) for _ in range(2))
-        launch(
-            _norm_backward, (programs,),
-            x, grad_normed, grad, norm_weight.contiguous(), norm_bias.contiguous(), x_grad, normed,
-            weight_sums, bias_sums, rows, channels, EPS, tiles,
-            ROWS=tile, CHANNELS=wide, NEED_X=need_x, NEED_NORMED=need_qkv, NEED_SUMS=need_sums,
-        )  # fmt: skip
-        if need_x:
-            grads[0] = x_grad
-        if need_gain:
-            grads[3] = weight_sums.sum(0).to(x.dtype)
-        if need_offset:
-            grads[4] = bias_sums.sum(0).to(x.dtype)
-        if need_qkv:
-            grads[5] = grad_tokens.t() @ normed
-    return grads
-
-
-def _through_attention(
-    grad: Tensor, x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    qkv_weight: Tensor, v_bias: Tensor, proj_weight: Tensor, heads: int, window: int, shift: int, need_attended: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v of each token, (rows, 3 C), and what the tokens attended to, (rows, C)."""
+    qkv_weight: Tensor, v_bias: Tensor, heads: int, window: int, shift: int, need_attended: bool,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """Gradients of q, k and v of each token, (rows, 3C), from that of a, (rows, C); a itself if needed; no
+    statistics of the norm."""
     batch, classes, height, width, channels = x.shape
     tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
-    grad_tokens = torch.empty_like(tokens)
+    tokens_grad = torch.empty_like(tokens)
     attended = torch.empty_like(grad) if need_attended else x.new_empty(0)
     queries = dict(sizes(QUERIES, x))
     warps = queries.pop("warps")
     launch(
         _attend_backward, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),
-        tokens, grad @ proj_weight, grad_tokens, attended, height, width, channels, heads,
+        tokens, grad, tokens_grad, attended, height, width, channels, heads,
         channels // heads, window**2, 0, (channels // heads) ** -0.5,
         **window_tiles(height, width, window, shift), **queries,
         WIDTH=block(channels // heads, most=1 << 16), PRECISION=precision(),
         NEED_ATTENDED=need_attended, warps=warps, stages=1,
     )  # fmt: skip
-    return grad_tokens, attended
+    return tokens_grad, attended, None
+
+
+def norm_backward(
+    normed_grad: Tensor, grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, _: None,
+    needs: list[bool], need_normed: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of x, with the residual's, and of the norm's weight and bias; n, (rows, C)."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    need_x, need_gain, need_offset = needs
+    need_sums = need_gain or need_offset
+    x_grad = torch.empty_like(x) if need_x else x.new_empty(0)
+    normed = x.new_empty(rows if need_normed else 0, channels)
+    wide = block(channels, most=1 << 16)
+    tile = max(BLOCK // wide, 1)
+    tiles = cdiv(cdiv(rows, tile), PROGRAMS)
+    programs = cdiv(cdiv(rows, tile), max(tiles, 1))
+    weight_sums, bias_sums = (x.new_empty(programs * need_sums, channels, dtype=torch.float32) for _ in range(2))
+    launch(
+        _norm_backward, (programs,),
+        x, normed_grad, grad, norm_weight, norm_bias, x_grad, normed, weight_sums, bias_sums,
+        rows, channels, EPS, tiles,
+        ROWS=tile, CHANNELS=wide, NEED_X=need_x, NEED_NORMED=need_normed, NEED_SUMS=need_sums,
+    )  # fmt: skip
+    gain, offset = (sums.sum(0).to(x.dtype) if need_sums else None for sums in (weight_sums, bias_sums))
+    return x_grad, gain, offset, normed

@@ -124,10 +124,8 @@ def project(
     tile, warps = projection_tile(x)
     launch(
         _project, (cdiv(rows, tile["ROWS"]) * 3 * cdiv(channels, tile["COLUMNS"]),),
-        x, q_term.contiguous(), k_term.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(),
-        qkv_weight.contiguous(), v_bias.contiguous(), tokens,
-        rows, classes, height * width, channels, EPS,
-        **tile, PRECISION=precision(), warps=warps,
+        x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias, tokens,
+        rows, classes, height * width, channels, EPS, **tile, PRECISION=precision(), warps=warps,
     )  # fmt: skip
     return tokens
 

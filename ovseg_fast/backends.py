@@ -66,13 +66,19 @@ def requested() -> str:
     return _forced.name or _checked(_default, "OVSEG_BACKEND")
 
 
-def choose(operator: str, *tensors: Tensor, refusals: Mapping[str, str | None] | None = None) -> str:
+def choose(
+    operator: str,
+    *tensors: Tensor,
+    refusals: Mapping[str, str | None] | None = None,
+    shared_memory: Mapping[torch.dtype, int] | None = None,
+) -> str:
     """The backend that runs `operator` on these tensors.
 
     Args:
         operator: name of the operator, for kernels and messages.
         tensors: its inputs, checked already: one device, one dtype (or autocast is on, which decides it).
         refusals: reasons, by backend, why it cannot run this very call (a size that its kernels do not take).
+        shared_memory: KB that a block of its CUDA C++ kernel needs, by dtype, if not every GPU has them.
 
     Returns:
         One of `BACKENDS`.
@@ -83,11 +89,11 @@ def choose(operator: str, *tensors: Tensor, refusals: Mapping[str, str | None] |
     device, dtype = tensors[0].device, tensors[0].dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    asked = requested()
+    asked, needed = requested(), (shared_memory or {}).get(dtype, 0)
     reasons: dict[str, str] = {}
     for name in BACKENDS if asked == "auto" else (asked,):
         own = (refusals or {}).get(name) or (_misaligned(tensors) if name == "cuda" else None)
-        reason = own or refusal(operator, name, device.type, device.index, dtype, asked != "auto")
+        reason = own or refusal(operator, name, device.type, device.index, dtype, asked != "auto", needed)
         if reason is None:
             if not torch.compiler.is_compiling():
                 _say(operator, name, reasons)
@@ -99,7 +105,13 @@ def choose(operator: str, *tensors: Tensor, refusals: Mapping[str, str | None] |
 
 
 def refusal(
-    operator: str, name: str, device: str, index: int | None, dtype: torch.dtype | None, forced: bool
+    operator: str,
+    name: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype | None,
+    forced: bool,
+    shared_memory: int = 0,
 ) -> str | None:
     """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None where it can."""
     if name == "torch":
@@ -114,7 +126,7 @@ def refusal(
     if capability is not None and capability < CAPABILITY:
         return "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*CAPABILITY, *capability)
     if name == "cuda":
-        if reason := native.refusal(operator, dtype, device, capability):
+        if reason := native.refusal(device, capability, shared_memory):
             return reason
         if forced or (operator in native.VERIFIED and device != "cpu"):
             return None

@@ -52,9 +52,8 @@ FUNCTIONS = {
 # Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
 VERIFIED: frozenset[str] = frozenset()
 
-# KB of shared memory that a kernel takes where not every GPU has them, and what blocks may have by compute capability:
-# the CUDA C++ Programming Guide's table of technical specifications. Others have 99.
-SHARED_MEMORY = {("spatial_aggregation", torch.float32): 163}
+# KB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications"). Others have 99.
 SHARED_MEMORY_OF = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 
 
@@ -136,9 +135,9 @@ def capabilities() -> str:
     return ", ".join(f"{number // 10}.{number % 10}" for number in architectures())
 
 
-def refusal(operator: str, dtype: torch.dtype | None, device: str, capability: tuple[int, int] | None) -> str | None:
-    """Why the library's kernels of an operator cannot run on tensors of this dtype, if it is known, and kind of device;
-    None where they can."""
+def refusal(device: str, capability: tuple[int, int] | None, shared_memory: int) -> str | None:
+    """Why kernels of the library that need `shared_memory` KB a block cannot run on this kind of device; None if they
+    can."""
     if reason := problem():
         return reason
     if not architectures():
@@ -150,12 +149,11 @@ def refusal(operator: str, dtype: torch.dtype | None, device: str, capability: t
     major, minor = capability
     # Machine code runs on GPUs of its own major number with at least its minor one.
     if any(built // 10 == major and built % 10 <= minor for built in architectures()):
-        needed = SHARED_MEMORY.get((operator, dtype), 0) if dtype else 0
         there = SHARED_MEMORY_OF.get(capability, 99)
-        if needed <= there:
+        if shared_memory <= there:
             return None
         return (
-            f"its kernel takes {needed} KB of shared memory in float32, this GPU has {there}; "
+            f"its kernel takes {shared_memory} KB of shared memory in float32, this GPU has {there}; "
             "float16 and bfloat16 need half"
         )
     return (

@@ -143,8 +143,9 @@ def layer_gather(
     norm_weight: Tensor,
     norm_bias: Tensor,
     projection: Tensor,
+    weights: Tensor | None = None,
 ) -> Counterpart:
-    weights = {
+    published = {
         "prompt_norm.weight": shared_weight,
         "prompt_norm.bias": shared_bias,
         "ln_post.weight": norm_weight[-1],
@@ -153,11 +154,17 @@ def layer_gather(
         "proj": projection[-1],
     }
     for i in range(len(hidden) - 1):
-        weights |= {f"ln_layers.{i}.weight": norm_weight[i], f"ln_layers.{i}.bias": norm_bias[i]}
-    return Counterpart(
-        lambda: literal.layer_gather(weights, hidden, (1, patches))[0],
-        lambda maps: torch.stack([layer.squeeze(2).transpose(1, 2) for layer in maps]),
-    )
+        published |= {f"ln_layers.{i}.weight": norm_weight[i], f"ln_layers.{i}.bias": norm_bias[i]}
+
+    def run() -> list[Tensor]:
+        maps = literal.layer_gather(published, hidden, (1, patches))[0]
+        return maps if weights is None else [literal.gaussian_aggregation(maps, weights)]
+
+    def to_ours(maps: list[Tensor]) -> Tensor:
+        tokens = torch.stack([layer.squeeze(2).transpose(1, 2) for layer in maps])
+        return tokens if weights is None else tokens[0]
+
+    return Counterpart(run, to_ours)
 
 
 def gaussian_aggregation(features: Tensor, weights: Tensor) -> Counterpart:
@@ -165,25 +172,13 @@ def gaussian_aggregation(features: Tensor, weights: Tensor) -> Counterpart:
     return Counterpart(lambda: literal.gaussian_aggregation(maps, weights), lambda out: out.squeeze(2).transpose(1, 2))
 
 
-def gather_stage(weights: Tensor, **gathered: Any) -> Counterpart:
-    layers = layer_gather(**gathered)
-    return Counterpart(
-        lambda: literal.gaussian_aggregation(layers.run(), weights), lambda out: out.squeeze(2).transpose(1, 2)
-    )
-
-
-def mask_attention(
-    queries: Tensor, memory: Tensor, *, heads: int, return_scores: bool = True, **parameters: Tensor
-) -> Counterpart:
+def mask_attention(queries: Tensor, memory: Tensor, *, heads: int, **parameters: Tensor) -> Counterpart:
     weights = to_published(ATTENTION, parameters)
-    return Counterpart(
-        lambda: literal.mask_attention(weights, "", queries, memory, heads),
-        lambda out: out if return_scores else (out[0], None),
-    )
+    return Counterpart(lambda: literal.mask_attention(weights, "", queries, memory, heads), lambda out: out[0])
 
 
 def mask_scores(queries: Tensor, memory: Tensor, *, heads: int, **parameters: Tensor) -> Counterpart:
-    """The literal form works out the attended values too: the published last layers do."""
+    """The literal form computes the attended values too: the published last layers do."""
     absent = {name.replace("q_", part): parameters[name] for part in ("v_", "proj_") for name in ("q_weight", "q_bias")}
     full = mask_attention(queries, memory, heads=heads, **parameters, **absent)
     return Counterpart(full.run, lambda out: out[1])
@@ -221,13 +216,13 @@ def label_map(**parameters: Any) -> Counterpart:
     return Counterpart(lambda: scores.run().argmax(0), lambda labels: labels.int())
 
 
-def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce",), ignore: int = 255) -> Counterpart:
+def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce",)) -> Counterpart:
     def run() -> dict[str, Tensor]:
         losses = {}
         if "bce" in terms:
-            losses["bce"] = literal.catseg_loss(logits, labels, ignore)
+            losses["bce"] = literal.catseg_loss(logits, labels)
         if not {"focal", "dice"}.isdisjoint(terms):
-            losses["focal"], losses["dice"] = literal.cascade_losses(logits, labels, ignore)
+            losses["focal"], losses["dice"] = literal.cascade_losses(logits, labels)
         return losses
 
     return Counterpart(run, lambda losses: {name: losses[name] for name in terms})
@@ -249,7 +244,6 @@ COUNTERPARTS: dict[str, Callable[..., Counterpart]] = {
     "class_aggregation": class_aggregation,
     "layer_gather": layer_gather,
     "gaussian_aggregation": gaussian_aggregation,
-    "gather_stage": gather_stage,
     "mask_attention": mask_attention,
     "mask_scores": mask_scores,
     "mask_losses": mask_losses,

@@ -85,6 +85,9 @@ CANCELLED = {
         ("spatial_aggregation-one patch", "class_aggregation-one class alone"),
         dict.fromkeys(("guidance", "q_weight", "q_bias", "k_weight", "k_bias"), "v_weight"),
     ),
+    "mask_attention-one class, one patch": dict.fromkeys(
+        ("queries", "q_weight", "q_bias", "k_weight", "k_bias"), "v_weight"
+    ),
 }
 
 # Operators that take their inputs as they are under autocast, as PyTorch's own losses take them in float32.

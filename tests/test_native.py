@@ -22,6 +22,7 @@ import ovseg_fast as ovs
 import samples
 from native_header import ABOUT_ITSELF, DECLARED, HEADER, OPERATOR_FUNCTIONS, defined
 from ovseg_fast import backends, native
+from ovseg_fast.ops.spatial_aggregation import SHARED_MEMORY
 
 C_TYPES = {"int64_t": native.SIZE, "int": native.NUMBER, "float": native.REAL}
 AGAIN = "build it again with `pip install --force-reinstall --no-deps -e .`"
@@ -264,7 +265,7 @@ def test_gpus_with_too_little_shared_memory_for_float32(gpu: Callable, capabilit
     gpu(capability, 80, 86, 89, 90, 120)
 
     def reason(dtype: torch.dtype) -> str | None:
-        return backends.refusal("spatial_aggregation", "cuda", "cuda", 0, dtype, True)
+        return backends.refusal("spatial_aggregation", "cuda", "cuda", 0, dtype, True, SHARED_MEMORY.get(dtype, 0))
 
     assert reason(torch.bfloat16) is None
     assert reason(torch.float32) == (
@@ -301,10 +302,10 @@ def test_the_emulation_runs_only_where_it_is_forced(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("argument", [0, 1, 4])
 def test_tensor_off_a_multiple_of_16_bytes(argument: int) -> None:
     call = wide_call()
-    tensors = list(call[0])
-    storage = torch.empty(tensors[argument].numel() + 1)
-    tensors[argument] = storage[1:].view(tensors[argument].shape).copy_(tensors[argument])
-    refused((tuple(tensors), call[1]), "a tensor does not begin at a multiple of 16 bytes; give it a .clone()")
+    tensor = samples.tensors(call)[argument]
+    moved = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    call = samples.map_tensors(lambda other: moved if other is tensor else other, call)
+    refused(call, "a tensor does not begin at a multiple of 16 bytes; give it a .clone()")
 
 
 def test_tensors_are_copied_only_where_kernels_could_not_read_them() -> None:

@@ -23,6 +23,7 @@ import native_resources
 import ovseg_fast as ovs
 from native_header import OPERATOR_FUNCTIONS, defined
 from ovseg_fast import native
+from ovseg_fast.ops.spatial_aggregation import SHARED_MEMORY
 from samples import Sample
 from test_kernels import CASES, DEVICE, DIFFERENTIABLE
 from test_operators import gradients
@@ -288,7 +289,7 @@ def shared_memory(library: Path) -> dict[str, dict[str, int]]:
 
 
 def test_launches_ask_for_the_shared_memory_that_is_recorded(emulated_library: Path) -> None:
-    """And for no more than every GPU has, but where `native.SHARED_MEMORY` says so."""
+    """And for no more than every GPU has, but where the operator says so."""
     found = shared_memory(emulated_library)
     assert found == json.loads(native_resources.SHARED_RECORD.read_text())
     large = {
@@ -298,8 +299,8 @@ def test_launches_ask_for_the_shared_memory_that_is_recorded(emulated_library: P
         if bytes_ > 99 * 1024
     }
     allowed = {
-        (f"ovseg_{operator}_fwd", str(dtype).removeprefix("torch.")): kilobytes
-        for (operator, dtype), kilobytes in native.SHARED_MEMORY.items()
+        ("ovseg_spatial_aggregation_fwd", str(dtype).removeprefix("torch.")): kilobytes
+        for dtype, kilobytes in SHARED_MEMORY.items()
     }
     assert set(large) == set(allowed)
     assert all(large[call] <= kilobytes for call, kilobytes in allowed.items())

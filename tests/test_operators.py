@@ -200,7 +200,7 @@ FREE = {
     # The term hides how many channels of the first convolution read the guidance.
     ("upsampling_decoder", "up_weight", 1),
     ("upsampling_decoder", "conv1_weight", 1),
-    *((name, "projection", 2) for name in ("layer_gather", "gather_stage")),
+    ("layer_gather", "projection", 2),
     *(("gaussian_aggregation", "features", axis) for axis in (1, 2, 3)),
     *(("mask_losses", "logits", axis) for axis in (1, 2, 3)),
     *(("mask_losses", "labels", axis) for axis in (1, 2)),
@@ -233,7 +233,7 @@ def call_with(function: str, named: dict[str, Any], name: str, value: Any) -> An
         members = list(named[argument])
         members[int(index[:-1])] = value
         value = members
-    return getattr(ops, function)(**{**named, argument: value})
+    return samples.invoke(function, {**named, argument: value})
 
 
 def assert_refused(
@@ -254,7 +254,8 @@ def assert_refused(
 def test_what_is_no_tensor_is_refused(function: str, rng: torch.Generator) -> None:
     _, named = odd_call(function, rng)
     for name, tensor in tensor_arguments(named):
-        for value in (tensor.tolist(), tensor.numpy(), 1.0, *([] if name in ("whole", "offset") else [None])):
+        optional = name in ("whole", "offset") or (function, name) == ("layer_gather", "weights")
+        for value in (tensor.tolist(), tensor.numpy(), 1.0, *([] if optional else [None])):
             assert_refused(function, named, name, value, TypeError)
 
 
@@ -352,8 +353,8 @@ def test_sizes_that_do_not_fit_are_refused(function: str, rng: torch.Generator) 
         ("layer_gather", {"patches": 0}, "patches must be in 1..N = 3"),
         ("layer_gather", {"prompts": -3}, "patches must be in 1..N = 3"),
         ("gaussian_aggregation", {"layers": 0}, "L must be at least 1"),
-        ("gather_stage", {"layers": 0}, "hidden"),
-        ("gather_stage", {"patches": 0}, "patches must be in 1..N = 3"),
+        ("layer_gather", {"layers": 0, "weighted": True}, "hidden"),
+        ("layer_gather", {"patches": 0, "weighted": True}, "patches must be in 1..N = 3"),
         ("mask_attention", {"classes": 0}, "T must be at least 1"),
         ("mask_attention", {"patches": 0}, "S must be at least 1"),
         ("mask_attention", {"heads": 3}, "heads must divide the width 8"),

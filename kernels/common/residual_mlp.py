@@ -94,7 +94,7 @@ def _normalise(x, norm_weight, norm_bias, c, channels):
 
 
 @triton.jit
-def _forward(
+def _mlp(
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, rows, channels, hidden,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, GELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,7 +120,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _mlp_backward(
     grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, out, sums, rows, channels, hidden,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, GELU: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,7 +161,7 @@ def _backward(
 
 
 @triton.jit
-def _backward_weights(
+def _mlp_backward_weights(
     grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc1_part, bias_part, fc2_part,
     rows, channels, hidden, rows_each,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -209,65 +209,41 @@ def _tile(x: Tensor, kernel: str) -> tuple[dict[str, int], int]:
     return {"ROWS": rows, "HIDDEN": hidden, "CHANNELS": channels}, warps
 
 
-def residual_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    activation: str,
-) -> Tensor:
-    """(..., C) -> the same."""
-    weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    x, *weights = (tensor.contiguous() for tensor in (x, *weights))
+def residual_mlp(x: Tensor, *weights: Tensor, activation: str) -> Tensor:
+    """(..., C) -> the same; weights of norm, W₁, b₁, W₂ and b₂."""
     out = x.new_empty(x.shape)
-    hidden, channels = fc1_weight.shape
+    hidden, channels = weights[2].shape
     rows = x.numel() // channels
     tile, warps = _tile(x, "forward")
     launch(
-        _forward, (cdiv(rows, tile["ROWS"]),), x, *weights, out, rows, channels, hidden,
+        _mlp, (cdiv(rows, tile["ROWS"]),), x, *weights, out, rows, channels, hidden,
         **tile, WHOLE=hidden % tile["HIDDEN"] == 0, GELU=activation == "gelu", PRECISION=precision(), warps=warps,
     )  # fmt: skip
     return out
 
 
 def residual_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    activation: str,
-    need_x: bool,
-    need_sums: bool,
-    need_weights: bool,
-) -> tuple[Tensor, ...]:
+    grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor,
+    fc2_weight: Tensor, activation: str, need_x: bool, need_sums: bool, need_weights: bool,
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x; of the norm's weight and bias and of b₂ ("sums"); of W₁, b₁ and W₂ ("weights"), in the order of
-    the arguments of `residual_mlp`; an empty tensor where none is needed."""
-    grad, x = grad.contiguous(), x.contiguous()
-    weights = [tensor.contiguous() for tensor in (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)]
+    the arguments of `residual_mlp`; None if not needed."""
+    weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     hidden, channels = fc1_weight.shape
     rows = x.numel() // channels
     constants = {"GELU": activation == "gelu", "PRECISION": precision()}
-    x_grad, *others = (x.new_empty(0) for _ in range(7))
-    norm_weight_grad, norm_bias_grad, fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad = others
+    x_grad = gain = offset = fc1_grad = fc1_bias_grad = fc2_grad = fc2_bias_grad = None
     if need_x or need_sums:
         tile, warps = _tile(x, "backward")
         programs = cdiv(rows, tile["ROWS"])
-        written = x.new_empty(x.shape)
+        x_grad = x.new_empty(x.shape)
         sums = x.new_empty(programs if need_sums else 0, 3, channels, dtype=torch.float32)
         launch(
-            _backward, (programs,), grad, x, *weights, written, sums, rows, channels, hidden,
+            _mlp_backward, (programs,), grad, x, *weights, x_grad, sums, rows, channels, hidden,
             **tile, **constants, WHOLE=hidden % tile["HIDDEN"] == 0, SUMS=need_sums, warps=warps,
         )  # fmt: skip
-        if need_x:
-            x_grad = written
         if need_sums:
-            norm_weight_grad, norm_bias_grad, fc2_bias_grad = (part.sum(0).to(x.dtype) for part in sums.unbind(1))
+            gain, offset, fc2_bias_grad = (part.sum(0).to(x.dtype) for part in sums.unbind(1))
     if need_weights:
         tile, warps = _tile(x, "weights")
         chunks = cdiv(hidden, tile["HIDDEN"])
@@ -276,9 +252,9 @@ def residual_mlp_backward(
         fc1_part, fc2_part = (x.new_empty(splits, hidden, channels, dtype=torch.float32) for _ in range(2))
         bias_part = x.new_empty(splits, hidden, dtype=torch.float32)
         launch(
-            _backward_weights, (chunks * splits,), grad, x, *weights, fc1_part, bias_part, fc2_part,
+            _mlp_backward_weights, (chunks * splits,), grad, x, *weights, fc1_part, bias_part, fc2_part,
             rows, channels, hidden, rows_each, **tile, **constants, warps=warps,
         )  # fmt: skip
-        fc1_weight_grad, fc1_bias_grad = fc1_part.sum(0).to(x.dtype), bias_part.sum(0).to(x.dtype)
-        fc2_weight_grad = fc2_part.sum(0).t().to(x.dtype).contiguous()
-    return x_grad, norm_weight_grad, norm_bias_grad, fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad
+        fc1_grad, fc1_bias_grad = fc1_part.sum(0).to(x.dtype), bias_part.sum(0).to(x.dtype)
+        fc2_grad = fc2_part.sum(0).t().to(x.dtype)
+    return [x_grad, gain, offset, fc1_grad, fc1_bias_grad, fc2_grad, fc2_bias_grad]

@@ -55,13 +55,12 @@ class DecoderLayer(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, T, D) and (B, S, D) -> (B, T, D)."""
         parts = (self.q, self.k, self.v, self.proj)
-        attended, _ = ops.mask_attention(
+        attended = ops.mask_attention(
             queries,
             memory,
             *(tensor for part in parts for tensor in (part.weight, part.bias)),
             heads=self.heads,
             dropout=self.dropout if self.training else 0.0,
-            return_scores=False,
             attention=self.attention,
         )
         queries = self.norm2(queries + self._drop(attended))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .prepared import Prepared
 
 
 class ClassAggregation(nn.Module):
@@ -29,18 +32,13 @@ class ClassAggregation(nn.Module):
         self.fc2 = nn.Linear(4 * channels, channels)
         self.padding_token = nn.Parameter(torch.zeros(channels))
         self.padding_guidance = nn.Parameter(torch.zeros(guidance))
+        self.prepared = Prepared()
 
     def forward(self, x: Tensor, guidance: Tensor, pooling: int) -> Tensor:
         """(B, T, H, W, C) and text guidance (T, G) or (B, T, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.norm2, self.fc1, self.fc2)
-        weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        weights += [self.padding_token, self.padding_guidance]
-        return ops.class_aggregation(
-            x,
-            guidance,
-            *weights,
-            heads=self.heads,
-            pooling=pooling,
-            pad_length=self.pad_length,
-            attention=self.attention,
-        )
+        tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        tensors += [self.padding_token, self.padding_guidance]
+        options: dict[str, Any] = {"heads": self.heads, "pooling": pooling, "pad_length": self.pad_length}
+        options |= {"attention": self.attention, "prepare": self.prepared}
+        return ops.class_aggregation(x, guidance, ops.ClassAggregationWeights(*tensors), **options)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.common.aggregation import prepare_now
 from .class_aggregation import ClassAggregation
+from .prepared import Prepared
 from .spatial_aggregation import SpatialAggregation
 from .upsampling_decoder import UpsamplingDecoder
 
@@ -66,6 +68,7 @@ class CostAggregator(nn.Module):
             AggregationLayer(channels, guidance, heads, window, pad_length) for _ in range(layers)
         )
         self.decoder = UpsamplingDecoder(channels, decoder_appearance, decoder_guidance, decoder_channels)
+        self.prepared = Prepared()
 
     def forward(self, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
         """Logits of every class.
@@ -78,7 +81,7 @@ class CostAggregator(nn.Module):
 
         Returns:
             (B, T, 4H, 4W). With T > `pad_length`, the classes whose highest cosine anywhere in the image is among the
-            `pad_length` highest are worked out, image by image; all others get the logit −100.
+            `pad_length` highest are computed, image by image; all others get the logit −100.
         """
         classes = text.shape[0]
         if classes <= self.pad_length:
@@ -97,7 +100,13 @@ class CostAggregator(nn.Module):
 
     def _aggregate(self, x: Tensor, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
         guidance = F.relu(self.appearance_projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        text_guidance = F.relu(self.text_projection(F.normalize(text.mean(-2), dim=-1)))
+        shared = text.dim() == 3  # else each image has its own classes, and the next one others
+        prepare = self.prepared if shared else prepare_now
+        text_guidance = prepare(self._text_guidance, text, *self.text_projection.parameters())
         for layer in self.layers:
             x = layer(x, guidance, text_guidance, pooling)
         return self.decoder(x, appearance)
+
+    def _text_guidance(self, text: Tensor, *_: Tensor) -> Tensor:
+        """(..., T, P, E) -> (..., T, G), from text and the projection's weights."""
+        return F.relu(self.text_projection(F.normalize(text.mean(-2), dim=-1)))

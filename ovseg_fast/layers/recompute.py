@@ -1,4 +1,4 @@
-"""Recompute instead of store: for layers whose intermediate results take more memory than time."""
+"""Recompute instead of store: for layers whose intermediate results cost more memory than time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import backends
 
 
 def recomputes(x: Tensor) -> bool:
-    """Whether to work that way: in training on a CPU. Kernels recompute by themselves, and so may a compiler."""
+    """Whether to do so: in training on a CPU. Kernels recompute by themselves, and so may a compiler."""
     plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and backends.requested() != "triton"
     return plain and torch.is_grad_enabled()
 
@@ -31,7 +31,7 @@ class _Call(nn.Module):
 
 
 def recomputed(owner: nn.Module, method: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`method(*tensors)`, of which a later backward pass finds only `tensors` stored and works out the rest again.
+    """`method(*tensors)`, of which only `tensors` are stored for the backward pass, which recomputes the rest.
 
     The method reads the weights of `owner`, no others, and draws no random numbers.
     """
@@ -39,7 +39,7 @@ def recomputed(owner: nn.Module, method: Callable[..., Tensor], *tensors: Tensor
         return method(*tensors)
     requested = backends.requested()
     call = _Call(owner, method)
-    # Those of now: torch.func.functional_call may have lent them to the module for the forward pass only.
+    # torch.func.functional_call may have lent these to the module for the forward pass only.
     parameters: dict[str, Tensor] = dict(call.named_parameters())
 
     def run(*tensors: Tensor) -> Tensor:

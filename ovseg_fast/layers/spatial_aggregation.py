@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.common.tiles import tile_size
 from . import recompute
+from .prepared import Prepared
 
 
 class SpatialBlock(nn.Module):
@@ -30,6 +31,7 @@ class SpatialBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)
+        self.prepared = Prepared()
 
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """(B, T, H, W, C) and normalised guidance (B, H, W, G) -> (B, T, H, W, C)."""
@@ -37,8 +39,9 @@ class SpatialBlock(nn.Module):
         if min(x.shape[2:4]) <= window:
             window, shift = min(x.shape[2:4]), 0
         parts = (self.norm1, self.q, self.k, self.v, self.proj, self.norm2, self.fc1, self.fc2)
-        weights = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        return ops.spatial_aggregation(x, guidance, *weights, heads=self.heads, window=window, shift=shift)
+        weights = ops.SpatialAggregationWeights(*(tensor for part in parts for tensor in (part.weight, part.bias)))
+        sizes = {"heads": self.heads, "window": window, "shift": shift}
+        return ops.spatial_aggregation(x, guidance, weights, **sizes, prepare=self.prepared)
 
 
 class SpatialAggregation(nn.Module):

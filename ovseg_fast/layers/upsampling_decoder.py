@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.common.tiles import tile_size
+from ..ops.upsampling_decoder import joint_kernel
+from .prepared import Prepared
 from .recompute import recomputed
 
 
@@ -30,25 +32,18 @@ class DecoderStage(nn.Module):
         self.norm1 = nn.GroupNorm(self.groups, out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(self.groups, out)
+        self.prepared = Prepared()
 
-    def guidance_term(self, guidance: Tensor) -> Tensor:
-        """(B, 2H, 2W, G) -> (B, 2H, 2W, D), once an image."""
-        return ops.guidance_term(guidance, cast(Tensor, self.up.bias), self.conv1.weight)
+    def shared(self, guidance: Tensor) -> tuple[Tensor, Tensor]:
+        """What all classes share: the term of guidance (B, 2H, 2W, G), and the joint weight of up and conv1."""
+        term = ops.guidance_term(guidance, cast(Tensor, self.up.bias), self.conv1.weight)
+        return term, self.prepared(joint_kernel, self.up.weight, self.conv1.weight)
 
-    def forward(self, x: Tensor, term: Tensor) -> Tensor:
+    def forward(self, x: Tensor, term: Tensor, joint_weight: Tensor) -> Tensor:
         """(B, T, H, W, C) -> (B, T, 2H, 2W, D)."""
-        return ops.upsampling_decoder(
-            x,
-            term,
-            self.up.weight,
-            self.conv1.weight,
-            self.norm1.weight,
-            self.norm1.bias,
-            self.conv2.weight,
-            self.norm2.weight,
-            self.norm2.bias,
-            groups=self.groups,
-        )
+        norm1, norm2 = (self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias)
+        weights = (self.up.weight, self.conv1.weight, *norm1, self.conv2.weight, *norm2)
+        return ops.upsampling_decoder(x, term, *weights, groups=self.groups, joint_weight=joint_weight)
 
 
 class UpsamplingDecoder(nn.Module):
@@ -80,20 +75,17 @@ class UpsamplingDecoder(nn.Module):
         Returns:
             (B, T, 4H, 4W) logits.
         """
-        stages = [cast(DecoderStage, stage) for stage in self.stages]
-        terms = []
-        for stage, project, maps in zip(stages, self.guidance_projections, appearance, strict=True):
-            projected = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-            terms.append(stage.guidance_term(projected))
+        shared: list[Tensor] = []
+        for stage, project, maps in zip(self.stages, self.guidance_projections, appearance, strict=True):
+            guidance = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+            shared += cast(DecoderStage, stage).shared(guidance)
         batch, classes, height, width, _ = x.shape
-        logits = []
-        for tile in x.split(tile_size(classes, batch * height * width, x.device), 1):
-            logits.append(recomputed(self, self._decode, tile, *terms))
-        return torch.cat(logits, 1)
+        tiles = x.split(tile_size(classes, batch * height * width, x.device), 1)
+        return torch.cat([recomputed(self, self._decode, tile, *shared) for tile in tiles], 1)
 
-    def _decode(self, x: Tensor, *terms: Tensor) -> Tensor:
-        """Logits (B, t, 4H, 4W) of a tile of classes, with each stage's guidance term."""
-        for stage, term in zip(self.stages, terms, strict=True):
-            x = stage(x, term)
+    def _decode(self, x: Tensor, *shared: Tensor) -> Tensor:
+        """Logits (B, t, 4H, 4W) of a tile of classes; `shared` are each stage's guidance term and joint weight."""
+        for stage, term, joint_weight in zip(self.stages, shared[::2], shared[1::2], strict=True):
+            x = stage(x, term, joint_weight)
         maps = self.head(x.flatten(0, 1).permute(0, 3, 1, 2))
         return maps.squeeze(1).unflatten(0, (x.shape[0], -1))

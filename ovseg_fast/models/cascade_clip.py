@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.cascade_head import CascadeHead
 from .clip import CLIP, ImageEncoder
-from .losses import NO_CLASS, check_labels, share_of_masks
+from .losses import check_labels, share_of_masks
 from .sliding import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # ImageNet's statistics of RGB in 0..255
@@ -142,14 +142,14 @@ class PromptedImageEncoder(nn.Module):
             stage = hidden[first : first + len(weights)]
             first += len(weights)
             maps.append(
-                ops.gather_stage(
+                ops.layer_gather(
                     stage,
                     patches,
                     *shared,
                     norm_weight,
                     norm_bias,
                     projection,
-                    weights,
+                    weights=weights,
                     shared_eps=self.prompt_norm.eps,
                 )
             )
@@ -262,7 +262,7 @@ class CascadeCLIP(nn.Module):
         """
         check_labels(labels, images)
         masks = self.decode(self.encode_image(images), text)
-        terms = ops.mask_losses(masks, labels, terms=("focal", "dice"), ignore=NO_CLASS)
+        terms = ops.mask_losses(masks, labels, terms=("focal", "dice"))
         share = share_of_masks(labels, masks.shape[1])
         if share is not None:
             terms = {name: term * share for name, term in terms.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.cost_aggregator import CostAggregator
 from .clip import CLIP
-from .losses import NO_CLASS, check_labels
+from .losses import check_labels
 from .sliding import Windows, resize, to_pixels, window_starts
 
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's statistics of RGB in 0..255
@@ -198,7 +198,7 @@ class CATSeg(nn.Module):
             TypeError, ValueError: images, labels or text have another dtype or shape.
         """
         check_labels(labels, images)
-        bce = ops.mask_losses(self(images, text), labels, ignore=NO_CLASS)["bce"]
+        bce = ops.mask_losses(self(images, text), labels)["bce"]
         return {"bce": bce, "loss": bce}
 
     def scores(self, score_map: Tensor) -> Tensor:

@@ -8,23 +8,24 @@ same name.
 Tensors are channels-last tokens: B images, T classes, P prompts a class, H × W patches, S = H·W, C channels.
 """
 
-from .class_aggregation import class_aggregation
+from .class_aggregation import ClassAggregationWeights, class_aggregation
 from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
-from .gaussian_aggregation import gather_stage, gaussian_aggregation
+from .gaussian_aggregation import gaussian_aggregation
 from .label_map import label_map, score_map, top_labels
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention, mask_scores
 from .mask_losses import mask_losses
-from .spatial_aggregation import spatial_aggregation
+from .spatial_aggregation import SpatialAggregationWeights, spatial_aggregation
 from .upsampling_decoder import guidance_term, upsampling_decoder
 
 __all__ = [
+    "ClassAggregationWeights",
+    "SpatialAggregationWeights",
     "class_aggregation",
     "cost_embedding",
     "cost_volume",
     "embed_volume",
-    "gather_stage",
     "gaussian_aggregation",
     "guidance_term",
     "label_map",

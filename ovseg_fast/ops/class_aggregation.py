@@ -7,71 +7,74 @@
     y ← y + W₂ · ReLU(W₁ LN₂(y) + b₁) + b₂
     out = x + upsample(y)
 
-Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the share of the text guidance computed once for all positions; and the
-classes that pad a short list are all alike, so they enter both sums as a constant times their number instead of as
-tokens, and the softmax as one key with the logarithm of their number added to its score.
+Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the guidance's term computed once for all positions; and the classes that
+pad a short list are all alike, so they enter both sums as a constant times their number instead of as tokens, and the
+softmax as one key with the logarithm of their number added to its score.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .common import legacy, registration
-from .common.checks import check_heads, check_positive, check_tensors
-from .common.residual_mlp import mlp_refusal, residual_mlp
+from .common import registration
+from .common.aggregation import Prepare, check_block, joint_weight, mlp_weights, need_gradient, prepare_now
+from .common.residual_mlp import mlp_backward, mlp_refusal, residual_mlp
 from .common.tiles import map_tiles, tile_size
 
 NORMALISER_EPS = 1e-6
-KERNEL_HEAD_CHANNELS = 128  # the widest heads that the Triton kernels take
+KERNEL_HEAD_CHANNELS = 128  # the widest heads of the Triton kernels
+
+
+class ClassAggregationWeights(NamedTuple):
+    """Weights of the layer, of C channels, G guidance channels and M hidden units."""
+
+    norm1_weight: Tensor  # (C,)
+    norm1_bias: Tensor
+    q_weight: Tensor  # (C, C + G): the first C columns read x, the last G the guidance
+    q_bias: Tensor
+    k_weight: Tensor  # (C, C + G)
+    k_bias: Tensor
+    v_weight: Tensor  # (C, C)
+    v_bias: Tensor
+    norm2_weight: Tensor  # (C,)
+    norm2_bias: Tensor
+    fc1_weight: Tensor  # (M, C)
+    fc1_bias: Tensor
+    fc2_weight: Tensor  # (C, M)
+    fc2_bias: Tensor
+    padding_token: Tensor  # (C,), the class that pads the list
+    padding_guidance: Tensor  # (G,)
 
 
 def class_aggregation(
     x: Tensor,
     guidance: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    padding_token: Tensor,
-    padding_guidance: Tensor,
+    weights: ClassAggregationWeights,
     *,
-    heads: int = 4,
-    pooling: int = 1,
-    pad_length: int = 256,
-    attention: str = "linear",
+    heads: int,
+    pooling: int,
+    pad_length: int,
+    attention: str,
+    prepare: Prepare = prepare_now,
 ) -> Tensor:
     """One transformer layer over the classes, guided by text (CAT-Seg, section 3.3, equation 3).
 
     Args:
         x: (B, T, H, W, C) cost embedding.
         guidance: (T, G) text guidance that all images share, or (B, T, G).
-        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,).
-        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight: (C, C);
-            biases (C,).
-        fc1_weight: (M, C); fc1_bias: (M,); fc2_weight: (C, M); fc2_bias: (C,).
-        padding_token: (C,), padding_guidance: (G,): the class that fills a list shorter than `pad_length`. As
-            published it takes part as a key and value like any other class, so results for T < `pad_length` depend on
-            it.
         heads: attention heads; divides C.
         pooling: side of the average pooling before the layer; its result is resized back bilinearly (corners aligned).
-        pad_length: list length up to which classes are padded; 0 pads nothing.
+        pad_length: list length up to which the padding class fills the list; 0 pads nothing. As published it takes
+            part as a key and value like any other class, so results for T < `pad_length` depend on it.
         attention: `"linear"` (as in the released models), or `"full"` for a softmax over the classes.
+        prepare: computes what depends on weights and guidance alone: `prepare(function, *tensors)` gives
+            `function(*tensors)`.
 
     Returns:
         (B, T, H, W, C): x plus the layer's output, which holds its own residual (as published).
@@ -79,105 +82,64 @@ def class_aggregation(
     Raises:
         TypeError, ValueError: a tensor, `heads`, `pooling`, `pad_length` or `attention` does not fit.
     """
-    shared = isinstance(guidance, Tensor) and guidance.dim() == 2
-    check_tensors(
-        "class_aggregation",
-        x=(x, "B T H W C"),
-        guidance=(guidance, "T G" if shared else "B T G"),
-        norm1_weight=(norm1_weight, "C"),
-        norm1_bias=(norm1_bias, "C"),
-        q_weight=(q_weight, "C C+G"),
-        q_bias=(q_bias, "C"),
-        k_weight=(k_weight, "C C+G"),
-        k_bias=(k_bias, "C"),
-        v_weight=(v_weight, "C C"),
-        v_bias=(v_bias, "C"),
-        norm2_weight=(norm2_weight, "C"),
-        norm2_bias=(norm2_bias, "C"),
-        fc1_weight=(fc1_weight, "M C"),
-        fc1_bias=(fc1_bias, "M"),
-        fc2_weight=(fc2_weight, "C M"),
-        fc2_bias=(fc2_bias, "C"),
-        padding_token=(padding_token, "C"),
-        padding_guidance=(padding_guidance, "G"),
-    )
+    shape = "T G" if isinstance(guidance, Tensor) and guidance.dim() == 2 else "B T G"
+    check_block("class_aggregation", ClassAggregationWeights, x, guidance, shape, weights, heads)
     _, classes, height, width, channels = x.shape
-    check_positive("class_aggregation", T=classes, H=height, W=width)
-    check_heads("class_aggregation", heads, channels)
-    if q_weight.shape[1] != channels + guidance.shape[-1]:
-        raise ValueError(
-            f"class_aggregation: q_weight must have C + G = {channels + guidance.shape[-1]} columns, "
-            f"got {q_weight.shape[1]}."
-        )
     if not 1 <= pooling <= min(height, width):
         raise ValueError(f"class_aggregation: pooling must be in 1..min(H, W) = {min(height, width)}, got {pooling}.")
-
     if pad_length < 0:
         raise ValueError(f"class_aggregation: pad_length must be at least 0, got {pad_length}.")
     if attention not in ("linear", "full"):
         raise ValueError(f"class_aggregation: attention must be 'linear' or 'full', got {attention!r}.")
-
-    tensors = (
-        x,
-        guidance.unsqueeze(0) if shared else guidance,
-        norm1_weight,
-        norm1_bias,
-        q_weight,
-        q_bias,
-        k_weight,
-        k_bias,
-        v_weight,
-        v_bias,
-        norm2_weight,
-        norm2_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        padding_token,
-        padding_guidance,
-    )
     refusals = {
-        "triton": _refusal(channels // heads) or mlp_refusal(x, fc1_weight),
-        "cuda": _cuda_refusal(height, width, channels, heads, fc1_weight.shape[0], attention),
+        "triton": _refusal(channels // heads) or mlp_refusal(x, weights.fc1_weight),
+        "cuda": _cuda_refusal(height, width, channels, heads, weights.fc1_weight.shape[0], attention),
     }
-    backend = backends.choose("class_aggregation", *tensors, refusals=refusals)
-    options: dict[str, Any] = {"heads": heads, "pooling": pooling, "full": attention == "full"}
-    options["pads"] = max(pad_length - classes, 0)
+    backend = backends.choose("class_aggregation", x, guidance, *weights, refusals=refusals)
+    pads, full = max(pad_length - classes, 0), attention == "full"
+    qk = (weights.q_weight, weights.k_weight, weights.q_bias, weights.k_bias)
+    padding = (weights.padding_guidance,) if pads else ()
+    terms = prepare(guidance_terms, guidance, *qk, *padding)
     if backend == "torch":
-        return _in_pytorch(*tensors, **options)
-    return _in_kernels(*registration.autocast(*tensors), **options, backend=backend)
+        return torch_form(x, terms, weights, pads, heads, pooling, full)
+    weight = prepare(joint_weight, weights.q_weight, weights.k_weight, weights.v_weight)
+    norm1 = (weights.norm1_weight, weights.norm1_bias)
+    tensors = registration.autocast(
+        x, terms, *norm1, weight, weights.v_bias, weights.padding_token, *mlp_weights(weights)
+    )
+    keep = need_gradient(*tensors)
+    return torch.ops.ovseg_fast.class_aggregation(*tensors, pads, heads, pooling, full, keep, backend)[0]
 
 
-def _in_pytorch(
-    x: Tensor,
-    guidance: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    *others: Tensor,
-    heads: int,
-    pooling: int,
-    pads: int,
-    full: bool,
+def guidance_terms(
+    guidance: Tensor, q_weight: Tensor, k_weight: Tensor, q_bias: Tensor, k_bias: Tensor, *padding: Tensor
 ) -> Tensor:
-    """`others`: the MLP's six and the padding class's two."""
-    *mlp, padding_token, padding_guidance = others
+    """What guidance, (T, G) or (B, T, G), and biases add to queries and keys: (B or 1, T, 2C).
+
+    With `padding`, the guidance of the padding class, (B or 1, T + 1, 2C).
+    """
+    guidance = guidance if guidance.dim() == 3 else guidance.unsqueeze(0)
+    for row in padding:
+        guidance = torch.cat([guidance, row.expand(len(guidance), 1, -1)], 1)
+    channels = len(q_weight)
+    return F.linear(guidance, torch.cat([q_weight[:, channels:], k_weight[:, channels:]]), torch.cat([q_bias, k_bias]))
+
+
+def torch_form(
+    x: Tensor, terms: Tensor, weights: ClassAggregationWeights, pads: int, heads: int, pooling: int, full: bool
+) -> Tensor:
+    """The layer with the `guidance_terms`, where the padding class, if any, counts `pads` times."""
     batch, classes, height, width, channels = x.shape
     wide = (heads, channels // heads)
+    norm1 = (weights.norm1_weight, weights.norm1_bias)
     # (B or 1, T, 1, C): one row a class for all positions.
-    q_guidance = F.linear(guidance, q_weight[:, channels:], q_bias).unsqueeze(2)
-    k_guidance = F.linear(guidance, k_weight[:, channels:], k_bias).unsqueeze(2)
+    q_guidance, k_guidance = terms[:, :classes].unsqueeze(2).chunk(2, -1)
 
     if pads:
-        normed = F.layer_norm(padding_token, (channels,), norm1_weight, norm1_bias)
-        pad_k = F.linear(torch.cat([normed, padding_guidance]), k_weight, k_bias).view(wide)
-        pad_v = F.linear(normed, v_weight, v_bias).view(wide)
+        normed = F.layer_norm(weights.padding_token, (channels,), *norm1)
+        # The padding class has the same guidance in all images.
+        pad_k = (F.linear(normed, weights.k_weight[:, :channels]) + terms[0, classes, channels:]).view(wide)
+        pad_v = F.linear(normed, weights.v_weight, weights.v_bias).view(wide)
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, s, heads, T, d): sums over the classes are matrix products at each position and head."""
@@ -203,14 +165,14 @@ def _in_pytorch(
 
     def layer(y: Tensor) -> Tensor:
         """(B, T, s, C) -> the same: the transformer layer at s positions."""
-        normed = F.layer_norm(y, (channels,), norm1_weight, norm1_bias)
-        q = F.linear(normed, q_weight[:, :channels]) + q_guidance
-        k = F.linear(normed, k_weight[:, :channels]) + k_guidance
-        v = F.linear(normed, v_weight, v_bias)
+        normed = F.layer_norm(y, (channels,), *norm1)
+        q = F.linear(normed, weights.q_weight[:, :channels]) + q_guidance
+        k = F.linear(normed, weights.k_weight[:, :channels]) + k_guidance
+        v = F.linear(normed, weights.v_weight, weights.v_bias)
         q, k, v = (part.unflatten(-1, wide).permute(0, 2, 3, 1, 4) for part in (q, k, v))
         attended = full_attention(q, k, v) if full else linear_attention(q, k, v)
         y = y + attended.permute(0, 3, 1, 2, 4).flatten(-2)
-        return residual_mlp(y, *mlp, activation="relu", backend="torch")
+        return residual_mlp(y, *mlp_weights(weights), activation="relu")
 
     pooled = average_pool(x, pooling)
     positions = pooled.flatten(2, 3)
@@ -236,9 +198,6 @@ def resize_aligned(x: Tensor, height: int, width: int) -> Tensor:
     return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
 
 
-# --- kernels: pooling and attention, then `residual_mlp`, then resizing and adding ---
-
-
 def _refusal(head_channels: int) -> str | None:
     """Why the attention kernels do not take heads of this width; None where they do."""
     if head_channels > KERNEL_HEAD_CHANNELS:
@@ -259,173 +218,70 @@ def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: in
     return f"{taken}, not {channels} channels in {heads} heads, {hidden} hidden units and a map of {height} x {width}"
 
 
-def _in_kernels(
-    x: Tensor,
-    guidance: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    *others: Tensor,
-    heads: int,
-    pooling: int,
-    pads: int,
-    full: bool,
-    backend: str,
-) -> Tensor:
-    """The padding class is one more row of guidance; the kernels give its key and value the weight `pads`."""
-    *mlp, padding_token, padding_guidance = others
-    channels = x.shape[-1]
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    batch, classes, height, width, channels = x.shape
+    *_, pooling, _, keep = arguments
+    middle = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
+    return x.new_empty(x.shape), middle if keep else x.new_empty(0)
+
+
+def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> list[Any]:
+    *tensors, pads, heads, pooling, full, _, needs = arguments
+    attention, mlp = tensors[:7], tensors[7:]
+    need_middle = any(needs[:7])
+    y_grad = grad if pooling == 1 else kernels.resize_backward(grad, *middle.shape[2:4])
+    middle_grad, *mlp_grads = mlp_backward(kernels, y_grad, middle, mlp, "relu", need_middle, needs[7:])
+    if not need_middle:
+        return [*[None] * 7, *mlp_grads]
+
+    # A backend's kernels go through attention, norm and pooling, PyTorch takes products with weights and sums.
+    x, terms, norm_weight, norm_bias, weight, _, padding_token = attention
+    batch, classes, high, wide, channels = middle.shape
+    tokens = batch * classes * high * wide
+    tokens_grad, pad_grads, normed, statistics = kernels.class_attention_backward(
+        middle_grad, *attention, pads, heads, pooling, full
+    )
+    pad_sums = pad_grads.sum(1)
     if pads:
-        guidance = torch.cat([guidance, padding_guidance.expand(len(guidance), 1, -1)], 1)
-    of_guidance = torch.cat([q_weight[:, channels:], k_weight[:, channels:]])
-    terms = F.linear(guidance, of_guidance, torch.cat([q_bias, k_bias]))
-    weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
-    if backend == "cuda":
-        attention = (x, terms, norm1_weight, norm1_bias, weight, v_bias, padding_token)
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*attention, *mlp))
-        y = torch.ops.ovseg_fast.class_aggregation(*attention, *mlp, pads, heads, pooling, keep, backend)[0]
-        return y if pooling == 1 else torch.ops.ovseg_fast.class_aggregation_resize(x, y, backend)
-    y = torch.ops.ovseg_fast.class_aggregation_attention(
-        x, terms, norm1_weight, norm1_bias, weight, v_bias, padding_token, pads, heads, pooling, full, backend
+        tokens_grad[tokens, :channels] = 0
+        tokens_grad[tokens, channels:] = pad_sums.sum(0)
+    parameters = any(needs[1:7])
+    x_grad, gain, offset, padding_grad = kernels.tokens_backward(
+        tokens_grad @ weight,
+        middle_grad,
+        x,
+        padding_token,
+        norm_weight,
+        norm_bias,
+        statistics,
+        pads,
+        pooling,
+        parameters,
     )
-    y = residual_mlp(y, *mlp, activation="relu", backend=backend)
-    return x + y if pooling == 1 else torch.ops.ovseg_fast.class_aggregation_resize(x, y, backend)
+    if needs[0]:
+        x_grad = x_grad + grad
+    if not parameters:
+        return [x_grad, *[None] * 6, *mlp_grads]
+    by_class = tokens_grad[:tokens].view(batch, classes, high * wide, 3 * channels).sum(2, dtype=torch.float32)
+    v_bias_grad = by_class[..., 2 * channels :].sum((0, 1)) + pad_sums[:, channels:].sum(0)
+    terms_grad = by_class[..., : 2 * channels]
+    if pads:
+        terms_grad = torch.cat([terms_grad, F.pad(pad_sums[:, None, :channels], (channels, 0))], 1)
+    if len(terms) == 1:
+        terms_grad = terms_grad.sum(0, keepdim=True)
+    terms_grad, v_bias_grad = terms_grad.to(x.dtype), v_bias_grad.to(x.dtype)
+    return [x_grad, terms_grad, gain, offset, tokens_grad.t() @ normed, v_bias_grad, padding_grad, *mlp_grads]
 
 
-# Attention: x (B, T, H, W, C); terms (B or 1, T or T + 1 with the padding class, 2C), the guidance's share of queries
-# and keys; weight (3C, C) -> (B, T, H // pooling, W // pooling, C).
-
-
-def _attention_fake(x: Tensor, *arguments: Any) -> Tensor:
-    batch, classes, height, width, channels = x.shape
-    pooling = arguments[-2]
-    return x.new_empty(batch, classes, height // pooling, width // pooling, channels)
-
-
-def _attention_backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    x, *others = arguments[:7]
-    return x.new_empty(x.shape), *(x.new_empty(other.shape if arguments[-1] else 0) for other in others)
-
-
-def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.pads, ctx.heads, ctx.pooling, ctx.full, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:7]
-    gradients = torch.ops.ovseg_fast.class_aggregation_attention_backward(
-        grad, *ctx.saved_tensors, ctx.pads, ctx.heads, ctx.pooling, ctx.full, any(needs[1:]), ctx.backend
-    )
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 5
-
-
-def _resize_fake(x: Tensor, y: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _resize_backward_fake(grad: Tensor, low_height: int, low_width: int) -> Tensor:
-    batch, classes, _, _, channels = grad.shape
-    return grad.new_empty(batch, classes, low_height, low_width, channels)
-
-
-def _resize_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    _, y, ctx.backend = inputs
-    ctx.size = y.shape[2:4]
-
-
-def _resize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    need_x, need_y, _ = ctx.needs_input_grad
-    y = torch.ops.ovseg_fast.class_aggregation_resize_backward(grad, *ctx.size, ctx.backend) if need_y else None
-    return grad if need_x else None, y, None
-
-
-_TENSORS = (
-    "Tensor x, Tensor terms, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor v_bias, Tensor padding_token"
-)
-legacy.define(
-    f"class_aggregation_attention({_TENSORS}, SymInt pads, SymInt heads, SymInt pooling, bool full, str backend) "
-    "-> Tensor",
-    "class_aggregation",
-    _attention_fake,
-    backward=_attention_backward,
-    setup_context=_attention_setup_context,
-)
-legacy.define(
-    f"class_aggregation_attention_backward(Tensor grad, {_TENSORS}, SymInt pads, SymInt heads, SymInt pooling, "
-    f"bool full, bool parameters, str backend) -> ({', '.join(['Tensor'] * 7)})",
-    "class_aggregation",
-    _attention_backward_fake,
-)
-legacy.define(
-    "class_aggregation_resize(Tensor x, Tensor y, str backend) -> Tensor",
-    "class_aggregation",
-    _resize_fake,
-    backward=_resize_backward,
-    setup_context=_resize_setup_context,
-)
-legacy.define(
-    "class_aggregation_resize_backward(Tensor grad, SymInt low_height, SymInt low_width, str backend) -> Tensor",
-    "class_aggregation",
-    _resize_backward_fake,
-)
-
-
-# The layer in one kernel, with x added where pooling is 1: what attention takes, then the MLP's six -> the result, or
-# what is resized, and what the attention half gives where `keep`, for the backward, which goes through both halves.
-
-
-def _layer_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, pooling, keep = arguments
-    batch, classes, height, width, channels = x.shape
-    out = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
-    return out, x.new_empty(out.shape if keep else 0)
-
-
-def _layer_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.pads, ctx.heads, ctx.pooling, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _layer_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, middle = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:13]
-    need_mlp = needs[7:]
-    middle_grad, *mlp_grads = torch.ops.ovseg_fast.residual_mlp_backward(
-        grad,
-        middle,
-        *tensors[7:12],
-        "relu",
-        any(needs[:7]),
-        any(need_mlp[i] for i in (0, 1, 5)),
-        any(need_mlp[2:5]),
-        ctx.backend,
-    )
-    grads: list[Any] = [None] * 7
-    if any(needs[:7]):
-        grads = list(
-            torch.ops.ovseg_fast.class_aggregation_attention_backward(
-                middle_grad, *tensors[:7], ctx.pads, ctx.heads, ctx.pooling, False, any(needs[1:7]), ctx.backend
-            )
-        )
-        if ctx.pooling == 1:
-            grads[0] = grads[0] + grad
-    found = (gradient if need else None for gradient, need in zip((*grads, *mlp_grads), needs, strict=True))
-    return (*found, *[None] * 5)
-
-
-legacy.define(
-    f"class_aggregation({_TENSORS}, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
-    "Tensor fc2_weight, Tensor fc2_bias, SymInt pads, SymInt heads, SymInt pooling, bool keep, str backend) "
+# Terms are (B or 1, T, or T + 1 if there are pads, 2C), weight (3C, C). The second output is what the attention half
+# gives, (B, T, H // pooling, W // pooling, C), which the backward reads; empty unless `keep`.
+registration.define(
+    "class_aggregation(Tensor x, Tensor terms, Tensor norm1_weight, Tensor norm1_bias, Tensor weight, Tensor v_bias, "
+    "Tensor padding_token, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias, SymInt pads, SymInt heads, SymInt pooling, bool full, bool keep) "
     "-> (Tensor, Tensor)",
     "class_aggregation",
-    _layer_fake,
-    backward=_layer_backward,
-    setup_context=_layer_setup_context,
+    _fake,
+    backward=_backward,
+    saved=(1,),
 )

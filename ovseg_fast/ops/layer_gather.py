@@ -1,6 +1,6 @@
 """Layer gather: the patch tokens of several encoder blocks, brought into the image-text embedding space.
 
-    f_l = unit( LN_l( LN_shared( h_l[patches] ) ) · P_l )
+    f_l = unit( LN_l( LN_shared( h_l[patches] ) ) · P_l )           and, with weights, Σ_l w_l · f_l alone
 
 Exact rewrite: only the S patch tokens are normalised and projected, not the class token and the prompts.
 """
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .common import legacy, registration
+from .common import registration
 from .common.checks import check_tensors
+from .gaussian_aggregation import torch_form as weighted_sum
 
-WIDEST = 1024  # columns of a projection whose rows' lengths one program of the kernels can take
-MOST_LAYERS = 32  # that one call of the CUDA C++ kernels takes
+MAX_WIDTH = 1024  # columns of a projection: a program of the kernels needs whole rows for their lengths
+MAX_LAYERS = 32  # in one call of the CUDA C++ kernels
 
 
 def layer_gather(
@@ -31,6 +32,7 @@ def layer_gather(
     norm_bias: Tensor,
     projection: Tensor,
     *,
+    weights: Tensor | None = None,
     shared_eps: float = 1e-6,
     norm_eps: float = 1e-5,
 ) -> Tensor:
@@ -42,68 +44,52 @@ def layer_gather(
         shared_weight, shared_bias: (D,) layer norm that all blocks share, with epsilon `shared_eps`.
         norm_weight, norm_bias: (L, D) layer norm of each block, with epsilon `norm_eps`.
         projection: (L, D, E).
+        weights: (L,) learned Gaussian weights of a stage (section 3.3, equation 4), see `gaussian_aggregation`.
 
     Returns:
-        (L, B, S, E), unit length over E.
+        (L, B, S, E), unit length over E; with `weights` their weighted sum (B, S, E), and the kernels then store no
+        single layer's map.
 
     Raises:
         TypeError, ValueError: a tensor does not fit, there is no block, or `patches` is not in 1..N.
     """
-    parameters = (shared_weight, shared_bias, norm_weight, norm_bias, projection)
-    check_gather_inputs("layer_gather", hidden, patches, *parameters)
-    backend = backends.choose("layer_gather", *hidden, *parameters, refusals=gather_refusals(projection))
-    if backend == "torch":
-        return gather_layers(hidden, patches, *parameters, shared_eps, norm_eps)
-    cast = registration.autocast(*hidden, *parameters)
-    layers = len(hidden)
-    return torch.ops.ovseg_fast.layer_gather(
-        list(cast[:layers]), patches, *cast[layers:], shared_eps, norm_eps, backend
-    )
-
-
-def check_gather_inputs(
-    operator: str,
-    hidden: Sequence[Tensor],
-    patches: int,
-    shared_weight: Tensor,
-    shared_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    projection: Tensor,
-    **others: tuple[Tensor, str],
-) -> None:
-    """Check what `layer_gather` takes, and `others` with it."""
     if not isinstance(hidden, Sequence):
-        raise TypeError(f"{operator}: hidden must be a list of tensors (B, N, D), got {type(hidden).__name__}.")
+        raise TypeError(f"layer_gather: hidden must be a list of tensors (B, N, D), got {type(hidden).__name__}.")
     if not hidden:
-        raise ValueError(f"{operator}: hidden must hold at least one tensor (B, N, D), got none.")
+        raise ValueError("layer_gather: hidden must hold at least one tensor (B, N, D), got none.")
     check_tensors(
-        operator,
-        **{f"hidden[{i}]": (h, "B N D") for i, h in enumerate(hidden)},
+        "layer_gather",
+        **{f"hidden[{i}]": (tokens, "B N D") for i, tokens in enumerate(hidden)},
         shared_weight=(shared_weight, "D"),
         shared_bias=(shared_bias, "D"),
         norm_weight=(norm_weight, "L D"),
         norm_bias=(norm_bias, "L D"),
         projection=(projection, "L D E"),
-        **others,
+        **({} if weights is None else {"weights": (weights, "L")}),
     )
-    if norm_weight.shape[0] != len(hidden):
-        raise ValueError(
-            f"{operator}: norm_weight must have one row a block, {len(hidden)}, got {norm_weight.shape[0]}."
-        )
-    if not 1 <= patches <= hidden[0].shape[1]:
-        raise ValueError(f"{operator}: patches must be in 1..N = {hidden[0].shape[1]}, got {patches}.")
+    layers, tokens_each = len(hidden), hidden[0].shape[1]
+    if norm_weight.shape[0] != layers:
+        raise ValueError(f"layer_gather: norm_weight must have one row per block, {layers}, got {len(norm_weight)}.")
+    if not 1 <= patches <= tokens_each:
+        raise ValueError(f"layer_gather: patches must be in 1..N = {tokens_each}, got {patches}.")
+    tensors = (*hidden, shared_weight, shared_bias, norm_weight, norm_bias, projection)
+    tensors = tensors if weights is None else (*tensors, weights)
+    backend = backends.choose("layer_gather", *tensors, refusals=_refusals(*projection.shape))
+    if backend != "torch":
+        tensors = registration.autocast(*tensors)
+    hidden, parameters = list(tensors[:layers]), tensors[layers : layers + 5]
+    inputs = (hidden, patches, *parameters, None if weights is None else tensors[-1], shared_eps, norm_eps)
+    return torch_form(*inputs) if backend == "torch" else torch.ops.ovseg_fast.layer_gather(*inputs, backend)
 
 
-def gather_refusals(projection: Tensor) -> dict[str, str | None]:
-    """Reasons, by backend, why kernels cannot gather with this projection."""
-    layers, _, width = projection.shape
-    wide = f"E = {width} is larger than {WIDEST}" if width > WIDEST else None
-    many = f"its CUDA C++ kernels take up to {MOST_LAYERS} layers, got {layers}" if layers > MOST_LAYERS else None
+def _refusals(layers: int, channels: int, width: int) -> dict[str, str | None]:
+    """Reasons, by backend, why its kernels do not take a projection of this shape."""
+    wide = f"E = {width} is larger than {MAX_WIDTH}" if width > MAX_WIDTH else None
+    many = f"its CUDA C++ kernels take up to {MAX_LAYERS} layers, got {layers}" if layers > MAX_LAYERS else None
     return {"triton": wide, "cuda": wide or many}
 
 
-def gather_layers(
+def torch_form(
     hidden: Sequence[Tensor],
     patches: int,
     shared_weight: Tensor,
@@ -111,99 +97,72 @@ def gather_layers(
     norm_weight: Tensor,
     norm_bias: Tensor,
     projection: Tensor,
+    weights: Tensor | None,
     shared_eps: float,
     norm_eps: float,
 ) -> Tensor:
-    """The PyTorch form of `layer_gather`."""
+    """As `layer_gather`."""
     width = (hidden[0].shape[-1],)
     features = []
     for tokens, weight, bias, proj in zip(hidden, norm_weight, norm_bias, projection, strict=True):
         normed = F.layer_norm(tokens[:, -patches:], width, shared_weight, shared_bias, shared_eps)
         normed = F.layer_norm(normed, width, weight, bias, norm_eps)
         features.append(F.normalize(normed @ proj, dim=-1))
-    return torch.stack(features)
+    maps = torch.stack(features)
+    return maps if weights is None else weighted_sum(maps, weights)
 
 
-# --- kernels: the arguments of `layer_gather`; the backward gives the L hidden states' gradients as (L, B, N, D) ---
-
-PARAMETERS = (
-    "Tensor[] hidden, SymInt patches, Tensor shared_weight, Tensor shared_bias, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor projection"
-)
-EPSILONS = "float shared_eps, float norm_eps"
+# --- kernels: the arguments of `torch_form` -> (L, B, S, E), or with weights (B, S, E) ---
 
 
 def _fake(hidden: Sequence[Tensor], patches: int, *rest: Any) -> Tensor:
-    projection = rest[4]
-    return hidden[0].new_empty(len(hidden), hidden[0].shape[0], patches, projection.shape[-1])
+    projection, weights = rest[4:6]
+    shape = (hidden[0].shape[0], patches, projection.shape[-1])
+    return hidden[0].new_empty(shape if weights is not None else (len(hidden), *shape))
 
 
-def gather_backward_fake(
-    hidden: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    need_hidden: bool,
-    need_norms: bool,
-    need_projection: bool,
-) -> tuple[Tensor, ...]:
-    """Empty gradients of the hidden states, stacked, and of the five parameters, the projection last."""
-    like = hidden[0]
-    *norms, projection = parameters
-    return (
-        like.new_empty((len(hidden), *like.shape) if need_hidden else 0),
-        *(like.new_empty(tensor.shape if need_norms else 0) for tensor in norms),
-        like.new_empty(projection.shape if need_projection else 0),
+def _forward(kernels: Any, hidden: Sequence[Tensor], *rest: Any) -> Tensor:
+    return kernels.layer_gather(_uniform(hidden), *rest)
+
+
+def _backward(kernels: Any, grad: Tensor, hidden: Sequence[Tensor], patches: int, *rest: Any) -> list[Tensor | None]:
+    """The products with the projection, and the sums, between two launchers.
+
+    With y the normalised tokens (L, B · S, D) and z = y · P: `projection_backward` gives the gradient of z, y where the
+    projection's gradient needs it, statistics for the second launcher, and the gradient of the weights;
+    `norms_backward` gives the gradient of the hidden states (L, B, N, D), and float32 parts (L, parts, 4, D) of the
+    gradients of the shared weight and bias and of each layer's.
+    """
+    *norms, projection, weights, shared_eps, norm_eps, needs = rest
+    need_hidden, *need_norms, need_projection, need_weights = needs
+    tokens = (_uniform(hidden), patches, norms, shared_eps, norm_eps)
+    z_grad, y, statistics, weights_grad = kernels.projection_backward(
+        grad, *tokens, projection, weights, need_projection, need_weights
     )
+    hidden_grad, norm_grads = None, [None] * 4
+    if need_hidden or any(need_norms):
+        y_grad = torch.bmm(z_grad, projection.transpose(1, 2))
+        hidden_grad, parts = kernels.norms_backward(y_grad, *tokens, statistics, need_hidden, any(need_norms))
+        if parts is not None:
+            sums = parts.sum(1)
+            norm_grads = [part.to(grad.dtype, copy=True) for part in (*sums[:, :2].sum(0), *sums[:, 2:].unbind(1))]
+    projection_grad = torch.bmm(y.transpose(1, 2), z_grad) if need_projection else None
+    return [hidden_grad, *norm_grads, projection_grad, weights_grad]
 
 
-def _backward_fake(grad: Tensor, hidden: Sequence[Tensor], patches: int, *rest: Any) -> tuple[Tensor, ...]:
-    *parameters, _, _, need_hidden, need_norms, need_projection = rest
-    return gather_backward_fake(hidden, parameters, need_hidden, need_norms, need_projection)
+def _uniform(hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The hidden states with equal strides, unit stride over D and 16-byte alignment: themselves, or copies."""
+    first = hidden[0].stride()
+    if first[-1] == 1 and all(tokens.stride() == first and tokens.data_ptr() % 16 == 0 for tokens in hidden):
+        return list(hidden)
+    return [registration.readable(tokens) for tokens in hidden]
 
 
-def setup_gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs of a forward: a list, a number, tensors, two epsilons and the backend."""
-    hidden, ctx.patches, *parameters, ctx.shared_eps, ctx.norm_eps, ctx.backend = inputs
-    ctx.layers = len(hidden)
-    ctx.save_for_backward(*hidden, *parameters)
-
-
-def gather_gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What autograd takes: None where no gradient is needed, and the hidden states' gradients one by one."""
-    stacked, *others = gradients
-    need_hidden, _, *needs = ctx.needs_input_grad
-    hidden = [grad if needed else None for grad, needed in zip(stacked, need_hidden, strict=False)]
-    hidden = hidden or [None] * ctx.layers
-    return hidden, None, *(grad if needed else None for grad, needed in zip(others, needs, strict=False)), None, None
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    hidden, parameters = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
-    need_hidden, _, *needs = ctx.needs_input_grad
-    gradients = torch.ops.ovseg_fast.layer_gather_backward(
-        grad,
-        list(hidden),
-        ctx.patches,
-        *parameters,
-        ctx.shared_eps,
-        ctx.norm_eps,
-        any(need_hidden),
-        any(needs[:4]),
-        needs[4],
-        ctx.backend,
-    )
-    return *gather_gradients(ctx, gradients), None
-
-
-legacy.define(
-    f"layer_gather({PARAMETERS}, {EPSILONS}, str backend) -> Tensor",
+registration.define(
+    "layer_gather(Tensor[] hidden, SymInt patches, Tensor shared_weight, Tensor shared_bias, Tensor norm_weight, "
+    "Tensor norm_bias, Tensor projection, Tensor? weights, float shared_eps, float norm_eps) -> Tensor",
     "layer_gather",
     _fake,
+    forward=_forward,
     backward=_backward,
-    setup_context=setup_gather_context,
-)
-legacy.define(
-    f"layer_gather_backward(Tensor grad, {PARAMETERS}, {EPSILONS}, bool need_hidden, bool need_norms, "
-    "bool need_projection, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "layer_gather",
-    _backward_fake,
 )

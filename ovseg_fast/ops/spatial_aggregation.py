@@ -4,103 +4,79 @@
     x ← x + W_o · window-attention(q, k, v) + b_o
     x ← x + W₂ · GELU(W₁ LN₂(x) + b₁) + b₂
 
-Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its share is computed once an image
-and added.
+Exact rewrite: W [n ; g] = Wₙ n + W_g g, and g is the same for all classes, so its term is computed once an image.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .common import legacy, registration
-from .common.checks import check_heads, check_positive, check_tensors
-from .common.residual_mlp import mlp_refusal, residual_mlp
+from .common import registration
+from .common.aggregation import Prepare, check_block, joint_weight, mlp_weights, need_gradient, prepare_now
+from .common.residual_mlp import mlp_backward, mlp_refusal, residual_mlp
 from .common.tiles import map_tiles, tile_size
 
-REGION_MASK = -100.0  # what the published code adds to scores between regions that only the shift made neighbours
-WIDEST_WINDOW = 16  # that the kernels hold in one piece
+REGION_MASK = -100.0  # added, as published, to scores between regions that only the shift made neighbours
+WIDEST_WINDOW = 16  # of the Triton kernels
+SHARED_MEMORY = {torch.float32: 163}  # KB that a block of the CUDA C++ kernel needs and not every GPU has
+
+
+class SpatialAggregationWeights(NamedTuple):
+    """Weights of one block, of C channels, G guidance channels and M hidden units."""
+
+    norm1_weight: Tensor  # (C,)
+    norm1_bias: Tensor
+    q_weight: Tensor  # (C, C + G): the first C columns read x, the last G the guidance
+    q_bias: Tensor
+    k_weight: Tensor  # (C, C + G)
+    k_bias: Tensor
+    v_weight: Tensor  # (C, C)
+    v_bias: Tensor
+    proj_weight: Tensor  # (C, C)
+    proj_bias: Tensor
+    norm2_weight: Tensor  # (C,)
+    norm2_bias: Tensor
+    fc1_weight: Tensor  # (M, C)
+    fc1_bias: Tensor
+    fc2_weight: Tensor  # (C, M)
+    fc2_bias: Tensor
 
 
 def spatial_aggregation(
     x: Tensor,
     guidance: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    weights: SpatialAggregationWeights,
     *,
-    heads: int = 4,
-    window: int = 12,
-    shift: int = 0,
+    heads: int,
+    window: int,
+    shift: int,
+    prepare: Prepare = prepare_now,
 ) -> Tensor:
     """One Swin block on every class's map, guided by appearance (CAT-Seg, section 3.3, equation 2).
 
     Args:
         x: (B, T, H, W, C) cost embedding.
         guidance: (B, H, W, G) appearance guidance, normalised already, shared by the T classes.
-        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,).
-        q_weight, k_weight: (C, C + G), the first C columns read x and the last G the guidance; v_weight, proj_weight:
-            (C, C); their biases (C,).
-        fc1_weight: (M, C); fc1_bias: (M,); fc2_weight: (C, M); fc2_bias: (C,).
         heads: attention heads; divides C.
         window: side of a square window in tokens, at most min(H, W).
-        shift: how far windows are displaced up and left, cyclically, in 0..window-1; 0 or half a window as published.
+        shift: cyclic displacement of the windows, up and left, in 0..window-1; 0 or half a window as published.
+        prepare: computes what depends on weights alone: `prepare(function, *tensors)` gives `function(*tensors)`.
 
     Returns:
-        (B, T, H, W, C). Where H or W is not a multiple of the window, the windows are those of the map padded to whole
-        windows at the bottom and right: a window that reaches beyond the map holds fewer tokens, and what lies beyond
-        takes no part. With a shift, it is the padded map that is displaced cyclically.
+        (B, T, H, W, C). If H or W is not a multiple of the window, the map is padded to whole windows at the bottom
+        and right, and displaced cyclically at that size. Padding takes no part in the attention.
 
     Raises:
         TypeError, ValueError: a tensor, `heads`, `window` or `shift` does not fit.
     """
-    check_tensors(
-        "spatial_aggregation",
-        x=(x, "B T H W C"),
-        guidance=(guidance, "B H W G"),
-        norm1_weight=(norm1_weight, "C"),
-        norm1_bias=(norm1_bias, "C"),
-        q_weight=(q_weight, "C C+G"),
-        q_bias=(q_bias, "C"),
-        k_weight=(k_weight, "C C+G"),
-        k_bias=(k_bias, "C"),
-        v_weight=(v_weight, "C C"),
-        v_bias=(v_bias, "C"),
-        proj_weight=(proj_weight, "C C"),
-        proj_bias=(proj_bias, "C"),
-        norm2_weight=(norm2_weight, "C"),
-        norm2_bias=(norm2_bias, "C"),
-        fc1_weight=(fc1_weight, "M C"),
-        fc1_bias=(fc1_bias, "M"),
-        fc2_weight=(fc2_weight, "C M"),
-        fc2_bias=(fc2_bias, "C"),
-    )
-    batch, classes, height, width, channels = x.shape
-    check_positive("spatial_aggregation", T=classes, H=height, W=width)
-    check_heads("spatial_aggregation", heads, channels)
-    if q_weight.shape[1] != channels + guidance.shape[-1]:
-        raise ValueError(
-            f"spatial_aggregation: q_weight must have C + G = {channels + guidance.shape[-1]} columns, "
-            f"got {q_weight.shape[1]}."
-        )
+    check_block("spatial_aggregation", SpatialAggregationWeights, x, guidance, "B H W G", weights, heads)
+    height, width, channels = x.shape[2:]
     if window < 1 or not 0 <= shift < window:
         raise ValueError(
             f"spatial_aggregation: window must be positive and shift in 0..window-1, "
@@ -110,29 +86,39 @@ def spatial_aggregation(
         raise ValueError(f"spatial_aggregation: window must be at most min(H, W) = {min(height, width)}, got {window}.")
     too_wide = f"window {window} is larger than {WIDEST_WINDOW}" if window > WIDEST_WINDOW else None
     refusals = {
-        "triton": too_wide or mlp_refusal(x, fc1_weight),
-        "cuda": _cuda_refusal(channels, heads, window, fc1_weight.shape[0]),
+        "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
+        "cuda": _cuda_refusal(channels, heads, window, weights.fc1_weight.shape[0]),
     }
-    weights = (norm1_weight, norm1_bias, q_weight, k_weight, v_weight, v_bias, proj_weight, proj_bias)
-    backend = backends.choose("spatial_aggregation", x, guidance, *weights, refusals=refusals)
-    mlp = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    backend = backends.choose(
+        "spatial_aggregation", x, guidance, *weights, refusals=refusals, shared_memory=SHARED_MEMORY
+    )
     guidance = guidance.flatten(1, 2)
-    q_term = F.linear(guidance, q_weight[:, channels:], q_bias)
-    k_term = F.linear(guidance, k_weight[:, channels:], k_bias)
-    if backend != "torch":
-        qkv_weight = torch.cat([q_weight[:, :channels], k_weight[:, :channels], v_weight])
-        tensors = (x, q_term, k_term, norm1_weight, norm1_bias, qkv_weight, v_bias, proj_weight, proj_bias)
-        if backend == "cuda":
-            cast = registration.autocast(*tensors, *mlp)
-            keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in cast)
-            return torch.ops.ovseg_fast.spatial_aggregation(*cast, heads, window, shift, keep, backend)[0]
-        x = torch.ops.ovseg_fast.window_attention(*registration.autocast(*tensors), heads, window, shift, backend)
-        return residual_mlp(x, *mlp, activation="gelu", backend=backend)
+    q_term = F.linear(guidance, weights.q_weight[:, channels:], weights.q_bias)
+    k_term = F.linear(guidance, weights.k_weight[:, channels:], weights.k_bias)
+    if backend == "torch":
+        return torch_form(x, q_term, k_term, weights, heads, window, shift)
+    qkv_weight = prepare(joint_weight, weights.q_weight, weights.k_weight, weights.v_weight)
+    norm1, proj = (weights.norm1_weight, weights.norm1_bias), (weights.proj_weight, weights.proj_bias)
+    tensors = registration.autocast(x, q_term, k_term, *norm1, qkv_weight, weights.v_bias, *proj, *mlp_weights(weights))
+    keep = need_gradient(*tensors)
+    return torch.ops.ovseg_fast.spatial_aggregation(*tensors, heads, window, shift, keep, backend)[0]
 
-    # A tracer's stand-ins for tensors must neither meet cached tensors nor be cached themselves.
+
+def torch_form(
+    x: Tensor,
+    q_term: Tensor,
+    k_term: Tensor,
+    weights: SpatialAggregationWeights,
+    heads: int,
+    window: int,
+    shift: int,
+) -> Tensor:
+    """The block with what guidance adds to queries and keys, (B, H · W, C) each."""
+    batch, classes, height, width, channels = x.shape
+    # A tracer's tensors must neither meet cached ones nor be cached.
     plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    layout = window_layout if plain else window_layout.__wrapped__
-    order, inverse, mask = layout(height, width, window, shift, x.device, x.dtype)
+    window_map = window_layout if plain else window_layout.__wrapped__
+    order, inverse, mask = window_map(height, width, window, shift, x.device, x.dtype)
     windows = order.numel() // window**2
     if mask is not None:
         mask = mask.repeat_interleave(heads, 0).unsqueeze(0)
@@ -155,20 +141,20 @@ def spatial_aggregation(
 
     def block(tile: Tensor) -> Tensor:
         tokens = tile.flatten(2, 3)
-        normed = F.layer_norm(to_windows(tokens, 2), (channels,), norm1_weight, norm1_bias)
-        q = split(F.linear(normed, q_weight[:, :channels]) + q_guidance)
-        k = split(F.linear(normed, k_weight[:, :channels]) + k_guidance)
-        v = split(F.linear(normed, v_weight, v_bias))
+        normed = F.layer_norm(to_windows(tokens, 2), (channels,), weights.norm1_weight, weights.norm1_bias)
+        q = split(F.linear(normed, weights.q_weight[:, :channels]) + q_guidance)
+        k = split(F.linear(normed, weights.k_weight[:, :channels]) + k_guidance)
+        v = split(F.linear(normed, weights.v_weight, weights.v_bias))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         attended = attended.transpose(1, 2).reshape(normed.shape).index_select(2, inverse)
-        tokens = tokens + F.linear(attended, proj_weight, proj_bias)
-        return residual_mlp(tokens, *mlp, activation="gelu", backend="torch").view(tile.shape)
+        tokens = tokens + F.linear(attended, weights.proj_weight, weights.proj_bias)
+        return residual_mlp(tokens, *mlp_weights(weights), activation="gelu").view(tile.shape)
 
     return map_tiles(block, x, dim=1, size=tile_size(classes, batch * height * width, x.device))
 
 
 def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | None:
-    """Why the CUDA C++ kernel does not take these sizes; None where it does."""
+    """Why the CUDA C++ kernels do not take these sizes; None if they do."""
     if channels == 128 and heads == 4 and window <= 12 and hidden % 128 == 0:
         return None
     taken = "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 128"
@@ -221,92 +207,62 @@ def window_layout(
     return order, inverse, mask
 
 
-# --- kernels: x (B, T, H, W, C), terms (B, H · W, C), qkv_weight (3 C, C), proj_weight (C, C), the others (C,) ---
-
-TENSORS = (
-    "Tensor x, Tensor q_term, Tensor k_term, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor v_bias, "
-    "Tensor proj_weight, Tensor proj_bias, int heads, int window, int shift"
-)
+# --- kernels ---
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _backward_fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, _, _, _, needs = arguments
-    return [tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs, strict=True)]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.heads, ctx.window, ctx.shift, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[: len(ctx.saved_tensors)])
-    grads = torch.ops.ovseg_fast.window_attention_backward(
-        grad, *ctx.saved_tensors, ctx.heads, ctx.window, ctx.shift, needs, ctx.backend
-    )
-    found = (gradient if needed else None for gradient, needed in zip(grads, needs, strict=True))
-    return (*found, None, None, None, None)
-
-
-legacy.define(
-    f"window_attention({TENSORS}, str backend) -> Tensor",
-    "spatial_aggregation",
-    _fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
-legacy.define(
-    f"window_attention_backward(Tensor grad, {TENSORS}, bool[] needs, str backend) -> Tensor[]",
-    "spatial_aggregation",
-    _backward_fake,
-)
-
-
-# --- the whole block in one kernel: what `window_attention` takes, then the MLP's six -> out, and what the attention
-# half gives where `keep`, for the backward, which goes through both halves ---
-
-MLP_TENSORS = (
-    "Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias"
-)
-
-
-def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape if arguments[-1] else 0)
 
 
-def _block_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.heads, ctx.window, ctx.shift, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _block_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, middle = ctx.saved_tensors
+def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> list[Any]:
+    *tensors, heads, window, shift, _, needs = arguments
     attention, mlp = tensors[:9], tensors[9:]
-    needs = ctx.needs_input_grad[:15]
-    need_attention, need_mlp = list(needs[:9]), needs[9:]
-    need_sums, need_weights = any(need_mlp[i] for i in (0, 1, 5)), any(need_mlp[2:5])
-    middle_grad, *mlp_grads = torch.ops.ovseg_fast.residual_mlp_backward(
-        grad, middle, *mlp[:5], "gelu", any(need_attention), need_sums, need_weights, ctx.backend
-    )
-    grads = [None] * 9
-    if any(need_attention):
-        grads = torch.ops.ovseg_fast.window_attention_backward(
-            middle_grad, *attention, ctx.heads, ctx.window, ctx.shift, need_attention, ctx.backend
+    need_middle = any(needs[:9])
+    middle_grad, *mlp_grads = mlp_backward(kernels, grad, middle, mlp, "gelu", need_middle, needs[9:])
+    grads: list[Any] = [None] * 9
+    if not need_middle:
+        return [*grads, *mlp_grads]
+
+    # A backend's kernels go through attention and norm, PyTorch takes products with weights and sums.
+    x, _, _, norm_weight, norm_bias, qkv_weight, _, proj_weight, _ = attention
+    need_x, need_q, need_k, need_gain, need_offset, need_qkv, need_v_bias, need_proj, need_proj_bias = needs[:9]
+    channels = x.shape[-1]
+    rows = middle_grad.view(-1, channels)
+    if need_proj_bias:
+        grads[8] = rows.sum(0)
+    if any(needs[:8]):
+        tokens_grad, attended, statistics = kernels.window_attention_backward(
+            rows @ proj_weight, *attention[:7], heads, window, shift, need_proj
         )
-    found = (gradient if needed else None for gradient, needed in zip((*grads, *mlp_grads), needs, strict=True))
-    return (*found, *[None] * 5)
+        parts = tokens_grad.view(*x.shape[:2], x.shape[2] * x.shape[3], 3, channels)
+        if need_q:
+            grads[1] = parts[:, :, :, 0].sum(1)
+        if need_k:
+            grads[2] = parts[:, :, :, 1].sum(1)
+        if need_v_bias:
+            grads[6] = parts[:, :, :, 2].sum((0, 1, 2))
+        if need_proj:
+            grads[7] = rows.t() @ attended
+        need_norm = [need_x, need_gain, need_offset]
+        if any(need_norm) or need_qkv:
+            normed_grad = tokens_grad @ qkv_weight if any(need_norm) else x.new_empty(0)
+            grads[0], grads[3], grads[4], normed = kernels.norm_backward(
+                normed_grad, middle_grad, x, norm_weight, norm_bias, statistics, need_norm, need_qkv
+            )
+            if need_qkv:
+                grads[5] = tokens_grad.t() @ normed
+    return [*grads, *mlp_grads]
 
 
-legacy.define(
-    f"spatial_aggregation({TENSORS.partition(', int')[0]}, {MLP_TENSORS}, int heads, int window, int shift, bool keep, "
-    "str backend) -> (Tensor, Tensor)",
+# Terms are (B, H · W, C), qkv_weight (3C, C). The second output is what the attention half gives, which the backward
+# reads; empty unless `keep`.
+registration.define(
+    "spatial_aggregation(Tensor x, Tensor q_term, Tensor k_term, Tensor norm1_weight, Tensor norm1_bias, "
+    "Tensor qkv_weight, Tensor v_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, "
+    "Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, int heads, int window, int shift, "
+    "bool keep) -> (Tensor, Tensor)",
     "spatial_aggregation",
-    _block_fake,
-    backward=_block_backward,
-    setup_context=_block_setup_context,
+    _fake,
+    backward=_backward,
+    saved=(1,),
 )

@@ -68,6 +68,7 @@ def upsampling_decoder(
     norm2_bias: Tensor,
     *,
     groups: int,
+    joint_weight: Tensor | None = None,
 ) -> Tensor:
     """One stage of the upsampling decoder (CAT-Seg, section 3.4).
 
@@ -78,6 +79,7 @@ def upsampling_decoder(
         conv1_weight: (D, U + G, 3, 3), of which the first U input channels are used here; conv2_weight: (D, D, 3, 3).
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (D,), group normalisations.
         groups: groups of both normalisations; divides D (D // 16 as published).
+        joint_weight: `joint_kernel(up_weight, conv1_weight)`, if it is at hand.
 
     Returns:
         (B, T, 2H, 2W, D).
@@ -114,8 +116,8 @@ def upsampling_decoder(
 
     tensors = (x, term, up_weight, conv1_weight, norm1_weight, norm1_bias, conv2_weight, norm2_weight, norm2_bias)
     backend = backends.choose("upsampling_decoder", *tensors)
-    # Full correlation of the two kernels: tap j of the joint kernel sums up[a]·conv1[m] over a - m + 2 = j.
-    joint_weight = F.conv2d(up_weight, conv1_weight[:, : up_weight.shape[1]], padding=2)
+    if joint_weight is None:
+        joint_weight = joint_kernel(up_weight, conv1_weight)
     # The tokens are maps in PyTorch's channels_last format: neither library nor kernels copy them.
     maps = x.contiguous().flatten(0, 1).permute(0, 3, 1, 2)
     maps = F.conv_transpose2d(maps, joint_weight, stride=2, padding=1)
@@ -123,6 +125,11 @@ def upsampling_decoder(
     maps = F.conv2d(maps, conv2_weight, padding=1)
     maps = _guided_group_norm(maps, None, norm2_weight, norm2_bias, (batch, classes), groups, backend)
     return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
+
+
+def joint_kernel(up_weight: Tensor, conv1_weight: Tensor) -> Tensor:
+    """Both convolutions in one: (C, D, 4, 4), whose tap j sums up[a] · conv1[m] over a - m + 2 = j."""
+    return F.conv2d(up_weight, conv1_weight[:, : up_weight.shape[1]], padding=2)
 
 
 def _guided_group_norm(

@@ -12,23 +12,23 @@ from torch import Tensor
 from ._layers import resize
 
 
-def one_hot_targets(labels: Tensor, classes: int, dtype: torch.dtype, ignore: int = 255) -> Tensor:
-    """labels (B, H, W) -> (B, T, H, W), all zero where the label is `ignore` or no class."""
-    nothing = (labels == ignore) | (labels < 0) | (labels >= classes)
+def one_hot_targets(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """labels (B, H, W) -> (B, T, H, W), all zero if the label is no class."""
+    nothing = (labels < 0) | (labels >= classes)
     hot = F.one_hot(labels.long().masked_fill(nothing, classes), classes + 1)
     return hot[..., :classes].permute(0, 3, 1, 2).to(dtype)
 
 
-def catseg_loss(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
+def catseg_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy, mean over everything: logits (B, T, h, w), labels (B, H, W)."""
     x = resize(logits, labels.shape[1:])
-    return F.binary_cross_entropy_with_logits(x, one_hot_targets(labels, x.shape[1], x.dtype, ignore))
+    return F.binary_cross_entropy_with_logits(x, one_hot_targets(labels, x.shape[1], x.dtype))
 
 
-def cascade_losses(logits: Tensor, labels: Tensor, ignore: int = 255) -> tuple[Tensor, Tensor]:
+def cascade_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Focal and dice loss without their weights: logits (B, T, h, w), labels (B, H, W)."""
     x = resize(logits, labels.shape[1:])
-    target = one_hot_targets(labels, x.shape[1], x.dtype, ignore)
+    target = one_hot_targets(labels, x.shape[1], x.dtype)
     p = torch.sigmoid(x)
     present = target.flatten(2).amax(dim=2)
     masks = present.sum().clamp(min=1)

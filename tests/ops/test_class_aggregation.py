@@ -34,9 +34,10 @@ GOLDENS = {
 )
 def test_golden(op: str) -> None:
     def aggregated(leaves: Mapping[str, Tensor]) -> Tensor:
-        weights = to_operator(CLASSES, leaves, "layers.0.attention.")
+        weights = ops.ClassAggregationWeights(**to_operator(CLASSES, leaves, "layers.0.attention."))
         x = leaves["in.x"].permute(0, 2, 3, 4, 1)
-        out = ops.class_aggregation(x, leaves["in.guidance"], **weights, pooling=GOLDENS[op])
+        sizes = {"heads": 4, "pooling": GOLDENS[op], "pad_length": 256}
+        out = ops.class_aggregation(x, leaves["in.guidance"], weights, **sizes, attention="linear")
         return out.permute(0, 4, 1, 2, 3)
 
     assert_gradients(op, aggregated)
@@ -76,24 +77,24 @@ def test_rewrite_at_the_published_list_length(classes: int, attention: str) -> N
 
 
 def test_guidance_shared_by_all_images_is_guidance_repeated_for_each(rng: torch.Generator) -> None:
-    (x, guidance, *weights), keywords = samples.class_aggregation(batch=3)(samples.Draw(rng, torch.float64, "cpu"))
-    shared = ops.class_aggregation(x, guidance, *weights, **keywords)
-    repeated = ops.class_aggregation(x, guidance.expand(3, -1, -1), *weights, **keywords)
+    (x, guidance, weights), keywords = samples.class_aggregation(batch=3)(samples.Draw(rng, torch.float64, "cpu"))
+    shared = ops.class_aggregation(x, guidance, weights, **keywords)
+    repeated = ops.class_aggregation(x, guidance.expand(3, -1, -1), weights, **keywords)
     assert relative_error(shared, repeated) <= REWRITE_FLOAT64
 
 
 def test_order_of_classes_does_not_matter(rng: torch.Generator) -> None:
-    (x, guidance, *weights), keywords = samples.class_aggregation(classes=7)(samples.Draw(rng, torch.float64, "cpu"))
+    (x, guidance, weights), keywords = samples.class_aggregation(classes=7)(samples.Draw(rng, torch.float64, "cpu"))
     order = torch.randperm(7, generator=rng)
-    reordered = ops.class_aggregation(x[:, order], guidance[order], *weights, **keywords)
-    assert relative_error(reordered, ops.class_aggregation(x, guidance, *weights, **keywords)[:, order]) <= 1e-10
+    reordered = ops.class_aggregation(x[:, order], guidance[order], weights, **keywords)
+    assert relative_error(reordered, ops.class_aggregation(x, guidance, weights, **keywords)[:, order]) <= 1e-10
 
 
 def test_a_padding_class_is_a_class(rng: torch.Generator) -> None:
     """A list padded by the operator gives what the same list with the padding class spelt out gives."""
     build = samples.class_aggregation(classes=3, height=2, width=2, pad_length=8)
-    (x, guidance, *weights), keywords = build(samples.Draw(rng, torch.float64, "cpu"))
-    *_, token, token_guidance = weights
-    spelt_x = torch.cat([x, token.expand(1, 5, 2, 2, -1)], 1)
-    spelt = ops.class_aggregation(spelt_x, torch.cat([guidance, token_guidance.expand(5, -1)]), *weights, **keywords)
-    assert relative_error(ops.class_aggregation(x, guidance, *weights, **keywords), spelt[:, :3]) <= REWRITE_FLOAT64
+    (x, guidance, weights), keywords = build(samples.Draw(rng, torch.float64, "cpu"))
+    spelt_x = torch.cat([x, weights.padding_token.expand(1, 5, 2, 2, -1)], 1)
+    spelt_guidance = torch.cat([guidance, weights.padding_guidance.expand(5, -1)])
+    spelt = ops.class_aggregation(spelt_x, spelt_guidance, weights, **keywords)
+    assert relative_error(ops.class_aggregation(x, guidance, weights, **keywords), spelt[:, :3]) <= REWRITE_FLOAT64

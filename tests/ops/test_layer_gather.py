@@ -60,11 +60,12 @@ def test_golden() -> None:
             "prompts": st.integers(-1, 4),  # −1: no class token either
             "patches": st.integers(1, 9),
             "channels": st.integers(2, 12),
-            "out": st.integers(2, 12),
+            "out": st.integers(1, 12),
+            "weighted": st.booleans(),
         }
     )
 )
-def test_rewrite(sizes: dict[str, int]) -> None:
+def test_rewrite(sizes: dict[str, Any]) -> None:
     assert_rewrite("layer_gather", samples.draw(samples.layer_gather(**sizes)))
 
 
@@ -108,8 +109,44 @@ def test_hidden_must_be_a_list(value: Any, kind: type[Exception], mention: str) 
 
 def test_a_row_of_norms_for_each_block() -> None:
     (hidden, *rest), _ = samples.draw(samples.layer_gather(layers=3))
-    with pytest.raises(ValueError, match="norm_weight must have one row a block, 2, got 3"):
+    with pytest.raises(ValueError, match="norm_weight must have one row per block, 2, got 3"):
         ops.layer_gather(hidden[:2], *rest)
+
+
+def test_a_weight_for_each_layer() -> None:
+    (gathered, _) = samples.draw(samples.layer_gather(layers=3))
+    with pytest.raises(ValueError, match="layer_gather: weights must be"):
+        ops.layer_gather(*gathered, weights=torch.ones(2).double())
+
+
+def test_with_weights_it_is_the_sum_of_the_gathered_layers(rng: torch.Generator) -> None:
+    gathered, weights = samples.layer_gather(weighted=True)(samples.Draw(rng, torch.float64, "cpu"))
+    for epsilons in ({}, {"shared_eps": 1e-2, "norm_eps": 1e-3}):
+        expected = ops.gaussian_aggregation(ops.layer_gather(*gathered, **epsilons), **weights)
+        assert torch.equal(ops.layer_gather(*gathered, **weights, **epsilons), expected)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 9])
+def test_kernels_store_no_single_layer_of_a_sum(
+    layers: int, kernels: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = samples.layer_gather(layers=layers, batch=2, patches=29, weighted=True)
+    call, weights = build(samples.Draw(rng, torch.float32, DEVICE))
+    wide, wide_weights = samples.map_tensors(Tensor.double, (call, weights))
+    truth = ops.layer_gather(*wide, **wide_weights)
+    allocated, new_empty = [], Tensor.new_empty
+
+    def recorded(tensor: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        result = new_empty(tensor, *arguments, **keywords)
+        allocated.append(result.numel())
+        return result
+
+    monkeypatch.setattr(Tensor, "new_empty", recorded)
+    with ovs.backend(kernels):
+        result = ops.layer_gather(*call, **weights)
+    assert relative_error(result, truth) <= KERNEL[torch.float32]
+    # One launch of Triton's takes eight layers; of more, the sums of each launch's are kept.
+    assert sum(allocated) == result.numel() * (2 if kernels == "triton" and layers > 8 else 1)
 
 
 def test_kernels_leave_a_wider_projection_to_pytorch(kernels: str, rng: torch.Generator) -> None:
@@ -130,7 +167,9 @@ def test_cuda_kernels_take_32_layers(rng: torch.Generator) -> None:
             ops.layer_gather(*many)
 
 
-@pytest.mark.parametrize("wanted", ["hidden", "one hidden state", "shared_weight", "norm_bias", "projection"])
+@pytest.mark.parametrize(
+    "wanted", ["hidden", "one hidden state", "shared_weight", "norm_bias", "projection", "weights"]
+)
 def test_kernels_give_each_gradient_alone(wanted: str, kernels: str, rng: torch.Generator) -> None:
     """The same as with the others; what is frozen gets none."""
 
@@ -139,12 +178,19 @@ def test_kernels_give_each_gradient_alone(wanted: str, kernels: str, rng: torch.
         for index, leaf in enumerate(leaves):
             leaf.requires_grad_(chosen is None or index in chosen)
         with ovs.backend(kernels):
-            ops.layer_gather(leaves[:3], patches, *leaves[3:]).square().sum().backward()
+            ops.layer_gather(leaves[:3], patches, *leaves[3:8], weights=leaves[8]).square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    call, _ = samples.layer_gather()(samples.Draw(rng, torch.float32, DEVICE))
-    patches = call[1]
-    chosen = {"hidden": {0, 1, 2}, "one hidden state": {1}, "shared_weight": {3}, "norm_bias": {6}, "projection": {7}}
+    call = samples.layer_gather(weighted=True)(samples.Draw(rng, torch.float32, DEVICE))
+    patches = call[0][1]
+    chosen = {
+        "hidden": {0, 1, 2},
+        "one hidden state": {1},
+        "shared_weight": {3},
+        "norm_bias": {6},
+        "projection": {7},
+        "weights": {8},
+    }
     everything = gradients(None)
     for index, gradient in enumerate(gradients(chosen[wanted])):
         if index in chosen[wanted]:

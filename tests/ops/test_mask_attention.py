@@ -17,7 +17,7 @@ from goldens import ATTENTION, DEVICE, cascade_inputs, cascade_queries, filled, 
 from ovseg_fast import ops
 from test_kernels import check_gradients
 from test_operators import gradients
-from tolerances import GOLDEN_OUTPUT, KERNEL, KERNEL_GRADIENT_FACTOR, REWRITE_FLOAT64, relative_error
+from tolerances import GOLDEN_OUTPUT, KERNEL, REWRITE_FLOAT64, relative_error
 
 
 @pytest.mark.usefixtures("every_backend")
@@ -27,8 +27,7 @@ def test_golden() -> None:
     features, _, _ = cascade_inputs()
     queries = cascade_queries(weights, 2)
     parameters = to_operator(ATTENTION, weights, "cascade_decoders.2.layers.0.multihead_attn.")
-    _, scores = ops.mask_attention(queries, features[6], **parameters)
-    assert scores is not None
+    scores = ops.mask_scores(queries, features[6], **{k: v for k, v in parameters.items() if k[0] in "qk"})
     assert case.error("head_eval.stage2.layer0.scores", scores) <= GOLDEN_OUTPUT
 
 
@@ -45,19 +44,15 @@ def all_sizes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=40)
-@given(sizes=all_sizes(), return_scores=st.booleans())
-def test_rewrite(sizes: dict[str, Any], return_scores: bool) -> None:
-    assert_rewrite("mask_attention", samples.draw(samples.mask_attention(**sizes, return_scores=return_scores)))
+@given(sizes=all_sizes())
+def test_rewrite(sizes: dict[str, Any]) -> None:
+    assert_rewrite("mask_attention", samples.draw(samples.mask_attention(**sizes)))
 
 
 @settings(max_examples=30)
 @given(sizes=all_sizes())
-def test_scores_alone_are_those_of_the_whole_operator(sizes: dict[str, Any]) -> None:
+def test_rewrite_of_the_scores(sizes: dict[str, Any]) -> None:
     assert_rewrite("mask_scores", samples.draw(samples.mask_attention(**sizes, scores_only=True)))
-    (queries, memory, *parameters), keywords = samples.draw(samples.mask_attention(**sizes))
-    _, scores = ops.mask_attention(queries, memory, *parameters, **keywords)
-    assert scores is not None
-    assert torch.equal(ops.mask_scores(queries, memory, *parameters[:4], **keywords), scores)
 
 
 def test_it_is_pytorchs_multi_head_attention() -> None:
@@ -72,21 +67,16 @@ def test_it_is_pytorchs_multi_head_attention() -> None:
         "out_proj.bias": parameters[7],
     }
     attention.load_state_dict(state)
-    output, scores = ops.mask_attention(queries, memory, *parameters, heads=4, return_scores=False)
-    assert scores is None
+    output = ops.mask_attention(queries, memory, *parameters, heads=4)
     assert relative_error(output, attention(queries, memory, memory)[0]) <= REWRITE_FLOAT64
 
 
-def test_dropout_drops_attention_but_never_scores(rng: torch.Generator) -> None:
+def test_dropout_drops_attention(rng: torch.Generator) -> None:
     build = samples.mask_attention(classes=20, patches=50, channels=16)
     (args, keywords) = build(samples.Draw(rng, torch.float64, "cpu"))
-    output, scores = ops.mask_attention(*args, **keywords)
-    dropped, dropped_scores = ops.mask_attention(*args, **keywords, dropout=0.5)
-    assert scores is not None
-    assert dropped_scores is not None
-    assert torch.equal(scores, dropped_scores)
-    assert relative_error(dropped, output) > 1e-2
-    nothing, _ = ops.mask_attention(*args, **keywords, dropout=1.0)
+    output = ops.mask_attention(*args, **keywords)
+    assert relative_error(ops.mask_attention(*args, **keywords, dropout=0.5), output) > 1e-2
+    nothing = ops.mask_attention(*args, **keywords, dropout=1.0)
     torch.testing.assert_close(nothing, args[-1].expand_as(nothing))  # all weights dropped: only the last bias is left
 
 
@@ -139,29 +129,6 @@ def test_large_tiles_give_what_small_ones_give(
     check_gradients(names, large_slopes, [slope.double() for slope in small_slopes], dtype)
 
 
-def test_without_scores_none_are_computed(rng: torch.Generator) -> None:
-    (q, k, v), heads = kernel_case(rng)
-    _, scores, *_ = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, False, "triton")
-    assert scores.numel() == 0
-
-
-@pytest.mark.parametrize("part", ["output", "scores"])
-def test_a_loss_of_one_result_leaves_the_other_out(part: str, rng: torch.Generator) -> None:
-    (q, k, v), heads = kernel_case(rng, queries=5, keys=9)
-    results = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, True, "triton")
-    result = dict(zip(("output", "scores"), results, strict=False))[part]
-    scores = q @ k.mT / (heads * 3**0.5)
-    heads_first = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    output = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(-2)
-    truth = {"output": output, "scores": scores}[part]
-    cotangent = torch.randn(truth.shape, generator=rng).to(DEVICE)
-    inputs = (q, k, v) if part == "output" else (q, k)
-    expected = torch.autograd.grad(truth, inputs, cotangent)
-    assert relative_error(result, truth) <= KERNEL[torch.float32]
-    for gradient, wanted in zip(torch.autograd.grad(result, inputs, cotangent), expected, strict=True):
-        assert relative_error(gradient, wanted) <= KERNEL_GRADIENT_FACTOR * KERNEL[torch.float32]
-
-
 @pytest.mark.parametrize("wanted", ["q", "k", "v"])
 def test_frozen_inputs_get_no_gradient(wanted: str, rng: torch.Generator) -> None:
     (q, k, v), heads = kernel_case(rng, queries=5, keys=9)
@@ -173,16 +140,16 @@ def test_frozen_inputs_get_no_gradient(wanted: str, rng: torch.Generator) -> Non
 
 
 def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    output, scores, *_ = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, True, "triton")
-    return output.square().sum() + scores.sin().sum()
+    output, *_ = torch.ops.ovseg_fast.mask_attention(q, k, v, heads, "triton")
+    return output.square().sum() + torch.ops.ovseg_fast.mask_scores(q, k, heads, "triton").sin().sum()
 
 
 def test_kernel_softmax_of_nothing_but_minus_infinity_or_nan(rng: torch.Generator) -> None:
-    """Weights are 0 where all scores of a row are −∞, as in PyTorch's fused attention, and NaN where all are NaN."""
+    """Weights are 0 if all scores of a row are −∞, as in PyTorch's fused attention, and NaN if all are NaN."""
     (q, k, v), _ = kernel_case(rng, queries=3, keys=40, heads=1, width=4)
     q, k, v = q.detach(), k.detach(), v.detach()
     q[:, 0], q[:, 1, 0] = 1.0, float("nan")
     k[..., 0] = float("-inf")
-    output, _, log_sum, _ = torch.ops.ovseg_fast.mask_attention(q, k, v, 1, False, "triton")
+    output, log_sum, _ = torch.ops.ovseg_fast.mask_attention(q, k, v, 1, "triton")
     assert (output[:, 0] == 0).all() and log_sum[:, :, 0].isfinite().all()
     assert output[:, 1].isnan().all()

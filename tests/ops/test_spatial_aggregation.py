@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_equal_functions, assert_rewrite
 from goldens import SPATIAL, assert_gradients, golden, to_operator
-from ovseg_fast import ops
+from ovseg_fast import backends, ops
 from ovseg_fast.ops.spatial_aggregation import window_layout
 from tolerances import GOLDEN_OUTPUT, KERNEL, relative_error
 
@@ -52,6 +53,10 @@ def any_maps(draw: st.DrawFn) -> dict[str, int]:
     return {"window": window, "shift": draw(st.integers(0, window - 1)), **sides}
 
 
+def published(leaves: Mapping[str, Tensor], block: int) -> ops.SpatialAggregationWeights:
+    return ops.SpatialAggregationWeights(**to_operator(SPATIAL, leaves, f"layers.0.swin_block.block_{block}."))
+
+
 @pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize(
     ("op", "block", "side", "shift"),
@@ -64,8 +69,8 @@ def any_maps(draw: st.DrawFn) -> dict[str, int]:
 def test_golden(op: str, block: int, side: int, shift: int) -> None:
     def aggregated(leaves: Mapping[str, Tensor]) -> Tensor:
         x, guidance = (leaves[name].unflatten(1, (side, side)) for name in ("in.x", "in.guidance"))
-        weights = to_operator(SPATIAL, leaves, f"layers.0.swin_block.block_{block}.")
-        out = ops.spatial_aggregation(x.unsqueeze(1), guidance, **weights, heads=4, window=12, shift=shift)
+        weights = published(leaves, block)
+        out = ops.spatial_aggregation(x.unsqueeze(1), guidance, weights, heads=4, window=12, shift=shift)
         return out.squeeze(1).flatten(1, 2)
 
     assert_gradients(op, aggregated)
@@ -85,9 +90,11 @@ def test_rewrite(sizes: dict[str, int], heads: dict[str, int], maps: dict[str, i
     assert_rewrite("spatial_aggregation", samples.draw(samples.spatial_aggregation(**sizes, **heads, **maps)))
 
 
-def token_by_token(x: Tensor, guidance: Tensor, *parameters: Tensor, heads: int, window: int, shift: int) -> Tensor:
+def token_by_token(
+    x: Tensor, guidance: Tensor, weights: ops.SpatialAggregationWeights, *, heads: int, window: int, shift: int
+) -> Tensor:
     """The block where each token looks for the others of its window; a map of any size."""
-    named = dict(zip(SPATIAL, parameters, strict=True))
+    named = weights._asdict()
 
     def linear(name: str, tokens: Tensor) -> Tensor:
         return F.linear(tokens, named[f"{name}_weight"], named[f"{name}_bias"])
@@ -139,17 +146,17 @@ def test_nan_stays_within_its_window(place: tuple[int, int], shift: int, argumen
 
 def test_the_shift_mask_is_a_number_not_a_ban() -> None:
     """As published, −100 is added: a score that is higher by far more still gets through."""
-    (x, guidance, *weights), keywords = samples.draw(samples.spatial_aggregation(height=8, window=4, shift=2))
-    assert_rewrite("spatial_aggregation", ((x, 50 * guidance, *weights), keywords))
+    (x, guidance, weights), keywords = samples.draw(samples.spatial_aggregation(height=8, window=4, shift=2))
+    assert_rewrite("spatial_aggregation", ((x, 50 * guidance, weights), keywords))
 
 
 def test_the_kernels_add_the_number_too(rng: torch.Generator) -> None:
     build = samples.spatial_aggregation(height=8, window=4, shift=2)
-    (x, guidance, *weights), keywords = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    (x, guidance, weights), keywords = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
     results = []
     for name in ("triton", "torch"):
         with ovs.backend(name):
-            results.append(ops.spatial_aggregation(x, 50 * guidance, *weights, **keywords))
+            results.append(ops.spatial_aggregation(x, 50 * guidance, weights, **keywords))
     assert relative_error(*results) <= KERNEL[torch.float32]
 
 
@@ -162,17 +169,40 @@ def test_the_kernels_refuse_a_window_that_they_cannot_hold(rng: torch.Generator)
     assert ovs.last_backend("spatial_aggregation") == "torch"
 
 
+def test_the_dtype_of_the_kernel_tells_how_much_shared_memory_it_needs(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+
+    def refusal(_: str, name: str, *others: Any) -> str | None:
+        if name == "cuda":
+            needed.append(others[-1])
+        return None if name == "torch" else "only asked"
+
+    monkeypatch.setattr(backends, "refusal", refusal)
+    args, keywords = samples.spatial_aggregation(**samples.WIDE)(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast(KERNEL_DEVICE, dtype, enabled=dtype != torch.float32):
+            ops.spatial_aggregation(*args, **keywords)
+    assert needed == [163, 0]
+
+
 @pytest.mark.parametrize("argument", [0, 1, 2, 4, 8, 10, 11])
 def test_the_kernels_give_one_gradient_alone(argument: int, rng: torch.Generator) -> None:
     """What is frozen is left out, and changes nothing for the others."""
     build = samples.spatial_aggregation(classes=1, height=3, width=2, channels=4, heads=1, window=2, shift=1)
-    args, keywords = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    call = build(samples.Draw(rng, torch.float32, KERNEL_DEVICE))
+    leaves = samples.tensors(call)
+
+    def loss() -> Tensor:
+        return ops.spatial_aggregation(*call[0], **call[1]).square().sum()
+
     with ovs.backend("triton"):
-        args[argument].requires_grad_()
-        (alone,) = torch.autograd.grad(ops.spatial_aggregation(*args, **keywords).square().sum(), args[argument])
-        for tensor in args:
+        leaves[argument].requires_grad_()
+        (alone,) = torch.autograd.grad(loss(), leaves[argument])
+        for tensor in leaves:
             tensor.requires_grad_()
-        among_all = torch.autograd.grad(ops.spatial_aggregation(*args, **keywords).square().sum(), args)
+        among_all = torch.autograd.grad(loss(), leaves)
     assert torch.equal(alone, among_all[argument])
 
 
@@ -196,8 +226,9 @@ def test_golden_output_holds_in_one_tile(monkeypatch: pytest.MonkeyPatch) -> Non
     """Classes that are worked on one by one, though they are alike, each give what the golden has."""
     monkeypatch.setattr("ovseg_fast.ops.common.tiles.TILE_TOKENS", 1)
     leaves = golden("catseg_ops").leaves("swin_shift")
-    weights = {name: w.detach() for name, w in to_operator(SPATIAL, leaves, "layers.0.swin_block.block_2.").items()}
+    weights = ops.SpatialAggregationWeights(*(weight.detach() for weight in published(leaves, 2)))
     x, guidance = (leaves[name].detach().unflatten(1, (24, 24)) for name in ("in.x", "in.guidance"))
-    out = ops.spatial_aggregation(x.unsqueeze(1).expand(-1, 3, -1, -1, -1), guidance, **weights, shift=6)
+    sizes = {"heads": 4, "window": 12, "shift": 6}
+    out = ops.spatial_aggregation(x.unsqueeze(1).expand(-1, 3, -1, -1, -1), guidance, weights, **sizes)
     for t in range(3):
         assert golden("catseg_ops").error("swin_shift.out", out[:, t].flatten(1, 2)) <= GOLDEN_OUTPUT

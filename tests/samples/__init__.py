@@ -12,7 +12,7 @@ tokens of the published widths, which are all that some CUDA C++ kernels take), 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ._sample import HELPERS, WIDE, Build, Call, Draw, Sample
 from .class_aggregation import CLASS_AGGREGATION, class_aggregation
 from .cost_embedding import COST_EMBEDDING, cost_embedding, embed_volume
 from .cost_volume import COST_VOLUME, cost_volume
-from .gaussian_aggregation import GAUSSIAN_AGGREGATION, gather_stage, gaussian_aggregation
+from .gaussian_aggregation import GAUSSIAN_AGGREGATION, gaussian_aggregation
 from .label_map import LABEL_MAP, label_map
 from .layer_gather import LAYER_GATHER, layer_gather
 from .mask_attention import MASK_ATTENTION, mask_attention
@@ -45,6 +45,12 @@ SAMPLES = [
     *LABEL_MAP,
 ]
 
+# The NamedTuple that an operator takes its weights in.
+WEIGHTS: dict[str, Any] = {
+    "class_aggregation": ops.ClassAggregationWeights,
+    "spatial_aggregation": ops.SpatialAggregationWeights,
+}
+
 __all__ = [
     "HELPERS",
     "SAMPLES",
@@ -60,9 +66,9 @@ __all__ = [
     "draw",
     "embed_volume",
     "floating",
-    "gather_stage",
     "gaussian_aggregation",
     "guidance_term",
+    "invoke",
     "label_map",
     "layer_gather",
     "map_floating",
@@ -102,7 +108,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {name: map_tensors(function, item) for name, item in value.items()}
     return value
@@ -126,5 +133,17 @@ def floating(value: Any) -> list[Tensor]:
 
 
 def arguments(function: str, call: Call) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    return dict(inspect.signature(getattr(ops, function)).bind(*call[0], **call[1]).arguments)
+    """The arguments of a call by name; weights that travel together one by one, for which see `invoke`."""
+    named = dict(inspect.signature(getattr(ops, function)).bind(*call[0], **call[1]).arguments)
+    flat: dict[str, Any] = {}
+    for name, value in named.items():
+        flat |= value._asdict() if isinstance(value, tuple(WEIGHTS.values())) else {name: value}
+    return flat
+
+
+def invoke(function: str, named: Mapping[str, Any]) -> Any:
+    """The result of a function of `arguments`."""
+    named = dict(named)
+    if kind := WEIGHTS.get(function):
+        named["weights"] = kind(*(named.pop(field) for field in kind._fields))
+    return getattr(ops, function)(**named)

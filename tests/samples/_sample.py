@@ -85,7 +85,6 @@ class Sample:
 
 HELPERS = {
     "embed_volume": "cost_embedding",
-    "gather_stage": "gaussian_aggregation",
     "guidance_term": "upsampling_decoder",
     "mask_scores": "mask_attention",
     "score_map": "label_map",

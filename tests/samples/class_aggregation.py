@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ovseg_fast import ops
+
 from ._sample import PUBLISHED_CATSEG, WIDE, Build, Call, Draw, row
 
 
@@ -33,9 +35,10 @@ def class_aggregation(
         )
         x = draw.tokens(batch, classes, height, width, c)
         g = draw(*((batch,) if per_image else ()), classes, guidance)
-        weights = [tensor for part in parts for tensor in part]
+        tensors = (tensor for part in parts for tensor in part)
+        weights = ops.ClassAggregationWeights(*tensors, 0.5 * draw.tokens(c), 0.5 * draw(guidance))
         keywords = {"heads": heads, "pooling": pooling, "pad_length": pad_length, "attention": attention}
-        return (x, g, *weights, 0.5 * draw.tokens(c), 0.5 * draw(guidance)), keywords
+        return (x, g, weights), keywords
 
     return build
 

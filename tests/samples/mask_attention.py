@@ -15,15 +15,11 @@ def mask_attention(
     channels: int = 8,
     heads: int = 2,
     scores_only: bool = False,
-    return_scores: bool = True,
 ) -> Build:
     def build(draw: Draw) -> Call:
         queries, memory = draw(batch, classes, channels), draw(batch, patches, channels)
         linears = [tensor for _ in range(2 if scores_only else 4) for tensor in draw.linear(channels, channels)]
-        keywords: dict[str, Any] = {"heads": heads}
-        if not return_scores:
-            keywords["return_scores"] = False
-        return (queries, memory, *linears), keywords
+        return (queries, memory, *linears), {"heads": heads}
 
     return build
 
@@ -51,11 +47,5 @@ def _attention_rows(function: str, scores_only: bool) -> list[Sample]:
 
 MASK_ATTENTION = [
     *_attention_rows("mask_attention", scores_only=False),
-    row(
-        "mask_attention",
-        "small, no scores",
-        mask_attention(classes=6, patches=9, return_scores=False),
-        "small",
-    ),
     *_attention_rows("mask_scores", scores_only=True),
 ]

@@ -14,10 +14,10 @@ def mask_losses(
     map_size: tuple[int, int] = (4, 4),
     size: tuple[int, int] = (8, 8),
     terms: tuple[str, ...] = ("bce", "focal", "dice"),
-    ignore: int = 255,
+    no_class: int = 255,
     dtype: torch.dtype = torch.int64,
 ) -> Build:
-    """Labels in patches, some of no class: `ignore`, or a number beyond the classes."""
+    """Labels in patches, some of no class: `no_class`, or a number beyond the classes."""
 
     def build(draw: Draw) -> Call:
         logits = 3 * draw(batch, classes, *map_size)
@@ -26,7 +26,7 @@ def mask_losses(
             classes + 2, (batch, *coarse), generator=draw.generator, device=draw.generator.device
         ).to(draw.device)
         labels = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : size[0], : size[1]]
-        return (logits, labels.masked_fill(labels == classes, ignore).to(dtype)), {"terms": terms, "ignore": ignore}
+        return (logits, labels.masked_fill(labels == classes, no_class).to(dtype)), {"terms": terms}
 
     return build
 
@@ -34,7 +34,7 @@ def mask_losses(
 MASK_LOSSES = [
     row("mask_losses", "usual", mask_losses(classes=5, map_size=(3, 3), size=(12, 12), terms=("bce",))),
     row("mask_losses", "small", mask_losses(classes=2, map_size=(2, 3), size=(3, 4)), "small"),
-    row("mask_losses", "small, of one size", mask_losses(batch=2, map_size=(2, 2), size=(2, 2), ignore=1), "small"),
+    row("mask_losses", "small, of one size", mask_losses(batch=2, map_size=(2, 2), size=(2, 2)), "small"),
     row(
         "mask_losses",
         "odd",
@@ -52,7 +52,7 @@ MASK_LOSSES = [
     row(
         "mask_losses",
         "enlarged one way, reduced the other",
-        mask_losses(classes=4, map_size=(3, 37), size=(13, 7), terms=("focal",), ignore=-1),
+        mask_losses(classes=4, map_size=(3, 37), size=(13, 7), terms=("focal",), no_class=-1),
         "odd",
     ),
     row("mask_losses", "one class, one pixel", mask_losses(classes=1, map_size=(1, 1), size=(3, 2)), "one-class"),

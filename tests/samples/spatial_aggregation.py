@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ovseg_fast import ops
+
 from ._sample import PUBLISHED_CATSEG, WIDE, Build, Call, Draw, row
 
 
@@ -31,8 +33,8 @@ def spatial_aggregation(
             draw.linear(c, m),
         )
         x, g = draw.tokens(batch, classes, height, width, c), draw(batch, height, width, guidance)
-        weights = [tensor for part in parts for tensor in part]
-        return (x, g, *weights), {"heads": heads, "window": window, "shift": shift}
+        weights = ops.SpatialAggregationWeights(*(tensor for part in parts for tensor in part))
+        return (x, g, weights), {"heads": heads, "window": window, "shift": shift}
 
     return build
 

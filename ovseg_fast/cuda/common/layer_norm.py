@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EPS = 1e-5  # torch.nn.functional.layer_norm
+
 
 def layer_norm_backward(
     grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, needs: list[bool]
-) -> list[Tensor]:
-    """Gradients of rows (N, C), weight and bias, from that of the result; an empty tensor where none is needed.
+) -> list[Tensor | None]:
+    """Gradients of rows (N, C), weight and bias, from that of the result; None if not needed.
 
     Args:
         mean, scale: (N, 1), as `torch.native_layer_norm` gives them.
         needs: which of the three are needed.
     """
-    grads = [rows.new_empty(0) for _ in needs]
+    grads: list[Tensor | None] = [None] * 3
     if needs[0]:
         only_rows = [True, False, False]
         grads[0] = torch.ops.aten.native_layer_norm_backward(

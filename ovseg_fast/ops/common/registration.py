@@ -140,11 +140,11 @@ def _run(function: Callable[..., Any] | None, name: str, operator: str, backend:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         kernels = backends.implementation(operator, backend)
-        inputs = [_readable(value) for value in inputs]
+        inputs = [readable(value) for value in inputs]
         return function(kernels, *inputs) if function else getattr(kernels, name)(*inputs)
 
 
-def _readable(value: Any) -> Any:
+def readable(value: Any) -> Any:
     """A tensor contiguous and beginning at a multiple of 16 bytes, as kernels read it: itself, or a copy."""
     if not isinstance(value, Tensor):
         return value
