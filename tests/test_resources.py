@@ -34,10 +34,10 @@ WARPS = {
     "cost_volume.norms": 32,
     "gaussian_aggregation.backward": 32,
     "gaussian_aggregation.forward": 32,
-    "layer_gather_backward.hidden": 12,
+    "layer_gather_backward.norms_backward": 12,
     "mask_attention.scores": 16,
+    "mask_losses.add": 32,
     "mask_losses.forward": 16,
-    "mask_losses.join": 32,
     "spatial_aggregation_backward.norm_backward": 12,
     "upsampling_decoder.backward": 12,
     "upsampling_decoder.backward_means": 16,
@@ -61,7 +61,7 @@ SPILLS = {
     "label_map.forward bf16": 8,
     "mask_attention.backward bf16": 48,
     "mask_attention.backward fp32": 16,
-    "residual_mlp.backward bf16": 16,
+    "residual_mlp.mlp_backward bf16": 16,
     "spatial_aggregation_backward.attend_backward fp32": 8,
 }
 
