@@ -19,7 +19,7 @@ HOW = "put nvcc on PATH or name CUDA_HOME, then `pip install --force-reinstall -
 
 
 def native_compiler() -> tuple[str | None, str]:
-    """The nvcc to build csrc with, or None, and why, in one line."""
+    """The nvcc to build csrc with, or None, and one line that says why."""
     wanted = os.environ.get("OVSEG_BUILD_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"OVSEG_BUILD_CUDA is {wanted!r}; expected 0, 1 or auto")
@@ -32,7 +32,7 @@ def native_compiler() -> tuple[str | None, str]:
 
 
 def architectures() -> list[str]:
-    """What OVSEG_CUDA_ARCHS asks for, as nvcc names it; none where CMake shall take all that it knows."""
+    """The architectures in OVSEG_CUDA_ARCHS, as nvcc names them; empty to build all that nvcc knows."""
     wanted = os.environ.get("OVSEG_CUDA_ARCHS", "")
     names = re.split(r"[\s,;]+", wanted.strip(" ,;")) if wanted.strip(" ,;") else []
     for name in names:
@@ -43,7 +43,7 @@ def architectures() -> list[str]:
 
 
 def is_stale(cache: Path, nvcc: str) -> bool:
-    """Whether CMake would stumble over what it found out earlier: in another folder, or with compilers now gone."""
+    """Whether CMake's cache is of another folder or generator, or of a compiler that is gone."""
     if not cache.exists():
         return False
     lines = (line.partition("=") for line in cache.read_text().splitlines() if ":" in line.partition("=")[0])
@@ -60,9 +60,9 @@ def is_stale(cache: Path, nvcc: str) -> bool:
 
 
 class BuildNative(Command):
-    """Compiles csrc into ovseg_fast/libovseg.so; of its own, as setuptools only warns when build_py fails."""
+    """Compiles csrc into ovseg_fast/libovseg.so. A command of its own: setuptools only warns if build_py fails."""
 
-    description = "compile the CUDA kernels of csrc where nvcc is found"
+    description = "compile the CUDA kernels of csrc if nvcc is found"
     user_options = [("inplace", "i", "put the library beside the sources, for an editable installation")]
     boolean_options = ["inplace"]
     editable_mode = False
@@ -89,7 +89,7 @@ class BuildNative(Command):
             sys.exit(f"{' and '.join(missing)} not found; `pip install {' '.join(missing)}`, or set OVSEG_BUILD_CUDA=0")
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_MAKE_PROGRAM": tools["ninja"],  # each time: the last one may have been in an isolated environment
+            "CMAKE_MAKE_PROGRAM": tools["ninja"],  # every time: the last one may be gone with an isolated environment
             "CMAKE_CUDA_COMPILER": nvcc,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "OVSEG_ARCHITECTURES": ";".join(architectures()),
@@ -118,7 +118,7 @@ class NativeDistribution(Distribution):
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        tag = super().get_tag()  # the library ties a wheel to its platform, not to a Python version
+        tag = super().get_tag()  # the library depends on the platform, not on the Python version
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 

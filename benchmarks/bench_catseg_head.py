@@ -17,14 +17,14 @@ ROUNDS = {20: 7, 171: 3}
 @pytest.mark.parametrize("pooling", [2, 1])
 @pytest.mark.parametrize("classes", [20, 171])
 def test_head(benchmark: Any, classes: int, pooling: int) -> None:
-    """At least 2.5 times as fast, with the class pooling of training (2) and of the published evaluation (1)."""
+    """At least 2.5 times as fast, with class pooling as in training (2) and in the published evaluation (1)."""
     forms = head_forms(classes, pooling)
     assert speedup(benchmark, forms["literal"], forms["rewritten"], ROUNDS[classes]) >= 2.5
 
 
 @pytest.mark.parametrize("classes", [20, 171])
 def test_head_memory(benchmark: Any, classes: int) -> None:
-    """Peak memory at most half, each form in a process of its own."""
+    """Peak memory at most half, each form in its own process."""
 
     def peak(form: str) -> float:
         script = Path(__file__).with_name("head_forms.py")

@@ -1,4 +1,4 @@
-"""Text encoding of the 171 COCO-Stuff names (CLIP ViT-B/16, float32): cut after the end tokens against all of it."""
+"""Text encoding of the 171 COCO-Stuff names (CLIP ViT-B/16, float32): cut after the end tokens, or whole."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A training step of CAT-Seg ViT-B at 171 classes, batch 1, 384 × 384: the package's against the literal form.
+"""A training step of CAT-Seg ViT-B with 171 classes, batch 1, 384 × 384: this package against the literal form.
 
-Each form runs in a process of its own, once: a step takes tens of seconds, the literal one minutes and 13 GB.
+Each form runs once, in its own process: a step takes tens of seconds, the literal one minutes and 13 GB.
 """
 
 from __future__ import annotations

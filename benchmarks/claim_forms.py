@@ -1,7 +1,7 @@
 """The models that `claims.py` compares: the published tiny ones, and what the two papers compare their methods with.
 
-A variant is the published model with a part exchanged or taken out, so that all variants of a method and a seed begin
-with the same weights in what they share. What a variant does not use, it does not have; nothing idle is trained.
+A variant is the published model with a part replaced or removed, so that all variants of a method and a seed start from
+the same weights in what they share. A variant has nothing that it does not use, so nothing idle is trained.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ovseg_fast.models import CascadeCLIP, CATSeg, build
 
 
 class FeatureAggregator(CostAggregator):
-    """Feature aggregation: image and text features themselves, each through a linear map, added, are what is embedded
-    of a pair, in place of the convolution over its cosine costs (the baseline of CAT-Seg, section 4.3).
+    """Feature aggregation: a pair's embedding is a linear map of its image feature plus one of its text feature, in
+    place of the convolution over its cosine costs (the baseline of CAT-Seg, section 4.3).
 
-    All else is the published aggregator's, also that the costs tell which `pad_length` classes of an image go on.
+    All else is the published aggregator, including the choice of `pad_length` classes of an image by their costs.
     """
 
     def __init__(self, published: CostAggregator) -> None:
@@ -58,9 +58,9 @@ class FeatureAggregator(CostAggregator):
 
 
 class Skip(nn.Module):
-    """In place of a layer that is left out, whose first argument comes out unchanged."""
+    """Stands in for a layer that is left out: returns its first argument unchanged."""
 
-    def forward(self, x: Tensor, *others: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x
 
 
@@ -69,7 +69,7 @@ def _features(model: CATSeg) -> None:
 
 
 def _leave_out(*parts: str) -> Callable[[CATSeg], None]:
-    """Without `spatial` or `classes` aggregation, and without the projection of what would guide it."""
+    """Without `spatial` or `classes` aggregation, and without the projection that would guide it."""
     projections = {"spatial": "appearance_projection", "classes": "text_projection"}
 
     def change(model: CATSeg) -> None:
@@ -85,19 +85,19 @@ def _leave_out(*parts: str) -> Callable[[CATSeg], None]:
 
 
 class FixedWeights(nn.Module):
-    """Weights (L,) of the layers of each stage that are not learned, in the place of `CascadeHead.stage_weights`."""
+    """Fixed weights (L,) of each stage's layers, in place of `CascadeHead.stage_weights`."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
-        for stage, of_stage in enumerate(weights):
-            self.register_buffer(str(stage), of_stage)
+        for stage, values in enumerate(weights):
+            self.register_buffer(str(stage), values)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.buffers(recurse=False)
 
 
 class OneDecoder(CascadeHead):
-    """The published head's last decoder alone, on the sum of the maps of all stages that it is given."""
+    """The published head's last decoder alone, on the sum of all stages' maps."""
 
     def __init__(self, published: CascadeHead, weights: FixedWeights) -> None:
         nn.Module.__init__(self)
@@ -140,8 +140,8 @@ class Variant:
     """A model to train.
 
     Attributes:
-        preset: what it is made of. change: makes the variant of the published model, in place; None leaves that as it
-            is. policy: what of CLIP is trained, see `training.finetuning`; None for the published one.
+        preset: the published model. change: turns it into the variant, in place; None leaves it as it is.
+        policy: what of CLIP is trained, see `training.finetuning`; None for the published policy.
     """
 
     preset: str
@@ -149,7 +149,7 @@ class Variant:
     policy: str | None = None
 
     def build(self, seed: int, clip: str | None) -> CATSeg | CascadeCLIP:
-        """The model to begin with; `seed` is of all weights but those of CLIP, `clip` as `build` takes it."""
+        """The model at the start; `seed` draws all weights but CLIP's, `clip` is as in `models.build`."""
         torch.manual_seed(seed)
         model = build(self.preset, clip_pretrained=clip)
         if self.change is not None:

@@ -19,24 +19,24 @@ Runs = Sequence[dict[str, Any]]
 
 
 def values(runs: Runs, variant: str, metric: str) -> list[float]:
-    """A metric of all runs of a variant, in percent, by seed."""
+    """A metric of a variant in percent, one value per seed, by seed."""
     chosen = sorted((run["seed"], run[metric]) for run in runs if run["variant"] == variant)
     return [100 * value for _, value in chosen if value is not None]
 
 
 def differences(runs: Runs, variant: str, other: str, metric: str) -> list[float]:
-    """By how much a variant's metric is above another's, in percentage points, for each seed that both have."""
+    """How far a variant's metric is above another's, in percentage points, for each seed that both have."""
     found = [{run["seed"]: run[metric] for run in runs if run["variant"] == each} for each in (variant, other)]
     pairs = [(of_variant, found[1].get(seed)) for seed, of_variant in sorted(found[0].items())]
     return [100 * (a - b) for a, b in pairs if a is not None and b is not None]
 
 
 def table(settings: dict[str, Any], baseline: dict[str, Any], runs: Runs) -> str:
-    """Markdown: for each comparison a row a variant, mean ± sample standard deviation over the seeds. `baseline` is of
-    CLIP alone."""
+    """Markdown: a table per comparison, a row per variant, mean ± sample standard deviation over the seeds. `baseline`
+    is CLIP alone."""
     catseg, cascade = settings["catseg"], settings["cascade"]
     lines = [
-        "# Variants of both methods on the procedural world",
+        "# Variants of both methods on the made-up world",
         "",
         f"Trained on seen combinations only, all from the same CLIP ({settings['clip']}): CAT-Seg {_schedule(catseg)}, "
         f"Cascade-CLIP {_schedule(cascade)}. Evaluated on {settings['scenes']} scenes of a world that none was trained "
@@ -62,17 +62,17 @@ def table(settings: dict[str, Any], baseline: dict[str, Any], runs: Runs) -> str
 
 
 def plot(baseline: dict[str, Any], runs: Runs) -> pyplot.Figure:
-    """A panel a comparison: bars of the means, their standard deviations, and a dot a seed; dashed, the baseline."""
+    """A panel per comparison: bars of means with standard deviations, a dot per seed, and the baseline dashed."""
     figure, axes = pyplot.subplots(1, len(COMPARISONS), figsize=(18, 4.5), layout="constrained", sharey=True)
     for axis, (title, variants) in zip(axes, COMPARISONS.items(), strict=True):
         for place, variant in enumerate(variants.values()):
-            for side, (metric, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
+            for offset, (metric, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
                 found = values(runs, variant, metric)
                 if not found:
                     continue
                 error = stdev(found) if len(found) > 1 else None
-                axis.bar(place + side, mean(found), 0.38, yerr=error, color=colour, capsize=3)
-                axis.plot([place + side] * len(found), found, "k.", markersize=4)
+                axis.bar(place + offset, mean(found), 0.38, yerr=error, color=colour, capsize=3)
+                axis.plot([place + offset] * len(found), found, "k.", markersize=4)
         for metric, colour in COLOURS.items():
             for height in _percent(baseline[metric]):
                 axis.axhline(height, color=colour, linestyle="--", linewidth=1, zorder=0)

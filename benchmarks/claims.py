@@ -1,17 +1,17 @@
-"""The claims of the two papers, tested small: trains the variants that they compare on the procedural world.
+"""The claims of the two papers, tested small: trains the variants that they compare on the made-up world.
 
-    python benchmarks/claims.py                             everything; stopped, it goes on where it was
+    python benchmarks/claims.py                             everything; resumes if it was stopped
     python benchmarks/claims.py --only catseg --seeds 1     single variants
     python benchmarks/claims.py --table                     only the table and the plot, from the results so far
 
-All variants begin with the same pretrained tiny CLIP and are trained alike, on seen combinations only; those of a
-method and a seed see the same images. A seed stands for the other initial weights, the order of the images and their
-augmentation. That is the published one but for the distortion of colours, since classes are named by these; learning
-rates are higher than the published ones, since there are far fewer steps, and Cascade-CLIP's gradients are clipped.
-Each model is then evaluated with all classes on scenes of a world that none was trained on, in mode "whole", which
-shows them at the size that they have in training. Variants that coincide are trained once.
+All variants start from the same pretrained tiny CLIP and are trained alike, on seen combinations only. Variants of a
+method and a seed see the same images: the seed decides all other initial weights, the order of images and their
+augmentation. Augmentation is the published one without colour distortion, since classes are named by colour. Learning
+rates are higher than published, since there are far fewer steps, and Cascade-CLIP's gradients are clipped. Each model
+is then evaluated with all classes on scenes of a world that none was trained on, in mode "whole", which shows them at
+their size in training. A variant that occurs in several comparisons is trained once.
 
-The results are written after each run; beside them come a table (.md) and a plot (.png).
+The results are written after each run, with a table (.md) and a plot (.png) beside them.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ OUT = Path(__file__).resolve().parent / "results" / "claims.json"
 TRAINING_WORLD, EVALUATION_WORLD = 0, 20_000_003  # seeds; the first is what `TrainingConfig` trains on
 METRICS = ("miou_seen", "miou_unseen", "hiou", "miou", "pixel_accuracy")
 CASCADE_NORM = 1.0  # see `TrainingConfig.max_gradient_norm`
-# Of a step and of an evaluated scene, on one core of a Xeon whose other was busy: the first estimate, until runs were
-# timed.
+# Of a step and of an evaluated scene, on one core of a busy Xeon: an estimate until runs are timed.
 SECONDS = {"cat-seg": (0.5, 0.05), "cascade-clip": (0.2, 0.04)}
 
 
@@ -75,8 +74,8 @@ class Settings:
     """What the results depend on, besides variant and seed.
 
     Attributes:
-        clip: digest of the weights that all variants begin with. models: of the sizes of the published models.
-        scenes: how many are evaluated.
+        clip: digest of the weights that all variants start from. models: digest of the published models' sizes.
+        scenes: number of scenes evaluated.
     """
 
     clip: str
@@ -96,7 +95,7 @@ class Results:
     """The file of the finished runs, and of CLIP alone, `baseline`.
 
     Raises:
-        ValueError: `path` holds something else, or runs with other settings than `settings`; None takes what is there.
+        ValueError: `path` holds something else, or runs with settings other than `settings` (None: any).
         FileNotFoundError: `settings` is None and there is no file.
     """
 
@@ -116,7 +115,7 @@ class Results:
         return any(run["variant"] == name and run["seed"] == seed for run in self.runs)
 
     def add(self, run: dict[str, Any]) -> None:
-        """Keep a finished run, on disk too."""
+        """Add a finished run and write the file."""
         self.runs.append(run)
         content = {"format": FORMAT, "settings": self.settings, "baseline": self.baseline, "runs": self.runs}
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -124,7 +123,7 @@ class Results:
         write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))
 
     def write_table(self) -> list[Path]:
-        """Table and plot of what is there."""
+        """Write table and plot of the runs so far; returns their paths."""
         written = [self.path.with_suffix(".md"), self.path.with_suffix(".png")]
         text, figure = table(self.settings, self.baseline, self.runs), plot(self.baseline, self.runs)
         write_whole(written[0], lambda file: file.write_text(text, encoding="utf-8"))
@@ -133,7 +132,7 @@ class Results:
 
 
 def run_one(name: str, seed: int, settings: Settings, clip: str, progress: bool) -> dict[str, Any]:
-    """Train and evaluate a variant once; its record for `Results`."""
+    """Train and evaluate a variant once; returns its record for `Results`."""
     variant = VARIANTS[name]
     schedule = settings.of(variant)
     with tempfile.TemporaryDirectory(prefix="ovseg-claims-") as folder:
@@ -171,7 +170,7 @@ def run_one(name: str, seed: int, settings: Settings, clip: str, progress: bool)
 
 
 def run_all(names: Sequence[str], seeds: int, settings: Settings, clip: str, results: Results, progress: bool) -> None:
-    """What is missing, seed by seed, so that a stopped command leaves comparisons that are complete."""
+    """Run what is missing, seed by seed, so that a stopped command leaves complete comparisons."""
     missing = [(name, seed) for seed in range(seeds) for name in names if not results.has(name, seed)]
     for place, (name, seed) in enumerate(missing):
         if progress:
@@ -182,8 +181,8 @@ def run_all(names: Sequence[str], seeds: int, settings: Settings, clip: str, res
 
 
 def expected_seconds(names: Sequence[str], settings: Settings, runs: Sequence[dict[str, Any]]) -> float:
-    """How long runs of these variants take: as long as those did, or else as `SECONDS` says, times how much slower or
-    faster than that this machine has been."""
+    """Estimate how long runs of these variants take: as their earlier runs did, or as `SECONDS` says, scaled by how
+    this machine has compared with that."""
     taken: dict[str, list[float]] = {}
     for run in runs:
         taken.setdefault(run["variant"], []).append(run["training_seconds"] + run["evaluation_seconds"])
@@ -200,17 +199,17 @@ def _foreseen(variant: Variant, settings: Settings) -> float:
 
 
 def load_clip(clip: str) -> CLIP:
-    """What all variants begin with. Raises ValueError or OSError where it is none."""
+    """The CLIP that all variants start from. Raises ValueError or OSError if there is none."""
     if clip != TINY_CLIP and not Path(clip).is_file():
         raise FileNotFoundError(f"--clip must be {TINY_CLIP!r} or a file with weights of the tiny CLIP, got '{clip}'.")
     try:
         return CLIP(get_preset("catseg-tiny").config.clip, clip).eval()
     except (RuntimeError, SafetensorError):
-        raise ValueError(f"--clip must hold the weights of the tiny CLIP, '{clip}' does not, or is damaged.") from None
+        raise ValueError(f"--clip must hold the weights of the tiny CLIP; '{clip}' does not or is damaged.") from None
 
 
 def clip_digest(clip: CLIP) -> str:
-    """What tells its weights from others."""
+    """Identifies its weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode())
@@ -219,7 +218,7 @@ def clip_digest(clip: CLIP) -> str:
 
 
 def models_digest() -> str:
-    """What tells the sizes of the published models from others."""
+    """Identifies the sizes of the published models."""
     configs = [repr(get_preset(name).config) for name in sorted({variant.preset for variant in VARIANTS.values()})]
     return hashlib.sha256("\n".join(configs).encode()).hexdigest()[:16]
 
@@ -235,13 +234,13 @@ def zero_shot(clip: CLIP, settings: Settings) -> dict[str, float | None]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there are no results in '{path}'.")
+        raise FileNotFoundError(f"there are no results at '{path}'.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"'{path}' holds no results of this command, or is damaged; choose another --out.")
+        raise ValueError(f"'{path}' is damaged or does not hold results of this command; choose another --out.")
     return content
 
 
@@ -256,19 +255,19 @@ def _number(value: float) -> float | None:
 
 
 @click.command()
-@click.option("--clip", default=TINY_CLIP, show_default=True, help="The CLIP to begin with: `world`, or a file.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="How many, from 0 on.")
-@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="Only this variant; may be repeated.")
+@click.option("--clip", default=TINY_CLIP, show_default=True, help="The CLIP to start from: `world` or a file.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Number of seeds, from 0.")
+@click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="Only this variant; repeatable.")
 @click.option("--catseg-steps", default=400, show_default=True, type=click.IntRange(min=1))
 @click.option("--catseg-batch", default=4, show_default=True, type=click.IntRange(min=1))
 @click.option("--catseg-rate", default=1.5e-3, show_default=True, help="Learning rate.")
 @click.option("--catseg-clip-rate", default=2e-4, show_default=True, help="Learning rate of CLIP's weights.")
 @click.option("--cascade-steps", default=600, show_default=True, type=click.IntRange(min=1))
 @click.option("--cascade-batch", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--cascade-rate", default=3e-4, show_default=True, help="Learning rate; that of head and prompts is ×10.")
-@click.option("--scenes", default=200, show_default=True, type=click.IntRange(min=1), help="Evaluated ones.")
+@click.option("--cascade-rate", default=3e-4, show_default=True, help="Learning rate; ×10 for head and prompts.")
+@click.option("--scenes", default=200, show_default=True, type=click.IntRange(min=1), help="Scenes to evaluate.")
 @click.option("--out", default=OUT, type=click.Path(path_type=Path, dir_okay=False), help="The JSON file.")
-@click.option("--table", "only_table", is_flag=True, help="Train nothing, write table and plot of what is there.")
+@click.option("--table", "only_table", is_flag=True, help="Train nothing; write table and plot of the results so far.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def main(
     clip: str,
@@ -286,7 +285,7 @@ def main(
     only_table: bool,
     quiet: bool,
 ) -> None:
-    """Train what the papers of CAT-Seg and Cascade-CLIP compare, on the procedural world, and tabulate it."""
+    """Train the variants that the CAT-Seg and Cascade-CLIP papers compare, on the made-up world, and tabulate them."""
     try:
         if only_table:
             results = Results(out, None)

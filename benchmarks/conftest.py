@@ -1,4 +1,4 @@
-"""Benchmarks: a seed for each, and results cut down to what a reader needs."""
+"""Benchmarks: a seed for each, and results reduced to what a reader needs."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""All that a GPU is asked for, in one run: every operator tested on the device, then timed. Run by `make gpu`.
+"""Test every operator on a GPU, then time it. Run by `make gpu`.
 
     python benchmarks/gpu.py [--out FILE] [--minutes 20] [--only WORD] [--skip-tests]
-    python benchmarks/gpu.py --smoke     a few small rows through Triton's interpreter, to try this script without a GPU
+    python benchmarks/gpu.py --smoke     a few small rows in Triton's interpreter, to try this script without a GPU
 
 Forms: "cuda" and "triton" (the kernels), "eager" (the PyTorch form, whose plain attention is SDPA), "compile"
-(torch.compile of it) and, for mask attention where it is installed, "xformers"; each forward, and forward with
-backward. A form is timed only after its result was compared with the float64 PyTorch form. The results are written
-after every row, so that an interrupted run keeps what it measured.
+(torch.compile of it) and, for mask attention if it is installed, "xformers"; each forward, and forward with backward.
+A form is timed only after its result was compared with the float64 PyTorch form. The results are written after every
+row, so that an interrupted run keeps what it measured.
 
-The CUDA C++ kernels are also run under compute-sanitizer on small sizes, and the largest under Nsight Compute, where
-these tools are on PATH.
+The CUDA C++ kernels are also run under compute-sanitizer on small sizes, and the largest under Nsight Compute, if these
+tools are on PATH.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from gpu_checks import profile_kernels, sanitize_kernels
 from gpu_timing import Timer, ceilings
 from head_forms import head_forms, training_forms
-from work import work
+from work import PREDICTIONS, floor_us, prediction, work
 
 import ovseg_fast as ovs
 from ovseg_fast import backends, native, ops
@@ -44,11 +44,19 @@ from tolerances import KERNEL, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PREDICTIONS = ROOT / "benchmarks" / "predictions.json"
+TESTS = (
+    "tests/test_kernels.py",
+    "tests/native/test_library.py",
+    "tests/native/test_functions.py",
+    "tests/test_mlp.py",
+    "tests/ops",
+    "tests/layers",
+    "tests/models",
+)
 
 
 class Run:
-    """One run: its results so far, and how long it may still take."""
+    """One run: its results so far, and when it ends."""
 
     def __init__(self, out: Path | None, minutes: float, smoke: bool) -> None:
         self.smoke, self.end = smoke, time.monotonic() + 60 * minutes
@@ -58,8 +66,8 @@ class Run:
         self.out = out or RESULTS / f"{name}.json"
         self.timer = Timer(self.device)
 
-    def keep(self, *path: str, value: Any) -> None:
-        """Put a value at a place in the results and write the file, whole."""
+    def record(self, *path: str, value: Any) -> None:
+        """Put a value at a place in the results and write the whole file."""
         node = self.results
         for name in path[:-1]:
             node = node.setdefault(name, {})
@@ -106,33 +114,28 @@ def _output(*command: str) -> str:
 
 
 def run_tests(run: Run) -> None:
-    """Every operator, layer and model test on the device, in a process of its own."""
-    paths = [
-        "tests/test_kernels.py",
-        "tests/test_native.py",
-        "tests/test_native_functions.py",
-        "tests/test_mlp.py",
-        "tests/ops",
-        "tests/layers",
-        "tests/models",
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-x" if run.smoke else "-q", "-m", "slow or not slow", *paths]
-    if run.smoke:
-        command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "cost_volume-small"]
+    """Test every operator, layer and model on the device, in another process."""
+    selected = ["tests/test_kernels.py", "-k", "cost_volume-small"] if run.smoke else ["-m", "slow or not slow", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", *selected]
     start = time.monotonic()
     tested = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = tested.stdout.splitlines()
-    failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
     summary = {
         "command": " ".join(["python", *command[1:]]),
         "result": lines[-1] if lines else tested.stderr[-300:],
         "seconds": round(time.monotonic() - start),
-        "failed": failed,
+        "failed": [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))],
     }
-    run.keep("tests", value=summary)
-    click.echo(f"tests: {summary['result']}")
-    for line in failed:
-        click.echo(f"  {line}")
+    run.record("tests", value=summary)
+    click.echo("\n  ".join([f"tests: {summary['result']}", *summary["failed"]]))
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` returns, or why it failed: one form that fails must not cost the run the others."""
+    try:
+        return measure()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
 
 
 def forms(row: Sample, smoke: bool) -> dict[str, Callable[..., Any]]:
@@ -157,61 +160,56 @@ def forms(row: Sample, smoke: bool) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def time_row(run: Run, row: Sample, dtype: torch.dtype, ceiling: dict[str, float], predicted: Any) -> None:
+def time_row(run: Run, row: Sample, dtype: torch.dtype, ceiling: dict[str, float]) -> None:
     """Check, then time each form of one row, forward and with backward."""
     call = row.build(torch.Generator().manual_seed(0), dtype, run.device)
     with torch.no_grad(), ovs.backend("torch"):
         wide = map_tensors(lambda t: t.double() if t.is_floating_point() else t, call)
         truth = tensors(row.run(wide))
     del wide
-    entry: dict[str, Any] = {"predicted": predicted} if predicted else {}
-    differentiable = row.operator != "label_map"
+    expected = prediction(row) if dtype == torch.bfloat16 else None
+    entry: dict[str, Any] = {"predicted": expected} if expected else {}
     leaves = map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), call)
     wanted = [leaf for leaf in tensors(leaves) if leaf.requires_grad]
-    for name, function in forms(row, run.smoke).items():
 
-        def forward(function: Any = function) -> Any:
+    def timed(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+        def forward() -> Any:
             with torch.no_grad():
                 return function(*call[0], **call[1])
 
-        def step(function: Any = function) -> Any:
+        def step() -> Any:
             results = [r for r in tensors(function(*leaves[0], **leaves[1])) if r.requires_grad]
             return torch.autograd.grad(results, wanted, [torch.ones_like(r) for r in results], allow_unused=True)
 
-        try:
-            results = tensors(forward())
-            error = max((_error(row, result, t) for result, t in zip(results, truth, strict=True)), default=0.0)
-            if name in ("cuda", "triton") and not error <= KERNEL[dtype]:
-                entry[name] = {"wrong": error}
+        results = tensors(forward())
+        error = max((_error(result, t) for result, t in zip(results, truth, strict=True)), default=0.0)
+        if name in ("cuda", "triton") and not error <= KERNEL[dtype]:
+            return {"wrong": error}
+        form = {"error": error, "backend": backends.last_backend(row.operator), "forward": run.timer(forward)}
+        if row.operator != "label_map":
+            form["with_backward"] = run.timer(step) | {"peak_mb": run.timer.peak_memory(step)}
+        for kind in ("forward", "with_backward"):
+            if kind not in form:
                 continue
-            entry[name] = {
-                "error": error,
-                "backend": backends.last_backend(row.operator),
-                "forward": run.timer(forward),
+            moved, operations = work(row, call, results, kind == "with_backward")
+            floor = floor_us(moved, operations, ceiling)
+            form[kind] |= {
+                "bytes": moved,
+                "flops": operations,
+                "floor_us": round(floor, 2),
+                "percent_of_floor": round(100 * floor / form[kind]["us"], 1),
             }
-            if differentiable:
-                entry[name]["with_backward"] = run.timer(step) | {"peak_mb": run.timer.peak_memory(step)}
-        except Exception as error:  # one form that fails must not cost the run the others; it is recorded
-            entry[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-        for kind, backward in (("forward", False), ("with_backward", True)):
-            if kind in entry[name]:
-                moved, operations = work(row, call, results, backward)
-                floor = max(moved / ceiling["terabytes_per_second"], operations / ceiling["bfloat16_teraflops"]) / 1e6
-                entry[name][kind] |= {
-                    "bytes": moved,
-                    "flops": operations,
-                    "floor_us": round(floor, 2),
-                    "percent_of_floor": round(100 * floor / entry[name][kind]["us"], 1),
-                }
+        return form
+
+    for name, function in forms(row, run.smoke).items():
+        entry[name] = attempt(functools.partial(timed, name, function))
     label = f"{row.id} {str(dtype).removeprefix('torch.')}"
-    run.keep("operators", label, value=entry)
-    click.echo(
-        f"{label:<64}"
-        + "  ".join(f"{name} {_short(entry.get(name))}" for name in ("cuda", "triton", "compile", "eager"))
-    )
+    run.record("operators", label, value=entry)
+    times = (f"{name} {_short(entry.get(name))}" for name in ("cuda", "triton", "compile", "eager"))
+    click.echo(f"{label:<64}" + "  ".join(times))
 
 
-def _error(row: Sample, result: torch.Tensor, truth: torch.Tensor) -> float:
+def _error(result: torch.Tensor, truth: torch.Tensor) -> float:
     if not result.is_floating_point():  # labels: the share that differs; equal scores may fall either way
         return float((result != truth).double().mean())
     return relative_error(result, truth)
@@ -230,59 +228,59 @@ def time_head(run: Run, classes: int) -> None:
     """The whole CAT-Seg-B head, bfloat16, batch 1, and a training step of it, in all forms."""
     dtype = torch.float32 if run.smoke else torch.bfloat16
     for pooling in (2, 1):
-        entry: dict[str, Any] = {}
-        for name, function in head_forms(classes, pooling, run.device, dtype, run.smoke, not run.smoke).items():
-            try:
-                entry[name] = run.timer(function)
-            except Exception as error:
-                entry[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-        run.keep("head", f"{classes} classes, pooling {pooling}", value=entry)
-        click.echo(f"head, {classes} classes, pooling {pooling}: " + str({n: e.get("us", e) for n, e in entry.items()}))
-    entry = {}
-    for name, function in training_forms(classes, run.device, dtype, run.smoke).items():
-        try:
-            entry[name] = run.timer(function) | {"peak_mb": run.timer.peak_memory(function)}
-        except Exception as error:
-            entry[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-    run.keep("training step of the head", f"{classes} classes, pooling 2", value=entry)
-    click.echo(f"training step, {classes} classes: " + str({n: e.get("us", e) for n, e in entry.items()}))
+        found = head_forms(classes, pooling, run.device, dtype, run.smoke, not run.smoke)
+        entry = {name: attempt(functools.partial(run.timer, function)) for name, function in found.items()}
+        _record_head(run, "head", f"{classes} classes, pooling {pooling}", entry)
+
+    def step(function: Callable[[], Any]) -> dict[str, Any]:
+        return run.timer(function) | {"peak_mb": run.timer.peak_memory(function)}
+
+    found = training_forms(classes, run.device, dtype, run.smoke)
+    entry = {name: attempt(functools.partial(step, function)) for name, function in found.items()}
+    _record_head(run, "training step of the head", f"{classes} classes, pooling 2", entry)
+
+
+def _record_head(run: Run, kind: str, label: str, entry: dict[str, Any]) -> None:
+    expected = PREDICTIONS["head"]
+    predicted = {"predicted": expected} if (kind, label) == ("head", expected["row"]) else {}
+    run.record(kind, label, value=predicted | entry)
+    click.echo(f"{kind}, {label}: " + str({name: form.get("us", form) for name, form in entry.items()}))
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Results file.  [default: benchmarks/results/<gpu>.json]")
-@click.option("--minutes", default=20.0, show_default=True, help="No new row is begun after this time.")
-@click.option("--only", default="", help="Rows whose name holds this word.")
-@click.option("--skip-tests", is_flag=True, help="Times only.")
+@click.option("--minutes", default=20.0, show_default=True, help="No row starts after this time.")
+@click.option("--only", default="", help="Only rows whose name contains this.")
+@click.option("--skip-tests", is_flag=True, help="Only time.")
 @click.option("--smoke", is_flag=True, help="A few small rows in the interpreter, without a GPU.")
 def main(out: Path | None, minutes: float, only: str, skip_tests: bool, smoke: bool) -> None:
     """Test every operator on the GPU, then time it."""
-    if smoke and os.environ.get("TRITON_INTERPRET") != "1":  # has to be there when triton is imported first
+    if smoke and os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is first imported
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
     if not smoke and not torch.cuda.is_available():
         raise click.ClickException("PyTorch finds no GPU here; --smoke tries the script without one.")
     run = Run(out, minutes, smoke)
-    run.keep("machine", value=run.results["machine"])
+    run.record("machine", value=run.results["machine"])
     click.echo(json.dumps(run.results["machine"], indent=1))
     if not skip_tests:
         run_tests(run)
         if not smoke:
-            run.keep("sanitizer", value=sanitize_kernels())
+            run.record("sanitizer", value=sanitize_kernels())
     ceiling = ceilings(run.timer)
-    run.keep("ceilings", value=ceiling)
-    predictions = json.loads(PREDICTIONS.read_text())
+    run.record("ceilings", value=ceiling)
     rows = select("small" if smoke else "bench")
     with_kernels = [row for row in rows if row.operator in backends.operators_with_kernels() and only in row.id]
     for dtype in (torch.bfloat16,) if smoke else (torch.bfloat16, torch.float32):
         for row in with_kernels:
             if row.function not in ("embed_volume", "guidance_term") and not run.late():
-                time_row(run, row, dtype, ceiling, predictions["operators"].get(row.id))
+                time_row(run, row, dtype, ceiling)
     for classes in (2,) if smoke else (171, 20):
         if not run.late() and not only:
             time_head(run, classes)
     if not smoke and not run.late() and not only:
-        run.keep("profiles", value=profile_kernels())
+        run.record("profiles", value=profile_kernels())
     if run.late():
-        run.keep("stopped", value=f"after {minutes} minutes, before everything was measured")
+        run.record("stopped", value=f"after {minutes} minutes, before everything was measured")
     click.echo(f"written: {run.out}")
     if util.find_spec("matplotlib"):
         subprocess.run([sys.executable, ROOT / "benchmarks" / "plot.py", run.out], check=True)

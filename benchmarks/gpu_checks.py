@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels under NVIDIA's own tools, where these are installed: compute-sanitizer and Nsight Compute.
+"""The CUDA C++ kernels under NVIDIA's tools, if installed: compute-sanitizer and Nsight Compute.
 
-python benchmarks/gpu_checks.py OPERATOR     runs the operator once at its published size: what is profiled
+python benchmarks/gpu_checks.py OPERATOR     runs the operator once at its published size, to be profiled
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 240  # that one tool may take
+SECONDS = 240  # limit for one run of a tool
 LARGEST = ("spatial_aggregation", "class_aggregation")
 METRICS = {
     "duration": "gpu__time_duration.sum",
@@ -28,30 +28,23 @@ METRICS = {
 
 
 def sanitize_kernels() -> dict[str, str]:
-    """memcheck and racecheck over the small rows of every operator with CUDA C++ kernels: tool -> its last line."""
+    """Run memcheck and racecheck on the small rows of every operator with CUDA C++ kernels: tool -> its last line."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"not run": "compute-sanitizer is not on PATH"}
     found = {}
     for tool in ("memcheck", "racecheck"):
-        tests = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "tests/test_kernels.py",
-            "-k",
-            "follows and cuda and small",
-        ]
-        output = _output(sanitizer, "--tool", tool, "--error-exitcode", "9", *tests)
+        output = _output(
+            sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x",
+            "tests/test_kernels.py", "-k", "follows and cuda and small",
+        )  # fmt: skip
         summary = re.findall(r"=+ (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", output)
         found[tool] = summary[-1] if summary else output.strip()[-300:]
     return found
 
 
 def profile_kernels() -> dict[str, Any]:
-    """What Nsight Compute measures of the largest kernels: operator -> metric -> value as it prints it."""
+    """Nsight Compute's measurements of the largest kernels: operator -> metric -> value as printed."""
     profiler = shutil.which("ncu")
     if profiler is None:
         return {"not run": "ncu is not on PATH"}

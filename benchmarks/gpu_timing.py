@@ -1,4 +1,4 @@
-"""Time of work on a GPU: cold second-level cache, CUDA events, CUDA graphs; on a CPU, to try the script, a clock."""
+"""Times work on a GPU: cold second-level cache, CUDA events, CUDA graphs. On a CPU, to try the script, a clock."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-SECONDS = 0.4  # for which one thing is repeated
-LEAST, MOST = 10, 200
+SECONDS = 0.4  # of repetitions
+LEAST, MOST = 10, 200  # repetitions
 FLUSHED = 256 * 2**20  # bytes written between runs; more than any second-level cache
 
 
 class Timer:
-    """Repeats work and gives median and spread in microseconds."""
+    """Repeats work and returns median and spread in microseconds."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -23,7 +23,7 @@ class Timer:
         self.flushed = torch.empty(FLUSHED if self.gpu else 1, dtype=torch.int8, device=device)
 
     def __call__(self, function: Callable[[], Any]) -> dict[str, Any]:
-        """Median, 10th and 90th percentile of one run; on a GPU of a CUDA graph of it, so without the CPU's time."""
+        """Median, 10th and 90th percentile of one run; on a GPU as a CUDA graph, so without the CPU's time."""
         for _ in range(3):
             function()
         note = {}
@@ -49,7 +49,7 @@ class Timer:
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
                 function()
-        except RuntimeError as error:  # such as torch.compile's own graphs inside: timed as it is, and said
+        except RuntimeError as error:  # torch.compile's own graphs, for example: timed uncaptured, with a note
             torch.cuda.synchronize()
             return function, {"not_captured": str(error).splitlines()[0][:200]}
         return graph.replay, {}
@@ -68,7 +68,7 @@ class Timer:
         return begin.elapsed_time(end) * 1e3
 
     def peak_memory(self, function: Callable[[], Any]) -> float | None:
-        """Megabytes allocated at most while `function` works, above what was there; None on a CPU."""
+        """Peak megabytes allocated by `function` above what was allocated before; None on a CPU."""
         if not self.gpu:
             return None
         function()
@@ -81,7 +81,7 @@ class Timer:
 
 
 def ceilings(timer: Timer) -> dict[str, float]:
-    """What this GPU reaches: terabytes a second read and written by a copy, teraflops of a large bfloat16 product."""
+    """What this GPU reaches: terabytes per second read and written by a copy, teraflops of a large bfloat16 product."""
     source = torch.empty((2**30 if timer.gpu else 2**20) // 2, dtype=torch.bfloat16, device=timer.device)
     target = torch.empty_like(source)
     copy = timer(lambda: target.copy_(source))["us"]

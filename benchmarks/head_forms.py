@@ -1,7 +1,7 @@
 """The CAT-Seg-B head in its forms, on the same random weights and inputs: literal (the published formula), rewritten
-(the PyTorch form), compile (torch.compile of that) triton and cuda (the kernels).
+(the PyTorch form), compile (torch.compile of that), triton and cuda (the kernels).
 
-Run as a program it reports the peak memory of one form in megabytes:
+As a program it prints the peak memory of one form in megabytes:
 
 python benchmarks/head_forms.py {literal,rewritten} CLASSES
 """
@@ -23,7 +23,7 @@ from ovseg_fast.checkpoints import to_upstream
 from ovseg_fast.models import CATSeg, CATSegConfig, build
 
 PREFIX = "sem_seg_head.predictor.transformer."
-# A one-layer encoder of the published widths: the head sees the same shapes, and nothing else is built.
+# A small encoder of the published widths: the head sees the published shapes, and little else is built.
 CLIP = {
     "embed_dim": 512,
     "quick_gelu": True,
@@ -33,7 +33,7 @@ CLIP = {
 
 
 class Head:
-    """The CAT-Seg head with random weights, and random inputs for it, in both layouts.
+    """The CAT-Seg head with random weights and random inputs, as this package and as the literal form take them.
 
     Attributes: `model`; `image`, `text`, `appearance` its inputs; `weights` and `upstream` those of the literal form.
     """
@@ -121,7 +121,7 @@ def training_forms(
 
 
 def peak_memory(run: Callable[[], Tensor]) -> float:
-    """Megabytes by which the process's resident memory rises at most while `run` works (Linux)."""
+    """Largest rise of the process's resident memory during `run`, in megabytes (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _resident("VmRSS")
     run()

@@ -1,4 +1,4 @@
-"""An operator and its literal form on one row of `tests/samples`: equal first, then timed in one group."""
+"""An operator and its literal form on one row of `tests/samples`: checked to be equal, then timed in one group."""
 
 from __future__ import annotations
 
@@ -8,30 +8,19 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import pytest
 import torch
 
 from counterparts import counterpart, decoder_stage
 from ovseg_fast import ops
-from samples import Draw, Sample, arguments, select, tensors
+from samples import Draw, Sample, arguments, tensors
 from tolerances import ARGMAX_AGREEMENT, REWRITE_FLOAT32, relative_error
 
 Forms = dict[str, Callable[[], Any]]
-SECONDS = 1.0  # that all rounds of one form take together, at least three rounds
-
-
-def published_sizes(function: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Parametrise a benchmark by `row` and `form`; the two forms of a row follow each other."""
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        test = pytest.mark.parametrize("row", select("bench", function=function), ids=lambda row: row.name)(test)
-        return pytest.mark.parametrize("form", ["literal", "operator"])(test)
-
-    return decorate
+SECONDS = 1.0  # for all rounds of one form; at least three rounds
 
 
 def compare(benchmark: Any, row: Sample, form: str) -> None:
-    """Time one form of a row, after both gave the same."""
+    """Time one form of a row, after checking that both agree."""
     with torch.inference_mode():
         forms, seconds, error = checked_forms(row)
         rounds = max(3, min(50, int(SECONDS / seconds[form])))
@@ -42,7 +31,7 @@ def compare(benchmark: Any, row: Sample, form: str) -> None:
 
 @lru_cache(maxsize=1)  # for the other form, which comes next
 def checked_forms(row: Sample) -> tuple[Forms, dict[str, float], float]:
-    """Both forms on the same float32 inputs, the seconds of a first run of each, and how far apart they are."""
+    """Both forms on the same float32 inputs, seconds of a first run of each, and their relative error."""
     draw = Draw(torch.Generator().manual_seed(zlib.crc32(row.id.encode())), torch.float32, "cpu")
     call = row.builder(draw)
     if row.function == "upsampling_decoder":
@@ -68,7 +57,7 @@ def checked_forms(row: Sample) -> tuple[Forms, dict[str, float], float]:
 
 
 def decoder_forms(named: dict[str, Any], draw: Draw) -> tuple[Forms, Callable[[Any], Any]]:
-    """A stage from projected guidance on; its term belongs to the work."""
+    """A stage from projected guidance on; computing the guidance term is part of the work."""
     x, term, groups = named.pop("x"), named.pop("term"), named.pop("groups")
     up = named["up_weight"].shape[1]
     guidance = draw(*term.shape[:-1], named["conv1_weight"].shape[1] - up)

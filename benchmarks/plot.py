@@ -1,6 +1,6 @@
-"""A picture of a GPU run: each operator's time by form, beside its floor.
+"""Plots of a GPU run: each operator's time by form, beside its floor.
 
-python benchmarks/plot.py benchmarks/results/<gpu>.json     writes <gpu>.png next to it
+python benchmarks/plot.py benchmarks/results/<gpu>.json     writes <gpu>-forward.png and <gpu>-with_backward.png
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two forms of one computation in one process: equal first, then timed in turns."""
+"""Two forms of one computation in one process: checked to be equal, then timed by turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Form = Callable[[], Tensor]
 
 
 def speedup(benchmark: Any, literal: Form, rewritten: Form, rounds: int) -> float:
-    """Time both forms, literal and rewritten by turns; the median of the first over that of the second."""
+    """Time literal and rewritten by turns; returns the ratio of their medians."""
     literal_times: list[float] = []
 
     def time_literal() -> None:

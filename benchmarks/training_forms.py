@@ -1,7 +1,7 @@
 """A training step of CAT-Seg ViT-B (loss, and gradients of all that the published policy trains; batch 1, 384 × 384) in
-two forms, on the same random weights and inputs: literal (the published formula) and rewritten (the package's).
+two forms, on the same random weights and inputs: literal (the published formula) and rewritten (this package).
 
-Run as a program it reports one step's seconds and the peak memory above the weights in megabytes:
+As a program it prints one step's seconds and the peak memory above the weights in megabytes:
 
 python benchmarks/training_forms.py {literal,rewritten} CLASSES
 """
@@ -29,7 +29,7 @@ PROMPT_TOKENS = 10  # `A photo of a {} in the scene` has nine and the name's
 
 
 class TrainingStep:
-    """The model, one image, its labels and T prompts; `literal` and `rewritten` each do a step and return its loss."""
+    """The model, one image, its labels and T prompts; `literal` and `rewritten` each do a step and return the loss."""
 
     def __init__(self, classes: int, preset: str = "catseg-vitb") -> None:
         torch.manual_seed(classes)

@@ -1,27 +1,40 @@
-"""How much work an operator's call is, whatever computes it: bytes that have to move and floating-point operations.
+"""The work in an operator's call, whatever computes it: bytes, floating-point operations, and the floor in time.
 
-Bytes: every input read once, every result written once. Operations: the multiplications and additions of the products,
-after the exact rewrites (shared guidance projected once, padding classes as constants); norms, activations and softmax,
-a few per cent, are left out. A backward is taken as twice the operations, and as reading inputs and the results'
-gradients once and writing the inputs' gradients once.
+Bytes: each input read once, each result written once. Operations: the multiplications and additions of the products,
+after the exact rewrites (guidance projected once for all classes, padding classes as constants); norms, activations and
+softmax, a few per cent, are left out. A backward counts twice the operations; it reads inputs and the results'
+gradients once and writes the inputs' gradients once.
+
+python benchmarks/work.py     prints predictions.json beside the floors of its ceilings
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from samples import Sample, arguments, tensors
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ovseg_fast as ovs
+from samples import Sample, arguments, select, tensors
+
+PREDICTIONS = json.loads(Path(__file__).with_name("predictions.json").read_text())
 
 
 def _cost_volume(named: dict[str, Any]) -> int:
     image, text = named["image"], named["text"]
-    return 2 * image.numel() * text.shape[-3] * text.shape[-2]
+    return 2 * image.numel() * text.shape[0] * text.shape[1]
 
 
 def _cost_embedding(named: dict[str, Any]) -> int:
     batch, height, width, _ = named["image"].shape
-    outputs = batch * named["text"].shape[-3] * height * width
+    outputs = batch * named["text"].shape[0] * height * width
     return _cost_volume(named) + 2 * outputs * named["weight"].numel()
 
 
@@ -73,10 +86,11 @@ def _mask_attention(named: dict[str, Any]) -> int:
 
 def _label_map(named: dict[str, Any]) -> int:
     """Four taps of two operations a resizing, about ten for a sigmoid: windows, whole map, output."""
-    classes, (height, width) = named["logits"].shape[1], named["size"]
-    windows = named["logits"].shape[0] * named["window"][0] * named["window"][1]
-    canvas = named["canvas"][0] * named["canvas"][1]
-    return classes * (18 * windows + (26 * canvas if named.get("whole") is not None else 0) + 8 * height * width)
+    classes = named["logits"].shape[1]
+    positions, *sizes = named["placement"]
+    window, canvas, size = (height * width for height, width in sizes)
+    windows = len(positions) * window
+    return classes * (18 * windows + (26 * canvas if named.get("whole") is not None else 0) + 8 * size)
 
 
 def _mask_losses(named: dict[str, Any]) -> int:
@@ -109,3 +123,34 @@ def work(row: Sample, call: Any, results: Any, backward: bool = False) -> tuple[
     if backward:
         return 3 * inputs + 2 * outputs, 3 * operations
     return inputs + outputs, operations
+
+
+def floor_us(moved: int, operations: int, ceilings: dict[str, float]) -> float:
+    """The least microseconds in which a GPU of these ceilings moves the bytes and does the operations."""
+    return max(moved / ceilings["terabytes_per_second"], operations / ceilings["bfloat16_teraflops"]) / 1e6
+
+
+def prediction(row: Sample) -> dict[str, Any] | None:
+    """What is expected of a row, None for all rows but one of each operator."""
+    expected = PREDICTIONS["operators"].get(row.function)
+    return expected if expected and expected["row"] == row.name else None
+
+
+def main() -> None:
+    """Print each prediction of the forward pass with its bytes, operations and floor. Nothing is computed."""
+    ceilings = PREDICTIONS["ceilings"]
+    print(
+        "| operator | row | MB | GFLOP | floor, µs | Triton, µs | CUDA, µs |", "|---|---|--:|--:|--:|--:|--:|", sep="\n"
+    )
+    for row in select("bench"):
+        if expected := prediction(row):
+            with FakeTensorMode(), torch.no_grad(), ovs.backend("torch"):
+                call = row.build(torch.Generator(), torch.bfloat16)
+                moved, operations = work(row, call, row.run(call))
+            times = [f"{expected[name][0]}" if expected[name] else "" for name in ("triton", "cuda")]
+            work_done = f"{moved / 1e6:.1f} | {operations / 1e9:.2f} | {floor_us(moved, operations, ceilings):.1f}"
+            print(f"| `{row.function}` | {row.name} | {work_done} | {' | '.join(times)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@
 //
 // A block takes one head of one position, and its warps 16 classes at a time, in three sweeps over the list: keys and
 // values for S, z and m; queries for dq, dS and dz; keys and values again for dk and dv. The warps' sums of a sweep are
-// added in the warps' order through shared memory. The products with weights around it are PyTorch's.
+// added in order through shared memory. The products with weights around it are PyTorch's.
 
 #include "device/class_attention.cuh"
 #include "device/copies.cuh"
@@ -16,10 +16,9 @@ namespace ovseg {
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int PIECES = 8;  // D that a 32 × 32 matrix is, number 4 · (rows / 16) + columns / 8
+constexpr int ACCS = 8;  // acc of a 32 × 32 matrix is, number 4 · (rows / 16) + columns / 8
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *tokens, *terms, *v_bias, *grad;
     T *grad_tokens;
     float *grad_padding;
@@ -31,42 +30,39 @@ struct Arguments {
 // What a warp found of two vectors of 32 channels, side by side, and of a matrix.
 struct Part {
     float vectors[2 * WIDTH];
-    Vector<float, 4> matrix[PIECES][32];  // of each lane
+    Vector<float, 4> matrix[ACCS][32];  // of each lane
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     static constexpr int TILE = 16 * WIDTH * int(sizeof(T)), OUTER = WIDTH * WIDTH * int(sizeof(T));
     static constexpr int VECTORS = 3 * WIDTH * int(sizeof(float));
     static constexpr int TOTAL = 2 * WARPS * TILE + 2 * OUTER + WARPS * int(sizeof(Part)) + VECTORS;
 };
 
 // matrix += leftᵀ · right for 16 rows of both.
-template <typename T>
-__device__ __forceinline__ void add_outer(D (&matrix)[PIECES], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
+template <typename T> DEVICE void add_outer(Acc (&matrix)[ACCS], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
 #pragma unroll
     for (int k = 0; k < 16 / K<T>; ++k) {
-        A a[WIDTH / 16];
+        FragA frag_a[WIDTH / 16];
 #pragma unroll
-        for (int m = 0; m < WIDTH / 16; ++m) a[m] = load_a_by_rows(left, k, m, lane);
+        for (int m = 0; m < WIDTH / 16; ++m) frag_a[m] = load_a_by_rows(left, k, m, lane);
 #pragma unroll
         for (int n = 0; n < WIDTH / 16; ++n) {
-            B b[2];
-            load_b_by_rows(b, right, k, n, lane);
+            const FragB2 frag_b = load_b_by_rows(right, k, n, lane);
 #pragma unroll
-            for (int i = 0; i < PIECES / 2; ++i) mma<T>(matrix[i / 2 * 4 + 2 * n + i % 2], a[i / 2], b[i % 2]);
+            for (int m = 0; m < WIDTH / 16; ++m) mma<T>(matrix + 4 * m + 2 * n, frag_a[m], frag_b);
         }
     }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_backward(const Arguments<T> a) {
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attention_backward(const Arguments<T> a) {
     using Layout = Shared<T>;
-    using Pieces = RowPieces<T, WIDTH>;
-    constexpr int EACH = Pieces::EACH, LANES = Pieces::LANES, STEPS = WIDTH / K<T>;
+    using Rows = RowVecs<T, WIDTH>;
+    constexpr int LANES = Rows::LANES, STEPS = WIDTH / K<T>;
     unsigned char *const memory = shared_memory();
     const int warp = int(threadIdx.x) / 32;
-    const Tile<T, WIDTH> left{memory + 2 * warp * Layout::TILE}, right = left.rows_from(16);  // the warp's own
+    const Tile<T, WIDTH> left{memory + 2 * warp * Layout::TILE}, right = left.rows_from(16);  // the warp's
     const Tile<T, WIDTH> outer{memory + 2 * WARPS * Layout::TILE}, outer_grad = outer.rows_from(WIDTH);
     Part *const parts = reinterpret_cast<Part *>(outer_grad.start + Layout::OUTER);
     float *const z = reinterpret_cast<float *>(parts + WARPS), *const m = z + WIDTH, *const z_grad = m + WIDTH;
@@ -82,24 +78,27 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
     const T *const padding = a.tokens + a.batch * classes.count * pitch + channel;
     const T *const terms = a.terms + image * a.terms_stride + channel;
 
-    // A lane's piece of queries, keys or values (`part` 0, 1, 2) before φ, in float; beyond the list that of the last
-    // key, finite wherever the list is, which counts 0 times.
-    const auto load_part = [&](float (&values)[EACH], int part, int key) {
+    // A lane's vector of queries, keys or values (`part` 0, 1, 2) before φ, the last key's beyond the list.
+    const auto load_part = [&](float (&values)[VEC<T>], int part, int key) {
         key = min(key, classes.keys() - 1);
-        const int column = part * C + Pieces::column(lane);
-        const Piece<T> piece = load<T, EACH>((key < classes.count ? tokens + key * pitch : padding) + column);
-        const Piece<T> term = load<T, EACH>(part == 2 ? a.v_bias + channel + Pieces::column(lane)
-                                                      : terms + int64_t(key) * (2 * C) + column);
+        const int column = part * C + Rows::column(lane);
+        const Vec<T> vec = load_vec((key < classes.count ? tokens + key * pitch : padding) + column);
+        const Vec<T> term =
+            load_vec(part == 2 ? a.v_bias + channel + Rows::column(lane) : terms + int64_t(key) * (2 * C) + column);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) values[i] = to_float(piece.value[i]) + to_float(term.value[i]);
+        for (int i = 0; i < VEC<T>; ++i) values[i] = to_float(vec.value[i]) + to_float(term.value[i]);
+    };
+    // function(vector, key) for a lane's vectors of a warp's tile.
+    const auto each_vec = [&](int tile, auto function) {
+#pragma unroll
+        for (int i = 0; i < Rows::COUNT; ++i) function(i, tile * 16 + i * Rows::AT_ONCE + Rows::row(lane));
     };
     const auto store_part = [&](Tile<T, WIDTH> tile, int part, int tile_first) {
         copy_out(tile, a.grad_tokens + first * (3 * C) + channel + part * C + tile_first * pitch, pitch,
                  classes.count - tile_first, lane);
     };
-    // The sum over the warps of what each left in its part: of `count` numbers of the vectors to `vectors`, and of the
-    // thread's two pieces of the matrix. All threads call it together.
-    const auto sum_parts = [&](D(&sums)[PIECES / WARPS], float *vectors, int count, float scale) {
+    // The sum of the warps' parts: `count` numbers to `vectors`, and the thread's two acc of the matrix.
+    const auto sum_parts = [&](Acc(&sums)[ACCS / WARPS], float *vectors, int count, float scale) {
         __syncthreads();
         if (int(threadIdx.x) < count) {
             float sum = 0.0f;
@@ -107,108 +106,89 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
             for (int i = 0; i < WARPS; ++i) sum += parts[i].vectors[threadIdx.x];
             vectors[threadIdx.x] = sum * scale;
         }
+        each_value<ACCS / WARPS>([&](int acc, int j) {
+            float sum = 0.0f;
 #pragma unroll
-        for (int piece = 0; piece < PIECES / WARPS; ++piece) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                sums[piece].value[j] = 0.0f;
-#pragma unroll
-                for (int i = 0; i < WARPS; ++i) {
-                    sums[piece].value[j] += parts[i].matrix[warp * (PIECES / WARPS) + piece][lane].value[j];
-                }
-                sums[piece].value[j] *= scale;
-            }
-        }
+            for (int i = 0; i < WARPS; ++i) sum += parts[i].matrix[warp * (ACCS / WARPS) + acc][lane].value[j];
+            sums[acc].value[j] = sum * scale;
+        });
         __syncthreads();
     };
-    const auto leave = [&](const D(&matrix)[PIECES]) {
+    const auto store_matrix = [&](const Acc(&matrix)[ACCS]) {
 #pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
+        for (int i = 0; i < ACCS; ++i) {
             const float (&v)[4] = matrix[i].value;
             parts[warp].matrix[i][lane] = {{v[0], v[1], v[2], v[3]}};
         }
     };
-    // Row and column of value i of a piece that `sum_parts` gives.
-    const auto row_of = [&](int piece, int i) { return (warp * (PIECES / WARPS) + piece) / 4 * 16 + d_row(lane, i); };
-    const auto column_of = [&](int piece, int i) {
-        return (warp * (PIECES / WARPS) + piece) % 4 * 8 + d_column(lane, i);
-    };
+    // Row and column of value i of an acc that `sum_parts` gives.
+    const auto row_of = [&](int acc, int i) { return (warp * (ACCS / WARPS) + acc) / 4 * 16 + acc_row(lane, i); };
+    const auto column_of = [&](int acc, int i) { return (warp * (ACCS / WARPS) + acc) % 4 * 8 + acc_col(lane, i); };
 
     {
-        D matrix[PIECES] = {};
-        float totals[EACH] = {}, means[EACH] = {};
+        Acc matrix[ACCS] = {};
+        float totals[VEC<T>] = {}, means[VEC<T>] = {};
 #pragma unroll 1
         for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
             lane = recomputed_lane(lane);
-#pragma unroll
-            for (int i = 0; i < Pieces::TOGETHER; ++i) {
-                const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
+            each_vec(tile, [&](int i, int key) {
                 const float times = classes.times(key) * share;  // 0 beyond the list
-                float values[EACH];
+                float values[VEC<T>];
                 load_part(values, 1, key);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]) * times;
-                const Piece<T> k = rounded<T>(values);
+                for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]) * times;
+                const Vec<T> k = rounded<T>(values);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) totals[j] += to_float(k.value[j]);
-                store<T, EACH>(Pieces::place(left, 0, i, lane), k);
+                for (int j = 0; j < VEC<T>; ++j) totals[j] += to_float(k.value[j]);
+                store(Rows::address(left, 0, i, lane), k);
                 load_part(values, 2, key);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) means[j] += values[j] * times;
-                store<T, EACH>(Pieces::place(right, 0, i, lane), rounded<T>(values));
-            }
+                for (int j = 0; j < VEC<T>; ++j) means[j] += values[j] * times;
+                store(Rows::address(right, 0, i, lane), rounded<T>(values));
+            });
             __syncwarp();
             add_outer(matrix, left, right, lane);
             __syncwarp();
         }
-        leave(matrix);
+        store_matrix(matrix);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-#pragma unroll
-            for (int distance = 16; distance >= LANES; distance /= 2) {
-                totals[i] += __shfl_xor_sync(ALL_LANES, totals[i], distance);
-                means[i] += __shfl_xor_sync(ALL_LANES, means[i], distance);
-            }
+        for (int i = 0; i < VEC<T>; ++i) {
+            totals[i] = sum_over_lanes<32 / LANES, LANES>(totals[i]);
+            means[i] = sum_over_lanes<32 / LANES, LANES>(means[i]);
             if (lane < LANES) {
-                parts[warp].vectors[lane * EACH + i] = totals[i];
-                parts[warp].vectors[WIDTH + lane * EACH + i] = means[i];
+                parts[warp].vectors[lane * VEC<T> + i] = totals[i];
+                parts[warp].vectors[WIDTH + lane * VEC<T> + i] = means[i];
             }
         }
-        D sums[PIECES / WARPS];
+        Acc sums[ACCS / WARPS];
         sum_parts(sums, z, 2 * WIDTH, 1.0f);
-#pragma unroll
-        for (int piece = 0; piece < PIECES / WARPS; ++piece) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = row_of(piece, i), column = column_of(piece, i);
-                *outer.at(row, column) = rounded<T>(sums[piece].value[i] - z[row] * m[column]);
-            }
-        }
+        each_value<ACCS / WARPS>([&](int acc, int i) {
+            const int row = row_of(acc, i), column = column_of(acc, i);
+            *outer.at(row, column) = rounded<T>(sums[acc].value[i] - z[row] * m[column]);
+        });
         __syncthreads();
     }
 
     {
-        D matrix[PIECES] = {};
+        Acc matrix[ACCS] = {};
         Pair<float> totals[WIDTH / 8] = {};
 #pragma unroll 1
         for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
             lane = recomputed_lane(lane);
-#pragma unroll
-            for (int i = 0; i < Pieces::TOGETHER; ++i) {
-                const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
-                float values[EACH];
+            each_vec(tile, [&](int i, int key) {
+                float values[VEC<T>];
                 load_part(values, 0, key);
 #pragma unroll
-                for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]);
-                store<T, EACH>(Pieces::place(left, 0, i, lane), rounded<T>(values));
+                for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]);
+                store(Rows::address(left, 0, i, lane), rounded<T>(values));
                 // The padding asks nothing, and a row beyond the list, which holds the last key once more, neither.
                 const int64_t token = first + int64_t(key) * a.positions;
-                const T *const grad = a.grad + token * C + channel + Pieces::column(lane);
-                store<T, EACH>(Pieces::place(right, 0, i, lane), load_if(key < classes.count, grad));
-            }
+                const T *const grad = a.grad + token * C + channel + Rows::column(lane);
+                store(Rows::address(right, 0, i, lane), load_if(key < classes.count, grad));
+            });
             __syncwarp();
-            A q[STEPS];
-            D attended[WIDTH / 8] = {}, total = {};
+            FragA q[STEPS];
+            Acc attended[WIDTH / 8] = {}, total = {};
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 q[k] = load_a_chained(left, k, lane);
@@ -218,17 +198,17 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
             float normaliser[2], along[2] = {};
 #pragma unroll
             for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
-            D ratio[WIDTH / 8], q_grad[WIDTH / 8];
+            Acc ratio[WIDTH / 8], q_grad[WIDTH / 8];
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
-                const Pair<float> mean = load<float, 2>(m + 8 * n + d_column(lane, 0));
+                const Pair<float> mean = load<float, 2>(m + 8 * n + acc_col(lane, 0));
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    T *const place = pair_place(right, n, lane) + i * (8 * WIDTH);
-                    const Pair<T> grad = load<T, 2>(place);
+                    T *const address = acc_address(right, n, lane) + i * (8 * WIDTH);
+                    const Pair<T> grad = load<T, 2>(address);
                     const Pair<T> pair = rounded_pair<T>(to_float(grad.value[0]) * normaliser[i],
                                                          to_float(grad.value[1]) * normaliser[i]);
-                    store<T, 2>(place, pair);
+                    store(address, pair);
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         const float number = to_float(pair.value[j]);
@@ -243,79 +223,62 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
             add_outer(matrix, left, right, lane);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
-                const Pair<float> pair = load<float, 2>(z + 8 * n + d_column(lane, 0));
+                const Pair<float> pair = load<float, 2>(z + 8 * n + acc_col(lane, 0));
 #pragma unroll
                 for (int i = 0; i < 4; ++i) q_grad[n].value[i] = pair.value[i % 2] * along[i / 2];
             }
             multiply_transposed<T, STEPS>(q_grad, outer, lane, [&](int k) { return chained<T>(ratio, k); });
             __syncwarp();
+            unrolled<WIDTH / 8, 2>([&](int n, int i) {
+                const Pair<float> pair = chained_pair<T>(q, n, i);
+                float grad[2];
 #pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const Pair<float> pair = chained_pair<T>(q, n, i);
-                    float grad[2];
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        totals[n].value[j] += pair.value[j] * along[i];
-                        grad[j] = q_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f);
-                    }
-                    store<T, 2>(pair_place(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
+                for (int j = 0; j < 2; ++j) {
+                    totals[n].value[j] += pair.value[j] * along[i];
+                    grad[j] = q_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f);
                 }
-            }
+                store(acc_address(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
+            });
             __syncwarp();
             store_part(left, 0, tile * 16);
             __syncwarp();
         }
-        leave(matrix);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                for (int distance = 16; distance >= 4; distance /= 2) {
-                    totals[n].value[i] += __shfl_xor_sync(ALL_LANES, totals[n].value[i], distance);
-                }
-                if (lane < 4) parts[warp].vectors[8 * n + d_column(lane, i)] = totals[n].value[i];
-            }
-        }
-        D sums[PIECES / WARPS];
+        store_matrix(matrix);
+        unrolled<WIDTH / 8, 2>([&](int n, int i) {
+            const float total = sum_over_lanes<8, 4>(totals[n].value[i]);
+            if (lane < 4) parts[warp].vectors[8 * n + acc_col(lane, i)] = total;
+        });
+        Acc sums[ACCS / WARPS];
         sum_parts(sums, z_grad, WIDTH, share);
-#pragma unroll
-        for (int piece = 0; piece < PIECES / WARPS; ++piece) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                *outer_grad.at(row_of(piece, i), column_of(piece, i)) = rounded<T>(sums[piece].value[i]);
-            }
-        }
+        each_value<ACCS / WARPS>([&](int acc, int i) {
+            *outer_grad.at(row_of(acc, i), column_of(acc, i)) = rounded<T>(sums[acc].value[i]);
+        });
         __syncthreads();
     }
 
 #pragma unroll 1
     for (int tile = warp; tile < classes.tiles(); tile += WARPS) {
         lane = recomputed_lane(lane);
-#pragma unroll
-        for (int i = 0; i < Pieces::TOGETHER; ++i) {
-            const int key = tile * 16 + i * Pieces::AT_ONCE + Pieces::row(lane);
-            float values[EACH];
+        each_vec(tile, [&](int i, int key) {
+            float values[VEC<T>];
             load_part(values, 1, key);
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) values[j] = feature(values[j]);
-            store<T, EACH>(Pieces::place(left, 0, i, lane), rounded<T>(values));
+            for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]);
+            store(Rows::address(left, 0, i, lane), rounded<T>(values));
             load_part(values, 2, key);
-            const Piece<T> v = rounded<T>(values);
+            const Vec<T> v = rounded<T>(values);
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) values[j] = to_float(v.value[j]) - m[Pieces::column(lane) + j];
-            store<T, EACH>(Pieces::place(right, 0, i, lane), rounded<T>(values));
-        }
+            for (int j = 0; j < VEC<T>; ++j) values[j] = to_float(v.value[j]) - m[Rows::column(lane) + j];
+            store(Rows::address(right, 0, i, lane), rounded<T>(values));
+        });
         __syncwarp();
-        A keys[STEPS];
-        D k_grad[WIDTH / 8], v_grad[WIDTH / 8] = {};
+        FragA keys[STEPS];
+        Acc k_grad[WIDTH / 8], v_grad[WIDTH / 8] = {};
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) keys[k] = load_a_chained(left, k, lane);
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) {
-            const Pair<float> pair = load<float, 2>(z_grad + 8 * n + d_column(lane, 0));
+            const Pair<float> pair = load<float, 2>(z_grad + 8 * n + acc_col(lane, 0));
 #pragma unroll
             for (int i = 0; i < 4; ++i) k_grad[n].value[i] = pair.value[i % 2];
         }
@@ -324,7 +287,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int key = tile * 16 + d_row(lane, 2 * i);
+            const int key = tile * 16 + acc_row(lane, 2 * i);
             const float times = classes.times(key);
             const bool pad = key >= classes.count && key < classes.keys();
 #pragma unroll
@@ -336,11 +299,11 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
                     of_key.value[j] = k_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f) * times;
                     of_value.value[j] = v_grad[n].value[2 * i + j] * times;
                 }
-                const int place = i * (8 * WIDTH);
-                store<T, 2>(pair_place(left, n, lane) + place, rounded_pair<T>(of_key.value[0], of_key.value[1]));
-                store<T, 2>(pair_place(right, n, lane) + place, rounded_pair<T>(of_value.value[0], of_value.value[1]));
+                const int below = i * (8 * WIDTH);
+                store(acc_address(left, n, lane) + below, rounded_pair<T>(of_key.value[0], of_key.value[1]));
+                store(acc_address(right, n, lane) + below, rounded_pair<T>(of_value.value[0], of_value.value[1]));
                 if (!pad) continue;
-                float *const target = a.grad_padding + int64_t(position) * (2 * C) + channel + d_column(lane, 0);
+                float *const target = a.grad_padding + int64_t(position) * (2 * C) + channel + acc_col(lane, 0);
                 store<float, 2>(target + 8 * n, of_key);
                 store<float, 2>(target + C + 8 * n, of_value);
             }
@@ -356,7 +319,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) attention_bac
 }  // namespace ovseg
 
 int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms, const void *v_bias, const void *grad,
-                                          void *grad_tokens, void *grad_padding, int64_t batch, int64_t classes,
+                                          void *grad_tokens, float *grad_padding, int64_t batch, int64_t classes,
                                           int64_t positions, int64_t channels, int64_t heads, int64_t pads,
                                           int64_t images_of_terms, int dtype, int device, void *stream) {
     using namespace ovseg;
@@ -364,18 +327,11 @@ int ovseg_class_aggregation_attention_bwd(const void *tokens, const void *terms,
     if (!aligned(tokens, terms, v_bias, grad, grad_tokens, grad_padding)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const Classes list(classes, pads);
-        const Arguments<T> a{in(tokens),
-                             in(terms),
-                             in(v_bias),
-                             in(grad),
-                             static_cast<T *>(grad_tokens),
-                             static_cast<float *>(grad_padding),
-                             list,
-                             batch,
-                             images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0,
-                             int(positions)};
-        return launch(attention_backward<T>, batch * positions * HEADS, THREADS, Shared<T>::TOTAL, device, stream, a);
+        const int64_t terms_stride = images_of_terms > 1 ? list.keys() * int64_t(2 * C) : 0;
+        const auto a = filled<Arguments<T>>(tokens, terms, v_bias, grad, grad_tokens, grad_padding, list, batch,
+                                            terms_stride, positions);
+        return launch(class_attention_backward<T>, batch * positions * HEADS, THREADS, Shared<T>::TOTAL, device, stream,
+                      a);
     });
 }

@@ -1,10 +1,10 @@
-// The end of class aggregation behind a pooling: x + y resized to the size of x, bilinear with aligned corners.
+// The end of class aggregation with pooling: x + y resized to the size of x, bilinear with aligned corners.
 //
 //     out[i, j] = x[i, j] + Σ_{a,b} hat(i · s_h − a) · hat(j · s_w − b) · y[a, b],   hat(d) = max(1 − |d|, 0)
 //     dy[a, b] = Σ_{i,j} hat(i · s_h − a) · hat(j · s_w − b) · dout[i, j]
 //
-// with s_h = (h − 1) / (H − 1), s_w likewise. A thread takes 16 bytes of a token's channels: those of a token lie side
-// by side, and neighbouring tokens of out read the same ones of y. Backward gathers, in the order of the map.
+// with s_h = (h − 1) / (H − 1), s_w likewise. A thread takes 16 bytes of a token's channels; neighbouring
+// tokens of out read the same ones of y. Backward gathers, in the order of the map.
 
 #include "device/numbers.cuh"
 
@@ -13,8 +13,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// Divides numbers n below 2³¹ by d in three instructions: n / d = (n + n (2^shift − d) / d) / 2^shift, where `more` is
-// 2³² (2^shift − d) / d, rounded up.
+// Divides n < 2³¹ by d in three instructions: (n + n · more / 2³²) / 2^shift, more = ⌈2³² (2^shift − d) / d⌉.
 struct Divisor {
     uint32_t divisor, more;
     int shift = 0;
@@ -24,10 +23,8 @@ struct Divisor {
         more = uint32_t((uint64_t((int64_t(1) << shift) - number) << 32) / uint64_t(number) + 1);
     }
 
-    __device__ __forceinline__ int of(int n) const {
-        return int((uint32_t(uint64_t(uint32_t(n)) * more >> 32) + uint32_t(n)) >> shift);
-    }
-    __device__ __forceinline__ int rest(int n, int quotient) const { return n - quotient * int(divisor); }
+    DEVICE int of(int n) const { return int((uint32_t(uint64_t(uint32_t(n)) * more >> 32) + uint32_t(n)) >> shift); }
+    DEVICE int rest(int n, int quotient) const { return n - quotient * int(divisor); }
 };
 
 // One side of the maps.
@@ -38,97 +35,88 @@ struct Side {
     Side(int64_t size, int64_t low)
         : size(int(size)), low(int(low)), scale(size > 1 ? float(double(low - 1) / double(size - 1)) : 0.0f) {}
 
-    // The first place that `place` of the lower side may count in, and the one behind the last.
-    __device__ __forceinline__ int first(int place) const {
-        return low > 1 && place > 0 ? (place - 1) * (size - 1) / (low - 1) : 0;
+    // The first place that `low_place` of the lower side weighs in, and the end.
+    DEVICE int first(int low_place) const {
+        return low > 1 && low_place > 0 ? (low_place - 1) * (size - 1) / (low - 1) : 0;
     }
-    __device__ __forceinline__ int behind(int place) const {
-        return low > 1 ? min(((place + 1) * (size - 1) + low - 2) / (low - 1) + 1, size) : size;
+    DEVICE int end(int low_place) const {
+        return low > 1 ? min(((low_place + 1) * (size - 1) + low - 2) / (low - 1) + 1, size) : size;
     }
-    __device__ __forceinline__ float share(int i, int place) const {
-        return fmaxf(1.0f - fabsf(float(i) * scale - float(place)), 0.0f);
+    DEVICE float share(int i, int low_place) const {
+        return fmaxf(1.0f - fabsf(float(i) * scale - float(low_place)), 0.0f);
     }
 };
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *x, *y;  // backward: grad and nothing
     T *out;
     Side lines, columns;
-    Divisor width, pieces, blocks;  // tokens of a line of `out`, pieces of a token, blocks of a map
-    int height;                     // of `out`
+    Divisor width, vecs, blocks;  // tokens of a line of `out`, vecs of a token, blocks of a map
+    int height;                   // of `out`
 };
 
-// What a thread works on: a piece of a token of map `map`.
-struct Place {
-    int map, line, column, piece;
-    int64_t index;  // among all pieces of `out`
+// What a thread works on: a vec of a token of map `map`.
+struct Item {
+    int map, line, column, vec;
+    int64_t index;  // among all vecs of `out`
     bool inside;
 
-    template <typename T>
-    __device__ __forceinline__ explicit Place(const Arguments<T> &a) {
+    template <typename T> DEVICE explicit Item(const Arguments<T> &a) {
         map = a.blocks.of(int(blockIdx.x));
         const int of_map = a.blocks.rest(int(blockIdx.x), map) * THREADS + int(threadIdx.x);
-        const int token = a.pieces.of(of_map);
-        piece = a.pieces.rest(of_map, token);
+        const int token = a.vecs.of(of_map);
+        vec = a.vecs.rest(of_map, token);
         line = a.width.of(token);
         column = a.width.rest(token, line);
         inside = line < a.height;
-        index = int64_t(map) * (a.height * int(a.width.divisor * a.pieces.divisor)) + of_map;
+        index = int64_t(map) * (a.height * int(a.width.divisor * a.vecs.divisor)) + of_map;
     }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
-    constexpr int EACH = 16 / int(sizeof(T));
-    const Place place(a);
-    if (!place.inside) return;
-    const float line = float(place.line) * a.lines.scale, column = float(place.column) * a.columns.scale;
+template <typename T> __global__ void __launch_bounds__(THREADS, 4) resize_add(const Arguments<T> a) {
+    const Item item(a);
+    if (!item.inside) return;
+    const float line = float(item.line) * a.lines.scale, column = float(item.column) * a.columns.scale;
     const int top = min(int(line), a.lines.low - 1), bottom = min(top + 1, a.lines.low - 1);
     const int left = min(int(column), a.columns.low - 1), right = min(left + 1, a.columns.low - 1);
     const float down = line - float(top), across = column - float(left), up = 1.0f - down, back = 1.0f - across;
-    const int pieces = int(a.pieces.divisor);
-    const T *const map = a.y + (int64_t(place.map) * (a.lines.low * a.columns.low * pieces) + place.piece) * EACH;
-    const auto read = [&](int i, int j) { return load<T, EACH>(map + (i * a.columns.low + j) * pieces * EACH); };
-    const Piece<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
+    const int vecs = int(a.vecs.divisor);
+    const T *const map = a.y + (int64_t(item.map) * (a.lines.low * a.columns.low * vecs) + item.vec) * VEC<T>;
+    const auto read = [&](int i, int j) { return load_vec(map + (i * a.columns.low + j) * vecs * VEC<T>); };
+    const Vec<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
     const float shares[4] = {up * back, up * across, down * back, down * across};
-    Piece<T> sum = load<T, EACH>(a.x + place.index * EACH);
+    Vec<T> sum = load_vec(a.x + item.index * VEC<T>);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
+    for (int i = 0; i < VEC<T>; ++i) {
         float total = to_float(sum.value[i]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) total += shares[j] * to_float(corners[j].value[i]);
         sum.value[i] = rounded<T>(total);
     }
-    store<T, EACH>(a.out + place.index * EACH, sum);
+    store(a.out + item.index * VEC<T>, sum);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T> a) {
-    constexpr int EACH = 16 / int(sizeof(T));
-    const Place place(a);
-    if (!place.inside) return;
-    const int first = a.columns.first(place.column), behind = a.columns.behind(place.column);
-    const int last = a.lines.behind(place.line), pitch = int(a.pieces.divisor) * EACH;
-    const T *const map = a.x + int64_t(place.map) * (a.lines.size * a.columns.size * pitch) + place.piece * EACH;
-    float total[EACH] = {};
+template <typename T> __global__ void __launch_bounds__(THREADS, 4) resize_backward(const Arguments<T> a) {
+    const Item item(a);
+    if (!item.inside) return;
+    const int first = a.columns.first(item.column), end = a.columns.end(item.column);
+    const int last = a.lines.end(item.line), pitch = int(a.vecs.divisor) * VEC<T>;
+    const T *const map = a.x + int64_t(item.map) * (a.lines.size * a.columns.size * pitch) + item.vec * VEC<T>;
+    float total[VEC<T>] = {};
 #pragma unroll 1
-    for (int i = a.lines.first(place.line); i < last; ++i) {
-        const float of_line = a.lines.share(i, place.line);
+    for (int i = a.lines.first(item.line); i < last; ++i) {
+        const float of_line = a.lines.share(i, item.line);
         const T *from = map + (i * a.columns.size + first) * pitch;
 #pragma unroll 1
-        for (int j = first; j < behind; ++j, from += pitch) {
-            const float share = of_line * a.columns.share(j, place.column);
+        for (int j = first; j < end; ++j, from += pitch) {
+            const float share = of_line * a.columns.share(j, item.column);
             if (share == 0.0f) continue;  // 0 times NaN would be NaN
-            const Piece<T> grad = load<T, EACH>(from);
+            const Vec<T> grad = load_vec(from);
 #pragma unroll
-            for (int c = 0; c < EACH; ++c) total[c] += share * to_float(grad.value[c]);
+            for (int c = 0; c < VEC<T>; ++c) total[c] += share * to_float(grad.value[c]);
         }
     }
-    Piece<T> sum;
-#pragma unroll
-    for (int c = 0; c < EACH; ++c) sum.value[c] = rounded<T>(total[c]);
-    store<T, EACH>(a.out + place.index * EACH, sum);
+    store(a.out + item.index * VEC<T>, rounded<T>(total));
 }
 
 template <bool BACKWARD>
@@ -142,14 +130,12 @@ int resize(const void *x, const void *y, void *out, int64_t maps, int64_t height
     if (!aligned(x, y, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        constexpr int EACH = 16 / int(sizeof(T));
-        if (channels % EACH) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / EACH);
+        if (channels % VEC<T>) return int(OVSEG_UNSUPPORTED_SIZE);
+        const int64_t of_map = (BACKWARD ? low_height * low_width : height * width) * (channels / VEC<T>);
         const int64_t blocks = (of_map + THREADS - 1) / THREADS;
-        const Arguments<T> a{
-            static_cast<const T *>(x), static_cast<const T *>(y), static_cast<T *>(out),
-            Side(height, low_height),  Side(width, low_width),    Divisor(BACKWARD ? low_width : width),
-            Divisor(channels / EACH),  Divisor(blocks),           int(BACKWARD ? low_height : height)};
+        const auto a = filled<Arguments<T>>(x, y, out, Side(height, low_height), Side(width, low_width),
+                                            Divisor(BACKWARD ? low_width : width), Divisor(channels / VEC<T>),
+                                            Divisor(blocks), BACKWARD ? low_height : height);
         return launch(BACKWARD ? resize_backward<T> : resize_add<T>, maps * blocks, THREADS, 0, device, stream, a);
     });
 }

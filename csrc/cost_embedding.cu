@@ -4,16 +4,15 @@
 //
 // with the cosines of image and text embeddings as cost, and 0 outside the map.
 //
-// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: of 16 classes
-// where each has one prompt, else 16 prompts of a class after another. One product gives the costs of tile and halo,
-// which stay in shared memory. Windows gathered from there are the rows of a second product, with the weights (P · K²,
-// C).
+// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: 16 classes with one
+// prompt each, else 16 prompts of a class after another. One product gives the costs of tile and halo, in shared memory.
+// Windows gathered from there are the rows of a second product, with the weights (P · K², C), whose columns are permuted
+// so that a lane's outputs are neighbours: see `column_of`.
 //
-// Columns of that product are the outputs in an order of their own, in which a lane's are neighbours: see `place_of`.
-//
-// Padding never meets a weight that is infinite or NaN, as 0 · ∞ would spread it: products take the weights' finite
-// part, and `add_rest`, which other weights never enter, the rest.
+// Padding never meets an infinite or NaN weight, as 0 · ∞ would spread it: products take the finite part of the weights,
+// `add_rest` the rest.
 
+#include "device/copies.cuh"
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"
 
@@ -24,23 +23,19 @@ constexpr int RING = 3;
 constexpr int OUTPUTS = 128;         // at a time
 constexpr int TAPS = 64;             // elements of the windows at a time
 constexpr int PITCH = PIXELS + 8;    // between the costs of two texts, so that they lie in other banks
-constexpr int ZERO = TEXTS * PITCH;  // the place of a zero behind them
+constexpr int ZERO = TEXTS * PITCH;  // index of a zero behind them
 constexpr int WARPS = COSINE_THREADS / 32;
 
-template <typename T>
-constexpr int GROUP = 4 * EACH<T>;  // outputs of which a lane has EACH neighbours
+template <typename T> constexpr int GROUP = 4 * VEC<T>;  // outputs of which a lane has VEC neighbours
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *image, *text, *weight, *bias;
     T *out;
-    int64_t text_stride;  // from an image's text to the next one's: 0 where they share it
     MapTiles tiles;
     int classes, prompts, height, width, channels, outputs, size;
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
     unsigned char weights[OUTPUTS * TAPS * sizeof(T)];
     float bias[OUTPUTS];
@@ -53,16 +48,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-// Where output c of a group lies among the columns of a product: a lane's columns 2t, 2t + 1 of each 8 are EACH
-// neighbours.
-template <typename T>
-__device__ __forceinline__ int place_of(int c) {
-    return c % EACH<T> / 2 * 8 + c / EACH<T> * 2 + c % 2;
-}
+// The column of output c of a group: a lane's columns 2t, 2t + 1 of each 8 are VEC neighbours.
+template <typename T> DEVICE int column_of(int c) { return c % VEC<T> / 2 * 8 + c / VEC<T> * 2 + c % 2; }
 
 // A block's share of the work.
-template <typename T>
-struct Block {
+template <typename T> struct Block {
     const Arguments<T> &a;
     Shared<T> &shared;
     int first, present;  // classes
@@ -70,14 +60,14 @@ struct Block {
     T *out;
 
     // Finds it, by all threads; a barrier has to follow.
-    __device__ __forceinline__ Block(const Arguments<T> &a, Shared<T> &shared) : a(a), shared(shared) {
+    DEVICE Block(const Arguments<T> &a, Shared<T> &shared) : a(a), shared(shared) {
         const int together = a.prompts == 1 ? TEXTS : 1, groups = (a.classes + together - 1) / together;
         const int tile = int(blockIdx.x) % a.tiles.count, group = int(blockIdx.x) / a.tiles.count;
         const int64_t map = int64_t(a.height) * a.width, batch = group / groups;
         first = group % groups * together;
         present = min(together, a.classes - first);
         image = a.image + batch * map * a.channels;
-        text = a.text + batch * a.text_stride + int64_t(first) * a.prompts * a.channels;
+        text = a.text + int64_t(first) * a.prompts * a.channels;
         out = a.out + (batch * a.classes + first) * map * a.outputs;
         const int top = tile / a.tiles.across * a.tiles.height, left = tile % a.tiles.across * a.tiles.width;
         const int halo_width = a.tiles.width + a.size - 1;
@@ -96,31 +86,25 @@ struct Block {
         if (i == 0) shared.not_finite = 0;
     }
 
-    __device__ __forceinline__ int items() const { return present * a.tiles.height * a.tiles.width; }
+    DEVICE int items() const { return present * a.tiles.height * a.tiles.width; }
 
     // The costs of `texts` embeddings from prompt `prompt` on, whose copies begin with `stages`.
-    __device__ __forceinline__ Embeddings<T> embeddings(int prompt, int texts) const {
+    DEVICE Embeddings<T> embeddings(int prompt, int texts) const {
         return Embeddings<T>(image, text + int64_t(prompt) * a.channels, shared.sources, texts, a.channels);
     }
 
-    template <typename Stages>
-    __device__ __forceinline__ void find_costs(Stages &stages, int warp, int lane) const {
-        D d[TEXTS / 8];
-        cosines<T>(d, stages, warp, lane);
-#pragma unroll
-        for (int n = 0; n < TEXTS / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int pixel = 16 * warp + d_row(lane, i);  // beyond the map 0, also where the text is NaN
-                shared.costs[(8 * n + d_column(lane, i)) * PITCH + pixel] =
-                    rounded<T>(shared.sources[pixel] >= 0 ? d[n].value[i] : 0.0f);
-            }
-        }
+    template <typename Stages> DEVICE void find_costs(Stages &stages, int warp, int lane) const {
+        Acc acc[TEXTS / 8];
+        cosines<T>(acc, stages, warp, lane);
+        each_value<TEXTS / 8>([&](int n, int i) {
+            const int pixel = 16 * warp + acc_row(lane, i);  // beyond the map 0, also where the text is NaN
+            shared.costs[(8 * n + acc_col(lane, i)) * PITCH + pixel] =
+                rounded<T>(shared.sources[pixel] >= 0 ? acc[n].value[i] : 0.0f);
+        });
     }
 
-    // Brings `taps` weights of OUTPUTS outputs from `output` on: those of the elements from `tap` on, counted from
-    // prompt `prompt`.
-    __device__ __forceinline__ void load_weights(int output, int prompt, int tap, int taps) const {
+    // Loads `taps` weights of OUTPUTS outputs from `output` on: elements from `tap` on, counted from `prompt`.
+    DEVICE void load_weights(int output, int prompt, int tap, int taps) const {
         constexpr int AT_ONCE = COSINE_THREADS / TAPS;
         const Tile<T, TAPS> tile{shared.weights};
         const int area = a.size * a.size, i = recomputed(int(threadIdx.x)) % COSINE_THREADS;
@@ -134,7 +118,7 @@ struct Block {
             const bool finite = fabsf(value) < INFINITY;
             const int row = first + at;
             all_finite = all_finite && finite;
-            *tile.at(row / GROUP<T> * GROUP<T> + place_of<T>(row % GROUP<T>), column) =
+            *tile.at(row / GROUP<T> * GROUP<T> + column_of<T>(row % GROUP<T>), column) =
                 rounded<T>(finite ? value : 0.0f);
         }
         if (!all_finite) shared.not_finite = 1;
@@ -148,17 +132,16 @@ struct Block {
 };
 
 // 16 windows as the rows of a product: an item is a pixel of the tile of one of the classes.
-template <typename T>
-struct Windows16 {
+template <typename T> struct Windows16 {
     const Block<T> &block;
     int corners[2];  // of a lane's two rows, among the costs
     int tokens[2];   // among those of the block's classes; −1 where there is none
 
-    __device__ __forceinline__ Windows16(const Block<T> &block, int first, int lane) : block(block) {
+    DEVICE Windows16(const Block<T> &block, int first, int lane) : block(block) {
         const int pixels = block.a.tiles.height * block.a.tiles.width;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int item = first + d_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
+            const int item = first + acc_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
             corners[i] = 0, tokens[i] = -1;
             if (item < block.items()) {
                 const int position = block.shared.targets[pixel];
@@ -168,95 +151,86 @@ struct Windows16 {
         }
     }
 
-    __device__ __forceinline__ A at(int k, int lane) const {
+    DEVICE FragA at(int k, int lane) const {
         const Shared<T> &shared = block.shared;
-        A a;
+        FragA frag_a;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if constexpr (sizeof(T) == 2) {
                 const Pair<int> offset = load<int, 2>(shared.offsets + k * K<T> + lane % 4 * 2 + i / 2 * 8);
                 const Pair<T> pair{{shared.costs[min(corners[i % 2] + offset.value[0], ZERO)],
                                     shared.costs[min(corners[i % 2] + offset.value[1], ZERO)]}};
-                memcpy(&a.word[i], &pair, 4);
+                memcpy(&frag_a.word[i], &pair, 4);
             } else {
                 const int offset = shared.offsets[k * K<T> + lane % 4 + i / 2 * 4];
-                a.word[i] = __float_as_uint(shared.costs[min(corners[i % 2] + offset, ZERO)]);
+                frag_a.word[i] = __float_as_uint(shared.costs[min(corners[i % 2] + offset, ZERO)]);
             }
         }
-        return a;
+        return frag_a;
     }
 
     // Adds the weights that are not finite, one after another, where the element of the window lies within the map.
-    __device__ __forceinline__ void add_rest(D (&d)[GROUP<T> / 8], int output, int prompt, int tap, int taps,
-                                             int lane) const {
+    DEVICE void add_rest(Acc (&acc)[GROUP<T> / 8], int output, int prompt, int tap, int taps, int lane) const {
         const Arguments<T> &a = block.a;
         const int64_t area = a.size * a.size;
 #pragma unroll 1
         for (int i = 0; i < taps; ++i) {
             lane = recomputed(lane);
 #pragma unroll
-            for (int j = 0; j < EACH<T>; ++j) {
-                const int c = output + lane % 4 * EACH<T> + j;
+            for (int j = 0; j < VEC<T>; ++j) {
+                const int c = output + lane % 4 * VEC<T> + j;
                 if (c >= a.outputs) continue;
                 const float weight = to_float(a.weight[(int64_t(c) * a.prompts + prompt) * area + tap + i]);
                 if (fabsf(weight) < INFINITY) continue;
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
-                    const int place = corners[row] + block.shared.offsets[i];
-                    if (block.shared.sources[place % PITCH] < 0) continue;
-                    d[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[place]) * weight;
+                    const int index = corners[row] + block.shared.offsets[i];
+                    if (block.shared.sources[index % PITCH] < 0) continue;
+                    acc[j / 2].value[2 * row + j % 2] += to_float(block.shared.costs[index]) * weight;
                 }
             }
         }
     }
 
     // Of the group that begins at output `first` of those from `output` on.
-    __device__ __forceinline__ void store_outputs(const D (&d)[GROUP<T> / 8], int output, int first, int lane) const {
+    DEVICE void store_outputs(const Acc (&acc)[GROUP<T> / 8], int output, int first, int lane) const {
         const Arguments<T> &a = block.a;
-        const int own = first + lane % 4 * EACH<T>, left = a.outputs - output - own;
-        float bias[EACH<T>];
+        const int index = first + lane % 4 * VEC<T>, left = a.outputs - output - index;
+        float bias[VEC<T>];
 #pragma unroll
-        for (int j = 0; j < EACH<T>; j += 4) {
-            const Vector<float, 4> four = load<float, 4>(block.shared.bias + own + j);
+        for (int j = 0; j < VEC<T>; j += 4) {
+            const Vector<float, 4> four = load<float, 4>(block.shared.bias + index + j);
 #pragma unroll
             for (int i = 0; i < 4; ++i) bias[j + i] = four.value[i];
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             if (tokens[row] < 0) continue;
-            Piece<T> piece;
+            Vec<T> vec;
 #pragma unroll
-            for (int j = 0; j < EACH<T>; ++j) piece.value[j] = rounded<T>(d[j / 2].value[2 * row + j % 2] + bias[j]);
-            T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + own;
-            if (!whole_pieces<T>(a.outputs)) {
-                store_piece(target, 0, left, false, piece);
-            } else if (left > 0) {
-                store_at_once(target, piece);
-            }
+            for (int j = 0; j < VEC<T>; ++j) vec.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]);
+            T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + index;
+            if (whole_vecs<T>(a.outputs))
+                store_if(left > 0, target, vec);
+            else
+                store_vec(target, 0, left, false, vec);
         }
     }
 };
 
-// d += windows · weights of a step of K, for M times 16 windows and a group of outputs.
+// acc += windows · weights of a step of K, for M times 16 windows and a group of outputs.
 template <typename T, int M>
-__device__ __forceinline__ void multiply(D (&d)[M][GROUP<T> / 8], const A (&a)[M], Tile<T, TAPS> weights, int k,
-                                         int lane) {
+DEVICE void multiply(Acc (&acc)[M][GROUP<T> / 8], const FragA (&frag_a)[M], Tile<T, TAPS> weights, int k, int lane) {
 #pragma unroll
-    for (int n = 0; n < GROUP<T> / 16; ++n) {
-        B b[2];
-        load_b(b, weights.rows_from(16 * n), k, lane);
+    for (int n = 0; n < GROUP<T> / 8; n += 2) {
+        const FragB2 frag_b = load_b(weights.rows_from(8 * n), k, lane);
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            mma<T>(d[m][2 * n], a[m], b[0]);
-            mma<T>(d[m][2 * n + 1], a[m], b[1]);
-        }
+        for (int m = 0; m < M; ++m) mma<T>(acc[m] + n, frag_a[m], frag_b);
     }
 }
 
-// One prompt a class and windows of up to TAPS elements, as published. Windows stay in registers while all outputs are
-// worked out, and weights in shared memory.
-template <typename T>
-__global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Arguments<T> a) {
+// One prompt a class and windows of up to TAPS elements, as published: windows stay in registers for all outputs.
+template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Arguments<T> a) {
     constexpr int M = sizeof(T) == 2 ? 2 : 1, STEPS = TAPS / K<T>;
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int warp = int(threadIdx.x) / 32;
@@ -278,37 +252,35 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed_one_prompt(const Argu
 #pragma unroll 1
         for (int item = warp * 16 * M; item < block.items(); item += WARPS * 16 * M) {
             const Windows16<T> windows[2] = {{block, item, lane}, {block, item + 16 * (M - 1), lane}};
-            A factors[STEPS][M];
+            FragA frag_a[STEPS][M];
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 if (k * K<T> >= taps) continue;
 #pragma unroll
-                for (int m = 0; m < M; ++m) factors[k][m] = windows[m].at(k, lane);
+                for (int m = 0; m < M; ++m) frag_a[k][m] = windows[m].at(k, lane);
             }
             const int end = min(a.outputs - output, OUTPUTS);
 #pragma unroll 1
             for (int c = 0; c < end; c += GROUP<T>) {
                 lane = recomputed(lane);
-                D d[M][GROUP<T> / 8] = {};
+                Acc acc[M][GROUP<T> / 8] = {};
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) {
                     if (k * K<T> >= taps) continue;
-                    multiply<T, M>(d, factors[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                    multiply<T, M>(acc, frag_a[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                 }
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
-                    if (shared.not_finite) windows[m].add_rest(d[m], output + c, 0, 0, taps, lane);
-                    windows[m].store_outputs(d[m], output, c, lane);
+                    if (shared.not_finite) windows[m].add_rest(acc[m], output + c, 0, 0, taps, lane);
+                    windows[m].store_outputs(acc[m], output, c, lane);
                 }
             }
         }
     }
 }
 
-// Any number of prompts and windows of any size: a warp keeps the sums of 16 windows and a group of outputs, while
-// prompts and weights come one after another.
-template <typename T>
-__global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a) {
+// Any number of prompts and any window: a warp keeps the sums of 16 windows and a group of outputs.
+template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a) {
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int warp = int(threadIdx.x) / 32;
     int lane = int(threadIdx.x) % 32;
@@ -323,8 +295,8 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
 #pragma unroll 1
         for (int job = warp; job - warp < jobs; job += WARPS) {
             const int c = job % GROUPS * GROUP<T>;
-            const Windows16<T> own(block, job / GROUPS * 16, lane);
-            D d[1][GROUP<T> / 8] = {};
+            const Windows16<T> windows(block, job / GROUPS * 16, lane);
+            Acc acc[1][GROUP<T> / 8] = {};
 #pragma unroll 1
             for (int prompt = 0; prompt < a.prompts; prompt += TEXTS) {
                 const int prompts = min(TEXTS, a.prompts - prompt), texts = a.prompts == 1 ? block.present : prompts;
@@ -344,13 +316,13 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
                     __syncthreads();
 #pragma unroll 1
                     for (int k = 0; k * K<T> < taps; ++k) {
-                        const A factor[1] = {own.at(k, lane)};
-                        multiply<T, 1>(d, factor, Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
+                        const FragA frag_a[1] = {windows.at(k, lane)};
+                        multiply<T, 1>(acc, frag_a, Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                     }
-                    if (shared.not_finite) own.add_rest(d[0], output + c, prompt, tap, taps, lane);
+                    if (shared.not_finite) windows.add_rest(acc[0], output + c, prompt, tap, taps, lane);
                 }
             }
-            own.store_outputs(d[0], output, c, lane);
+            windows.store_outputs(acc[0], output, c, lane);
         }
     }
 }
@@ -360,8 +332,7 @@ __global__ void __launch_bounds__(COSINE_THREADS, 2) embed(const Arguments<T> a)
 
 int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *weight, const void *bias, void *out,
                              int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t classes,
-                             int64_t prompts, int64_t own_text, int64_t outputs, int64_t size, int dtype, int device,
-                             void *stream) {
+                             int64_t prompts, int64_t outputs, int64_t size, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (size < 1 || size > LARGEST_WINDOW || size % 2 == 0 || height < 1 || width < 1 ||
         height > INT32_MAX / TEXTS / width || channels < 1 || channels > INT32_MAX / 2 || classes < 1 ||
@@ -375,21 +346,8 @@ int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *we
     if (groups > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const Arguments<T> a{in(image),
-                             in(text),
-                             in(weight),
-                             in(bias),
-                             static_cast<T *>(out),
-                             own_text ? classes * prompts * channels : 0,
-                             tiles,
-                             int(classes),
-                             int(prompts),
-                             int(height),
-                             int(width),
-                             int(channels),
-                             int(outputs),
-                             int(size)};
+        const auto a = filled<Arguments<T>>(image, text, weight, bias, out, tiles, classes, prompts, height, width,
+                                            channels, outputs, size);
         const auto kernel = prompts == 1 && size * size <= TAPS ? embed_one_prompt<T> : embed<T>;
         return launch(kernel, groups * tiles.count, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
     });

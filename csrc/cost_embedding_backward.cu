@@ -5,8 +5,8 @@
 //
 // where g is 0 outside the map.
 //
-// A block takes a tile of up to 32 × 32 pixels of a map, which it keeps as sums in registers, and works out z for a few
-// rows of the tile and its halo at a time. No pixel outside the map is read or multiplied.
+// A block takes a tile of up to 32 × 32 pixels of a map, kept as sums in registers, and computes z for a few rows of the
+// tile and its halo at a time. No pixel outside the map is read.
 
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int TAPS = 64;             // elements of the windows at a time
-constexpr int SOURCES = WARPS * 16;  // pixels whose z is worked out at a time
+constexpr int SOURCES = WARPS * 16;  // pixels whose z is computed at a time
 constexpr int SIDE = 32;             // of a tile
 constexpr int SUMS = SIDE * SIDE / THREADS;
 constexpr int RING = 4;
@@ -24,8 +24,7 @@ constexpr int PITCH = SOURCES + 4;  // between the z of two elements of the wind
 
 constexpr int NEIGHBOURS = 8;  // elements of a window's row that are added at a time
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *grad, *taps;
     T *grad_cost;
     MapTiles tiles;
@@ -38,7 +37,7 @@ struct Region {
     int first_row, end_row, first_column, columns;
     int at_once;  // rows of SOURCES pixels or less
 
-    __device__ __forceinline__ Region(const MapTiles &tiles, int tile, int height, int width, int size) {
+    DEVICE Region(const MapTiles &tiles, int tile, int height, int width, int size) {
         const int radius = size / 2;
         top = tile / tiles.across * tiles.height, left = tile % tiles.across * tiles.width;
         bottom = min(top + tiles.height, height), right = min(left + tiles.width, width);
@@ -49,78 +48,73 @@ struct Region {
 };
 
 // Stages of both factors of z: SOURCES pixels' gradients and TAPS elements of the window. A thread copies the same
-// piece of every AT_ONCE-th of them. From stage to stage the outputs go on, then the rows of the map, then the
-// elements.
-template <typename T>
-struct GradientsAndTaps {
-    static constexpr int WIDTH = 64 / int(sizeof(T)), PIECES = 4;
+// vector of every AT_ONCE-th of them. Stages advance in the outputs, then in the rows of the map, then in the elements.
+template <typename T> struct GradientsAndTaps {
+    static constexpr int WIDTH = 64 / int(sizeof(T)), VECS = 4;
     static constexpr int BYTES = (SOURCES + TAPS) * 64;
-    static constexpr int AT_ONCE = THREADS / PIECES, OWN = SOURCES / AT_ONCE;
-    static_assert(TAPS == AT_ONCE, "one of a thread's pieces is of the taps");
+    static constexpr int AT_ONCE = THREADS / VECS, COUNT = SOURCES / AT_ONCE;
+    static_assert(TAPS == AT_ONCE, "one of a thread's vectors is of the taps");
 
     const Region &region;
-    const T *first_tap, *pixels[OWN];  // pixels: of the thread's pieces of the next stage
+    const T *first_tap, *pixels[COUNT];  // pixels: of the thread's vectors of the next stage
     int width, outputs, size, steps;
-    int own, target;             // the first one's row in a stage, its place in the tile
-    int left;                    // numbers of a row from the next stage's piece on
+    int first, target;           // row of the first one in a stage, its offset in the tile
+    int left;                    // numbers of a row from the next stage's vector on
     int step = 0, row, element;  // where the next stage is; element: of the window, the thread's
 
-    __device__ __forceinline__ GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width,
-                                                int outputs, int size)
+    DEVICE GradientsAndTaps(const Region &region, const T *grad, const T *first_tap, int width, int outputs, int size)
         : region(region), first_tap(first_tap), width(width), outputs(outputs), size(size) {
-        const int thread = recomputed(int(threadIdx.x)), column = thread % PIECES * EACH<T>;
-        own = element = thread / PIECES, target = tile_offset<64>(own, thread % PIECES), left = outputs - column;
+        const int thread = recomputed(int(threadIdx.x)), column = thread % VECS * VEC<T>;
+        first = element = thread / VECS, target = tile_offset<64>(first, thread % VECS), left = outputs - column;
         steps = (outputs + WIDTH - 1) / WIDTH;
         row = region.first_row;
         grad += (int64_t(region.first_row) * width + region.first_column) * outputs;
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) {
-            const int pixel = own + i * AT_ONCE, place = pixel / region.columns * width + pixel % region.columns;
-            pixels[i] = grad + int64_t(place) * outputs + column;
+        for (int i = 0; i < COUNT; ++i) {
+            const int pixel = first + i * AT_ONCE, offset = pixel / region.columns * width + pixel % region.columns;
+            pixels[i] = grad + int64_t(offset) * outputs + column;
         }
     }
 
-    __device__ __forceinline__ int rows_of_window() const { return TAPS / size; }
-    __device__ __forceinline__ int stages() const {
+    DEVICE int rows_of_window() const { return TAPS / size; }
+    DEVICE int stages() const {
         const int groups = (region.end_row - region.first_row + region.at_once - 1) / region.at_once;
         return steps * groups * ((size + rows_of_window() - 1) / rows_of_window());
     }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
+    DEVICE void operator()(int, unsigned char *buffer) {
         const int present = min(region.at_once, region.end_row - row) * region.columns;
-        by_wholeness(whole_pieces<T>(outputs), [&](auto whole) {
+        with_constant(whole_vecs<T>(outputs), [&](auto whole) {
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) {
-                const bool there = own + i * AT_ONCE < present;
-                copy_piece(buffer + target + i * AT_ONCE * 64, pixels[i], there ? left : 0, whole);
+            for (int i = 0; i < COUNT; ++i) {
+                const bool copied = first + i * AT_ONCE < present;
+                copy_vec(buffer + target + i * AT_ONCE * 64, pixels[i], copied ? left : 0, whole);
             }
-            copy_piece(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
-                       element < size * size ? left : 0, whole);
+            copy_vec(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
+                     element < size * size ? left : 0, whole);
         });
-        int64_t on = WIDTH;  // to the next stage's
+        int64_t step_by = WIDTH;  // to the next stage
         left -= WIDTH;
         if (++step == steps) {
-            on -= steps * WIDTH, left += steps * WIDTH, step = 0;
-            on += int64_t(region.at_once) * width * outputs, row += region.at_once;
+            step_by -= steps * WIDTH, left += steps * WIDTH, step = 0;
+            step_by += int64_t(region.at_once) * width * outputs, row += region.at_once;
             if (row >= region.end_row) {
-                on -= int64_t(row - region.first_row) * width * outputs, row = region.first_row;
+                step_by -= int64_t(row - region.first_row) * width * outputs, row = region.first_row;
                 element += rows_of_window() * size;
             }
         }
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) pixels[i] += on;
+        for (int i = 0; i < COUNT; ++i) pixels[i] += step_by;
     }
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * GradientsAndTaps<T>::BYTES];
     float z[TAPS * PITCH];
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a) {
     using Fetch = GradientsAndTaps<T>;
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int warp = int(threadIdx.x) / 32, radius = a.size / 2;
@@ -136,8 +130,8 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a
         const int wide = a.tiles.width, first = recomputed(int(threadIdx.x));
         int y = region.top + first / wide, x = region.left + first % wide;
 #pragma unroll
-        for (int own = 0; own < SUMS; ++own) {
-            if (y < region.bottom && x < region.right) function(sums[own], y, x);
+        for (int i = 0; i < SUMS; ++i) {
+            if (y < region.bottom && x < region.right) function(sums[i], y, x);
             y += THREADS / wide, x += THREADS % wide;
             if (x >= region.left + wide) x -= wide, ++y;
         }
@@ -147,30 +141,23 @@ __global__ void __launch_bounds__(THREADS, 2) cost_gradient(const Arguments<T> a
 #pragma unroll 1
         for (int row = region.first_row; row < region.end_row; row += region.at_once) {
             const int end_row = min(row + region.at_once, region.end_row);
-            D z[TAPS / 8] = {};
+            Acc z[TAPS / 8] = {};
 #pragma unroll 1
             for (int step = 0; step < fetch.steps; ++step) {
                 lane = recomputed(lane);
                 const Tile<T, Fetch::WIDTH> tile{stages.next()};
 #pragma unroll(sizeof(T) == 2 ? Fetch::WIDTH / K<T> : 1)  // float32 has no registers to spare
                 for (int k = 0; k < Fetch::WIDTH / K<T>; ++k) {
-                    const A factor = load_a(tile.rows_from(16 * warp), k, lane);
+                    const FragA frag_a = load_a(tile.rows_from(16 * warp), k, lane);
 #pragma unroll
-                    for (int n = 0; n < TAPS / 16; ++n) {
-                        B b[2];
-                        load_b(b, tile.rows_from(SOURCES + 16 * n), k, lane);
-                        mma<T>(z[2 * n], factor, b[0]);
-                        mma<T>(z[2 * n + 1], factor, b[1]);
+                    for (int n = 0; n < TAPS / 8; n += 2) {
+                        mma<T>(z + n, frag_a, load_b(tile.rows_from(SOURCES + 8 * n), k, lane));
                     }
                 }
             }
-#pragma unroll
-            for (int n = 0; n < TAPS / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    shared.z[(8 * n + d_column(lane, i)) * PITCH + 16 * warp + d_row(lane, i)] = z[n].value[i];
-                }
-            }
+            each_value<TAPS / 8>([&](int n, int i) {
+                shared.z[(8 * n + acc_col(lane, i)) * PITCH + 16 * warp + acc_row(lane, i)] = z[n].value[i];
+            });
             __syncthreads();  // the next one is that of the next stage
             each_pixel([&](float &sum, int y, int x) {
                 const int last_i = min(min(first_i + fetch.rows_of_window(), a.size), y + radius - row + 1);
@@ -211,15 +198,7 @@ int ovseg_cost_embedding_cost_bwd(const void *grad, const void *taps, void *grad
     if (maps * prompts > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(grad),
-                             static_cast<const T *>(taps),
-                             static_cast<T *>(grad_cost),
-                             tiles,
-                             int(prompts),
-                             int(height),
-                             int(width),
-                             int(outputs),
-                             int(size)};
+        const auto a = filled<Arguments<T>>(grad, taps, grad_cost, tiles, prompts, height, width, outputs, size);
         return launch(cost_gradient<T>, maps * prompts * tiles.count, THREADS, sizeof(Shared<T>), device, stream, a);
     });
 }

@@ -6,8 +6,8 @@
 //
 // where g and cost are 0 outside the map.
 //
-// A block sums over a share of all maps' tiles, with the bias as an element of the window that always sees a cost of 1;
-// a second kernel adds the shares up, always in the same order.
+// A block sums over a share of all maps' tiles, the bias being an element of the window that always sees a cost of 1; a
+// second kernel adds the shares in a fixed order.
 
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"
@@ -23,8 +23,7 @@ constexpr int MOST_PIXELS = 256;  // of a tile
 constexpr int MOST_COSTS = 1040;  // of a tile with its halo
 constexpr int RING = 3;
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *grad, *cost;
     float *partial;
     MapTiles tiles;
@@ -32,17 +31,17 @@ struct Arguments {
     int prompts, height, width, outputs, size, tap_groups, channel_groups;
 };
 
-// Where a job's tile lies: of which map, and its first pixel. A map's tiles follow each other, row by row.
-struct Place {
+// A job's tile: its map and its first pixel.
+struct JobTile {
     int64_t map;
     int top, left;
 
-    __device__ __forceinline__ Place(const MapTiles &tiles, int job) : map(job / tiles.count) {
+    DEVICE JobTile(const MapTiles &tiles, int job) : map(job / tiles.count) {
         const int tile = job % tiles.count;
         top = tile / tiles.across * tiles.height, left = tile % tiles.across * tiles.width;
     }
 
-    __device__ __forceinline__ void advance(const MapTiles &tiles, int height, int width) {
+    DEVICE void advance(const MapTiles &tiles, int height, int width) {
         left += tiles.width;
         if (left < width) return;
         left = 0, top += tiles.height;
@@ -51,77 +50,72 @@ struct Place {
     }
 };
 
-// Stages of the gradient: a few pixels of a tile, one tile after another. A thread copies the same piece of every
-// AT_ONCE-th of them.
-template <typename T>
-struct Gradients {
-    static constexpr int ROWS = 64 / int(sizeof(T)) * 2, PIECES = CHANNELS / EACH<T>;
+// Stages of the gradient: a few pixels of a tile after another. A thread copies a vector of every AT_ONCE-th of them.
+template <typename T> struct Gradients {
+    static constexpr int ROWS = 64 / int(sizeof(T)) * 2, VECS = CHANNELS / VEC<T>;
     static constexpr int PITCH = CHANNELS * int(sizeof(T)), BYTES = ROWS * PITCH;
-    static constexpr int AT_ONCE = THREADS / PIECES;
-    static_assert(AT_ONCE % 8 == 0, "its rows' pieces are exchanged alike");
+    static constexpr int AT_ONCE = THREADS / VECS;
+    static_assert(AT_ONCE % 8 == 0, "rows are permuted alike");
 
     const Arguments<T> &a;
     const short *pixels;  // of a tile, see below; of the thread's first row
     int jobs;
-    int column, target;  // of the thread's pieces; the first one's place in a tile
-    Place place;
+    int column, target;  // of the thread's vectors; the first one's offset in a tile
+    JobTile tile;
     int pixel = 0;  // the next stage's first one
 
-    __device__ __forceinline__ Gradients(const Arguments<T> &a, const short *all, int first, int end, int channel)
-        : a(a), jobs(max(end - first, 0)), place(a.tiles, first) {
-        const int thread = recomputed(int(threadIdx.x)), row = thread / PIECES, piece = thread % PIECES;
-        pixels = all + row, column = channel + piece * EACH<T>;
-        target = tile_offset<PITCH>(row, piece);
+    DEVICE Gradients(const Arguments<T> &a, const short *all, int first, int end, int channel)
+        : a(a), jobs(max(end - first, 0)), tile(a.tiles, first) {
+        const int thread = recomputed(int(threadIdx.x)), row = thread / VECS, vec = thread % VECS;
+        pixels = all + row, column = channel + vec * VEC<T>;
+        target = tile_offset<PITCH>(row, vec);
     }
 
-    __device__ __forceinline__ int count() const { return a.tiles.height * a.tiles.width; }  // of a tile's pixels
-    __device__ __forceinline__ int stages() const { return jobs * ((count() + ROWS - 1) / ROWS); }
+    DEVICE int count() const { return a.tiles.height * a.tiles.width; }  // of a tile's pixels
+    DEVICE int stages() const { return jobs * ((count() + ROWS - 1) / ROWS); }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
-        const T *const source =
-            a.grad + ((place.map * a.height + place.top) * a.width + place.left) * a.outputs + column;
-        const int bottom = a.height - place.top, right = a.width - place.left, left = a.outputs - column;
-        constexpr int OWN = ROWS / AT_ONCE;
-        int own[OWN];
+    DEVICE void operator()(int, unsigned char *buffer) {
+        const T *const source = a.grad + ((tile.map * a.height + tile.top) * a.width + tile.left) * a.outputs + column;
+        const int bottom = a.height - tile.top, right = a.width - tile.left, left = a.outputs - column;
+        constexpr int COUNT = ROWS / AT_ONCE;
+        int sources[COUNT];
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) own[i] = pixels[pixel + i * AT_ONCE];
-        by_wholeness(whole_pieces<T>(a.outputs), [&](auto whole) {
+        for (int i = 0; i < COUNT; ++i) sources[i] = pixels[pixel + i * AT_ONCE];
+        with_constant(whole_vecs<T>(a.outputs), [&](auto whole) {
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) {
-                const int y = int(uint32_t(own[i]) / SIDE), x = int(uint32_t(own[i]) % SIDE);
-                const bool there = own[i] >= 0 && y < bottom && x < right;
-                copy_piece(buffer + target + i * AT_ONCE * PITCH,
-                           source + int64_t(there ? y * a.width + x : 0) * a.outputs, there ? left : 0, whole);
+            for (int i = 0; i < COUNT; ++i) {
+                const int y = int(uint32_t(sources[i]) / SIDE), x = int(uint32_t(sources[i]) % SIDE);
+                const bool inside = sources[i] >= 0 && y < bottom && x < right;
+                copy_vec(buffer + target + i * AT_ONCE * PITCH,
+                         source + int64_t(inside ? y * a.width + x : 0) * a.outputs, inside ? left : 0, whole);
             }
         });
         pixel += ROWS;
         if (pixel < count()) return;
         pixel = 0;
-        place.advance(a.tiles, a.height, a.width);
+        tile.advance(a.tiles, a.height, a.width);
     }
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * Gradients<T>::BYTES];
     T costs[MOST_COSTS + 8];                          // of tile and halo; behind all a zero and a one
     short corners[MOST_PIXELS + Gradients<T>::ROWS];  // of each pixel's window among them
     short pixels[MOST_PIXELS + Gradients<T>::ROWS];   // row · SIDE + column in the tile, −1 beyond
 };
 
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T> a) {
     constexpr int ZERO = MOST_COSTS, ONE = MOST_COSTS + 1, STEPS = Gradients<T>::ROWS / K<T>;
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int halo_width = a.tiles.width + a.size - 1, area = a.size * a.size, radius = a.size / 2;
     const int costs = (a.tiles.height + a.size - 1) * halo_width, pixels = a.tiles.height * a.tiles.width;
-    int place = int(blockIdx.x);
-    const int channel = place % a.channel_groups * CHANNELS + warp / 4 * (CHANNELS / 2);
-    place /= a.channel_groups;
-    const int tap = place % a.tap_groups * TAPS + warp % 4 * 16 + lane / 4;
-    place /= a.tap_groups;
-    const int prompt = place % a.prompts, part = place / a.prompts;
+    int index = int(blockIdx.x);
+    const int channel = index % a.channel_groups * CHANNELS + warp / 4 * (CHANNELS / 2);
+    index /= a.channel_groups;
+    const int tap = index % a.tap_groups * TAPS + warp % 4 * 16 + lane / 4;
+    index /= a.tap_groups;
+    const int prompt = index % a.prompts, part = index / a.prompts;
     const int first = part * a.share, end = min(first + a.share, a.jobs);
 
     for (int i = thread; i < MOST_PIXELS + Gradients<T>::ROWS; i += THREADS) {
@@ -136,16 +130,16 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
     int offset[2], corner_counts[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int own = tap + 8 * i;
-        corner_counts[i] = own < area;
-        offset[i] = own < area ? own / a.size * halo_width + own % a.size : own == area ? ONE : ZERO;
+        const int element = tap + 8 * i;
+        corner_counts[i] = element < area;
+        offset[i] = element < area ? element / a.size * halo_width + element % a.size : element == area ? ONE : ZERO;
     }
-    D sums[CHANNELS / 16] = {};
+    Acc sums[CHANNELS / 16] = {};
     Stages<RING, Gradients<T>::BYTES, Gradients<T>> stages(
         shared.ring, Gradients<T>(a, shared.pixels, first, end, channel / CHANNELS * CHANNELS));
     const int first_y = thread / halo_width, first_x = thread % halo_width;  // of the thread's costs
     const int rows_on = THREADS / halo_width, columns_on = THREADS % halo_width;
-    Place tile(a.tiles, first);
+    JobTile tile(a.tiles, first);
 #pragma unroll 1
     for (int job = first; job < end; ++job, tile.advance(a.tiles, a.height, a.width)) {
         const T *const volume = a.cost + (tile.map * a.prompts + prompt) * a.height * a.width;
@@ -165,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)  // float32 is short of registers
             for (int k = 0; k < STEPS; ++k) {
                 const short *const corners = shared.corners + row + k * K<T> + lane % 4 * 2;
-                A factor;
+                FragA frag_a;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const auto cost = [&](int pixel) {
@@ -173,30 +167,23 @@ __global__ void __launch_bounds__(THREADS, 2) weight_gradient(const Arguments<T>
                     };
                     if constexpr (sizeof(T) == 2) {
                         const Pair<T> pair{{cost(i / 2 * 8), cost(i / 2 * 8 + 1)}};
-                        memcpy(&factor.word[i], &pair, 4);
+                        memcpy(&frag_a.word[i], &pair, 4);
                     } else {  // in the order of `load_b_by_rows`
-                        factor.word[i] = __float_as_uint(cost(i / 2));
+                        frag_a.word[i] = __float_as_uint(cost(i / 2));
                     }
                 }
 #pragma unroll
                 for (int n = 0; n < CHANNELS / 32; ++n) {
-                    B b[2];
-                    load_b_by_rows(b, grads, k, warp / 4 * (CHANNELS / 32) + n, lane);
-                    mma<T>(sums[2 * n], factor, b[0]);
-                    mma<T>(sums[2 * n + 1], factor, b[1]);
+                    mma<T>(sums + 2 * n, frag_a, load_b_by_rows(grads, k, warp / 4 * (CHANNELS / 32) + n, lane));
                 }
             }
         }
     }
-#pragma unroll
-    for (int n = 0; n < CHANNELS / 16; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int c = channel + 8 * n + d_column(lane, i), own = tap + i / 2 * 8;
-            if (c >= a.outputs || own > area) continue;
-            a.partial[((int64_t(part) * a.outputs + c) * a.prompts + prompt) * (area + 1) + own] = sums[n].value[i];
-        }
-    }
+    each_value<CHANNELS / 16>([&](int n, int i) {
+        const int c = channel + 8 * n + acc_col(lane, i), element = tap + i / 2 * 8;
+        if (c >= a.outputs || element > area) return;
+        a.partial[((int64_t(part) * a.outputs + c) * a.prompts + prompt) * (area + 1) + element] = sums[n].value[i];
+    });
 }
 
 // Adds the parts up: every 32 neighbours of a block's threads read 32 neighbours of a part, eight parts at a time.
@@ -216,7 +203,7 @@ __global__ void __launch_bounds__(THREADS)
     if (warp || i >= size) return;
     sum = 0.0f;
 #pragma unroll
-    for (int other = 0; other < WARPS; ++other) sum += sums[other][lane];
+    for (int i = 0; i < WARPS; ++i) sum += sums[i][lane];
     const int64_t map = i / (area + 1);  // of the weight: output and prompt
     const int element = int(i - map * (area + 1));
     if (element < area) {
@@ -229,7 +216,7 @@ __global__ void __launch_bounds__(THREADS)
 }  // namespace
 }  // namespace ovseg
 
-int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *partial, void *grad_weight,
+int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, float *partial, void *grad_weight,
                                     void *grad_bias, int64_t maps, int64_t prompts, int64_t height, int64_t width,
                                     int64_t outputs, int64_t size, int64_t parts, int dtype, int device, void *stream) {
     using namespace ovseg;
@@ -245,25 +232,13 @@ int ovseg_cost_embedding_weight_bwd(const void *grad, const void *cost, void *pa
     }
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(grad),
-                             static_cast<const T *>(cost),
-                             static_cast<float *>(partial),
-                             tiles,
-                             int(jobs),
-                             int((jobs + parts - 1) / parts),
-                             int(prompts),
-                             int(height),
-                             int(width),
-                             int(outputs),
-                             int(size),
-                             tap_groups,
-                             channel_groups};
-        const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
-                                 sizeof(Shared<T>), device, stream, a);
-        if (error) return error;
+        const auto a = filled<Arguments<T>>(grad, cost, partial, tiles, jobs, (jobs + parts - 1) / parts, prompts,
+                                            height, width, outputs, size, tap_groups, channel_groups);
+        if (const int error = launch(weight_gradient<T>, parts * prompts * tap_groups * channel_groups, THREADS,
+                                     sizeof(Shared<T>), device, stream, a))
+            return error;
         const int64_t sums = outputs * prompts * (area + 1);
-        return launch(sum_parts<T>, (sums + 31) / 32, THREADS, sizeof(float) * THREADS, device, stream, a.partial,
-                      static_cast<T *>(grad_weight), static_cast<T *>(grad_bias), sums, int(parts), int(prompts),
-                      int(area));
+        return launch(sum_parts<T>, (sums + 31) / 32, THREADS, sizeof(float) * THREADS, device, stream, partial,
+                      grad_weight, grad_bias, sums, parts, prompts, area);
     });
 }

@@ -8,7 +8,7 @@
 //
 //     dx = (p − x̂ · <x̂, p>) / n,    p = Σ g · ŷ,  n = max(‖x‖, ε),  x̂ = x / n
 //
-// where p is a library's product. A kernel gives ŷ before it, and dx after it; a warp takes a row.
+// where PyTorch computes p. One kernel computes ŷ before it and dx after it; a warp takes a row.
 
 #include "device/cosines.cuh"
 
@@ -18,23 +18,19 @@ namespace {
 constexpr int RING = 4;
 constexpr int ROWS = 8;  // of the backward, to a block
 
-template <typename T>
-struct Arguments {
+template <typename T> struct Arguments {
     const T *image, *text;
     T *cost;
-    int64_t text_stride;  // from an image's text to the next one's: 0 where they share it
     int patches, prompts, channels;
 };
 
-template <typename T>
-struct Shared {
+template <typename T> struct Shared {
     unsigned char ring[RING * Embeddings<T>::BYTES];
-    int places[PIXELS];
+    int positions[PIXELS];
 };
 static_assert(sizeof(Shared<float>) <= SHARED_EVERYWHERE, "see platform.cuh");
 
-template <typename T>
-__global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T> a) {
+template <typename T> __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T> a) {
     Shared<T> &shared = *reinterpret_cast<Shared<T> *>(shared_memory());
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     const int patch_tiles = (a.patches + PIXELS - 1) / PIXELS, prompt_tiles = (a.prompts + TEXTS - 1) / TEXTS;
@@ -42,26 +38,22 @@ __global__ void __launch_bounds__(COSINE_THREADS) cost_volume(const Arguments<T>
     const int first_patch = int(blockIdx.x) % patch_tiles * PIXELS;
     const int first_prompt = int(blockIdx.x) / patch_tiles % prompt_tiles * TEXTS;
     for (int i = int(threadIdx.x); i < PIXELS; i += COSINE_THREADS) {
-        shared.places[i] = first_patch < a.patches - i ? first_patch + i : -1;
+        shared.positions[i] = first_patch < a.patches - i ? first_patch + i : -1;
     }
     __syncthreads();
     const Embeddings<T> embeddings(a.image + batch * a.patches * a.channels,
-                                   a.text + batch * a.text_stride + int64_t(first_prompt) * a.channels, shared.places,
+                                   a.text + int64_t(first_prompt) * a.channels, shared.positions,
                                    min(TEXTS, a.prompts - first_prompt), a.channels);
     Stages<RING, Embeddings<T>::BYTES, Embeddings<T>> stages(shared.ring, embeddings);
-    D d[TEXTS / 8];
-    cosines<T>(d, stages, warp, lane);
+    Acc acc[TEXTS / 8];
+    cosines<T>(acc, stages, warp, lane);
     T *const cost = a.cost + (batch * a.prompts + first_prompt) * a.patches;
-#pragma unroll
-    for (int n = 0; n < TEXTS / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int patch = shared.places[16 * warp + d_row(lane, i)], prompt = 8 * n + d_column(lane, i);
-            if (patch >= 0 && prompt < embeddings.texts) {
-                cost[int64_t(prompt) * a.patches + patch] = rounded<T>(d[n].value[i]);
-            }
+    each_value<TEXTS / 8>([&](int n, int i) {
+        const int patch = shared.positions[16 * warp + acc_row(lane, i)], prompt = 8 * n + acc_col(lane, i);
+        if (patch >= 0 && prompt < embeddings.texts) {
+            cost[int64_t(prompt) * a.patches + patch] = rounded<T>(acc[n].value[i]);
         }
-    }
+    });
 }
 
 // dx of each row from its p, or x̂ where `products` is null.
@@ -71,33 +63,32 @@ __global__ void __launch_bounds__(ROWS * 32)
     const int lane = int(threadIdx.x) % 32;
     const int64_t row = int64_t(blockIdx.x) * ROWS + int(threadIdx.x) / 32;
     if (row >= rows) return;
-    const T *const own = x + row * columns, *const product = products ? products + row * columns : own;
-    by_wholeness(whole_pieces<T>(columns), [&](auto whole) {
+    x += row * columns;
+    const T *const product = products ? products + row * columns : x;
+    with_constant(whole_vecs<T>(columns), [&](auto whole) {
         float squares = 0.0f, along = 0.0f;
-#pragma unroll 2
-        for (int column = lane * EACH<T>; column < columns; column += 32 * EACH<T>) {
-            const Floats<T> a = floats(load_piece(own, column, columns, whole));
-            const Floats<T> b = floats(load_piece(product, column, columns, whole));
+        each_vec<T, 2>(columns, lane, [&](int column) {
+            const Floats<T> a = floats(load_vec(x, column, columns, whole));
+            const Floats<T> b = floats(load_vec(product, column, columns, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 squares = fmaf(a.value[i], a.value[i], squares);
                 along = fmaf(a.value[i], b.value[i], along);
             }
-        }
+        });
         const float scale = fast_reciprocal(length_of(sum_over_lanes<32>(squares)));
         along = sum_over_lanes<32>(along) * scale;
-#pragma unroll 2
-        for (int column = lane * EACH<T>; column < columns; column += 32 * EACH<T>) {
-            const Floats<T> a = floats(load_piece(own, column, columns, whole));
-            const Floats<T> b = floats(load_piece(product, column, columns, whole));
-            Piece<T> result;
+        each_vec<T, 2>(columns, lane, [&](int column) {
+            const Floats<T> a = floats(load_vec(x, column, columns, whole));
+            const Floats<T> b = floats(load_vec(product, column, columns, whole));
+            Vec<T> result;
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 const float unit = a.value[i] * scale;
                 result.value[i] = rounded<T>(products ? (b.value[i] - unit * along) * scale : unit);
             }
-            store_piece(out + row * columns, column, columns, whole, result);
-        }
+            store_vec(out + row * columns, column, columns, whole, result);
+        });
     });
 }
 
@@ -105,7 +96,7 @@ __global__ void __launch_bounds__(ROWS * 32)
 }  // namespace ovseg
 
 int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
-                          int64_t prompts, int64_t channels, int64_t own_text, int dtype, int device, void *stream) {
+                          int64_t prompts, int64_t channels, int dtype, int device, void *stream) {
     using namespace ovseg;
     if (patches < 1 || patches > INT32_MAX || prompts < 1 || prompts > INT32_MAX || channels < 1 ||
         channels > INT32_MAX / 2) {
@@ -116,13 +107,7 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
     if (blocks > INT32_MAX) return OVSEG_TOO_LARGE;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const Arguments<T> a{static_cast<const T *>(image),
-                             static_cast<const T *>(text),
-                             static_cast<T *>(cost),
-                             own_text ? prompts * channels : 0,
-                             int(patches),
-                             int(prompts),
-                             int(channels)};
+        const auto a = filled<Arguments<T>>(image, text, cost, patches, prompts, channels);
         return launch(cost_volume<T>, batch * blocks, COSINE_THREADS, sizeof(Shared<T>), device, stream, a);
     });
 }
@@ -133,9 +118,7 @@ int ovseg_cost_volume_norm_bwd(const void *products, const void *x, void *out, i
     if (channels < 1 || channels > INT32_MAX / 2) return OVSEG_UNSUPPORTED_SIZE;
     if (!aligned(products, x, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
-        using T = decltype(number);
-        return launch(through_norm<T>, (rows + ROWS - 1) / ROWS, ROWS * 32, 0, device, stream,
-                      static_cast<const T *>(products), static_cast<const T *>(x), static_cast<T *>(out), rows,
-                      int(channels));
+        return launch(through_norm<decltype(number)>, (rows + ROWS - 1) / ROWS, ROWS * 32, 0, device, stream, products,
+                      x, out, rows, channels);
     });
 }

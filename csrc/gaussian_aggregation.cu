@@ -6,32 +6,29 @@
 // shares. The weights stay on the GPU.
 
 #include "device/partial_sums.cuh"
-#include "device/pieces.cuh"
+#include "device/vectors.cuh"
 
 namespace ovseg {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int PIECES = 4;  // that a thread of the backward pass takes: shuffles and shares are few for what is read
+constexpr int VECS = 4;  // that a thread of the backward pass takes: shuffles and shares are few for what is read
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     aggregate(const T *features, const T *weights, T *out, int layers, int64_t size) {
-    const int64_t at = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * EACH<T>;
-    const bool whole = whole_pieces<T>(size);
-    if (at >= size) return;
-    float total[EACH<T>] = {};
+    const int64_t index = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * VEC<T>;
+    const bool whole = whole_vecs<T>(size);
+    if (index >= size) return;
+    float total[VEC<T>] = {};
 #pragma unroll 4
     for (int layer = 0; layer < layers; ++layer) {
-        const Floats<T> f = floats(load_piece(features + layer * size, at, size, whole));
+        const Floats<T> f = floats(load_vec(features + layer * size, index, size, whole));
         const float weight = to_float(weights[layer]);
 #pragma unroll
-        for (int i = 0; i < EACH<T>; ++i) total[i] += weight * f.value[i];
+        for (int i = 0; i < VEC<T>; ++i) total[i] += weight * f.value[i];
     }
-    Piece<T> result;
-#pragma unroll
-    for (int i = 0; i < EACH<T>; ++i) result.value[i] = rounded<T>(total[i]);
-    store_piece(out, at, size, whole, result);
+    store_vec(out, index, size, whole, rounded<T>(total));
 }
 
 // Either gradient may be null. `shares` holds one number a layer and warp.
@@ -40,30 +37,30 @@ __global__ void __launch_bounds__(THREADS)
     aggregate_backward(const T *grad, const T *features, const T *weights, T *features_grad, float *shares, int layers,
                        int64_t size) {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-    const int64_t first = ((int64_t(blockIdx.x) * WARPS + warp) * PIECES * 32 + lane) * EACH<T>;
-    const bool whole = whole_pieces<T>(size);
-    Piece<T> d[PIECES];
+    const int64_t first = ((int64_t(blockIdx.x) * WARPS + warp) * VECS * 32 + lane) * VEC<T>;
+    const bool whole = whole_vecs<T>(size);
+    Vec<T> d[VECS];
 #pragma unroll
-    for (int j = 0; j < PIECES; ++j) d[j] = load_piece(grad, first + j * 32 * EACH<T>, size, whole);
+    for (int j = 0; j < VECS; ++j) d[j] = load_vec(grad, first + j * 32 * VEC<T>, size, whole);
 #pragma unroll 1
     for (int layer = 0; layer < layers; ++layer) {
         if (features_grad) {
             const float weight = to_float(weights[layer]);
 #pragma unroll
-            for (int j = 0; j < PIECES; ++j) {
-                Piece<T> result;
+            for (int j = 0; j < VECS; ++j) {
+                Vec<T> result;
 #pragma unroll
-                for (int i = 0; i < EACH<T>; ++i) result.value[i] = rounded<T>(weight * to_float(d[j].value[i]));
-                store_piece(features_grad + layer * size, first + j * 32 * EACH<T>, size, whole, result);
+                for (int i = 0; i < VEC<T>; ++i) result.value[i] = rounded<T>(weight * to_float(d[j].value[i]));
+                store_vec(features_grad + layer * size, first + j * 32 * VEC<T>, size, whole, result);
             }
         }
         if (shares) {
             float sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < PIECES; ++j) {
-                const Piece<T> f = load_piece(features + layer * size, first + j * 32 * EACH<T>, size, whole);
+            for (int j = 0; j < VECS; ++j) {
+                const Vec<T> f = load_vec(features + layer * size, first + j * 32 * VEC<T>, size, whole);
 #pragma unroll
-                for (int i = 0; i < EACH<T>; ++i) sum += to_float(d[j].value[i]) * to_float(f.value[i]);
+                for (int i = 0; i < VEC<T>; ++i) sum += to_float(d[j].value[i]) * to_float(f.value[i]);
             }
             sum = sum_over_lanes<32>(sum);
             if (lane == 0) shares[(int64_t(layer) * gridDim.x + blockIdx.x) * WARPS + warp] = sum;
@@ -81,10 +78,9 @@ int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, vo
     if (!aligned(features, weights, out)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        constexpr int64_t BLOCK = THREADS * EACH<T>;
-        return launch(aggregate<T>, (size + BLOCK - 1) / BLOCK, THREADS, 0, device, stream,
-                      static_cast<const T *>(features), static_cast<const T *>(weights), static_cast<T *>(out),
-                      int(layers), size);
+        constexpr int64_t BLOCK = THREADS * VEC<T>;
+        return launch(aggregate<T>, (size + BLOCK - 1) / BLOCK, THREADS, 0, device, stream, features, weights, out,
+                      layers, size);
     });
 }
 
@@ -96,14 +92,12 @@ int ovseg_gaussian_aggregation_bwd(const void *grad, const void *features, const
     if (!aligned(grad, features, weights, features_grad, weights_grad, shares)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        constexpr int64_t BLOCK = THREADS * PIECES * EACH<T>;
+        constexpr int64_t BLOCK = THREADS * VECS * VEC<T>;
         const int64_t blocks = (size + BLOCK - 1) / BLOCK;
         if (weights_grad && count != blocks * WARPS) return int(OVSEG_UNSUPPORTED_SIZE);
-        const int error =
-            launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream, static_cast<const T *>(grad),
-                   static_cast<const T *>(features), static_cast<const T *>(weights), static_cast<T *>(features_grad),
-                   weights_grad ? shares : nullptr, int(layers), size);
+        const int error = launch(aggregate_backward<T>, blocks, THREADS, 0, device, stream, grad, features, weights,
+                                 features_grad, weights_grad ? shares : nullptr, layers, size);
         if (error || !weights_grad) return error;
-        return launch_adding(shares, static_cast<T *>(weights_grad), layers, count, device, stream);
+        return launch_adding<T>(shares, weights_grad, layers, count, device, stream);
     });
 }

@@ -5,15 +5,14 @@
 //     canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     where a map of the whole image is given
 //     scores = resize(canvas, size),   the best k classes of every pixel, or all of them
 //
-// A block owns a rectangle of output pixels, a thread one of them. It reads the low-resolution logits below its
-// rectangle (they stay in the cache) and keeps the best k scores of each pixel in registers: nothing between logits and
-// labels is stored. First its warps find for each class the largest logits below the rectangle, which bound its scores
-// there. Classes are then taken from the largest bound downwards, until none that is left can be among the best of any
-// pixel: few in a photograph. Sums and products are float32 whatever the logits are, and written so that the compiler
-// has no choice in rounding them: labels are those of the scores to the bit.
+// A block owns a rectangle of output pixels, a thread one of them. It reads the low-resolution logits below its rectangle
+// from the cache and keeps the best k scores of each pixel in registers: nothing between logits and labels is stored.
+// First its warps find each class's largest logits below the rectangle, which bound its scores there. Classes are then
+// taken from the largest bound down, until none that is left can be among the best of any pixel: few in a photograph.
+// Everything is float32 whatever the logits are, and rounding is fixed: labels are those of the scores to the bit.
 //
 // Scores are compared as integers that order like them, NaN above everything, with the class in the lower half so that
-// the lower one wins among equals.
+// the lower class wins among equals.
 
 #include "device/label_scores.cuh"
 
@@ -21,11 +20,11 @@ namespace ovseg {
 namespace {
 
 constexpr int MOST_LABELS = 8;
-constexpr int PARTS = 2048;    // bounds that a block keeps; where there are more classes, neighbours share one
-constexpr int BOUNDED = 4;     // classes whose bounds a warp works out at a time
+constexpr int PARTS = 2048;    // bounds that a block keeps; with more classes, neighbours share one
+constexpr int BOUNDED = 4;     // classes whose bounds a warp computes at a time
 constexpr int PATCH_ROWS = 4;  // logits of each among which it looks for the largest at a time
 constexpr int PATCH_COLUMNS = 32 / PATCH_ROWS;
-constexpr int TOGETHER = 2;     // classes whose scores a thread works out together where all are wanted
+constexpr int TOGETHER = 2;     // classes whose scores a thread computes together for all scores
 constexpr int EACH_BLOCK = 16;  // classes that a block takes there
 
 constexpr int32_t LAST = INT32_MAX, NONE = INT32_MIN;
@@ -42,62 +41,44 @@ struct Shared {
     Choice choices[2][WARPS];
 };
 
-// An integer that orders like the score, and the score again.
-__device__ __forceinline__ int key(float score) {
+// An integer that orders like the score, and its score.
+DEVICE int key(float score) {
     const int bits = score == 0.0f ? 0 : int(__float_as_uint(score));  // −0 is as good as 0
     return score != score ? LAST : bits < 0 ? bits ^ LAST : bits;
 }
 
-__device__ __forceinline__ float score_of(int key) { return __uint_as_float(uint32_t(key < 0 ? key ^ LAST : key)); }
+DEVICE float score_of(int key) { return __uint_as_float(uint32_t(key < 0 ? key ^ LAST : key)); }
 
 // An integer that orders like the key, and the lower number first among equals.
-__device__ __forceinline__ int64_t order(int key, int number) {
-    return int64_t(uint64_t(uint32_t(key)) << 32 | uint32_t(number ^ LAST));
-}
+DEVICE int64_t order(int key, int number) { return int64_t(uint64_t(uint32_t(key)) << 32 | uint32_t(number ^ LAST)); }
 
-__device__ __forceinline__ int key_of(int64_t order) { return int(order >> 32); }
-__device__ __forceinline__ int number_of(int64_t order) { return int(order & LAST) ^ LAST; }
+DEVICE int key_of(int64_t order) { return int(order >> 32); }
+DEVICE int number_of(int64_t order) { return int(order & LAST) ^ LAST; }
 
-#ifdef __CUDACC__
-__device__ __forceinline__ int maximum_of_warp(int x) { return __reduce_max_sync(ALL_LANES, x); }
-__device__ __forceinline__ int minimum_of_warp(int x) { return __reduce_min_sync(ALL_LANES, x); }
-#else
-inline int maximum_of_warp(int x) {
-    for (int distance = 16; distance; distance /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, distance));
-    return x;
-}
-inline int minimum_of_warp(int x) { return ~maximum_of_warp(~x); }
-#endif
-
-__device__ __forceinline__ Choice choice_of_warp(const Choice &own) {
-    const int key = maximum_of_warp(own.key);
-    return {key, minimum_of_warp(own.key == key ? own.part : LAST), minimum_of_warp(own.last)};
+DEVICE Choice choice_of_warp(const Choice &choice) {
+    const int key = __reduce_max_sync(ALL_LANES, choice.key);
+    return {key, __reduce_min_sync(ALL_LANES, choice.key == key ? choice.part : LAST),
+            __reduce_min_sync(ALL_LANES, choice.last)};
 }
 
 // The largest of all lanes' numbers i, for the lanes whose number is i modulo N; NaN is passed over.
-template <int N>
-__device__ __forceinline__ float shared_maximum(float (&x)[N], int lane) {
+template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
 #pragma unroll
-    for (int half = N / 2; half; half /= 2) {  // a lane gives away those that are not its own
+    for (int half = N / 2; half; half /= 2) {  // a lane gives away those of its partner
         const bool upper = lane & half;
 #pragma unroll
         for (int i = 0; i < half; ++i) {
-            const float other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + half], half);
-            x[i] = fmaxf(upper ? x[i + half] : x[i], other);
+            const float received = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + half], half);
+            x[i] = fmaxf(upper ? x[i + half] : x[i], received);
         }
     }
-#pragma unroll
-    for (int distance = N; distance < 32; distance *= 2) {
-        x[0] = fmaxf(x[0], __shfl_xor_sync(ALL_LANES, x[0], distance));
-    }
-    return x[0];
+    return maximum_over_lanes<32 / N, N>(x[0]);
 }
 
-// The key of what the scores of a class do not exceed in the block's rectangle, above all others where that is unknown.
-// A warp works it out for BOUNDED classes `first`, `first` + `step`, ..., beyond the last class that one's again; the
-// lanes below BOUNDED get it, one class each. Every averaging keeps below the largest.
+// The key of a bound on the scores of a class in the block's rectangle, the largest key if it is unknown. A warp computes
+// it for BOUNDED classes `first`, `first` + `step`, ..., one for each of the first lanes.
 template <typename T>
-__device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
+DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
     float largest[2 * BOUNDED], spoilt[2 * BOUNDED] = {};  // of the windows' logits, of the whole image's
 #pragma unroll
     for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = -INFINITY;
@@ -105,17 +86,17 @@ __device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &w
 #pragma unroll
     for (int i = 0; i < BOUNDED; ++i) maps[i] = a.at(0, min(first + i * step, a.classes - 1));
     const auto search = [&](const T *start, Rectangle r, int kind) {
-        const T *own[BOUNDED];
+        const T *starts[BOUNDED];
 #pragma unroll
-        for (int i = 0; i < BOUNDED; ++i) own[i] = start + maps[i];
+        for (int i = 0; i < BOUNDED; ++i) starts[i] = start + maps[i];
 #pragma unroll 1
         for (int y = r.top + lane / PATCH_COLUMNS; y <= r.bottom; y += PATCH_ROWS) {
 #pragma unroll 1
             for (int x = r.left + lane % PATCH_COLUMNS; x <= r.right; x += PATCH_COLUMNS) {
-                const uint32_t place = y * a.from_maps.x.size + x;
+                const uint32_t offset = y * a.from_maps.x.size + x;
 #pragma unroll
                 for (int i = 0; i < BOUNDED; ++i) {
-                    const float logit = to_float(own[i][place]);
+                    const float logit = to_float(starts[i][offset]);
                     largest[kind * BOUNDED + i] = fmaxf(largest[kind * BOUNDED + i], logit);
                     spoilt[kind * BOUNDED + i] = fmaf(logit, 0.0f, spoilt[kind * BOUNDED + i]);  // NaN if not finite
                 }
@@ -127,8 +108,8 @@ __device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &w
     if (a.whole) search(a.whole, windows.whole, 1);
 #pragma unroll
     for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = spoilt[i] == 0.0f ? largest[i] : INFINITY;
-    const float own = shared_maximum(largest, lane);
-    float bound = own < INFINITY ? sigmoid(own) : INFINITY;
+    const float logit = shared_maximum(largest, lane);
+    float bound = logit < INFINITY ? sigmoid(logit) : INFINITY;
     const float certain = __shfl_xor_sync(ALL_LANES, bound, BOUNDED);
     if (a.offset) bound -= to_float(a.offset[min(first + lane % BOUNDED * step, a.classes - 1)]);
     if (a.whole) bound = (bound + certain) * 0.5f;
@@ -136,14 +117,10 @@ __device__ __forceinline__ int bound(const LabelMap<T> &a, const WindowsBelow &w
     return fabsf(bound) < INFINITY ? key(bound) : LAST;
 }
 
-template <int K>
-constexpr int BLOCKS = K == 1   ? 4
-                       : K <= 4 ? 3
-                                : 2;  // on a multiprocessor
+template <int K> constexpr int BLOCKS = K == 1 ? 4 : K <= 4 ? 3 : 2;  // on a multiprocessor
 
 // The best `k` ≤ K classes of each pixel.
-template <typename T, int K>
-__global__ void __launch_bounds__(THREADS, BLOCKS<K>) top_labels(const LabelMap<T> a) {
+template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K>) top_labels(const LabelMap<T> a) {
     Shared &shared = *reinterpret_cast<Shared *>(shared_memory());
     const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Target target(a, int(blockIdx.x));
@@ -193,19 +170,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<K>) top_labels(const LabelMap<
             }
         }
     }
-    if (!target.there()) return;
+    if (!target.inside()) return;
 #pragma unroll
     for (int r = 0; r < K; ++r) {
         if (r == a.k) return;
-        const int64_t place = target.place() + int64_t(a.out_height) * a.out_width * r;
-        a.labels[place] = number_of(best[r]);
-        if (a.scores) a.scores[place] = rounded<T>(score_of(key_of(best[r])));
+        const int64_t index = target.index() + int64_t(a.out_height) * a.out_width * r;
+        a.labels[index] = number_of(best[r]);
+        if (a.scores) a.scores[index] = rounded<T>(score_of(key_of(best[r])));
     }
 }
 
 // All scores.
-template <typename T>
-__global__ void __launch_bounds__(THREADS, 3) score_map(const LabelMap<T> a) {
+template <typename T> __global__ void __launch_bounds__(THREADS, 3) score_map(const LabelMap<T> a) {
     Shared &shared = *reinterpret_cast<Shared *>(shared_memory());
     const int runs = (a.classes - 1) / EACH_BLOCK + 1;
     const Target target(a, int(blockIdx.x) / runs);
@@ -218,8 +194,8 @@ __global__ void __launch_bounds__(THREADS, 3) score_map(const LabelMap<T> a) {
         pixel.score(found, a, shared.windows, c);
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-            const int64_t place = target.place() + int64_t(a.out_height) * a.out_width * (c + i);
-            if (c + i < end && target.there()) a.scores[place] = rounded<T>(found[i]);
+            const int64_t index = target.index() + int64_t(a.out_height) * a.out_width * (c + i);
+            if (c + i < end && target.inside()) a.scores[index] = rounded<T>(found[i]);
         }
     }
 }
@@ -244,25 +220,11 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
     const int64_t tiles = (out_height + ROWS - 1) / ROWS * ((out_width + COLUMNS - 1) / COLUMNS);
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        LabelMap<T> a{in(logits),
-                      in(whole),
-                      in(offset),
-                      static_cast<T *>(scores),
-                      labels,
-                      height * width,
-                      int(windows),
-                      int(classes),
-                      int(k),
-                      int(out_height),
-                      int(out_width),
-                      int(window_height),
-                      int(window_width),
-                      Resizing(height, width, window_height, window_width),
-                      Resizing(window_height, window_width, canvas_height, canvas_width),
-                      Resizing(canvas_height, canvas_width, out_height, out_width),
-                      {},
-                      {}};
+        auto a = filled<LabelMap<T>>(logits, whole, offset, scores, labels, height * width, windows, classes, k,
+                                     out_height, out_width, window_height, window_width,
+                                     Resizing(height, width, window_height, window_width),
+                                     Resizing(window_height, window_width, canvas_height, canvas_width),
+                                     Resizing(canvas_height, canvas_width, out_height, out_width));
         for (int n = 0; n < windows; ++n) a.tops[n] = int(positions[2 * n]), a.lefts[n] = int(positions[2 * n + 1]);
         if (k == 0) {
             const int64_t runs = (classes - 1) / EACH_BLOCK + 1;

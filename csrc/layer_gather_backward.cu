@@ -1,18 +1,16 @@
-// Backward of the layer gather and of its weighted sum over layers; names are those of layer_gather.cu and of
-// patch_tokens.cuh.
+// Backward of the layer gather and of its weighted sum over layers; names as in layer_gather.cu and patch_tokens.cuh.
 //
 // From the gradient d of the layer's map, w · d in a sum over layers (w = 1 alone):
 //
-//     y again, z = y · P,  n = max(‖z‖, ε),  f = z / n
+//     y as forward, z = y · P,  n = max(‖z‖, ε),  f = z / n
 //     dw = Σ <d, f>                       over all patches
 //     dz = (w · d − f · <w · d, f>) / n   the second term is 0 where ‖z‖ < ε
 //     dy = dz · Pᵀ,                       dP = Σ yᵀ · dz
 //     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
 //     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
 //
-// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's; around them
-// a warp works on one token in each kernel, and the sums over tokens have a kernel of their own, a thread for each
-// channel.
+// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's. In each kernel
+// a warp takes one token; the sums over tokens have a kernel of their own, a thread for each channel.
 
 #include "device/partial_sums.cuh"
 #include "device/patch_tokens.cuh"
@@ -21,11 +19,9 @@ namespace ovseg {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int TOGETHER = 32;        // tokens that a thread of `sum_norm_gradients` adds up
-constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
+constexpr int TOGETHER = 32;  // tokens that a thread of `sum_norm_gradients` adds up
 
-// What a warp works on: one of `count` rows, or nothing.
-__device__ __forceinline__ int64_t own_row() { return int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; }
+DEVICE int64_t row_of_warp() { return int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; }
 
 int64_t blocks_for(int64_t rows) { return (rows + WARPS - 1) / WARPS; }
 
@@ -37,48 +33,46 @@ struct Means {
 // y (layers, rows, channels) and the statistics (layers, rows).
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    normalise(const PatchTokens<T> hidden, const Norms<T> norms, T *y, Statistics *statistics) {
-    const int64_t index = own_row();
+    normalise_patches(const PatchTokens<T> hidden, const Norms<T> norms, T *y, Statistics *statistics) {
+    const int64_t index = row_of_warp();
     const int rows = hidden.rows(), channels = hidden.channels, lane = int(threadIdx.x) % 32;
     const int layer = int(index / rows);
     if (layer >= hidden.layers) return;
     const T *const row[1] = {hidden.row(layer, int(index % rows))};
-    by_wholeness(hidden.whole, [&](auto whole) {
+    with_constant(hidden.whole, [&](auto whole) {
         Statistics found[1];
         find_statistics(found, row, norms, channels, whole, lane);
         if (lane == 0) statistics[index] = found[0];
-#pragma unroll 1
-        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
-            const Floats<T> x = floats(load_piece(row[0], column, channels, whole));
-            store_piece(y + index * channels, column, channels, whole,
-                        normalised(x, found[0], norms, layer, column, channels, whole));
-        }
+        each_vec<T>(channels, lane, [&](int column) {
+            const Floats<T> x = floats(load_vec(row[0], column, channels, whole));
+            store_vec(y + index * channels, column, channels, whole,
+                      normalised(x, found[0], norms, layer, column, channels, whole));
+        });
     });
 }
 
-// dz in place of z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each
-// row goes to `along`, where that is not null; else each has its own d.
+// dz replaces z (layers, rows, width). With weights (layers) all layers share d (rows, width), and <d, f> of each row
+// goes to `along`, or null; else d is (layers, rows, width).
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     length_backward(const T *grad, T *z, const T *weights, float *along, int layers, int64_t rows, int width) {
-    const int64_t index = own_row();
+    const int64_t index = row_of_warp();
     const int lane = int(threadIdx.x) % 32;
     const int layer = int(index / rows);
     if (layer >= layers) return;
     const T *const d = grad + (weights ? index % rows : index) * width;
-    T *const own = z + index * width;
-    by_wholeness(whole_pieces<T>(width), [&](auto whole) {
+    z += index * width;
+    with_constant(whole_vecs<T>(width), [&](auto whole) {
         float squares = 0.0f, product = 0.0f;
-#pragma unroll 1
-        for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
-            const Floats<T> zs = floats(load_piece(own, column, width, whole));
-            const Floats<T> ds = floats(load_piece(d, column, width, whole));
+        each_vec<T>(width, lane, [&](int column) {
+            const Floats<T> zs = floats(load_vec(z, column, width, whole));
+            const Floats<T> ds = floats(load_vec(d, column, width, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 squares += zs.value[i] * zs.value[i];
                 product += zs.value[i] * ds.value[i];
             }
-        }
+        });
         const float length = sqrtf(sum_over_lanes<32>(squares));
         const bool shortened = length < SHORTEST;
         const float scale = 1.0f / (shortened ? SHORTEST : length);  // NaN stays
@@ -86,62 +80,56 @@ __global__ void __launch_bounds__(THREADS)
         if (along && lane == 0) along[index] = product;
         const float weight = (weights ? to_float(weights[layer]) : 1.0f) * scale;
         const float of_z = shortened ? 0.0f : product * scale;
-#pragma unroll 1
-        for (int column = lane * EACH<T>; column < width; column += 32 * EACH<T>) {
-            const Floats<T> zs = floats(load_piece(own, column, width, whole));
-            const Floats<T> ds = floats(load_piece(d, column, width, whole));
-            Piece<T> dz;
+        each_vec<T>(width, lane, [&](int column) {
+            const Floats<T> zs = floats(load_vec(z, column, width, whole));
+            const Floats<T> ds = floats(load_vec(d, column, width, whole));
+            Vec<T> dz;
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i]));
-            store_piece(own, column, width, whole, dz);
-        }
+            for (int i = 0; i < VEC<T>; ++i) dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i]));
+            store_vec(z, column, width, whole, dz);
+        });
     });
 }
 
-// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 for tokens that are no patches, and the
-// means that the sums take; either may be null.
+// From dy (layers, rows, channels): dx (layers, batch, tokens, channels), 0 where tokens are not patches, and the means
+// for the sums; either or null.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     norms_backward(const T *grad, const PatchTokens<T> hidden, const Norms<T> norms, const Statistics *statistics,
                    T *hidden_grad, Means *means) {
-    const int64_t index = own_row(), tokens = int64_t(hidden.batch) * hidden.tokens;
+    const int64_t index = row_of_warp(), tokens = int64_t(hidden.batch) * hidden.tokens;
     const int channels = hidden.channels, lane = int(threadIdx.x) % 32;
     const int layer = int(index / tokens), token = int(index % tokens);
     if (layer >= hidden.layers) return;
     const int patch = token % hidden.tokens - (hidden.tokens - hidden.patches);
-    by_wholeness(hidden.whole, [&](auto whole) {
+    with_constant(hidden.whole, [&](auto whole) {
         T *const dx = hidden_grad ? hidden_grad + index * channels : nullptr;
         if (patch < 0) {
             if (!dx) return;
-#pragma unroll 1
-            for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
-                store_piece(dx, column, channels, whole, Piece<T>{});
-            }
+            each_vec<T>(channels, lane, [&](int column) { store_vec(dx, column, channels, whole, Vec<T>{}); });
             return;
         }
         const int row = token / hidden.tokens * hidden.patches + patch;
-        const int64_t place = int64_t(layer) * hidden.rows() + row;
-        const T *const x = hidden.row(layer, row), *const dy = grad + place * channels;
-        const Statistics found = statistics[place];
+        const int64_t patch_row = int64_t(layer) * hidden.rows() + row;
+        const T *const x = hidden.row(layer, row), *const dy = grad + patch_row * channels;
+        const Statistics found = statistics[patch_row];
         const float share = 1.0f / float(channels);
 
-        // Calls function(x̂, û, h, a) for each of the lane's channels, h and a being 0 past the last one, and stores
-        // what it returns as dx where `stored`.
+        // function(x̂, û, h, a) for each of the lane's channels, h and a 0 past the last; its result is dx if `stored`.
         const auto each_channel = [&](bool stored, auto function) {
-#pragma unroll 1
-            for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) {
-                const auto read = [&](const T *row) { return floats(load_piece(row, column, channels, whole)); };
+            each_vec<T>(channels, lane, [&](int column) {
+                const auto read = [&](const T *row) { return floats(load_vec(row, column, channels, whole)); };
                 const Floats<T> xs = read(x), dys = read(dy), gs = read(norms.weight + layer * channels);
                 const Floats<T> as = read(norms.shared_weight), cs = read(norms.shared_bias);
-                Piece<T> result;
+                Vec<T> result;
 #pragma unroll
-                for (int i = 0; i < EACH<T>; ++i) {
+                for (int i = 0; i < VEC<T>; ++i) {
                     const float x_hat = found.x_hat(xs.value[i]), a = as.value[i];
                     const float u_hat = found.u_hat(x_hat * a + cs.value[i]);
                     result.value[i] = rounded<T>(function(x_hat, u_hat, gs.value[i] * dys.value[i], a));
                 }
-                if (stored) store_piece(dx, column, channels, whole, result);
-            }
+                if (stored) store_vec(dx, column, channels, whole, result);
+            });
         };
         float sum = 0.0f, sum_along = 0.0f;
         each_channel(false, [&](float, float u_hat, float h, float) {
@@ -149,7 +137,7 @@ __global__ void __launch_bounds__(THREADS)
             return 0.0f;
         });
         const Means of_h{sum_over_lanes<32>(sum) * share, sum_over_lanes<32>(sum_along) * share};
-        if (means && lane == 0) means[place] = of_h;
+        if (means && lane == 0) means[patch_row] = of_h;
         if (!dx) return;
         const auto u_grad = [&](float u_hat, float h) { return (h - of_h.h - u_hat * of_h.h_along) * found.u_scale; };
         sum = sum_along = 0.0f;
@@ -214,12 +202,10 @@ int ovseg_layer_gather_normed_bwd(const void *const *hidden, const void *shared_
     if (!aligned(shared_weight, shared_bias, norm_weight, norm_bias, normed, statistics)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        return launch(
-            normalise<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
-            patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
-            Norms<T>{in(shared_weight), in(shared_bias), in(norm_weight), in(norm_bias), shared_eps, norm_eps},
-            static_cast<T *>(normed), reinterpret_cast<Statistics *>(statistics));
+        return launch(normalise_patches<T>, blocks_for(layers * batch * patches), THREADS, 0, device, stream,
+                      patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride),
+                      filled<Norms<T>>(shared_weight, shared_bias, norm_weight, norm_bias, shared_eps, norm_eps),
+                      normed, reinterpret_cast<Statistics *>(statistics));
     });
 }
 
@@ -232,12 +218,10 @@ int ovseg_layer_gather_length_bwd(const void *grad, void *projected, const void 
     if (!aligned(grad, projected, weights, weights_grad, along)) return OVSEG_MISALIGNED;
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const int error =
-            launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream,
-                   static_cast<const T *>(grad), static_cast<T *>(projected), static_cast<const T *>(weights),
-                   weights_grad ? along : nullptr, int(layers), rows, int(width));
+        const int error = launch(length_backward<T>, blocks_for(layers * rows), THREADS, 0, device, stream, grad,
+                                 projected, weights, weights_grad ? along : nullptr, layers, rows, width);
         if (error || !weights_grad) return error;
-        return launch_adding(along, static_cast<T *>(weights_grad), layers, rows, device, stream);
+        return launch_adding<T>(along, weights_grad, layers, rows, device, stream);
     });
 }
 
@@ -254,16 +238,15 @@ int ovseg_layer_gather_norms_bwd(const void *grad, const void *const *hidden, co
     }
     return by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
         const PatchTokens<T> found =
             patch_tokens<T>(hidden, layers, batch, tokens, patches, channels, batch_stride, token_stride);
-        const Norms<T> norms{in(shared_weight), in(shared_bias), in(norm_weight), nullptr, 0.0f, 0.0f};
+        const auto norms = filled<Norms<T>>(shared_weight, shared_bias, norm_weight);
         const auto *const of_rows = reinterpret_cast<const Statistics *>(statistics);
         Means *const of_h = sums ? reinterpret_cast<Means *>(means) : nullptr;
         const int error = launch(norms_backward<T>, blocks_for(layers * batch * tokens), THREADS, 0, device, stream,
-                                 in(grad), found, norms, of_rows, static_cast<T *>(hidden_grad), of_h);
+                                 grad, found, norms, of_rows, hidden_grad, of_h);
         if (error || !sums) return error;
         return launch(sum_norm_gradients<T>, layers * count * ((channels + THREADS - 1) / THREADS), THREADS, 0, device,
-                      stream, in(grad), found, norms, of_rows, of_h, sums);
+                      stream, grad, found, norms, of_rows, of_h, sums);
     });
 }

@@ -1,8 +1,6 @@
-// What the library tells about itself.
+// What the library says about itself.
 
 #include "ovseg.h"
-
-#include <cstddef>
 
 #ifdef OVSEG_ARCHITECTURES
 #include <cuda_runtime_api.h>
@@ -11,11 +9,9 @@
 namespace {
 
 #ifdef OVSEG_ARCHITECTURES
-constexpr int ARCHITECTURES[] = {OVSEG_ARCHITECTURES};
-constexpr int COUNT = sizeof(ARCHITECTURES) / sizeof(int);
+const int ARCHITECTURES[] = {OVSEG_ARCHITECTURES, 0};  // 0: the end
 #else
-constexpr int ARCHITECTURES[] = {0};
-constexpr int COUNT = 0;
+const int ARCHITECTURES[] = {0};
 #endif
 
 }  // namespace
@@ -24,16 +20,11 @@ int ovseg_abi_version(void) { return OVSEG_ABI_VERSION; }
 
 const char *ovseg_error_string(int error) {
     switch (error) {
-        case OVSEG_OK:
-            return "no error";
-        case OVSEG_BAD_DTYPE:
-            return "the kernels take float32, float16 and bfloat16";
-        case OVSEG_UNSUPPORTED_SIZE:
-            return "there is no kernel for these sizes";
-        case OVSEG_MISALIGNED:
-            return "a tensor does not begin at a multiple of 16 bytes";
-        case OVSEG_TOO_LARGE:
-            return "a launch would need more than 2^31 - 1 blocks";
+        case OVSEG_OK: return "no error";
+        case OVSEG_BAD_DTYPE: return "the kernels take float32, float16 and bfloat16";
+        case OVSEG_UNSUPPORTED_SIZE: return "there is no kernel for these sizes";
+        case OVSEG_MISALIGNED: return "a tensor does not begin at a multiple of 16 bytes";
+        case OVSEG_TOO_LARGE: return "a launch would need more than 2^31 - 1 blocks";
         case OVSEG_TOO_MUCH_SHARED_MEMORY:
             return "this GPU has too little shared memory for the kernel in float32; float16 and bfloat16 need half";
         default:
@@ -46,6 +37,9 @@ const char *ovseg_error_string(int error) {
 }
 
 int ovseg_architectures(int *architectures, int size) {
-    for (int i = 0; i < COUNT && i < size; ++i) architectures[i] = ARCHITECTURES[i];
-    return COUNT;
+    int count = 0;
+    for (; ARCHITECTURES[count]; ++count) {
+        if (count < size) architectures[count] = ARCHITECTURES[count];
+    }
+    return count;
 }

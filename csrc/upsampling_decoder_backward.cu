@@ -4,7 +4,7 @@
 //     dy = (w ⊙ h − mean(w ⊙ h) − x̂ · mean(w ⊙ h ⊙ x̂)) / s,   dterm = Σ dy over the classes
 //     dw = Σ h ⊙ x̂,   dβ = Σ h
 //
-// The last kernel's threads keep to one position, and go through the classes. Every sum has its order.
+// The last kernel's threads keep to one position and go through the classes. Every sum has a fixed order.
 
 #include "device/group_norm.cuh"
 
@@ -17,27 +17,24 @@ __global__ void __launch_bounds__(THREADS, 2)
     sum_gradients(const T *grad, const T *y, const T *term, const float *statistics, const T *weight, const T *bias,
                   float *sums, const Sizes s) {
     float *const shared = reinterpret_cast<float *>(shared_memory());  // (2, threads, N)
-    const Chunk chunk(s, blockIdx.x, Place<N>::parts(s));
-    const Place<N> place(s, chunk.part);
+    const Chunk chunk(s, blockIdx.x, Slot<N>::parts(s));
+    const Slot<N> slot(s, chunk.part);
     const int thread = int(threadIdx.x), columns = min(s.channels / N, THREADS);
-    if (place.active) {
-        const Pair<float> group = of_group(statistics, s, chunk.map, place.column);
+    if (slot.active) {
+        const Pair<float> group = of_group(statistics, s, chunk.map, slot.column);
         Affine affine[N];
-        load_affine(affine, group, weight + place.column, bias + place.column);
+        load_affine(affine, group, weight + slot.column, bias + slot.column);
         float passed[N] = {}, along[N] = {};
-        each_position(s, chunk, place, y, term, [&](int there, int64_t at, const float (&z)[BATCH][N]) {
+        each_position(s, chunk, slot, y, term, [&](int present, int64_t index, const float (&z)[BATCH][N]) {
             float grads[BATCH][N];  // 0 beyond the chunk
 #pragma unroll
-            for (int b = 0; b < BATCH; ++b) load_floats(grads[b], grad + at + b * place.rows * s.channels, b < there);
-#pragma unroll
-            for (int b = 0; b < BATCH; ++b) {
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    const float h = b >= there || affine[i](z[b][i]) <= 0.0f ? 0.0f : grads[b][i];
-                    passed[i] += h;
-                    along[i] += h * (z[b][i] - group.value[0]);
-                }
-            }
+            for (int b = 0; b < BATCH; ++b)
+                load_floats(grads[b], grad + index + b * slot.rows * s.channels, b < present);
+            unrolled<BATCH, N>([&](int b, int i) {
+                const float h = b >= present || affine[i](z[b][i]) <= 0.0f ? 0.0f : grads[b][i];
+                passed[i] += h;
+                along[i] += h * (z[b][i] - group.value[0]);
+            });
         });
 #pragma unroll
         for (int i = 0; i < N; ++i) along[i] *= group.value[1];
@@ -52,7 +49,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         const float *const values = shared + kind * THREADS * N + channel;
         float sum = 0.0f;
 #pragma unroll 4
-        for (int row = 0; row < place.rows; ++row) sum += values[row * columns * N];
+        for (int row = 0; row < slot.rows; ++row) sum += values[row * columns * N];
         sums[chunk.sums(s, kind) + first + channel] = sum;
     }
 }
@@ -77,43 +74,42 @@ __global__ void __launch_bounds__(THREADS, 3)
     if (lane == 0) store<float, 2>(means + group * 2, {{passed, along}});
 }
 
-// dy, where that is not null, and dterm of some of the classes, where that is not: (batch, splits, positions,
-// channels).
+// dy, or null, and dterm of a split of the classes, or null: (batch, splits, positions, channels).
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS, 3)
     differentiate(const T *grad, const T *y, const T *term, const float *statistics, const float *means,
                   const T *weight, const T *bias, T *y_grad, float *term_grad, int splits, const Sizes s) {
-    const int parts = Place<N>::parts(s);
+    const int parts = Slot<N>::parts(s);
     const int64_t block = gridDim.x - 1 - blockIdx.x;  // from the end, as in the forward
-    const Place<N> place(s, int(block % parts));
-    const int tiles = (s.positions - 1) / place.rows + 1;
-    const int position = int(block / parts % tiles) * place.rows + place.row;
-    if (!place.active || position >= s.positions) return;
+    const Slot<N> slot(s, int(block % parts));
+    const int tiles = (s.positions - 1) / slot.rows + 1;
+    const int position = int(block / parts % tiles) * slot.rows + slot.row;
+    if (!slot.active || position >= s.positions) return;
     const int64_t split = block / parts / tiles, image = split / splits;  // split: of all images
     const int each = (s.classes - 1) / splits + 1, begin = int(split % splits) * each;
-    const int64_t within = int64_t(position) * s.channels + place.column;
+    const int64_t within = int64_t(position) * s.channels + slot.column;
     float shared[N], total[N] = {}, w[N], shift[N];
     load_floats(shared, term + image * s.map() + within, term != nullptr);
-    load_floats(w, weight + place.column);
-    load_floats(shift, bias + place.column);
+    load_floats(w, weight + slot.column);
+    load_floats(shift, bias + slot.column);
     const int64_t map = image * s.classes + begin;
-    int64_t at = map * s.map() + within, of_group = (map * s.groups() + place.column / s.group) * 2;
+    int64_t index = map * s.map() + within, of_group = (map * s.groups() + slot.column / s.group) * 2;
 #pragma unroll 1
-    for (int left = min(each, s.classes - begin); left > 0; --left, at += s.map(), of_group += 2 * s.groups()) {
-        float own[N], h[N], z_grad[N];
-        load_floats(own, y + at);
-        load_floats(h, grad + at);
+    for (int left = min(each, s.classes - begin); left > 0; --left, index += s.map(), of_group += 2 * s.groups()) {
+        float z[N], h[N], z_grad[N];
+        load_floats(z, y + index);
+        load_floats(h, grad + index);
         const Pair<float> group = load<float, 2>(statistics + of_group), mean = load<float, 2>(means + of_group);
         const float base = -group.value[1] * mean.value[0], along = -group.value[1] * group.value[1] * mean.value[1];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const float z = own[i] + shared[i];
+            z[i] += shared[i];
             const Affine affine(group.value[0], group.value[1], w[i], shift[i]);
-            if (affine(z) <= 0.0f) h[i] = 0.0f;
-            z_grad[i] = fmaf(affine.slope, h[i], fmaf(z - group.value[0], along, base));
+            if (affine(z[i]) <= 0.0f) h[i] = 0.0f;
+            z_grad[i] = fmaf(affine.slope, h[i], fmaf(z[i] - group.value[0], along, base));
             total[i] += z_grad[i];
         }
-        if (y_grad) store_floats(y_grad + at, z_grad);
+        if (y_grad) store_floats(y_grad + index, z_grad);
     }
     if (term_grad) store_floats(term_grad + split * s.map() + within, total);
 }
@@ -136,17 +132,15 @@ int ovseg_upsampling_decoder_norm_bwd(const void *grad, const void *y, const voi
     return by_format(s, dtype, [&](auto number, auto together) {
         using T = decltype(number);
         constexpr int N = decltype(together)::value;
-        const auto in = [](const void *pointer) { return static_cast<const T *>(pointer); };
-        const int64_t parts = Place<N>::parts(s), rows = THREADS / std::min<int64_t>(channels / N, THREADS);
-        int error = launch(sum_gradients<T, N>, maps * ((positions - 1) / chunk + 1) * parts, THREADS,
-                           2 * N * THREADS * sizeof(float), device, stream, in(grad), in(y), in(term), statistics,
-                           in(weight), in(bias), sums, s);
+        const int64_t parts = Slot<N>::parts(s), rows = THREADS / std::min<int64_t>(channels / N, THREADS);
+        int error =
+            launch(sum_gradients<T, N>, maps * ((positions - 1) / chunk + 1) * parts, THREADS,
+                   2 * N * THREADS * sizeof(float), device, stream, grad, y, term, statistics, weight, bias, sums, s);
         if (error || !(y_grad || term_grad)) return error;
-        error = launch(combine_gradients<T>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, sums, in(weight),
-                       means, last, s);
-        if (error) return error;
+        if (const int error = launch(combine_gradients<T>, (last + WARPS - 1) / WARPS, THREADS, 0, device, stream, sums,
+                                     weight, means, last, s))
+            return error;
         return launch(differentiate<T, N>, batch * splits * ((positions - 1) / rows + 1) * parts, THREADS, 0, device,
-                      stream, in(grad), in(y), in(term), statistics, means, in(weight), in(bias),
-                      static_cast<T *>(y_grad), term_grad, int(splits), s);
+                      stream, grad, y, term, statistics, means, weight, bias, y_grad, term_grad, splits, s);
     });
 }

@@ -1,15 +1,15 @@
-"""Class aggregation: linear attention over the classes of a position, with the pooling before and the resize after it.
+"""Class aggregation: linear attention over the classes of a position, with its pooling, MLP and resize.
 
-With n = LN(average-pool(x)), at each pooled position and head, φ = elu + 1, sums over the classes t, and the class that
-pads the list as one more key with the weight `pads`:
+With n = LN(average-pool(x)), at each pooled position and head, φ = elu + 1, sums over the classes t, and the padding
+class as one more key with the weight `pads`:
 
     q_t = φ(W_q n_t + g_t),   k_t = φ(W_k n_t + h_t),   v_t = W_v n_t + b
     S = Σ w_t k_t ⊗ (v_t − m),   z = Σ w_t k_t,   m = Σ w_t v_t
     y_t = average-pool(x)_t + m + a_t,   a_t = (q_t · S − ε m) / e_t,   e_t = q_t · z + ε
 
-where N = T + pads, ε = 1e-6 / N, and w_t = 1 / N, or pads / N for the padding class. Dividing by N leaves the quotient
-as it is and keeps S in float16's range for any number of classes. Taking the mean m out of the values keeps their
-differences precise, which are all that the gradients of queries and keys come from.
+where N = T + pads, ε = 1e-6 / N, and w_t = 1 / N, or pads / N for the padding class. Dividing by N keeps S in float16's
+range for any number of classes. Subtracting the mean m keeps the differences of the values precise, which are all that
+the gradients of queries and keys depend on.
 
 Backward, from the gradient g_t of y_t, and with r_t = g_t / e_t:
 
@@ -50,13 +50,9 @@ __all__ = [
 NORMALISER_EPS = tl.constexpr(1e-6)
 GROUP_HEADS = 4  # at most, in one program
 
-# By bytes of an element. TOKENS: classes in a tile; GROUP: channels of the heads that a program works on together;
-# SLICE: channels of n and of the weights read at a time. float32 products do not run on tensor cores unless TF32 is
-# allowed, and their unrolled form needs the registers.
-TILES = {
-    2: {"TOKENS": 32, "GROUP": 64, "SLICE": 64},
-    4: {"TOKENS": 32, "GROUP": 32, "SLICE": 32},
-}
+# Classes per tile, channels of the heads of a program, channels loaded per step; by bytes of an element. Without TF32,
+# float32 products do not run on tensor cores, and their unrolled form needs the registers.
+TILES = {2: {"TOKENS": 32, "GROUP": 64, "SLICE": 64}, 4: {"TOKENS": 32, "GROUP": 32, "SLICE": 32}}
 
 
 @triton.jit
@@ -67,35 +63,35 @@ def _feature(x):
 
 @triton.jit
 def _head_sums(x, head, HEADS: tl.constexpr):
-    """The sum of x over the channels of each head, at each of them; `head` (1, GROUP) numbers the channels' heads."""
+    """The sum of x over each head's channels, at each of them; `head` (1, GROUP) is the head of each channel."""
     total = tl.zeros(x.shape, tl.float32)
     for h in tl.static_range(HEADS):
-        share = tl.sum(tl.where(head == h, x, 0.0), 1, keep_dims=True)
-        total += tl.where(head == h, share, 0.0)
+        head_sum = tl.sum(tl.where(head == h, x, 0.0), 1, keep_dims=True)
+        total += tl.where(head == h, head_sum, 0.0)
     return total
 
 
 @triton.jit
 def _query(
-    normed, row, live, terms, t, weight, c, valid, channels,
+    normed, row, row_mask, terms, t, weight, c, valid, channels,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """φ(q') of one tile (TOKENS, GROUP)."""
-    q = tl.zeros((TOKENS, GROUP), tl.float32)
+    acc = tl.zeros((TOKENS, GROUP), tl.float32)
     for start in range(0, channels, SLICE):
         s = start + tl.arange(0, SLICE)
-        inside = (s < channels)[None, :]
-        n = tl.load(normed + row[:, None] * channels + s[None, :], mask=live & inside, other=0.0)
-        w = tl.load(weight + c[:, None] * channels + s[None, :], mask=valid[:, None] & inside, other=0.0)
-        q = dot(n, tl.trans(w), q, PRECISION)
-    mask = live & valid[None, :]
+        slice_mask = (s < channels)[None, :]
+        n = tl.load(normed + row[:, None] * channels + s[None, :], mask=row_mask & slice_mask, other=0.0)
+        w = tl.load(weight + c[:, None] * channels + s[None, :], mask=valid[:, None] & slice_mask, other=0.0)
+        acc = dot(n, tl.trans(w), acc, PRECISION)
+    mask = row_mask & valid[None, :]
     g = tl.load(terms + t[:, None] * (2 * channels) + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, _feature(q + g), 0.0)
+    return tl.where(mask, _feature(acc + g), 0.0)
 
 
 @triton.jit
 def _key_value(
-    normed, row, live, terms, t, weight, v_bias, c, valid, channels,
+    normed, row, row_mask, terms, t, weight, v_bias, c, valid, channels,
     TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """φ(k') and v of one tile, both (TOKENS, GROUP)."""
@@ -103,17 +99,17 @@ def _key_value(
     v = tl.zeros((TOKENS, GROUP), tl.float32)
     for start in range(0, channels, SLICE):
         s = start + tl.arange(0, SLICE)
-        inside = (s < channels)[None, :]
-        n = tl.load(normed + row[:, None] * channels + s[None, :], mask=live & inside, other=0.0)
-        mask = valid[:, None] & inside
-        k_place = weight + (channels + c)[:, None] * channels + s[None, :]
-        w = tl.load(k_place, mask=mask, other=0.0)
+        slice_mask = (s < channels)[None, :]
+        n = tl.load(normed + row[:, None] * channels + s[None, :], mask=row_mask & slice_mask, other=0.0)
+        mask = valid[:, None] & slice_mask
+        k_pointers = weight + (channels + c)[:, None] * channels + s[None, :]
+        w = tl.load(k_pointers, mask=mask, other=0.0)
         k = dot(n, tl.trans(w), k, PRECISION)
-        w = tl.load(k_place + channels * channels, mask=mask, other=0.0)
+        w = tl.load(k_pointers + channels * channels, mask=mask, other=0.0)
         v = dot(n, tl.trans(w), v, PRECISION)
-    mask = live & valid[None, :]
-    place = t[:, None] * (2 * channels) + channels + c[None, :]
-    k += tl.load(terms + place, mask=mask, other=0.0).to(tl.float32)
+    mask = row_mask & valid[None, :]
+    offset = t[:, None] * (2 * channels) + channels + c[None, :]
+    k += tl.load(terms + offset, mask=mask, other=0.0).to(tl.float32)
     v += tl.load(v_bias + c, mask=valid, other=0.0).to(tl.float32)[None, :]
     return tl.where(mask, _feature(k), 0.0), tl.where(mask, v, 0.0)
 
@@ -128,94 +124,93 @@ def _linear(
 ):  # fmt: skip
     """One position and one group of heads. Forward: out is y, (tokens, C). Backward: out is (dq', dk', dv),
     (tokens, 3C), and pad_out the (dk', dv) of the padding class at this position."""
-    # Factors are rounded before anything is taken of them, so that what should cancel in a sum does.
+    # Factors are rounded first, so that what should cancel in a sum does.
     dtype = normed.dtype.element_ty
     groups = tl.cdiv(channels, group_channels)
     position = (tl.program_id(0) // groups).to(tl.int64)  # among those of all images
     image = position // positions
-    local = tl.arange(0, GROUP)
-    c = tl.program_id(0) % groups * group_channels + local
-    valid = (local < group_channels) & (c < channels)
-    head = (local // head_channels)[None, :]
-    same = ((local // head_channels)[:, None] == head) & valid[:, None] & valid[None, :]
+    lane = tl.arange(0, GROUP)
+    c = tl.program_id(0) % groups * group_channels + lane
+    valid = (lane < group_channels) & (c < channels)
+    head = (lane // head_channels)[None, :]
+    same_head = ((lane // head_channels)[:, None] == head) & valid[:, None] & valid[None, :]
     terms += image * terms_stride
-    first = image * classes * positions + position % positions
+    first_row = image * classes * positions + position % positions
     keys = classes + (pads > 0)
 
-    outer = tl.zeros((GROUP, GROUP), tl.float32)
-    total = tl.zeros((GROUP,), tl.float32)
-    mean = tl.zeros((GROUP,), tl.float32)
-    share = 1.0 / (classes + pads)
+    kv = tl.zeros((GROUP, GROUP), tl.float32)
+    k_sum = tl.zeros((GROUP,), tl.float32)
+    v_mean = tl.zeros((GROUP,), tl.float32)
+    inverse_count = 1.0 / (classes + pads)
     for start in range(0, keys, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        row = tl.where(t < classes, first + t.to(tl.int64) * positions, padding_row)
+        row = tl.where(t < classes, first_row + t.to(tl.int64) * positions, padding_row)
         k, v = _key_value(
             normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels,
             TOKENS, GROUP, SLICE, PRECISION,
         )  # fmt: skip
-        times = (tl.where(t < classes, 1, pads).to(tl.float32) * share)[:, None]
-        k = rounded(k * times, dtype)
+        key_weight = (tl.where(t < classes, 1, pads).to(tl.float32) * inverse_count)[:, None]
+        k = rounded(k * key_weight, dtype)
         v = rounded(v, dtype)
-        total += tl.sum(k.to(tl.float32), 0)
-        mean += tl.sum(v.to(tl.float32) * times, 0)
-        outer = dot(tl.trans(k), v, outer, PRECISION)
-    outer = rounded(tl.where(same, outer - total[:, None] * mean[None, :], 0.0), dtype)
+        k_sum += tl.sum(k.to(tl.float32), 0)
+        v_mean += tl.sum(v.to(tl.float32) * key_weight, 0)
+        kv = dot(tl.trans(k), v, kv, PRECISION)
+    kv = rounded(tl.where(same_head, kv - k_sum[:, None] * v_mean[None, :], 0.0), dtype)
 
-    outer_grad = tl.zeros((GROUP, GROUP), tl.float32)
-    total_grad = tl.zeros((GROUP,), tl.float32)
+    kv_grad = tl.zeros((GROUP, GROUP), tl.float32)
+    k_sum_grad = tl.zeros((GROUP,), tl.float32)
     for start in range(0, classes, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        row = first + t.to(tl.int64) * positions
-        live = (t < classes)[:, None]
-        mask = live & valid[None, :]
-        q = _query(normed, row, live, terms, t, weight, c, valid, channels, TOKENS, GROUP, SLICE, PRECISION)
+        row = first_row + t.to(tl.int64) * positions
+        row_mask = (t < classes)[:, None]
+        mask = row_mask & valid[None, :]
+        q = _query(normed, row, row_mask, terms, t, weight, c, valid, channels, TOKENS, GROUP, SLICE, PRECISION)
         q = rounded(q, dtype)
         queries = q.to(tl.float32)
-        normaliser = _head_sums(queries * total[None, :], head, HEADS) + NORMALISER_EPS * share
-        attended = dot(q, outer, tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
-        attended = (attended - NORMALISER_EPS * share * mean[None, :]) / normaliser
-        place = row[:, None] * channels + c[None, :]
+        normaliser = _head_sums(queries * k_sum[None, :], head, HEADS) + NORMALISER_EPS * inverse_count
+        attended = dot(q, kv, tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
+        attended = (attended - NORMALISER_EPS * inverse_count * v_mean[None, :]) / normaliser
+        offset = row[:, None] * channels + c[None, :]
         if BACKWARD:
-            ratio = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32) / normaliser
-            ratio = rounded(tl.where(mask, ratio, 0.0), dtype)
-            along = -_head_sums(attended * ratio.to(tl.float32), head, HEADS)
-            outer_grad = dot(tl.trans(q), ratio, outer_grad, PRECISION)
-            total_grad += tl.sum(queries * along, 0)
-            dq = dot(ratio, tl.trans(outer), total[None, :] * along, PRECISION) * tl.minimum(queries, 1.0)
+            r = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32) / normaliser
+            r = rounded(tl.where(mask, r, 0.0), dtype)
+            delta = -_head_sums(attended * r.to(tl.float32), head, HEADS)
+            kv_grad = dot(tl.trans(q), r, kv_grad, PRECISION)
+            k_sum_grad += tl.sum(queries * delta, 0)
+            dq = dot(r, tl.trans(kv), k_sum[None, :] * delta, PRECISION) * tl.minimum(queries, 1.0)
             tl.store(out + row[:, None] * (3 * channels) + c[None, :], rounded(dq, dtype), mask=mask)
         else:
-            y = pooled(x, row, c, mask, height, width, channels, pooling) + (mean[None, :] + attended)
-            tl.store(out + place, rounded(y, dtype), mask=mask)
+            y = pooled(x, row, c, mask, height, width, channels, pooling) + (v_mean[None, :] + attended)
+            tl.store(out + offset, rounded(y, dtype), mask=mask)
 
     if BACKWARD:
-        outer_grad = rounded(tl.where(same, outer_grad * share, 0.0), dtype)
-        total_grad *= share
+        kv_grad = rounded(tl.where(same_head, kv_grad * inverse_count, 0.0), dtype)
+        k_sum_grad *= inverse_count
         for start in range(0, keys, TOKENS):
             t = start + tl.arange(0, TOKENS)
-            row = tl.where(t < classes, first + t.to(tl.int64) * positions, padding_row)
+            row = tl.where(t < classes, first_row + t.to(tl.int64) * positions, padding_row)
             k, v = _key_value(
                 normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels,
                 TOKENS, GROUP, SLICE, PRECISION,
             )  # fmt: skip
-            times = tl.where(t < classes, 1, pads).to(tl.float32)[:, None]
-            v = rounded(rounded(v, dtype).to(tl.float32) - mean[None, :], dtype)
-            dk = dot(v, tl.trans(outer_grad), tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
-            dk = (dk + total_grad[None, :]) * tl.minimum(k, 1.0) * times
-            dv = dot(rounded(k, dtype), outer_grad, tl.zeros((TOKENS, GROUP), tl.float32), PRECISION) * times
-            target = out + row[:, None] * (3 * channels) + channels + c[None, :]
+            count = tl.where(t < classes, 1, pads).to(tl.float32)[:, None]
+            v = rounded(rounded(v, dtype).to(tl.float32) - v_mean[None, :], dtype)
+            dk = dot(v, tl.trans(kv_grad), tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
+            dk = (dk + k_sum_grad[None, :]) * tl.minimum(k, 1.0) * count
+            dv = dot(rounded(k, dtype), kv_grad, tl.zeros((TOKENS, GROUP), tl.float32), PRECISION) * count
+            pointers = out + row[:, None] * (3 * channels) + channels + c[None, :]
             mask = (t < classes)[:, None] & valid[None, :]
-            tl.store(target, rounded(dk, dtype), mask=mask)
-            tl.store(target + channels, rounded(dv, dtype), mask=mask)
-            target = pad_out + position * (2 * channels) + c[None, :] + t[:, None] * 0
+            tl.store(pointers, rounded(dk, dtype), mask=mask)
+            tl.store(pointers + channels, rounded(dv, dtype), mask=mask)
+            pointers = pad_out + position * (2 * channels) + c[None, :] + t[:, None] * 0
             mask = (t >= classes)[:, None] & (t < keys)[:, None] & valid[None, :]
-            tl.store(target, dk, mask=mask)
-            tl.store(target + channels, dv, mask=mask)
+            tl.store(pointers, dk, mask=mask)
+            tl.store(pointers + channels, dv, mask=mask)
 
 
 def _group_tile(x: Tensor, keys: int, heads: int) -> tuple[int, dict[str, int]]:
     """Channels of a program's heads, and the tile."""
-    tile = sizes(TILES, x)
-    channels = x.shape[-1]
+    tile, channels = sizes(TILES, x), x.shape[-1]
     head_channels = channels // heads
     together = max(1, min(heads, tile["GROUP"] // head_channels, GROUP_HEADS))
     return together * head_channels, {
@@ -246,8 +241,8 @@ def class_aggregation(
     x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
     padding_token: Tensor, *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(B, T, H, W, C) -> the same, and what the attention half gives, (B, T, H // pooling, W // pooling, C), if it is
-    kept; `others` are the MLP's weights, pads, heads, pooling, whether attention is full and whether to keep."""
+    """(B, T, H, W, C) -> the same, and y, (B, T, H // pooling, W // pooling, C), empty unless `keep`; `others`: the
+    MLP's weights, pads, heads, pooling, full, keep."""
     *mlp, pads, heads, pooling, full, keep = others
     batch, classes, height, width, channels = x.shape
     middle = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
@@ -264,8 +259,8 @@ def class_attention_backward(
     grad: Tensor, x: Tensor, terms: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, v_bias: Tensor,
     padding_token: Tensor, pads: int, heads: int, pooling: int, full: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:  # fmt: skip
-    """Gradients (dq', dk', dv) of all tokens, (tokens, or one more if there are pads, 3C); (dk', dv) of the padding
-    class, (B, positions, 2C), empty without pads; n; no statistics of the norm."""
+    """(dq', dk', dv) of all tokens, (tokens, or one more if there are pads, 3C); (dk', dv) of the padding class,
+    (B, positions, 2C), empty without pads; n; no statistics of the norm."""
     normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
     tokens_grad = x.new_empty(len(normed), 3 * x.shape[-1])
     positions = grad.shape[2] * grad.shape[3]

@@ -1,4 +1,4 @@
-"""Full attention over the classes of a position, from projected tokens; class aggregation's other kernels surround it.
+"""Class aggregation's full attention over the classes of a position, from projected tokens.
 
 With q', k', v' the weights' products with n, without guidance and biases, at each position and head of d channels:
 
@@ -6,13 +6,13 @@ With q', k', v' the weights' products with n, without guidance and biases, at ea
     s_tu = q_t · k_u / √d,   and log(pads) more where u is the padding class
     p_tu = exp(s_tu) / Σ_u exp(s_tu),   a_t = Σ_u p_tu v_u,   y_t = average-pool(x)_t + a_t
 
-The classes that pad the list are all alike: one key with the logarithm of their number added to its score. Backward,
-from the gradient g_t of y_t:
+The padding classes are all alike: one key with the logarithm of their number added to its score. Backward, from the
+gradient g_t of y_t:
 
     ds_tu = p_tu (g_t · v_u − g_t · a_t)
     dq_t = Σ_u ds_tu k_u / √d,   dk_u = Σ_t ds_tu q_t / √d,   dv_u = Σ_t p_tu g_t
 
-One kernel takes what belongs to queries; another, with the logarithms of the sums and g_t · a_t, what belongs to keys.
+One kernel computes y or dq, another, with the logarithms of the sums and g_t · a_t, dk and dv.
 """
 
 from __future__ import annotations
@@ -29,16 +29,13 @@ from .class_aggregation_tokens import pooled
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
 
-# Classes in a tile, at most, and the warps of a program, by bytes of an element. float32 products do not run on tensor
-# cores unless TF32 is allowed, and their unrolled form needs the registers.
+# Classes per tile and warps, by bytes of an element. Without TF32, float32 products do not run on tensor cores, and
+# their unrolled form needs the registers.
 TILES = {2: {"TOKENS": 64, "warps": 4}, 4: {"TOKENS": 32, "warps": 8}}
 
 
 @triton.jit
-def _part(
-    projected, row, terms, t, inside, c, channels,
-    PART: tl.constexpr,
-):  # fmt: skip
+def _part(projected, row, terms, t, inside, c, channels, PART: tl.constexpr):
     """q, k or v (PART 0, 1, 2) of one tile, in the tensors' dtype; `terms` is v's bias for v."""
     value = tl.load(projected + row[:, None] * (3 * channels) + PART * channels + c[None, :], mask=inside, other=0.0)
     value = value.to(tl.float32)
@@ -60,73 +57,73 @@ def _scores(q, k, u, classes, keys, scale, log_pads, TOKENS: tl.constexpr, PRECI
 
 @triton.jit
 def _queries(
-    projected, terms, v_bias, x, grad, out, logarithms, shares,
+    projected, terms, v_bias, x, grad, out, log_sums, deltas,
     classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
     height, width, pooling,
     TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One position, head and tile of classes. Forward: out is y. Backward: out is (dq', dk', dv), of which it writes
-    the first, with the logarithm of each class's sum and its g · a."""
+    """One position, head and tile of classes. Forward: writes y. Backward: writes dq' into (dq', dk', dv), the
+    logarithm of each class's sum, and g · a."""
     dtype = projected.dtype.element_ty
     tiles = tl.cdiv(classes, TOKENS)
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
     position = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    first = position // positions * classes * positions + position % positions
+    first_row = position // positions * classes * positions + position % positions
     terms += position // positions * terms_stride
     c = head * head_channels + tl.arange(0, HEAD)
     valid = (tl.arange(0, HEAD) < head_channels)[None, :]
     t = tile * TOKENS + tl.arange(0, TOKENS)
-    row = first + t.to(tl.int64) * positions
+    row = first_row + t.to(tl.int64) * positions
     mask = (t < classes)[:, None] & valid
     q = _part(projected, row, terms, t, mask, c, channels, 0)
 
-    largest = tl.full((TOKENS,), float("-inf"), tl.float32)
-    total = tl.zeros((TOKENS,), tl.float32)
-    attended = tl.zeros((TOKENS, HEAD), tl.float32)
+    row_max = tl.full((TOKENS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((TOKENS,), tl.float32)
+    acc = tl.zeros((TOKENS, HEAD), tl.float32)
     for start in range(0, keys, TOKENS):
         u = start + tl.arange(0, TOKENS)
-        other = tl.where(u < classes, first + u.to(tl.int64) * positions, padding_row)
-        inside = (u < keys)[:, None] & valid
-        k = _part(projected, other, terms, u, inside, c, channels, 1)
-        v = _part(projected, other, v_bias, u, inside, c, channels, 2)
+        key_row = tl.where(u < classes, first_row + u.to(tl.int64) * positions, padding_row)
+        key_mask = (u < keys)[:, None] & valid
+        k = _part(projected, key_row, terms, u, key_mask, c, channels, 1)
+        v = _part(projected, key_row, v_bias, u, key_mask, c, channels, 2)
         s = _scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION)
-        before = largest
-        largest = tl.maximum(largest, tl.max(s, 1))
-        p = tl.exp(s - largest[:, None])
-        decay = tl.exp(before - largest)
-        total = total * decay + tl.sum(p, 1)
-        attended = dot(rounded(p, dtype), v, attended * decay[:, None], PRECISION)
-    attended = attended / total[:, None]
+        previous_max = row_max
+        row_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp(s - row_max[:, None])
+        rescale = tl.exp(previous_max - row_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = dot(rounded(p, dtype), v, acc * rescale[:, None], PRECISION)
+    acc = acc / row_sum[:, None]
 
-    place = row[:, None] * channels + c[None, :]
+    offset = row[:, None] * channels + c[None, :]
     if BACKWARD:
-        g = tl.load(grad + place, mask=mask, other=0.0)
-        share = tl.sum(tl.where(mask, attended, 0.0) * g.to(tl.float32), 1)
-        logarithm = largest + tl.log(total)
-        line = (position * heads + head) * classes + t
-        tl.store(shares + line, share, mask=t < classes)
-        tl.store(logarithms + line, logarithm, mask=t < classes)
+        g = tl.load(grad + offset, mask=mask, key_row=0.0)
+        delta = tl.sum(tl.where(mask, acc, 0.0) * g.to(tl.float32), 1)
+        log_sum = row_max + tl.log(row_sum)
+        stat_offset = (position * heads + head) * classes + t
+        tl.store(deltas + stat_offset, delta, mask=t < classes)
+        tl.store(log_sums + stat_offset, log_sum, mask=t < classes)
         dq = tl.zeros((TOKENS, HEAD), tl.float32)
         for start in range(0, keys, TOKENS):
             u = start + tl.arange(0, TOKENS)
-            other = tl.where(u < classes, first + u.to(tl.int64) * positions, padding_row)
-            inside = (u < keys)[:, None] & valid
-            k = _part(projected, other, terms, u, inside, c, channels, 1)
-            v = _part(projected, other, v_bias, u, inside, c, channels, 2)
+            key_row = tl.where(u < classes, first_row + u.to(tl.int64) * positions, padding_row)
+            key_mask = (u < keys)[:, None] & valid
+            k = _part(projected, key_row, terms, u, key_mask, c, channels, 1)
+            v = _part(projected, key_row, v_bias, u, key_mask, c, channels, 2)
             s = _scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION)
-            p = tl.exp(s - logarithm[:, None])
-            ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - share[:, None]
+            p = tl.exp(s - log_sum[:, None])
+            ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - delta[:, None]
             dq = dot(rounded(p * ds * scale, dtype), k, dq, PRECISION)
         tl.store(out + row[:, None] * (3 * channels) + c[None, :], rounded(dq, dtype), mask=mask)
     else:
-        y = pooled(x, row, c, mask, height, width, channels, pooling) + attended
-        tl.store(out + place, rounded(y, dtype), mask=mask)
+        y = pooled(x, row, c, mask, height, width, channels, pooling) + acc
+        tl.store(out + offset, rounded(y, dtype), mask=mask)
 
 
 @triton.jit
 def _keys(
-    projected, terms, v_bias, grad, out, pad_out, logarithms, shares,
+    projected, terms, v_bias, grad, out, pad_out, log_sums, deltas,
     classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
     TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,43 +133,43 @@ def _keys(
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
     position = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    first = position // positions * classes * positions + position % positions
+    first_row = position // positions * classes * positions + position % positions
     terms += position // positions * terms_stride
     c = head * head_channels + tl.arange(0, HEAD)
     valid = (tl.arange(0, HEAD) < head_channels)[None, :]
     u = tile * TOKENS + tl.arange(0, TOKENS)
-    other = tl.where(u < classes, first + u.to(tl.int64) * positions, padding_row)
-    inside = (u < keys)[:, None] & valid
-    k = _part(projected, other, terms, u, inside, c, channels, 1)
-    v = _part(projected, other, v_bias, u, inside, c, channels, 2)
+    key_row = tl.where(u < classes, first_row + u.to(tl.int64) * positions, padding_row)
+    key_mask = (u < keys)[:, None] & valid
+    k = _part(projected, key_row, terms, u, key_mask, c, channels, 1)
+    v = _part(projected, key_row, v_bias, u, key_mask, c, channels, 2)
 
     dk = tl.zeros((TOKENS, HEAD), tl.float32)
     dv = tl.zeros((TOKENS, HEAD), tl.float32)
     for start in range(0, classes, TOKENS):
         t = start + tl.arange(0, TOKENS)
-        row = first + t.to(tl.int64) * positions
+        row = first_row + t.to(tl.int64) * positions
         mask = (t < classes)[:, None] & valid
         q = _part(projected, row, terms, t, mask, c, channels, 0)
-        g = tl.load(grad + row[:, None] * channels + c[None, :], mask=mask, other=0.0)
-        line = (position * heads + head) * classes + t
-        logarithm = tl.load(logarithms + line, mask=t < classes, other=float("inf"))
-        share = tl.load(shares + line, mask=t < classes, other=0.0)
-        p = tl.exp(_scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION) - logarithm[:, None])
+        g = tl.load(grad + row[:, None] * channels + c[None, :], mask=mask, key_row=0.0)
+        stat_offset = (position * heads + head) * classes + t
+        log_sum = tl.load(log_sums + stat_offset, mask=t < classes, key_row=float("inf"))
+        delta = tl.load(deltas + stat_offset, mask=t < classes, key_row=0.0)
+        p = tl.exp(_scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION) - log_sum[:, None])
         dv = dot(tl.trans(rounded(p, dtype)), g, dv, PRECISION)
-        ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - share[:, None]
+        ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - delta[:, None]
         dk = dot(tl.trans(rounded(p * ds * scale, dtype)), q, dk, PRECISION)
-    target = out + other[:, None] * (3 * channels) + channels + c[None, :]
+    pointers = out + key_row[:, None] * (3 * channels) + channels + c[None, :]
     mask = (u < classes)[:, None] & valid
-    tl.store(target, rounded(dk, dtype), mask=mask)
-    tl.store(target + channels, rounded(dv, dtype), mask=mask)
-    target = pad_out + position * (2 * channels) + c[None, :] + u[:, None] * 0
-    mask = inside & (u >= classes)[:, None]
-    tl.store(target, dk, mask=mask)
-    tl.store(target + channels, dv, mask=mask)
+    tl.store(pointers, rounded(dk, dtype), mask=mask)
+    tl.store(pointers + channels, rounded(dv, dtype), mask=mask)
+    pointers = pad_out + position * (2 * channels) + c[None, :] + u[:, None] * 0
+    mask = key_mask & (u >= classes)[:, None]
+    tl.store(pointers, dk, mask=mask)
+    tl.store(pointers + channels, dv, mask=mask)
 
 
 def _arguments(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all kernels take: numbers known at the call, the tile and its warps."""
+    """Arguments of all kernels: sizes, and the tile with its warps."""
     batch, classes, height, width, channels = x.shape
     positions = (height // pooling) * (width // pooling)
     keys = classes + (pads > 0)
@@ -204,14 +201,14 @@ def attend_backward(
     numbers, tile = _arguments(x, terms, pads, heads, pooling)
     classes, keys, positions = numbers[:3]
     lines = x.shape[0] * positions * heads
-    logarithms = x.new_empty(lines * classes, dtype=torch.float32)
-    shares = torch.empty_like(logarithms)
+    log_sums = x.new_empty(lines * classes, dtype=torch.float32)
+    deltas = torch.empty_like(log_sums)
     launch(
         _queries, (lines * cdiv(classes, tile["TOKENS"]),),
-        projected, terms, v_bias, x, grad, out, logarithms, shares, *numbers, *x.shape[2:4], pooling,
+        projected, terms, v_bias, x, grad, out, log_sums, deltas, *numbers, *x.shape[2:4], pooling,
         **tile, BACKWARD=True,
     )  # fmt: skip
     launch(
         _keys, (lines * cdiv(keys, tile["TOKENS"]),),
-        projected, terms, v_bias, grad, out, pad_out, logarithms, shares, *numbers, **tile,
+        projected, terms, v_bias, grad, out, pad_out, log_sums, deltas, *numbers, **tile,
     )  # fmt: skip

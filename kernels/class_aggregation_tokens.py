@@ -1,6 +1,6 @@
-"""Tokens of class aggregation: average pooling and LayerNorm before the attention, and their gradient behind it.
+"""Tokens of class aggregation: average pooling and LayerNorm before the attention, and their backward.
 
-Tokens are numbered (b, t, y, x) on the pooled maps; behind the last stands the padding class, where there is one.
+Tokens are numbered (b, t, y, x) on the pooled maps; the padding class, if there is one, follows the last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS = {2: 32, 4: 16}  # tokens in a tile, by bytes of an element
 
 @triton.jit
 def pooled_place(row, height, width, pooling):
-    """Number of the first token of x that pooled token `row` is the mean of."""
+    """The first of the tokens of x whose mean is pooled token `row`."""
     columns = width // pooling
     lines = height // pooling
     maps = row // (lines * columns)
@@ -43,7 +43,7 @@ def _normalise(
     x, padding, norm_weight, norm_bias, normed, tokens, rows, height, width, channels, pooling,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """n of all tokens, and of the padding class where `rows` counts it too."""
+    """n of all tokens, and of the padding class if `rows` counts it too."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
     inside = (c < channels)[None, :]
@@ -64,7 +64,7 @@ def _normalise_backward(
     tokens, rows, height, width, channels, pooling,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dx from the gradients of y and n; one row a program of what sums to the gradients of weight and bias."""
+    """dx from the gradients of y and n; partial sums of the gradients of weight and bias, one row a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
     inside = (c < channels)[None, :]
@@ -99,7 +99,7 @@ def row_tile(x: Tensor) -> dict[str, int]:
 def normed_tokens(
     x: Tensor, padding: Tensor, norm_weight: Tensor, norm_bias: Tensor, pads: int, pooling: int
 ) -> Tensor:
-    """(tokens, or one more where there are pads, C)."""
+    """n, (tokens, or one more if there are pads, C)."""
     batch, classes, height, width, channels = x.shape
     tokens = batch * classes * (height // pooling) * (width // pooling)
     rows = tokens + (pads > 0)
@@ -116,8 +116,7 @@ def tokens_backward(
     normed_grad: Tensor, grad: Tensor, x: Tensor, padding: Tensor, norm_weight: Tensor, norm_bias: Tensor, _: None,
     pads: int, pooling: int, parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of x, with the residual's, of the norm's weight and bias, if `parameters`, and of the padding class,
-    from those of n and y."""
+    """dx, gradients of the norm's weight and bias, if `parameters`, and of the padding class, from dn and g."""
     batch, classes, height, width, channels = x.shape
     tokens = batch * classes * (height // pooling) * (width // pooling)
     rows = tokens + (pads > 0)

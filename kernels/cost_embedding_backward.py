@@ -19,64 +19,55 @@ from .common.launch import block, cdiv, launch, precision, sizes
 from .common.map_tiles import halo_pixels, map_tile, tile_pixels
 from .common.math import dot
 
-# Of dcost: pixels of a tile without and with its halo, channels of the gradient read at a time, and elements of the
-# window at a time. The larger the tile, the fewer pixels belong to several halos. By bytes of an element.
+# Of dcost: pixels of a tile without and with its halo, channels and elements of the window per step. The larger the
+# tile, the fewer pixels belong to several halos. By bytes of an element.
 COST_TILES = {
     2: {"PIXELS": 64, "HALO": 256, "CHANNELS": 32, "TAPS": 64},
     4: {"PIXELS": 32, "HALO": 128, "CHANNELS": 32, "TAPS": 64},
 }
-# Of dweight: tokens read at a time, channels and elements of the window that a program sums.
+# Of dweight: tokens per step, channels and elements of the window of a program.
 WEIGHT_TILES = {
     2: {"ITEMS": 32, "CHANNELS": 128, "TAPS": 64},
     4: {"ITEMS": 32, "CHANNELS": 32, "TAPS": 32},
 }
-PARTS = 256  # programs, about, that share the sum of dweight, each with a partial sum of its own
+PARTS = 256  # programs, about, that each take a partial sum of dweight
 
 
 @triton.jit
 def _cost_gradient(
     grad, weight, out, maps, prompts, height, width, channels, tile_height, tile_width,
-    SIZE: tl.constexpr, PIXELS: tl.constexpr, HALO: tl.constexpr, TOGETHER: tl.constexpr, CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr, PIXELS: tl.constexpr, HALO: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr,
     TAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradients of TOGETHER maps: z of the tile and its halo, then the sums along z's diagonals."""
+    """One tile of the gradients of MAPS maps: z of the tile and its halo, then the sums along z's diagonals."""
     tiles = tl.cdiv(height, tile_height) * tl.cdiv(width, tile_width)
-    top, left, y, x, inside = halo_pixels(
-        tl.program_id(0) % tiles, height, width, tile_height, tile_width, SIZE, HALO, TOGETHER
-    )  # fmt: skip
-    first = (tl.program_id(0) // tiles).to(tl.int64) * TOGETHER
-    prompt = tl.program_id(0) // tiles % prompts  # maps of several prompts are not taken together
+    tile = tl.program_id(0) % tiles
+    top, left, y, x, inside = halo_pixels(tile, height, width, tile_height, tile_width, SIZE, HALO, MAPS)
+    first = (tl.program_id(0) // tiles).to(tl.int64) * MAPS
+    prompt = tl.program_id(0) // tiles % prompts  # with several prompts MAPS is 1
     grad += first // prompts * height * width * channels
-    halo_map = tl.arange(0, TOGETHER * HALO) // HALO
-    inside = inside & (first + halo_map < maps)
-    token = (halo_map * height + y) * width + x
-    which, y, x, real, corner = tile_pixels(
-        top, left, height, width, tile_height, tile_width, SIZE, HALO, PIXELS, TOGETHER
-    )  # fmt: skip
-    total = tl.zeros((TOGETHER * PIXELS,), tl.float32)
-    for start_tap in range(0, SIZE * SIZE, TAPS):
-        tap = start_tap + tl.arange(0, TAPS)
-        z = tl.zeros((TOGETHER * HALO, TAPS), tl.float32)
+    which = tl.arange(0, MAPS * HALO) // HALO
+    inside = inside & (first + which < maps)
+    token = (which * height + y) * width + x
+    which, y, x, real, corner = tile_pixels(top, left, height, width, tile_height, tile_width, SIZE, HALO, PIXELS, MAPS)
+    acc = tl.zeros((MAPS * PIXELS,), tl.float32)
+    for first_tap in range(0, SIZE * SIZE, TAPS):
+        tap = first_tap + tl.arange(0, TAPS)
+        valid = tap < SIZE * SIZE
+        z = tl.zeros((MAPS * HALO, TAPS), tl.float32)
         for start in range(0, channels, CHANNELS):
             c = start + tl.arange(0, CHANNELS)
-            g = tl.load(
-                grad + token[:, None] * channels + c[None, :],
-                mask=inside[:, None] & (c < channels)[None, :], other=0.0,
-            )  # fmt: skip
-            w = tl.load(
-                weight + (c * prompts + prompt)[:, None] * (SIZE * SIZE) + tap[None, :],
-                mask=(c < channels)[:, None] & (tap < SIZE * SIZE)[None, :], other=0.0,
-            )  # fmt: skip
+            mask = inside[:, None] & (c < channels)[None, :]
+            g = tl.load(grad + token[:, None] * channels + c[None, :], mask=mask, other=0.0)
+            offset = (c * prompts + prompt)[:, None] * (SIZE * SIZE) + tap[None, :]
+            w = tl.load(weight + offset, mask=(c < channels)[:, None] & valid[None, :], other=0.0)
             z = dot(g, w, z, PRECISION)
         # Element (i, j) of the window belongs to z of the pixel K − 1 − i below and K − 1 − j right of the first one.
-        place = (SIZE - 1 - tap // SIZE) * (tile_width + SIZE - 1) + SIZE - 1 - tap % SIZE
-        valid = tap < SIZE * SIZE
-        index = (corner[:, None] + tl.where(valid, place, 0)[None, :]) * TAPS + tl.arange(0, TAPS)[None, :]
-        terms = tl.gather(
-            tl.reshape(z, (TOGETHER * HALO * TAPS,)), tl.reshape(index, (TOGETHER * PIXELS * TAPS,)), 0
-        )  # fmt: skip
-        total += tl.sum(tl.where(valid[None, :], tl.reshape(terms, index.shape), 0.0), 1)
-    tl.store(out + ((first + which) * height + y) * width + x, total, mask=real & (first + which < maps))
+        shift = (SIZE - 1 - tap // SIZE) * (tile_width + SIZE - 1) + SIZE - 1 - tap % SIZE
+        index = (corner[:, None] + tl.where(valid, shift, 0)[None, :]) * TAPS + tl.arange(0, TAPS)[None, :]
+        terms = tl.gather(tl.reshape(z, (MAPS * HALO * TAPS,)), tl.reshape(index, (MAPS * PIXELS * TAPS,)), 0)
+        acc += tl.sum(tl.where(valid[None, :], tl.reshape(terms, index.shape), 0.0), 1)
+    tl.store(out + ((first + which) * height + y) * width + x, acc, mask=real & (first + which < maps))
 
 
 @triton.jit
@@ -85,66 +76,63 @@ def _weight_gradient(
     SIZE: tl.constexpr, ITEMS: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part's sum, (TAPS, CHANNELS) of (ROWS, channels), over its share of the blocks of tokens. The row behind the
+    """A partial sum, (TAPS, CHANNELS) of (ROWS, channels), over one part of the blocks of tokens. The row behind the
     window's K² is that of a cost of 1: the gradient of the bias."""
     part = tl.program_id(0) % parts
     channel_tiles = tl.cdiv(channels, CHANNELS)
-    place = tl.program_id(0) // parts
-    c = place % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    place = place // channel_tiles
-    tap = place % (ROWS // TAPS) * TAPS + tl.arange(0, TAPS)
-    prompt = place // (ROWS // TAPS)
+    tile = tl.program_id(0) // parts
+    c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    tap = tile // channel_tiles % (ROWS // TAPS) * TAPS + tl.arange(0, TAPS)
+    prompt = tile // channel_tiles // (ROWS // TAPS)
     pixels = height * width
     i = tap // SIZE - SIZE // 2
     j = tap % SIZE - SIZE // 2
-    real = tap < SIZE * SIZE
-    total = tl.zeros((TAPS, CHANNELS), tl.float32)
-    share = tl.cdiv(blocks, parts)
-    for step in range(share):
-        first = (part.to(tl.int64) * share + step) * ITEMS
+    valid = tap < SIZE * SIZE
+    acc = tl.zeros((TAPS, CHANNELS), tl.float32)
+    steps = tl.cdiv(blocks, parts)
+    for step in range(steps):
+        first = (part.to(tl.int64) * steps + step) * ITEMS
         item = tl.arange(0, ITEMS)
         mask = first + item < tokens
-        g = tl.load(
-            grad + first * channels + item[:, None] * channels + c[None, :],
-            mask=mask[:, None] & (c < channels)[None, :], other=0.0,
-        )  # fmt: skip
-        before = first // pixels  # maps before that of the first token
-        pixel = (first - before * pixels).to(tl.int32) + item
-        volume = cost + (before * prompts + prompt) * pixels
+        offset = first * channels + item[:, None] * channels + c[None, :]
+        g = tl.load(grad + offset, mask=mask[:, None] & (c < channels)[None, :], other=0.0)
+        first_map = first // pixels
+        pixel = (first - first_map * pixels).to(tl.int32) + item
+        volume = cost + (first_map * prompts + prompt) * pixels
         source = pixel // pixels * prompts * pixels + pixel % pixels
         y = pixel % pixels // width
         x = pixel % width
         y = y[:, None] + i[None, :]
         x = x[:, None] + j[None, :]
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & mask[:, None] & real[None, :]
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & mask[:, None] & valid[None, :]
         windows = tl.load(volume + source[:, None] + (i * width + j)[None, :], mask=inside, other=0.0).to(tl.float32)
         windows = tl.where((tap == SIZE * SIZE)[None, :], 1.0, windows)
-        total = dot(tl.trans(windows.to(grad.dtype.element_ty)), g, total, PRECISION)
-    target = out + ((part * prompts + prompt).to(tl.int64) * ROWS + tap)[:, None] * channels + c[None, :]
-    tl.store(target, total, mask=(c < channels)[None, :])
+        acc = dot(tl.trans(windows.to(grad.dtype.element_ty)), g, acc, PRECISION)
+    offset = ((part * prompts + prompt).to(tl.int64) * ROWS + tap)[:, None] * channels + c[None, :]
+    tl.store(out + offset, acc, mask=(c < channels)[None, :])
 
 
 def cost_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """(B, T, H, W, C), (C, P, K, K) -> (B, T · P, H · W)."""
+    """(B, T, H, W, C), (C, P, K, K) -> (B, T, P, H, W)."""
     batch, classes, height, width, channels = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
-    out = grad.new_empty(batch, classes * prompts, height * width)
+    out = grad.new_empty(batch, classes, prompts, height, width)
     tile = sizes(COST_TILES, grad)
     rows, columns = map_tile(height, width, size, tile["HALO"], tile["PIXELS"])
     halo = block((rows + size - 1) * (columns + size - 1), most=tile["HALO"])
-    together = tile["HALO"] // halo if prompts == 1 else 1
+    per_program = tile["HALO"] // halo if prompts == 1 else 1
     maps = batch * classes * prompts
     launch(
-        _cost_gradient, (cdiv(maps, together) * cdiv(height, rows) * cdiv(width, columns),),
+        _cost_gradient, (cdiv(maps, per_program) * cdiv(height, rows) * cdiv(width, columns),),
         grad, weight, out, maps, prompts, height, width, channels, rows, columns,
-        SIZE=size, PIXELS=block(rows * columns, most=tile["PIXELS"]), HALO=halo, TOGETHER=together,
+        SIZE=size, PIXELS=block(rows * columns, most=tile["PIXELS"]), HALO=halo, MAPS=per_program,
         CHANNELS=tile["CHANNELS"], TAPS=block(size * size, most=tile["TAPS"]), PRECISION=precision(), warps=8, stages=3,
     )  # fmt: skip
     return out
 
 
 def weight_gradient(grad: Tensor, cost: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C), (B, T · P, H · W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
+    """(B, T, H, W, C), (B, T, P, H, W) -> gradients of the weight, (C, P, K, K), and the bias, (C,)."""
     batch, classes, height, width, channels = grad.shape
     prompts, size = weight.shape[1], weight.shape[-1]
     tile = sizes(WEIGHT_TILES, grad)
@@ -162,5 +150,5 @@ def weight_gradient(grad: Tensor, cost: Tensor, weight: Tensor) -> tuple[Tensor,
         SIZE=size, ITEMS=tile["ITEMS"], CHANNELS=outputs, TAPS=taps, ROWS=rows, PRECISION=precision(), warps=8,
     )  # fmt: skip
     total = partial.sum(0)
-    weight_grad = total[:, : size * size].permute(2, 0, 1).reshape(weight.shape)
-    return weight_grad.to(weight.dtype).contiguous(), total[0, size * size].to(weight.dtype, copy=True)
+    weight_grad = total[:, : size * size].permute(2, 0, 1).reshape(weight.shape).to(weight.dtype)
+    return weight_grad, total[0, size * size].to(weight.dtype, copy=True)

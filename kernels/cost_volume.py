@@ -8,13 +8,11 @@ Backward, with x̂ = x / n and t̂ = t / m, from the gradient g of cost:
 
     dx_bs = (Σ_k g[b,k,s] · t̂_k − x̂_bs · Σ_k g[b,k,s] · cost[b,k,s]) / n_bs
 
-and the same with the sides exchanged for dt, summed over b too where all images share the text. One kernel does both:
-"rows" are the side whose gradient is wanted, "others" the side that is summed over.
+and with the sides exchanged, summed over b too, dt. One kernel does both: x is the side whose gradient is computed, y
+the side that is summed over.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -26,14 +24,34 @@ from .common.math import dot
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
 
-# Prompts, and patches, that a program works on; channels read at a time. By bytes of an element: float32 products do
-# not run on tensor cores unless TF32 is allowed, and their unrolled form needs the registers.
+# Prompts and patches of a tile, and channels per step, by bytes of an element. float32 products do not run on tensor
+# cores unless TF32 is allowed, and their unrolled form needs the registers.
 TILES = {2: {"ROWS": 64, "CHANNELS": 64}, 4: {"ROWS": 32, "CHANNELS": 32}}
 
 
 @triton.jit
+def products(
+    a, a_row, a_mask, b, b_row, b_mask, channels,
+    A: tl.constexpr, B: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products (A, B) of the rows `a_row` of a and `b_row` of b, and the lengths of both, (A,) and (B,)."""
+    acc = tl.zeros((A, B), tl.float32)
+    a_squares = tl.zeros((A,), tl.float32)
+    b_squares = tl.zeros((B,), tl.float32)
+    for start in range(0, channels, CHANNELS):
+        c = start + tl.arange(0, CHANNELS)
+        x = tl.load(a + a_row[:, None] * channels + c, mask=a_mask[:, None] & (c < channels), other=0.0)
+        y = tl.load(b + b_row[:, None] * channels + c, mask=b_mask[:, None] & (c < channels), other=0.0)
+        acc = dot(x, tl.trans(y), acc, PRECISION)
+        a_squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        b_squares += tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
+    a_norm = tl.maximum(tl.sqrt(a_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
+    return acc, a_norm, tl.maximum(tl.sqrt(b_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _forward(
-    image, text, cost, prompts, patches, channels, text_batch_stride,
+    image, text, cost, prompts, patches, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(patches, ROWS) * tl.cdiv(prompts, ROWS)
@@ -42,87 +60,60 @@ def _forward(
     k = tile // tl.cdiv(patches, ROWS) * ROWS + tl.arange(0, ROWS)
     s = tile % tl.cdiv(patches, ROWS) * ROWS + tl.arange(0, ROWS)
     image += batch * patches * channels
-    text += batch * text_batch_stride
-    products = tl.zeros((ROWS, ROWS), tl.float32)
-    text_squares = tl.zeros((ROWS,), tl.float32)
-    image_squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, channels, CHANNELS):
-        c = start + tl.arange(0, CHANNELS)
-        t = tl.load(text + k[:, None] * channels + c, mask=(k < prompts)[:, None] & (c < channels), other=0.0)
-        x = tl.load(image + s[:, None] * channels + c, mask=(s < patches)[:, None] & (c < channels), other=0.0)
-        products = dot(t, tl.trans(x), products, PRECISION)
-        text_squares += tl.sum(t.to(tl.float32) * t.to(tl.float32), 1)
-        image_squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-    text_norm = tl.maximum(tl.sqrt(text_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
-    image_norm = tl.maximum(tl.sqrt(image_squares), EPS, propagate_nan=tl.PropagateNan.ALL)
-    products = products / text_norm[:, None] / image_norm[None, :]
-    target = cost + batch * prompts * patches + k[:, None].to(tl.int64) * patches + s[None, :]
-    tl.store(target, products, mask=(k < prompts)[:, None] & (s < patches)[None, :])
-
-
-@triton.jit
-def _norms(x, norms, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, channels, CHANNELS):
-        c = start + tl.arange(0, CHANNELS)
-        mask = (row < rows)[:, None] & (c < channels)
-        value = tl.load(x + row[:, None].to(tl.int64) * channels + c, mask=mask, other=0.0).to(tl.float32)
-        squares += tl.sum(value * value, 1)
-    tl.store(norms + row, tl.maximum(tl.sqrt(squares), EPS, propagate_nan=tl.PropagateNan.ALL), mask=row < rows)
+    acc, text_norm, image_norm = products(
+        text, k, k < prompts, image, s, s < patches, channels, ROWS, ROWS, CHANNELS, PRECISION
+    )
+    acc = acc / text_norm[:, None] / image_norm[None, :]
+    offset = batch * prompts * patches + k[:, None].to(tl.int64) * patches + s[None, :]
+    tl.store(cost + offset, acc, mask=(k < prompts)[:, None] & (s < patches)[None, :])
 
 
 @triton.jit
 def _backward(
-    grad, cost, rows_x, rows_norm, others_x, others_norm, out,
-    rows, others, channels, sums, row_stride, other_stride, cost_batch, rows_batch, others_batch,
+    grad, cost, x, x_norm, y, y_norm, out, rows, cols, channels, images, row_stride, col_stride, y_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows and channels of one side's gradient, summed over `others` and over `sums` images."""
+    """One tile of x's gradient, summed over `cols` rows of y and over `images` images. The strides are those of `grad`
+    and `cost`; `y_rows` is the number of rows of y from one image to the next, 0 for the text."""
     row_tiles = tl.cdiv(rows, ROWS)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     batch = (tl.program_id(0) // (row_tiles * channel_tiles)).to(tl.int64)
     tile = tl.program_id(0) % (row_tiles * channel_tiles)
-    r = tile // channel_tiles * ROWS + tl.arange(0, ROWS)
+    row = tile // channel_tiles * ROWS + tl.arange(0, ROWS)
     c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    along = tl.zeros((ROWS,), tl.float32)  # Σ g · cost: the part along the row itself
-    for image in range(sums):
-        at = (batch * sums + image) * cost_batch
-        side = (batch * sums + image) * others_batch
-        for start in range(0, others, ROWS):
-            k = start + tl.arange(0, ROWS)
-            offset = at + r[:, None].to(tl.int64) * row_stride + k[None, :].to(tl.int64) * other_stride
-            mask = (r < rows)[:, None] & (k < others)[None, :]
+    acc = tl.zeros((ROWS, CHANNELS), tl.float32)
+    radial = tl.zeros((ROWS,), tl.float32)  # Σ g · cost: the part along x itself
+    for i in range(images):
+        image = batch * images + i
+        for start in range(0, cols, ROWS):
+            col = start + tl.arange(0, ROWS)
+            offset = row[:, None].to(tl.int64) * row_stride + col[None, :].to(tl.int64) * col_stride
+            offset += image * rows * cols
+            mask = (row < rows)[:, None] & (col < cols)[None, :]
             g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
-            along += tl.sum(g * tl.load(cost + offset, mask=mask, other=0.0).to(tl.float32), 1)
-            norm = tl.load(
-                others_norm + (batch * sums + image) * (others_batch // channels) + k, mask=k < others, other=1.0
-            )
-            y = tl.load(
-                others_x + side + k[:, None].to(tl.int64) * channels + c,
-                mask=(k < others)[:, None] & (c < channels), other=0.0,
-            ).to(tl.float32)  # fmt: skip
+            radial += tl.sum(g * tl.load(cost + offset, mask=mask, other=0.0).to(tl.float32), 1)
+            y_row = image * y_rows + col
+            length = tl.load(y_norm + y_row, mask=col < cols, other=1.0)
+            mask = (col < cols)[:, None] & (c < channels)
+            unit = tl.load(y + y_row[:, None] * channels + c, mask=mask, other=0.0).to(tl.float32) / length[:, None]
             # The product is taken in the tensors' own precision, as PyTorch takes it.
-            scaled = (y / norm[:, None]).to(others_x.dtype.element_ty)
-            total = dot(g.to(others_x.dtype.element_ty), scaled, total, PRECISION)
-    norm = tl.load(rows_norm + batch * rows + r, mask=r < rows, other=1.0)
-    mask = (r < rows)[:, None] & (c < channels)
-    place = batch * rows_batch + r[:, None].to(tl.int64) * channels + c
-    x = tl.load(rows_x + place, mask=mask, other=0.0).to(tl.float32) / norm[:, None]
-    tl.store(out + place, (total - x * along[:, None]) / norm[:, None], mask=mask)
+            acc = dot(g.to(y.dtype.element_ty), unit.to(y.dtype.element_ty), acc, PRECISION)
+    length = tl.load(x_norm + batch * rows + row, mask=row < rows, other=1.0)[:, None]
+    mask = (row < rows)[:, None] & (c < channels)
+    offset = (batch * rows + row[:, None]) * channels + c
+    unit = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) / length
+    tl.store(out + offset, (acc - unit * radial[:, None]) / length, mask=mask)
 
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
-    """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
-    batch, patches, channels = image.shape
-    prompts = text.shape[-2]
-    cost = image.new_empty(batch, prompts, patches)
+    """(B, H, W, E) and (T, P, E) -> (B, T, P, H, W)."""
+    batch, height, width, channels = image.shape
+    cost = image.new_empty(batch, *text.shape[:2], height, width)
+    patches, prompts = height * width, text.shape[0] * text.shape[1]
     tile = sizes(TILES, image)
     launch(
         _forward, (batch * cdiv(patches, tile["ROWS"]) * cdiv(prompts, tile["ROWS"]),),
-        image, text, cost, prompts, patches, channels, prompts * channels if text.dim() == 3 else 0,
-        **tile, PRECISION=precision(),
+        image, text, cost, prompts, patches, channels, **tile, PRECISION=precision(),
     )  # fmt: skip
     return cost
 
@@ -131,37 +122,24 @@ def cost_volume_backward(
     grad: Tensor, cost: Tensor, image: Tensor, text: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of image and text."""
-    batch, patches, channels = image.shape
-    prompts = text.shape[-2]
+    batch, height, width, channels = image.shape
+    patches, prompts = height * width, text.shape[0] * text.shape[1]
     tile = sizes(TILES, image)
-    image_norm, text_norm = (_lengths(side, tile) for side in (image, text))
-    own = text.dim() == 3
-    groups, sums = (batch, 1) if own else (1, batch)
-    volume = prompts * patches
+    image_norm, text_norm = (
+        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=EPS.value) for x in (image, text)
+    )
 
-    def side_grad(x: Tensor, groups: int, rows: int, *arguments: Any) -> Tensor:
+    def side_grad(x: Tensor, blocks: int, rows: int, *arguments: Tensor | int) -> Tensor:
         out = torch.empty_like(x)
         launch(
-            _backward, (groups * cdiv(rows, tile["ROWS"]) * cdiv(channels, tile["CHANNELS"]),),
+            _backward, (blocks * cdiv(rows, tile["ROWS"]) * cdiv(channels, tile["CHANNELS"]),),
             grad, cost, x, *arguments[:3], out, rows, *arguments[3:], **tile, PRECISION=precision(),
         )  # fmt: skip
         return out
 
+    image_side = (image_norm, text, text_norm, prompts, channels, 1, 1, patches, 0)
+    text_side = (text_norm, image, image_norm, patches, channels, batch, patches, 1, patches)
     return [
-        side_grad(
-            image, batch, patches, image_norm, text, text_norm,
-            prompts, channels, 1, 1, patches, volume, patches * channels, prompts * channels if own else 0,
-        ) if needs[0] else None,
-        side_grad(
-            text, groups, prompts, text_norm, image, image_norm,
-            patches, channels, sums, patches, 1, volume, prompts * channels, patches * channels,
-        ) if needs[1] else None,
-    ]  # fmt: skip
-
-
-def _lengths(x: Tensor, tile: dict[str, int]) -> Tensor:
-    """Lengths of the rows of x, in float32."""
-    rows = x.numel() // x.shape[-1]
-    out = x.new_empty(rows, dtype=torch.float32)
-    launch(_norms, (cdiv(rows, tile["ROWS"]),), x, out, rows, x.shape[-1], **tile)
-    return out
+        side_grad(image, batch, patches, *image_side) if needs[0] else None,
+        side_grad(text, 1, prompts, *text_side) if needs[1] else None,
+    ]

@@ -2,17 +2,17 @@
 
     p_n    = sigmoid(resize(logits_n, window)) − offset
     canvas = mean of p_n over the windows n that hold the pixel
-    canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     where a map of the whole image is given
+    canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     if logits of the whole image are given
     scores = resize(canvas, size),   the best k classes of every pixel, or all of them
 
-A program owns a rectangle of output pixels. It works through the classes a few at a time, reads the low-resolution
-logits below its rectangle (they stay in the cache) and keeps the best k scores of each pixel in registers: nothing
-between logits and labels is stored. Classes whose largest logits below the rectangle rule them out for every pixel of
-it are left out; as the most promising ones come first, few others are worked out in a photograph. Sums and products are
-float32 whatever the logits are. There is no backward: labels have no gradient.
+A program labels one tile of output pixels. It loops over the classes a few at a time, reads the low-resolution logits
+below its tile (they stay in the cache) and keeps the best k scores of each pixel in registers: nothing between logits
+and labels is stored. It skips classes whose largest logits below the tile rule them out for every pixel of it; as the
+most promising classes come first, it skips most of them in a photograph. Sums and products are float32 for every dtype
+of the logits. There is no backward: labels have no gradient.
 
-Scores are compared as integers that order like them, NaN above everything, with the class in the lower half so that the
-lower one wins among equals:  order(score) · 2³² + (2³¹ − 1 − class).
+Scores are compared as int64 keys that sort like them, NaN above everything, with the class in the lower half so that
+the lower class wins among equals:  key(score) · 2³² + (2³¹ − 1 − class).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .common.launch import block, cdiv, launch
 
-# Classes that a program works on at a time, and its rectangle of pixels: a warp takes a row of it. What a pixel needs
-# whatever the class (which source pixels, with which weights) is worked out once for CLASSES of them.
+# Classes per step and the tile of pixels, one row for each warp. What is the same for all classes (source pixels and
+# their weights) is computed once for CLASSES of them.
 TILES = {"CLASSES": 8, "ROWS": 8, "COLUMNS": 32}
 WARPS = 8
 PLACES = 8  # positions that one launch of `_place` writes
 
-# Logits whose largest is looked for at a time, a rectangle too, and how far rounding may lift a score above the bound.
+# Logits read at a time for the maximum, a rectangle too; and how far rounding may lift a score above its bound.
 PATCH_ROWS = tl.constexpr(4)
 PATCH_COLUMNS = tl.constexpr(16)
 SLACK = tl.constexpr(1e-5)
@@ -44,25 +44,33 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit(do_not_specialize=[f"place{i}" for i in range(PLACES)])
 def _place(places, start, windows, place0, place1, place2, place3, place4, place5, place6, place7):
-    """Write positions that came as arguments: nothing is copied from the host, so nothing waits for the device, and a
+    """Write positions that come as arguments: nothing is copied from the host, so nothing waits for the device, and a
     CUDA graph holds them."""
-    at = tl.arange(0, 8)
-    value = tl.where(at == 0, place0, place1)
-    value = tl.where(at == 2, place2, value)
-    value = tl.where(at == 3, place3, value)
-    value = tl.where(at == 4, place4, value)
-    value = tl.where(at == 5, place5, value)
-    value = tl.where(at == 6, place6, value)
-    value = tl.where(at == 7, place7, value)
-    tl.store(places + start + at, value, mask=start + at < windows)
+    i = tl.arange(0, 8)
+    value = tl.where(i == 0, place0, place1)
+    value = tl.where(i == 2, place2, value)
+    value = tl.where(i == 3, place3, value)
+    value = tl.where(i == 4, place4, value)
+    value = tl.where(i == 5, place5, value)
+    value = tl.where(i == 6, place6, value)
+    value = tl.where(i == 7, place7, value)
+    tl.store(places + start + i, value, mask=start + i < windows)
 
 
 @triton.jit
-def _taps(at, scale, size):
-    """The two source pixels that a resizing reads for pixel `at`, and the weight of the second; as PyTorch has them."""
-    source = tl.maximum((at.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+def _taps(pixel, scale, size):
+    """The two source pixels that a resizing reads for a pixel, and the weight of the second; as PyTorch has them."""
+    source = tl.maximum((pixel.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     low = tl.minimum(source.to(tl.int32), size - 1)
     return low, tl.minimum(low + 1, size - 1), source - low.to(tl.float32)
+
+
+@triton.jit
+def _source_range(first, last, scale, size):
+    """The first and the last source pixel that a resizing reads for the pixels from `first` to `last`."""
+    low, _, _ = _taps(first, scale, size)
+    _, high, _ = _taps(last, scale, size)
+    return low, high
 
 
 @triton.jit
@@ -84,10 +92,24 @@ def _probabilities(maps, y, x, mask, height, width, scale_y, scale_x, RESIZE: tl
 
 
 @triton.jit
-def _corner(corner, low, high, weight, BIT: tl.constexpr):
-    """Source pixel and weight of one of the four corners 0..3 along the axis of bit `BIT`."""
-    second = (corner // BIT) % 2 == 1
-    return tl.where(second, high, low), tl.where(second, weight, 1.0 - weight)
+def _corner(corner, y, x, scale_y, scale_x, height, width, RESIZE: tl.constexpr):
+    """One of the four source pixels 0..3 that a resizing reads, and its weight; without RESIZE the pixel itself."""
+    weight = tl.full(y.shape, 1.0, tl.float32)
+    if RESIZE:
+        above, below, down = _taps(y, scale_y, height)
+        left, right, along = _taps(x, scale_x, width)
+        y = tl.where(corner // 2 == 1, below, above)
+        x = tl.where(corner % 2 == 1, right, left)
+        weight = tl.where(corner // 2 == 1, down, 1.0 - down) * tl.where(corner % 2 == 1, along, 1.0 - along)
+    return y, x, weight
+
+
+@triton.jit
+def _overlap(place, canvas_width, window_height, window_width, top, left, bottom, right):
+    """Row and column of the window at `place`, and whether it meets the rectangle of the canvas."""
+    y = (tl.load(place) // canvas_width).to(tl.int32)
+    x = (tl.load(place) % canvas_width).to(tl.int32)
+    return y, x, (y <= bottom) & (y + window_height > top) & (x <= right) & (x + window_width > left)
 
 
 @triton.jit
@@ -99,66 +121,58 @@ def _canvas(
 ):  # fmt: skip
     """Scores (CLASSES, PIXELS) of classes `start + k` at the pixels (y, x) of the canvas, which lie in the rectangle
     from (top, left) to (bottom, right)."""
-    known = (start + k < classes)[:, None]
+    valid = (start + k < classes)[:, None]
     area = height * width
-    total = tl.zeros((k.shape[0], y.shape[0]), tl.float32)
+    acc = tl.zeros((k.shape[0], y.shape[0]), tl.float32)
     count = tl.zeros((y.shape[0],), tl.float32)
     for n in range(windows):
-        place = tl.load(places + n)
-        from_y = (place // canvas_width).to(tl.int32)
-        from_x = (place % canvas_width).to(tl.int32)
-        beside = (from_y > bottom) | (from_y + window_height <= top)
-        if not (beside | (from_x > right) | (from_x + window_width <= left)):
-            inside = (y >= from_y) & (y < from_y + window_height) & (x >= from_x) & (x < from_x + window_width)
+        from_y, from_x, meets = _overlap(
+            places + n, canvas_width, window_height, window_width, top, left, bottom, right
+        )
+        if meets:
+            row = y - from_y
+            col = x - from_x
+            inside = (row >= 0) & (row < window_height) & (col >= 0) & (col < window_width)
             maps = logits + ((n * classes + start + k).to(tl.int64) * area)[:, None]
-            value = _probabilities(
-                maps, y - from_y, x - from_x, known & inside[None, :], height, width, map_scale_y, map_scale_x,
-                RESIZE_MAPS,
-            )  # fmt: skip
-            total += tl.where(inside[None, :], value, 0.0)
+            mask = valid & inside[None, :]
+            p = _probabilities(maps, row, col, mask, height, width, map_scale_y, map_scale_x, RESIZE_MAPS)
+            acc += tl.where(inside[None, :], p, 0.0)
             count += inside.to(tl.float32)
-    total *= (1.0 / count)[None, :]
+    acc *= (1.0 / count)[None, :]
     if offset is not None:
-        total -= tl.load(offset + start + k, mask=start + k < classes, other=0.0).to(tl.float32)[:, None]
+        acc -= tl.load(offset + start + k, mask=start + k < classes, other=0.0).to(tl.float32)[:, None]
     if whole is not None:
         maps = whole + ((start + k).to(tl.int64) * area)[:, None]
-        if RESIZE_WHOLE:
-            above, below, down = _taps(y, whole_scale_y, window_height)
-            first, second, along = _taps(x, whole_scale_x, window_width)
-            value = tl.zeros_like(total)
-            for corner in range(4):
-                source_y, weight_y = _corner(corner, above, below, down, 2)
-                source_x, weight_x = _corner(corner, first, second, along, 1)
-                value += (weight_y * weight_x)[None, :] * _probabilities(
-                    maps, source_y, source_x, known, height, width, map_scale_y, map_scale_x, RESIZE_MAPS
-                )
-        else:
-            value = _probabilities(maps, y, x, known, height, width, map_scale_y, map_scale_x, RESIZE_MAPS)
-        total = (total + value) * 0.5
-    return total
+        value = tl.zeros_like(acc)
+        for corner in range(4 if RESIZE_WHOLE else 1):
+            row, col, weight = _corner(
+                corner, y, x, whole_scale_y, whole_scale_x, window_height, window_width, RESIZE_WHOLE
+            )
+            p = _probabilities(maps, row, col, valid, height, width, map_scale_y, map_scale_x, RESIZE_MAPS)
+            value += weight[None, :] * p
+        acc = (acc + value) * 0.5
+    return acc
 
 
 @triton.jit
-def _largest(found, maps, known, top, left, bottom, right, width, scale_y, scale_x, height, RESIZE: tl.constexpr):
-    """Larger of `found` and the logits (CLASSES, patch) that the pixels from (top, left) to (bottom, right) read;
-    infinity where one is no finite number."""
+def _max_logits(found, maps, valid, top, left, bottom, right, width, scale_y, scale_x, height, RESIZE: tl.constexpr):
+    """Maximum of `found` and the logits (CLASSES, patch) that the pixels from (top, left) to (bottom, right) read;
+    infinity where one is not finite."""
     if RESIZE:
-        top, _, _ = _taps(top, scale_y, height)
-        left, _, _ = _taps(left, scale_x, width)
-        _, bottom, _ = _taps(bottom, scale_y, height)
-        _, right, _ = _taps(right, scale_x, width)
+        top, bottom = _source_range(top, bottom, scale_y, height)
+        left, right = _source_range(left, right, scale_x, width)
     patch = tl.arange(0, PATCH_ROWS * PATCH_COLUMNS)
-    for from_y in range(top, bottom + 1, PATCH_ROWS):
-        for from_x in range(left, right + 1, PATCH_COLUMNS):
-            y = tl.minimum(from_y + patch // PATCH_COLUMNS, bottom)
-            x = tl.minimum(from_x + patch % PATCH_COLUMNS, right)
-            logit = tl.load(maps + (y * width + x)[None, :], mask=known, other=0.0).to(tl.float32)
+    for first_y in range(top, bottom + 1, PATCH_ROWS):
+        for first_x in range(left, right + 1, PATCH_COLUMNS):
+            y = tl.minimum(first_y + patch // PATCH_COLUMNS, bottom)
+            x = tl.minimum(first_x + patch % PATCH_COLUMNS, right)
+            logit = tl.load(maps + (y * width + x)[None, :], mask=valid, other=0.0).to(tl.float32)
             found = tl.maximum(found, tl.where(tl.abs(logit) < INFINITY, logit, INFINITY))
     return found
 
 
 @triton.jit
-def _certainty(found):
+def _max_probability(found):
     """Bound of the probabilities from the largest logits (CLASSES, patch); infinity stays."""
     largest = tl.max(found, 1)
     return tl.where(largest < INFINITY, 1.0 / (1.0 + tl.exp(-largest)), INFINITY)
@@ -171,45 +185,42 @@ def _bound(
     map_scale_y, map_scale_x, whole_scale_y, whole_scale_x,
     RESIZE_MAPS: tl.constexpr, RESIZE_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What no score of the classes `start + k` exceeds in the rectangle of the canvas; infinity where that is unknown,
-    −infinity beyond the last class. Every averaging keeps below the largest."""
-    known = (start + k < classes)[:, None]
+    """Upper bound of the scores of classes `start + k` in the rectangle of the canvas, as no average exceeds the
+    largest of its terms; infinity where it is unknown, −infinity beyond the last class."""
+    valid = (start + k < classes)[:, None]
     area = height * width
-    found = tl.full((k.shape[0], PATCH_ROWS * PATCH_COLUMNS), -INFINITY, tl.float32)
+    lowest = tl.full((k.shape[0], PATCH_ROWS * PATCH_COLUMNS), -INFINITY, tl.float32)
+    found = lowest
     for n in range(windows):
-        place = tl.load(places + n)
-        from_y = (place // canvas_width).to(tl.int32)
-        from_x = (place % canvas_width).to(tl.int32)
-        beside = (from_y > bottom) | (from_y + window_height <= top)
-        if not (beside | (from_x > right) | (from_x + window_width <= left)):
-            found = _largest(
-                found, logits + ((n * classes + start + k).to(tl.int64) * area)[:, None], known,
+        from_y, from_x, meets = _overlap(
+            places + n, canvas_width, window_height, window_width, top, left, bottom, right
+        )
+        if meets:
+            found = _max_logits(
+                found, logits + ((n * classes + start + k).to(tl.int64) * area)[:, None], valid,
                 tl.maximum(top - from_y, 0), tl.maximum(left - from_x, 0),
                 tl.minimum(bottom - from_y, window_height - 1), tl.minimum(right - from_x, window_width - 1),
                 width, map_scale_y, map_scale_x, height, RESIZE_MAPS,
             )  # fmt: skip
-    bound = _certainty(found)
+    bound = _max_probability(found)
     if offset is not None:
         bound -= tl.load(offset + start + k, mask=start + k < classes, other=0.0).to(tl.float32)
     if whole is not None:
         if RESIZE_WHOLE:
-            top, _, _ = _taps(top, whole_scale_y, window_height)
-            left, _, _ = _taps(left, whole_scale_x, window_width)
-            _, bottom, _ = _taps(bottom, whole_scale_y, window_height)
-            _, right, _ = _taps(right, whole_scale_x, window_width)
-        found = _largest(
-            tl.full((k.shape[0], PATCH_ROWS * PATCH_COLUMNS), -INFINITY, tl.float32),
-            whole + ((start + k).to(tl.int64) * area)[:, None], known, top, left, bottom, right,
+            top, bottom = _source_range(top, bottom, whole_scale_y, window_height)
+            left, right = _source_range(left, right, whole_scale_x, window_width)
+        found = _max_logits(
+            lowest, whole + ((start + k).to(tl.int64) * area)[:, None], valid, top, left, bottom, right,
             width, map_scale_y, map_scale_x, height, RESIZE_MAPS,
         )  # fmt: skip
-        bound = (bound + _certainty(found)) * 0.5
+        bound = (bound + _max_probability(found)) * 0.5
     bound = tl.where(tl.abs(bound) < INFINITY, bound + SLACK * (1.0 + tl.abs(bound)), INFINITY)
     return tl.max(tl.where(start + k < classes, bound, -INFINITY), 0)
 
 
 @triton.jit
-def _order(score, c):
-    """Integers that order like the scores (CLASSES, PIXELS) of classes c (CLASSES, 1)."""
+def _to_key(score, c):
+    """Integers that sort like the scores (CLASSES, PIXELS) of classes c (CLASSES, 1)."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # −0 is as good as 0
     key = tl.where(bits < 0, bits ^ LAST, bits)
     key = tl.where(score != score, LAST, key)
@@ -217,10 +228,10 @@ def _order(score, c):
 
 
 @triton.jit
-def _score(order):
-    """The score that `_order` was made from."""
-    key = (order >> 32).to(tl.int32)
-    return tl.where(key < 0, key ^ LAST, key).to(tl.float32, bitcast=True)
+def _to_score(key):
+    """The score that `_to_key` was given."""
+    bits = (key >> 32).to(tl.int32)
+    return tl.where(bits < 0, bits ^ LAST, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -231,39 +242,35 @@ def _forward(
     RESIZE_MAPS: tl.constexpr, RESIZE_WHOLE: tl.constexpr, RESIZE_CANVAS: tl.constexpr,
     K: tl.constexpr, RANKS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The best K classes of each pixel, out of RANKS ≥ K places; or with K = 0 the scores of a few classes."""
+    """The best K classes of each pixel, in RANKS ≥ K places; or with K = 0 the scores of CLASSES classes."""
     tiles = tl.cdiv(out_height, ROWS) * tl.cdiv(out_width, COLUMNS)
     tile = tl.program_id(0) % tiles
     top = tile // tl.cdiv(out_width, COLUMNS) * ROWS
     left = tile % tl.cdiv(out_width, COLUMNS) * COLUMNS
     pixel = tl.arange(0, ROWS * COLUMNS)
     row = top + pixel // COLUMNS
-    column = left + pixel % COLUMNS
-    mask = (row < out_height) & (column < out_width)
-    target = row.to(tl.int64) * out_width + column
+    col = left + pixel % COLUMNS
+    mask = (row < out_height) & (col < out_width)
+    pixel_offset = row.to(tl.int64) * out_width + col
 
     # Pixels beyond the border repeat the last one. The rectangle of the canvas that the pixels read:
     y = tl.minimum(row, out_height - 1)
-    x = tl.minimum(column, out_width - 1)
+    x = tl.minimum(col, out_width - 1)
     bottom = tl.minimum(top + ROWS, out_height) - 1
     right = tl.minimum(left + COLUMNS, out_width) - 1
     if RESIZE_CANVAS:
-        above, below, down = _taps(y, scale_y, canvas_height)
-        near, far, along = _taps(x, scale_x, canvas_width)
-        top, _, _ = _taps(top, scale_y, canvas_height)
-        left, _, _ = _taps(left, scale_x, canvas_width)
-        _, bottom, _ = _taps(bottom, scale_y, canvas_height)
-        _, right, _ = _taps(right, scale_x, canvas_width)
+        top, bottom = _source_range(top, bottom, scale_y, canvas_height)
+        left, right = _source_range(left, right, scale_x, canvas_width)
 
     k = tl.arange(0, CLASSES)
     rank = tl.arange(0, RANKS)[:, None]
     best = tl.full((RANKS, ROWS * COLUMNS), LOWEST, tl.int64)
     first = -1
-    least = -INFINITY  # the last of the best at the pixel where it is lowest
+    threshold = -INFINITY  # the K-th best score at the pixel where it is lowest
     begin = tl.program_id(0) // tiles
     end = begin + 1
     if K > 0:
-        # The step with the largest bound is taken first of all, as number −1.
+        # The step with the largest bound comes before all others, as number −1.
         first = 0
         begin = -1
         end = tl.cdiv(classes, CLASSES)
@@ -278,7 +285,7 @@ def _forward(
             largest_bound = tl.maximum(largest_bound, bound)
     for step in range(begin, end):
         start = tl.where(step < 0, first, step) * CLASSES
-        done = step == first
+        skip = step == first
         if K > 0:  # noqa: SIM102 (this half is known to the compiler)
             if (step >= 0) & (step != first):
                 bound = _bound(
@@ -286,30 +293,24 @@ def _forward(
                     windows, height, width, window_height, window_width, canvas_width,
                     map_scale_y, map_scale_x, whole_scale_y, whole_scale_x, RESIZE_MAPS, RESIZE_WHOLE,
                 )  # fmt: skip
-                done = bound < least
-        if not done:
-            if RESIZE_CANVAS:
-                score = tl.zeros((CLASSES, ROWS * COLUMNS), tl.float32)
-                for corner in range(4):
-                    source_y, weight_y = _corner(corner, above, below, down, 2)
-                    source_x, weight_x = _corner(corner, near, far, along, 1)
-                    score += (weight_y * weight_x)[None, :] * _canvas(
-                        logits, whole, offset, places, k, start, classes, source_y, source_x, top, left, bottom, right,
-                        windows, height, width, window_height, window_width, canvas_width,
-                        map_scale_y, map_scale_x, whole_scale_y, whole_scale_x, RESIZE_MAPS, RESIZE_WHOLE,
-                    )  # fmt: skip
-            else:
-                score = _canvas(
-                    logits, whole, offset, places, k, start, classes, y, x, top, left, bottom, right,
+                skip = bound < threshold
+        if not skip:
+            score = tl.zeros((CLASSES, ROWS * COLUMNS), tl.float32)
+            for corner in range(4 if RESIZE_CANVAS else 1):
+                source_y, source_x, weight = _corner(
+                    corner, y, x, scale_y, scale_x, canvas_height, canvas_width, RESIZE_CANVAS
+                )
+                score += weight[None, :] * _canvas(
+                    logits, whole, offset, places, k, start, classes, source_y, source_x, top, left, bottom, right,
                     windows, height, width, window_height, window_width, canvas_width,
                     map_scale_y, map_scale_x, whole_scale_y, whole_scale_x, RESIZE_MAPS, RESIZE_WHOLE,
                 )  # fmt: skip
             c = (start + k)[:, None]
             if K == 0:
-                place = c.to(tl.int64) * out_height * out_width + target[None, :]
-                tl.store(scores + place, score, mask=(c < classes) & mask[None, :])
+                class_offset = c.to(tl.int64) * out_height * out_width
+                tl.store(scores + class_offset + pixel_offset[None, :], score, mask=(c < classes) & mask[None, :])
             else:
-                new = tl.where(c < classes, _order(score, c), LOWEST)
+                new = tl.where(c < classes, _to_key(score, c), LOWEST)
                 merged = tl.full((RANKS, ROWS * COLUMNS), LOWEST, tl.int64)
                 for r in tl.static_range(K):
                     largest = tl.maximum(tl.max(best, 0), tl.max(new, 0))[None, :]
@@ -318,43 +319,24 @@ def _forward(
                     new = tl.where(new == largest, LOWEST, new)
                 best = merged
                 lowest = tl.min(tl.max(tl.where(rank == K - 1, best, LOWEST), 0), 0)
-                least = tl.where(lowest == LOWEST, -INFINITY, _score(lowest))
+                threshold = tl.where(lowest == LOWEST, -INFINITY, _to_score(lowest))
     if K > 0:
-        place = rank.to(tl.int64) * out_height * out_width + target[None, :]
+        offsets = rank.to(tl.int64) * out_height * out_width + pixel_offset[None, :]
         mask = (rank < K) & mask[None, :]
-        tl.store(labels + place, ((best & LAST) ^ LAST).to(tl.int32), mask=mask)
+        tl.store(labels + offsets, ((best & LAST) ^ LAST).to(tl.int32), mask=mask)
         if scores is not None:
-            tl.store(scores + place, _score(best), mask=mask)
+            tl.store(scores + offsets, _to_score(best), mask=mask)
 
 
-def top_labels(
-    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int],
-    window: Sequence[int], canvas: Sequence[int], size: Sequence[int], k: int, need_scores: bool,
+def label_map(
+    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int], sizes: Sequence[int],
+    k: int, need_scores: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(N, T, h, w) -> the best k scores of each pixel (k, H, W), empty where not needed, and their classes, int32."""
-    labels = logits.new_empty((k, *size), dtype=torch.int32)
-    scores = torch.empty_like(labels, dtype=logits.dtype) if need_scores else None
-    _launch(logits, whole, offset, positions, window, canvas, size, scores, labels, k)
-    return logits.new_empty(0) if scores is None else scores, labels
-
-
-def score_map(
-    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int],
-    window: Sequence[int], canvas: Sequence[int], size: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """(N, T, h, w) -> scores (T, H, W)."""
-    scores = logits.new_empty(logits.shape[1], *size)
-    _launch(logits, whole, offset, positions, window, canvas, size, scores, None, 0)
-    return scores
-
-
-def _launch(
-    logits: Tensor, whole: Tensor | None, offset: Tensor | None, positions: Sequence[int],
-    window: Sequence[int], canvas: Sequence[int], size: Sequence[int],
-    scores: Tensor | None, labels: Tensor | None, k: int,
-) -> None:  # fmt: skip
-    """`positions` holds (top, left) of each window, one after the other; with k = 0 all scores are wanted."""
+    """(N, T, h, w) -> scores and labels of the best k classes (k, H, W), or with k = 0 the scores of all (T, H, W)."""
     windows, classes, *map_size = logits.shape
+    window, canvas, size = list(sizes[:2]), list(sizes[2:4]), list(sizes[4:])
+    scores = logits.new_empty((k or classes, *size) if need_scores else 0)
+    labels = logits.new_empty((k, *size), dtype=torch.int32)
     places = logits.new_empty(windows, dtype=torch.int64 if canvas[0] * canvas[1] >= 2**31 else torch.int32)
     pixels = [top * canvas[1] + left for top, left in zip(positions[::2], positions[1::2], strict=True)]
     for start in range(0, windows, PLACES):
@@ -364,11 +346,11 @@ def _launch(
     tiles = cdiv(size[0], TILES["ROWS"]) * cdiv(size[1], TILES["COLUMNS"])
     launch(
         _forward, (tiles * (1 if k else cdiv(classes, TILES["CLASSES"])),),
-        logits.contiguous(), None if whole is None else whole.contiguous(),
-        None if offset is None else offset.contiguous(), places, scores, labels,
+        logits, whole, offset, places, scores if need_scores else None, labels if k else None,
         windows, classes, *map_size, *window, *canvas, *size,
-        *(old / new for step in steps for old, new in zip(*step, strict=True)),
-        **{name: list(old) != list(new) for name, (old, new) in
+        *(before / after for step in steps for before, after in zip(*step, strict=True)),
+        **{name: before != after for name, (before, after) in
            zip(("RESIZE_MAPS", "RESIZE_WHOLE", "RESIZE_CANVAS"), steps, strict=True)},
         K=k, RANKS=block(k, 1), warps=WARPS, **TILES,
     )  # fmt: skip
+    return scores, labels

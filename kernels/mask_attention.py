@@ -57,6 +57,14 @@ LOG2_E = 1.4426950408889634  # exponentials are taken to base 2, and so are scor
 
 
 @triton.jit
+def _place(program, rows, heads, ROWS: tl.constexpr):
+    """Of a program with a tile of rows in one head: its sequence (image and head), image, head and first row."""
+    tiles = tl.cdiv(rows, ROWS)
+    sequence = program // tiles
+    return sequence, (sequence // heads).to(tl.int64), sequence % heads, program % tiles * ROWS
+
+
+@triton.jit
 def _offsets(start, rows, head, heads, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Offsets and mask of a tile of rows of one head, (ROWS, WIDTH), in a tensor (rows, heads · width)."""
     row = start + tl.arange(0, ROWS)
@@ -71,11 +79,7 @@ def _forward(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries in one head."""
-    tiles = tl.cdiv(queries, QUERIES)
-    sequence = tl.program_id(0) // tiles
-    start = tl.program_id(0) % tiles * QUERIES
-    batch = (sequence // heads).to(tl.int64)
-    head = sequence % heads
+    sequence, batch, head, start = _place(tl.program_id(0), queries, heads, QUERIES)
     k += batch * keys * heads * width
     v += batch * keys * heads * width
     q_offset, q_mask = _offsets(start, queries, head, heads, width, QUERIES, WIDTH)
@@ -189,11 +193,7 @@ def _queries_gradient(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries in one head."""
-    tiles = tl.cdiv(queries, QUERIES)
-    sequence = program // tiles
-    start = program % tiles * QUERIES
-    batch = (sequence // heads).to(tl.int64)
-    head = sequence % heads
+    sequence, batch, head, start = _place(program, queries, heads, QUERIES)
     k += batch * keys * heads * width
     v += batch * keys * heads * width
     q_offset, q_mask = _offsets(start, queries, head, heads, width, QUERIES, WIDTH)
@@ -224,11 +224,7 @@ def _keys_gradients(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys in one head."""
-    tiles = tl.cdiv(keys, KEYS)
-    sequence = program // tiles
-    start = program % tiles * KEYS
-    batch = (sequence // heads).to(tl.int64)
-    head = sequence % heads
+    sequence, batch, head, start = _place(program, keys, heads, KEYS)
     q += batch * queries * heads * width
     g += batch * queries * heads * width
     output += batch * queries * heads * width
@@ -301,8 +297,6 @@ def mask_attention_backward(
 def mask_scores_backward(grad: Tensor, q: Tensor, k: Tensor, heads: int, needs: list[bool]) -> list[Tensor | None]:
     """Gradients of q and k: two plain products, which are PyTorch's."""
     scale = (q.shape[-1] // heads) ** -0.5 / heads
-
-    def product(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
-        return torch.baddbmm(like, x, y, beta=0, alpha=scale)
-
-    return [product(grad, k, q) if needs[0] else None, product(grad.transpose(1, 2), q, k) if needs[1] else None]
+    dq = torch.baddbmm(q, grad, k, beta=0, alpha=scale) if needs[0] else None
+    dk = torch.baddbmm(k, grad.transpose(1, 2), q, beta=0, alpha=scale) if needs[1] else None
+    return [dq, dk]

@@ -255,26 +255,24 @@ def _add(left_grad, right_grad, out, size, width, BLOCK: tl.constexpr):
     tl.store(out + i, left + tl.load(right_grad + before, mask=i < size, other=0.0), mask=i < size)
 
 
-def _rows(pixels: int, height: int, label_height: int, programs: int) -> int:
-    """Rows of the map per program, from rows of pixels; each row takes `programs` of them."""
-    rows = max(1, pixels * height // label_height)
-    while rows > 1 and programs * cdiv(height, rows) < PROGRAMS:
+def _split(logits: Tensor, labels: Tensor, pixel_rows: int, columns: int) -> tuple[int, int, int]:
+    """Rows of the map per program, from rows of pixels; in how many parts that splits a map; how many programs."""
+    batch, classes, height, _ = logits.shape
+    column_tiles = cdiv(columns, TILE["COLUMNS"])
+    map_tiles = batch * cdiv(classes, TILE["CLASSES"])
+    rows = max(1, pixel_rows * height // labels.shape[1])
+    while rows > 1 and map_tiles * column_tiles * cdiv(height, rows) < PROGRAMS:
         rows //= 2
-    return rows
+    parts = cdiv(height, rows) * column_tiles
+    return rows, parts, map_tiles * parts
 
 
 def mask_sums(logits: Tensor, labels: Tensor, bce: bool, focal: bool, dice: bool) -> Tensor:
     """(B, T, h, w) logits and (B, H, W) labels -> (B, T, SUMS) float32; zeros for terms that are not asked for."""
-    batch, classes, height, width = logits.shape
-    label_height, label_width = labels.shape[1:]
-    tiles = cdiv(label_width, TILE["COLUMNS"])
-    class_tiles = cdiv(classes, TILE["CLASSES"])
-    rows = _rows(FORWARD_ROWS, height, label_height, batch * class_tiles * tiles)
-    parts = cdiv(height, rows) * tiles
-    sums = logits.new_empty(batch, parts, classes, SUMS.value, dtype=torch.float32)
+    rows, parts, programs = _split(logits, labels, FORWARD_ROWS, labels.shape[2])
+    sums = logits.new_empty(len(logits), parts, logits.shape[1], SUMS.value, dtype=torch.float32)
     launch(
-        _forward, (batch * class_tiles * parts,),
-        logits, labels, sums, classes, height, width, label_height, label_width, rows, parts,
+        _forward, (programs,), logits, labels, sums, *logits.shape[1:], *labels.shape[1:], rows, parts,
         **TILE, BCE=bce, FOCAL=focal, DICE=dice, warps=1,
     )  # fmt: skip
     return sums.sum(1)
@@ -284,17 +282,13 @@ def mask_sums_backward(
     grad: Tensor, logits: Tensor, labels: Tensor, bce: bool, focal: bool, dice: bool, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradient of the logits, from that of the sums."""
-    batch, classes, height, width = logits.shape
-    label_height, label_width = labels.shape[1:]
-    tiles = cdiv(width, TILE["COLUMNS"])
-    class_tiles = cdiv(classes, TILE["CLASSES"])
-    rows = _rows(BACKWARD_ROWS, height, label_height, batch * class_tiles * tiles)
-    parts = cdiv(height, rows) * tiles
+    width = logits.shape[3]
+    rows, parts, programs = _split(logits, labels, BACKWARD_ROWS, width)
     left_grad, right_grad = (logits.new_empty(logits.shape, dtype=torch.float32) for _ in range(2))
     out = torch.empty_like(logits)
     launch(
-        _backward, (batch * class_tiles * parts,),
-        grad, logits, labels, left_grad, right_grad, classes, height, width, label_height, label_width, rows, parts,
+        _backward, (programs,),
+        grad, logits, labels, left_grad, right_grad, *logits.shape[1:], *labels.shape[1:], rows, parts,
         **TILE, BCE=bce, FOCAL=focal, DICE=dice, warps=1,
     )  # fmt: skip
     launch(_add, (cdiv(out.numel(), BLOCK),), left_grad, right_grad, out, out.numel(), width, BLOCK=BLOCK)

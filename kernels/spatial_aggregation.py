@@ -1,17 +1,15 @@
-"""Spatial aggregation: the attention half of one guided shifted-window block.
+"""Spatial aggregation: one guided shifted-window block; the MLP that ends it is in `common/residual_mlp.py`.
 
-    n = LN(x);   q = W_q n + q_g,   k = W_k n + k_g,   v = W_v n + b_v          (q_g, k_g: the guidance's share)
+    n = LN(x);   q = W_q n + q_g,   k = W_k n + k_g,   v = W_v n + b_v          (q_g, k_g: the guidance's terms)
     a = softmax(q · kᵀ / √d + mask) · v,  within each window and head;     y = x + W_o a + b_o
 
-Three kernels: `_project` normalises x and gives q, k and v of each token; `_attend` finds the tokens of a window where
-they lie on the map, so that nothing is rolled or cut into windows; `_output` projects and adds the residual.
+Three kernels: `_project` normalises x and gives q, k and v of each token; `_attend` reads a window's tokens from the
+map, so that nothing is rolled or partitioned; `_output` projects and adds the residual.
 
-A window of n = window² tokens is held as a tile of the largest power of two up to n and a second one for the rest: the
-published 144 are 128 + 16, where one power of two would waste 44 %. Slots beyond the map count −∞ and are never
-written; pairs of tokens that only the shift brought together get −100 added, as published. Where all scores of a token
-are −∞ it attends to nothing, as in PyTorch.
-
-The backward pass is in `_spatial_aggregation_backward.py`.
+A window of n = window² tokens is a tile of the largest power of two up to n and a second one for the rest: the
+published 144 are 128 + 16; one tile of 256 would waste 44 %. Slots beyond the map score −∞ and are never written; pairs
+of tokens that only the shift brought together get −100 added, as published. A token whose scores are all −∞ attends to
+nothing, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -43,17 +41,17 @@ def _output(
     tiles = tl.cdiv(channels, COLUMNS)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    line = row[:, None].to(tl.int64) * channels
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    row_offset = row[:, None].to(tl.int64) * channels
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, channels, CHANNELS):
         i = start + tl.arange(0, CHANNELS)
-        a = tl.load(attended + line + i, mask=(row < rows)[:, None] & (i < channels), other=0.0)
+        a = tl.load(attended + row_offset + i, mask=(row < rows)[:, None] & (i < channels), other=0.0)
         w = tl.load(weight + c[:, None] * channels + i, mask=(c < channels)[:, None] & (i < channels), other=0.0)
-        product = dot(a, tl.trans(w), product, PRECISION)
+        acc = dot(a, tl.trans(w), acc, PRECISION)
     mask = (row < rows)[:, None] & (c < channels)
-    product += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-    product += tl.load(x + line + c, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + line + c, rounded(product, out.dtype.element_ty), mask=mask)
+    acc += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(x + row_offset + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row_offset + c, rounded(acc, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -62,54 +60,53 @@ def _attend(
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one window of one class. `head_width` is an argument: what divides it decides how much is read at
-    once."""
+    """One head of one window of one class. `head_width` is an argument, so that loads are as wide as it allows."""
     windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
     head = tl.program_id(0) % heads
     window = tl.program_id(0) // heads % windows
-    first = (tl.program_id(0) // heads // windows).to(tl.int64) * height * width
+    map_offset = (tl.program_id(0) // heads // windows).to(tl.int64) * height * width
     dtype = tokens.dtype.element_ty
-    tokens += first * 3 * channels + head * head_width
-    attended += first * channels + head * head_width
+    tokens += map_offset * 3 * channels + head * head_width
+    attended += map_offset * channels + head * head_width
     d = tl.arange(0, WIDTH)[None, :]
-    place, region = slots(0, window, height, width, WINDOW, SHIFT, MAIN)
-    at = tokens + place[:, None] * (3 * channels) + d
-    k = tl.load(at + channels, mask=(region >= 0)[:, None] & (d < head_width), other=0.0)
-    v = tl.load(at + 2 * channels, mask=(region >= 0)[:, None] & (d < head_width), other=0.0)
+    position, region = slots(0, window, height, width, WINDOW, SHIFT, MAIN)
+    key_pointers = tokens + position[:, None] * (3 * channels) + d
+    k = tl.load(key_pointers + channels, mask=(region >= 0)[:, None] & (d < head_width), other=0.0)
+    v = tl.load(key_pointers + 2 * channels, mask=(region >= 0)[:, None] & (d < head_width), other=0.0)
     if TAIL > 0:
-        tail_place, tail_region = slots(MAIN, window, height, width, WINDOW, SHIFT, TAIL)
-        at = tokens + tail_place[:, None] * (3 * channels) + d
-        tail_k = tl.load(at + channels, mask=(tail_region >= 0)[:, None] & (d < head_width), other=0.0)
-        tail_v = tl.load(at + 2 * channels, mask=(tail_region >= 0)[:, None] & (d < head_width), other=0.0)
+        tail_position, tail_region = slots(MAIN, window, height, width, WINDOW, SHIFT, TAIL)
+        key_pointers = tokens + tail_position[:, None] * (3 * channels) + d
+        tail_k = tl.load(key_pointers + channels, mask=(tail_region >= 0)[:, None] & (d < head_width), other=0.0)
+        tail_v = tl.load(key_pointers + 2 * channels, mask=(tail_region >= 0)[:, None] & (d < head_width), other=0.0)
     for start in range(0, size, QUERIES):
-        query, own = slots(start, window, height, width, WINDOW, SHIFT, QUERIES)
-        query_mask = (own >= 0)[:, None] & (d < head_width)
+        query, query_region = slots(start, window, height, width, WINDOW, SHIFT, QUERIES)
+        query_mask = (query_region >= 0)[:, None] & (d < head_width)
         q = tl.load(tokens + query[:, None] * (3 * channels) + d, mask=query_mask, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros((QUERIES, MAIN), tl.float32), PRECISION) * (scale * LOG2E)
-        scores = masked(scores, region[None, :], own[:, None], SHIFT, FULL)
-        largest = tl.max(scores, 1)
+        scores = masked(scores, region[None, :], query_region[:, None], SHIFT, FULL)
+        row_max = tl.max(scores, 1)
         if TAIL > 0:
             tail = dot(q, tl.trans(tail_k), tl.zeros((QUERIES, TAIL), tl.float32), PRECISION) * (scale * LOG2E)
-            tail = masked(tail, tail_region[None, :], own[:, None], SHIFT, FULL)
-            largest = tl.maximum(largest, tl.max(tail, 1))
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.exp2(scores - largest[:, None])
-        total = tl.sum(weights, 1)
-        values = dot(rounded(weights, dtype), v, tl.zeros((QUERIES, WIDTH), tl.float32), PRECISION)
+            tail = masked(tail, tail_region[None, :], query_region[:, None], SHIFT, FULL)
+            row_max = tl.maximum(row_max, tl.max(tail, 1))
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        weights = tl.exp2(scores - row_max[:, None])
+        row_sum = tl.sum(weights, 1)
+        acc = dot(rounded(weights, dtype), v, tl.zeros((QUERIES, WIDTH), tl.float32), PRECISION)
         if TAIL > 0:
-            tail = tl.exp2(tail - largest[:, None])
-            total += tl.sum(tail, 1)
-            values = dot(rounded(tail, dtype), tail_v, values, PRECISION)
-        values = values / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(attended + query[:, None] * channels + d, rounded(values, dtype), mask=query_mask)
+            tail = tl.exp2(tail - row_max[:, None])
+            row_sum += tl.sum(tail, 1)
+            acc = dot(rounded(tail, dtype), tail_v, acc, PRECISION)
+        acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        tl.store(attended + query[:, None] * channels + d, rounded(acc, dtype), mask=query_mask)
 
 
 def spatial_aggregation(
     x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     v_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, *others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(B, T, H, W, C) -> the same, and what the attention half gives, if it is kept; terms (B, H · W, C), qkv_weight
-    (3C, C), proj_weight (C, C); `others` are the MLP's weights, heads, window, shift and whether to keep."""
+    """(B, T, H, W, C) -> the same, and y, empty unless `keep`; terms (B, H · W, C), qkv_weight (3C, C), proj_weight
+    (C, C); `others`: the MLP's weights, heads, window, shift, keep."""
     *mlp, heads, window, shift, keep = others
     batch, classes, height, width, channels = x.shape
     rows = batch * classes * height * width

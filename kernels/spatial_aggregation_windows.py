@@ -1,4 +1,4 @@
-"""What forward and backward of `spatial_aggregation.py` share: q, k and v of each token, and where a window lies."""
+"""What forward and backward of `spatial_aggregation.py` share: q, k and v of each token, and a window's tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ EPS = 1e-5  # torch.nn.functional.layer_norm
 LOG2E = tl.constexpr(1.4426950408889634)  # scores are in units of log 2: the hardware's exponential has base two
 REGION_MASK = tl.constexpr(-100.0 * 1.4426950408889634)
 
-# Tokens that a program of a projection works on, columns of its result, and channels summed at a time. By bytes of an
-# element: float32 products do not run on tensor cores unless TF32 is allowed, and their unrolled form needs the
-# registers.
+# Rows and columns of a projection's tile, channels per step and warps, by bytes of an element. Without TF32, float32
+# products do not run on tensor cores, and their unrolled form needs the registers.
 TILES = {
     2: {"ROWS": 128, "COLUMNS": 128, "CHANNELS": 64, "warps": 8},
     4: {"ROWS": 32, "COLUMNS": 32, "CHANNELS": 32, "warps": 4},
@@ -51,38 +50,37 @@ def _project(
     row = tl.program_id(0) // (3 * tiles) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(0) // tiles % 3
     c = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    inside = row < rows
-    mean, scale = _statistics(x, row, inside, channels, eps, ROWS, CHANNELS)
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    row_mask = row < rows
+    mean, scale = _statistics(x, row, row_mask, channels, eps, ROWS, CHANNELS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, channels, CHANNELS):
         i = start + tl.arange(0, CHANNELS)
-        value = tl.load(x + row[:, None].to(tl.int64) * channels + i, mask=inside[:, None] & (i < channels), other=0.0)
-        gain = tl.load(norm_weight + i, mask=i < channels, other=0.0).to(tl.float32)
-        offset = tl.load(norm_bias + i, mask=i < channels, other=0.0).to(tl.float32)
-        normed = (value.to(tl.float32) - mean[:, None]) * scale[:, None] * gain + offset
-        w = tl.load(
-            weight + (part * channels + c)[:, None] * channels + i,
-            mask=(c < channels)[:, None] & (i < channels), other=0.0,
-        )  # fmt: skip
-        product = dot(rounded(normed, x.dtype.element_ty), tl.trans(w), product, PRECISION)
-    mask = inside[:, None] & (c < channels)
+        mask = row_mask[:, None] & (i < channels)
+        value = tl.load(x + row[:, None].to(tl.int64) * channels + i, mask=mask, other=0.0)
+        norm_w = tl.load(norm_weight + i, mask=i < channels, other=0.0).to(tl.float32)
+        norm_b = tl.load(norm_bias + i, mask=i < channels, other=0.0).to(tl.float32)
+        normed = (value.to(tl.float32) - mean[:, None]) * scale[:, None] * norm_w + norm_b
+        mask = (c < channels)[:, None] & (i < channels)
+        w = tl.load(weight + (part * channels + c)[:, None] * channels + i, mask=mask, other=0.0)
+        acc = dot(rounded(normed, x.dtype.element_ty), tl.trans(w), acc, PRECISION)
+    mask = row_mask[:, None] & (c < channels)
     if part == 2:
-        product += tl.load(v_bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(v_bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     else:
-        # All classes of an image share the guidance's share.
-        share = (row // (classes * positions) * positions + row % positions)[:, None].to(tl.int64) * channels + c
+        # All classes of an image share the guidance's terms.
+        term_offset = (row // (classes * positions) * positions + row % positions)[:, None].to(tl.int64) * channels + c
         if part == 0:
-            product += tl.load(q_term + share, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.load(q_term + term_offset, mask=mask, other=0.0).to(tl.float32)
         else:
-            product += tl.load(k_term + share, mask=mask, other=0.0).to(tl.float32)
-    place = row[:, None].to(tl.int64) * (3 * channels) + part * channels + c
-    tl.store(tokens + place, rounded(product, tokens.dtype.element_ty), mask=mask)
+            acc += tl.load(k_term + term_offset, mask=mask, other=0.0).to(tl.float32)
+    offset = row[:, None].to(tl.int64) * (3 * channels) + part * channels + c
+    tl.store(tokens + offset, rounded(acc, tokens.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def slots(start, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr):
-    """`COUNT` slots of a window from `start` on: their positions on the map, and the region that each belongs to, −1
-    where it lies beyond the map. The last windows of an axis join the map's end and, after the shift, its beginning."""
+    """`COUNT` slots of a window from `start` on: positions on the map, and regions, −1 beyond the map. After the shift,
+    the last windows of an axis join the map's end and its beginning, which are different regions."""
     rows, columns = tl.cdiv(height, WINDOW), tl.cdiv(width, WINDOW)
     slot = start + tl.arange(0, COUNT)
     y = window // columns * WINDOW + slot // WINDOW
@@ -95,8 +93,7 @@ def slots(start, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexp
 
 @triton.jit
 def masked(scores, keys, queries, SHIFT: tl.constexpr, FULL: tl.constexpr):
-    """Scores with what may not be seen taken out, by the regions of keys and queries, along either axis. `FULL`: every
-    slot holds a token."""
+    """Scores, masked by the regions of keys and queries, along either axis. `FULL`: every slot holds a token."""
     if SHIFT > 0:
         scores += tl.where(keys == queries, 0.0, REGION_MASK)
     if not FULL:

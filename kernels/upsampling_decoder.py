@@ -1,17 +1,17 @@
-"""Guided group normalisation, what a stage of the upsampling decoder does around the library's convolutions:
+"""Guided group normalisation: what a stage of the upsampling decoder does around the library's convolutions:
 
     z = y + term,   x̂ = (z − mean) / s,   out = ReLU(w ⊙ x̂ + β),   s = √(variance + ε)
 
-with mean and variance over the positions and channels of a group, for each image and class by itself; term is the same
-for all classes, or absent. Moments are taken tile by tile, mean first and then centred squares, and combined as Chan,
+Mean and variance are those of a group's positions and channels, for each image and class. term is the same for all
+classes, or absent. Moments are computed tile by tile, first the mean, then the centred squares, and combined as Chan,
 Golub and LeVeque do: with n, m and q of the tiles, mean = Σ n·m / Σ n, variance = Σ (q + n·(m − mean)²) / Σ n.
 
 Backward, from the gradient g of out, with h = g where out > 0, else 0, and means over a group:
 
     dy = (w ⊙ h − mean(w ⊙ h) − x̂ · mean(w ⊙ h ⊙ x̂)) / s,   dterm = Σ dy over the classes,   dw = Σ h ⊙ x̂,   dβ = Σ h
 
-A "map" is one class of one image. A tile is a run of positions with all of their channels, so that it is read as one
-piece of memory; where maps are smaller than a tile, it holds several of them.
+A "map" is one class of one image. A tile is a run of positions with all of their channels, contiguous in memory; where
+maps are smaller than a tile, it holds several of them.
 """
 
 from __future__ import annotations
@@ -23,81 +23,82 @@ from torch import Tensor
 
 from .common.launch import block, cdiv, launch
 
-ELEMENTS = 4096  # of a tile: enough bytes on their way for each program, few enough registers for many programs
+ELEMENTS = 4096  # of a tile: enough bytes in flight for each program, few enough registers for many programs
 GRAD_ELEMENTS = 2048  # of a tile of the last backward kernel, which holds dterm too
 MOMENTS = 512  # of one kind, that are combined at a time
-PROGRAMS = (
-    512  # of the last backward kernel, where it sums over classes: fewer do not fill a GPU, more leave more parts
-)
+PROGRAMS = 512  # of the last backward kernel, with dterm: fewer do not fill a GPU, more leave more partial sums
 
 
 @triton.jit
 def _place(m, last, classes, chunk, part, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """For maps m < last: the channels of a tile, its offsets within y and within term, and its mask."""
+    """For maps m < last: the channels of a tile, its offsets in y and in term, and its mask."""
     m = m.to(tl.int64)[:, None, None]
     row = (chunk * ROWS + tl.arange(0, ROWS))[None, :, None]
     c = part * CHANNELS + tl.arange(0, CHANNELS)
     mask = (m < last) & (row < rows) & (c < channels)[None, None, :]
-    within = row * channels + c[None, None, :]
-    return c, m * rows * channels + within, m // classes * rows * channels + within, mask
+    offset = row * channels + c[None, None, :]
+    return c, m * rows * channels + offset, m // classes * rows * channels + offset, mask
 
 
 @triton.jit
-def _load(y, term, offset, term_offset, mask, TERM: tl.constexpr):
+def _load(y, term, offset, term_offset, mask):
     """z, in float32"""
     z = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32)
-    if TERM:
+    if term is not None:
         z += tl.load(term + term_offset, mask=mask, other=0.0).to(tl.float32)
     return z
 
 
 @triton.jit
-def _load_group(values, m, last, c, channels, size):
+def _load_group(pairs, m, last, c, channels, size):
     """Both numbers of the groups of channels c, (MAPS, 1, CHANNELS) each, from (maps, groups, 2)."""
-    place = values + (m.to(tl.int64)[:, None] * (channels // size) + (c // size)[None, :]) * 2
+    place = pairs + (m.to(tl.int64)[:, None] * (channels // size) + (c // size)[None, :]) * 2
     mask = (m < last)[:, None] & (c < channels)[None, :]
     first = tl.load(place, mask=mask, other=0.0)
     return first[:, None, :], tl.load(place + 1, mask=mask, other=0.0)[:, None, :]
 
 
 @triton.jit
-def _load_vector(vector, c, channels):
-    return tl.load(vector + c, mask=c < channels, other=0.0).to(tl.float32)[None, None, :]
+def _affine(z, mean, scale, weight, bias, c, channels):
+    """w ⊙ x̂ + β, in PyTorch's order so that an infinite w gives the same as there; and w."""
+    w = tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32)[None, None, :]
+    b = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, None, :]
+    slope = scale * w
+    return z * slope + (b - mean * slope), w
 
 
 @triton.jit
-def _affine(z, mean, scale, w, b):
-    """w ⊙ x̂ + β in PyTorch's order, so that an infinite w gives what it gives there."""
-    slope = scale * w
-    return z * slope + (b - mean * slope)
+def _store_sums(out, first, second, m, maps, chunk, chunks, c, channels):
+    """Two numbers for each channel of a tile, (MAPS, CHANNELS) each, into (maps, chunks, 2, D)."""
+    place = out + (m.to(tl.int64)[:, None] * chunks + chunk) * 2 * channels + c[None, :]
+    mask = (m < maps)[:, None] & (c < channels)[None, :]
+    tl.store(place, first, mask=mask)
+    tl.store(place + channels, second, mask=mask)
 
 
 @triton.jit
 def _moments(
     y, term, moments, maps, classes, rows, channels,
-    TERM: tl.constexpr, MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of each channel of a tile: `moments`, (maps, chunks, 2, D)."""
     parts = tl.cdiv(channels, CHANNELS)
     chunks = tl.cdiv(rows, ROWS)
-    m = tl.program_id(0) // parts // chunks * MAPS + tl.arange(0, MAPS)
-    chunk = tl.program_id(0) // parts % chunks
-    c, offset, term_offset, mask = _place(
-        m, maps, classes, chunk, tl.program_id(0) % parts, rows, channels, ROWS, CHANNELS
-    )
-    z = _load(y, term, offset, term_offset, mask, TERM)
+    tile = tl.program_id(0) // parts
+    m = tile // chunks * MAPS + tl.arange(0, MAPS)
+    chunk = tile % chunks
+    part = tl.program_id(0) % parts
+    c, offset, term_offset, mask = _place(m, maps, classes, chunk, part, rows, channels, ROWS, CHANNELS)
+    z = _load(y, term, offset, term_offset, mask)
     mean = tl.sum(z, 1) / tl.minimum(rows - chunk * ROWS, ROWS)
     centred = tl.where(mask, z - mean[:, None, :], 0.0)
-    place = moments + (m.to(tl.int64)[:, None] * chunks + chunk) * 2 * channels + c[None, :]
-    mask = (m < maps)[:, None] & (c < channels)[None, :]
-    tl.store(place, mean, mask=mask)
-    tl.store(place + channels, tl.sum(centred * centred, 1), mask=mask)
+    _store_sums(moments, mean, tl.sum(centred * centred, 1), m, maps, chunk, chunks, c, channels)
 
 
 @triton.jit
 def _group_place(group, last, start, chunks, channels, size, CHUNKS: tl.constexpr, SIZE: tl.constexpr):
-    """For groups of all maps, numbered through: offsets of some chunks' numbers in (maps, chunks, 2, D), the chunks
-    and the mask, (GROUPS, CHUNKS, SIZE)."""
+    """For groups, counted over all maps: offsets of some chunks' numbers in (maps, chunks, 2, D), the chunks and the
+    mask, (GROUPS, CHUNKS, SIZE)."""
     groups = channels // size
     chunk = (start + tl.arange(0, CHUNKS))[None, :, None]
     i = tl.arange(0, SIZE)[None, None, :]
@@ -124,9 +125,9 @@ def _statistics(
     for start in range(0, chunks, CHUNKS):
         offset, chunk, mask = _group_place(group, last, start, chunks, channels, size, CHUNKS, SIZE)
         count = tl.minimum(rows - chunk * ROWS, ROWS).to(tl.float32)
-        away = tl.load(moments + offset, mask=mask, other=0.0) - mean[:, None, None]
-        within = tl.load(moments + offset + channels, mask=mask, other=0.0)
-        squares += tl.where(mask, within + count * away * away, 0.0)
+        distance = tl.load(moments + offset, mask=mask, other=0.0) - mean[:, None, None]
+        centred = tl.load(moments + offset + channels, mask=mask, other=0.0)
+        squares += tl.where(mask, centred + count * distance * distance, 0.0)
     variance = tl.sum(tl.sum(squares, 2), 1) / (rows * size)
     tl.store(statistics + group * 2, mean, mask=group < last)
     tl.store(statistics + group * 2 + 1, 1.0 / tl.sqrt(variance + eps), mask=group < last)
@@ -135,45 +136,40 @@ def _statistics(
 @triton.jit
 def _forward(
     y, term, statistics, weight, bias, out, maps, classes, rows, channels, size,
-    TERM: tl.constexpr, MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(channels, CHANNELS)
     chunks = tl.cdiv(rows, ROWS)
-    # From the end: what the moments were taken of last may still be in the cache.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end: what was read last may still be cached
     m = program // parts // chunks * MAPS + tl.arange(0, MAPS)
-    c, offset, term_offset, mask = _place(
-        m, maps, classes, program // parts % chunks, program % parts, rows, channels, ROWS, CHANNELS
-    )
+    chunk = program // parts % chunks
+    c, offset, term_offset, mask = _place(m, maps, classes, chunk, program % parts, rows, channels, ROWS, CHANNELS)
     mean, scale = _load_group(statistics, m, maps, c, channels, size)
-    z = _load(y, term, offset, term_offset, mask, TERM)
-    normed = _affine(z, mean, scale, _load_vector(weight, c, channels), _load_vector(bias, c, channels))
+    z = _load(y, term, offset, term_offset, mask)
+    normed, _ = _affine(z, mean, scale, weight, bias, c, channels)
     tl.store(out + offset, tl.where(normed < 0, 0.0, normed), mask=mask)
 
 
 @triton.jit
 def _backward_sums(
     grad, y, term, statistics, weight, bias, sums, maps, classes, rows, channels, size,
-    TERM: tl.constexpr, MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Σ h and Σ h ⊙ x̂ of each channel of a tile: `sums`, (maps, chunks, 2, D)."""
     parts = tl.cdiv(channels, CHANNELS)
     chunks = tl.cdiv(rows, ROWS)
-    m = tl.program_id(0) // parts // chunks * MAPS + tl.arange(0, MAPS)
-    chunk = tl.program_id(0) // parts % chunks
-    c, offset, term_offset, mask = _place(
-        m, maps, classes, chunk, tl.program_id(0) % parts, rows, channels, ROWS, CHANNELS
-    )
+    tile = tl.program_id(0) // parts
+    m = tile // chunks * MAPS + tl.arange(0, MAPS)
+    chunk = tile % chunks
+    part = tl.program_id(0) % parts
+    c, offset, term_offset, mask = _place(m, maps, classes, chunk, part, rows, channels, ROWS, CHANNELS)
     mean, scale = _load_group(statistics, m, maps, c, channels, size)
-    z = _load(y, term, offset, term_offset, mask, TERM)
-    normed = _affine(z, mean, scale, _load_vector(weight, c, channels), _load_vector(bias, c, channels))
+    z = _load(y, term, offset, term_offset, mask)
+    normed, _ = _affine(z, mean, scale, weight, bias, c, channels)
     g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
-    passed = tl.where(normed <= 0, 0.0, g)
-    along = tl.where(mask, passed * (z - mean) * scale, 0.0)
-    place = sums + (m.to(tl.int64)[:, None] * chunks + chunk) * 2 * channels + c[None, :]
-    mask = (m < maps)[:, None] & (c < channels)[None, :]
-    tl.store(place, tl.sum(passed, 1), mask=mask)
-    tl.store(place + channels, tl.sum(along, 1), mask=mask)
+    h = tl.where(normed <= 0, 0.0, g)
+    hx = tl.where(mask, h * (z - mean) * scale, 0.0)
+    _store_sums(sums, tl.sum(h, 1), tl.sum(hx, 1), m, maps, chunk, chunks, c, channels)
 
 
 @triton.jit
@@ -187,22 +183,22 @@ def _backward_means(
     i = tl.arange(0, SIZE)[None, :]
     c = (group % (channels // size) * size)[:, None] + i
     w = tl.load(weight + c, mask=(group < last)[:, None] & (i < size), other=0.0).to(tl.float32)[:, None, :]
-    first = tl.zeros((GROUPS, CHUNKS, SIZE), tl.float32)
-    second = tl.zeros((GROUPS, CHUNKS, SIZE), tl.float32)
+    wh = tl.zeros((GROUPS, CHUNKS, SIZE), tl.float32)
+    whx = tl.zeros((GROUPS, CHUNKS, SIZE), tl.float32)
     for start in range(0, chunks, CHUNKS):
         offset, _, mask = _group_place(group, last, start, chunks, channels, size, CHUNKS, SIZE)
-        first += w * tl.load(sums + offset, mask=mask, other=0.0)
-        second += w * tl.load(sums + offset + channels, mask=mask, other=0.0)
-    tl.store(means + group * 2, tl.sum(tl.sum(first, 2), 1) / (rows * size), mask=group < last)
-    tl.store(means + group * 2 + 1, tl.sum(tl.sum(second, 2), 1) / (rows * size), mask=group < last)
+        wh += w * tl.load(sums + offset, mask=mask, other=0.0)
+        whx += w * tl.load(sums + offset + channels, mask=mask, other=0.0)
+    tl.store(means + group * 2, tl.sum(tl.sum(wh, 2), 1) / (rows * size), mask=group < last)
+    tl.store(means + group * 2 + 1, tl.sum(tl.sum(whx, 2), 1) / (rows * size), mask=group < last)
 
 
 @triton.jit
 def _backward(
-    grad, y, term, statistics, means, weight, bias, y_grad, term_part, classes, classes_each, rows, channels, size,
-    TERM: tl.constexpr, TERM_GRAD: tl.constexpr, MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    grad, y, term, statistics, means, weight, bias, y_grad, term_parts, classes, classes_each, rows, channels, size,
+    TERM_GRAD: tl.constexpr, MAPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dy of a tile for `classes_each` classes, and their share of dterm: `term_part`, (B, splits, positions, D)."""
+    """dy of a tile for `classes_each` classes, and their share of dterm: `term_parts`, (B, splits, positions, D)."""
     parts = tl.cdiv(channels, CHANNELS)
     chunks = tl.cdiv(rows, ROWS)
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end, as in the forward
@@ -213,25 +209,25 @@ def _backward(
     image = split // splits
     first = image * classes + split % splits * classes_each
     last = tl.minimum(first + classes_each, (image + 1) * classes)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(first, last, MAPS):
         m = start + tl.arange(0, MAPS)
         c, offset, term_offset, mask = _place(m, last, classes, chunk, part, rows, channels, ROWS, CHANNELS)
         mean, scale = _load_group(statistics, m, last, c, channels, size)
-        mean1, mean2 = _load_group(means, m, last, c, channels, size)
-        w = _load_vector(weight, c, channels)
-        z = _load(y, term, offset, term_offset, mask, TERM)
+        mean_wh, mean_whx = _load_group(means, m, last, c, channels, size)
+        z = _load(y, term, offset, term_offset, mask)
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
-        passed = tl.where(_affine(z, mean, scale, w, _load_vector(bias, c, channels)) <= 0, 0.0, g)
-        z_grad = scale * (w * passed - mean1 - (z - mean) * scale * mean2)
+        normed, w = _affine(z, mean, scale, weight, bias, c, channels)
+        h = tl.where(normed <= 0, 0.0, g)
+        z_grad = scale * (w * h - mean_wh - (z - mean) * scale * mean_whx)
         tl.store(y_grad + offset, z_grad, mask=mask)
         if TERM_GRAD:
-            total += tl.sum(tl.where(mask, z_grad, 0.0), 0)
+            acc += tl.sum(tl.where(mask, z_grad, 0.0), 0)
     if TERM_GRAD:
         row = (chunk * ROWS + tl.arange(0, ROWS))[:, None]
-        column = (part * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-        place = (split.to(tl.int64) * rows + row) * channels + column
-        tl.store(term_part + place, total, mask=(row < rows) & (column < channels))
+        c = (part * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+        offset = (split.to(tl.int64) * rows + row) * channels + c
+        tl.store(term_parts + offset, acc, mask=(row < rows) & (c < channels))
 
 
 def _tiles(y: Tensor, elements: int) -> tuple[int, int, dict[str, int]]:
@@ -253,10 +249,7 @@ def _combined(groups: int, channels: int, chunks: int, rows_each: int) -> dict[s
 def guided_group_norm(
     y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, D) and (B, H, W, D) -> the normalised (B, T, H, W, D), and mean and 1 / s of each group, (B, T,
-    groups, 2) in float32."""
-    y, weight, bias = y.contiguous(), weight.contiguous(), bias.contiguous()
-    term = None if term is None else term.contiguous()
+    """(B, T, H, W, D) and (B, H, W, D) -> out (B, T, H, W, D), and mean and 1 / s of each group, (B, T, groups, 2)."""
     batch, classes, height, width, channels = y.shape
     maps, rows, size = batch * classes, height * width, channels // groups
     chunks, parts, tile = _tiles(y, ELEMENTS)
@@ -265,68 +258,43 @@ def guided_group_norm(
     out = torch.empty_like(y)
     moments = y.new_empty(maps, chunks, 2, channels, dtype=torch.float32)
     statistics = y.new_empty(batch, classes, groups, 2, dtype=torch.float32)
-    launch(
-        _moments, (programs,), y, term, moments, maps, classes, rows, channels, **tile, TERM=term is not None
-    )  # fmt: skip
-    launch(
-        _statistics, (cdiv(maps * groups, combined["GROUPS"]),),
-        moments, statistics, maps * groups, rows, channels, size, eps, **combined, warps=1,
-    )  # fmt: skip
-    launch(
-        _forward, (programs,), y, term, statistics, weight, bias, out, maps, classes, rows, channels, size,
-        **tile, TERM=term is not None,
-    )  # fmt: skip
+    launch(_moments, (programs,), y, term, moments, maps, classes, rows, channels, **tile)
+    blocks = cdiv(maps * groups, combined["GROUPS"])
+    launch(_statistics, (blocks,), moments, statistics, maps * groups, rows, channels, size, eps, **combined, warps=1)
+    launch(_forward, (programs,), y, term, statistics, weight, bias, out, maps, classes, rows, channels, size, **tile)
     return out, statistics
 
 
 def guided_group_norm_backward(
-    grad: Tensor,
-    y: Tensor,
-    term: Tensor | None,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    need_y: bool,
-    need_term: bool,
-    need_affine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y, term, weight and bias; an empty tensor where none is needed."""
-    grad, y, weight, bias = grad.contiguous(), y.contiguous(), weight.contiguous(), bias.contiguous()
-    term = None if term is None else term.contiguous()
+    grad: Tensor, statistics: Tensor, y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor,
+    groups: int, eps: float, needs: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of y, term, weight and bias."""
     batch, classes, height, width, channels = y.shape
-    groups = statistics.shape[2]
     maps, rows, size = batch * classes, height * width, channels // groups
     chunks, parts, tile = _tiles(y, ELEMENTS)
     combined = _combined(groups, channels, chunks, tile["ROWS"])
-    y_grad, term_grad, weight_grad, bias_grad = (y.new_empty(0) for _ in range(4))
     sums = y.new_empty(maps, chunks, 2, channels, dtype=torch.float32)
     launch(
         _backward_sums, (cdiv(maps, tile["MAPS"]) * chunks * parts,),
-        grad, y, term, statistics, weight, bias, sums, maps, classes, rows, channels, size,
-        **tile, TERM=term is not None,
+        grad, y, term, statistics, weight, bias, sums, maps, classes, rows, channels, size, **tile,
     )  # fmt: skip
-    if need_affine:
-        bias_grad, weight_grad = (part.sum((0, 1)).to(y.dtype) for part in sums.unbind(2))
-    if need_y or need_term:
-        means = torch.empty_like(statistics)
-        launch(
-            _backward_means, (cdiv(maps * groups, combined["GROUPS"]),),
-            sums, weight, means, maps * groups, rows, channels, size, **combined, warps=1,
-        )  # fmt: skip
-        written = torch.empty_like(y)
-        chunks, parts, tile = _tiles(y, GRAD_ELEMENTS)
-        # Where nothing is summed over the classes, a program takes no more of them than a tile holds.
-        splits = max(PROGRAMS // max(batch * chunks * parts, 1), 1) if need_term else classes
-        classes_each = cdiv(cdiv(classes, splits), tile["MAPS"]) * tile["MAPS"]
-        splits = cdiv(classes, classes_each)
-        term_part = y.new_empty(batch if need_term else 0, splits, height, width, channels, dtype=torch.float32)
-        launch(
-            _backward, (batch * splits * chunks * parts,),
-            grad, y, term, statistics, means, weight, bias, written, term_part,
-            classes, classes_each, rows, channels, size, **tile, TERM=term is not None, TERM_GRAD=need_term,
-        )  # fmt: skip
-        if need_y:
-            y_grad = written
-        if need_term:
-            term_grad = term_part.sum(1).to(y.dtype)
-    return y_grad, term_grad, weight_grad, bias_grad
+    bias_grad, weight_grad = (part.sum((0, 1)).to(y.dtype) for part in sums.unbind(2))
+    if not any(needs[:2]):
+        return [None, None, weight_grad, bias_grad]
+    means = torch.empty_like(statistics)
+    blocks = cdiv(maps * groups, combined["GROUPS"])
+    launch(_backward_means, (blocks,), sums, weight, means, maps * groups, rows, channels, size, **combined, warps=1)
+    y_grad = torch.empty_like(y)
+    chunks, parts, tile = _tiles(y, GRAD_ELEMENTS)
+    # Without a sum over the classes, a program takes no more of them than a tile holds.
+    splits = max(PROGRAMS // max(batch * chunks * parts, 1), 1) if needs[1] else classes
+    classes_each = cdiv(cdiv(classes, splits), tile["MAPS"]) * tile["MAPS"]
+    splits = cdiv(classes, classes_each)
+    term_parts = y.new_empty(batch if needs[1] else 0, splits, height, width, channels, dtype=torch.float32)
+    launch(
+        _backward, (batch * splits * chunks * parts,),
+        grad, y, term, statistics, means, weight, bias, y_grad, term_parts,
+        classes, classes_each, rows, channels, size, **tile, TERM_GRAD=needs[1],
+    )  # fmt: skip
+    return [y_grad, term_parts.sum(1).to(y.dtype), weight_grad, bias_grad]

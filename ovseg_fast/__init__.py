@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Resolved at first use, so that importing the package stays quick and needs nothing that is not used.
+# Imported on first use, so that importing the package is quick and needs nothing that is not used.
 _LAZY = {
     "EncodedImage": "segmenter",
     "Segmentation": "segmentation",

@@ -1,4 +1,4 @@
-"""`python -m ovseg_fast`: the command line, also for launchers of several processes: `torchrun -m ovseg_fast train`."""
+"""`python -m ovseg_fast`: the command line, also for `torchrun -m ovseg_fast train`."""
 
 from .cli import main
 

@@ -1,7 +1,7 @@
 """Which backend runs an operator on given tensors, and why the others do not.
 
-One predicate, `refusal`, selects a backend, explains the choice and words the error when a forced backend cannot run.
-The choice falls before autograd, so a call's backward runs on the same backend as its forward.
+One predicate, `refusal`, selects a backend, explains the choice and words the error if a forced backend cannot run.
+The choice is made before autograd, so a call's backward runs on the backend of its forward.
 """
 
 from __future__ import annotations
@@ -26,18 +26,12 @@ BACKENDS = ("cuda", "triton", "torch")  # in order of preference
 LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels"}
 LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
-CAPABILITY = (8, 0)  # the oldest GPUs that the kernels are compiled for
+CAPABILITY = (8, 0)  # of the oldest GPUs that kernels are compiled for
 
 logger = logging.getLogger(__name__)
 
 
-class _Forced(threading.local):
-    """The backend that this thread asks for; None where the environment decides."""
-
-    name: str | None = None
-
-
-_forced = _Forced()
+_forced = threading.local()  # its `name`: the backend that this thread asks for, instead of the environment
 _default = os.environ.get("OVSEG_BACKEND") or "auto"
 _last: dict[str, str] = {}
 _said: set[str] = set()
@@ -48,13 +42,13 @@ def backend(name: str) -> Iterator[None]:
     """Force one backend for this thread's operator calls: `with ovs.backend("torch"): ...`.
 
     Args:
-        name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"` for the first of these that can run. It takes precedence over
-            the environment variable OVSEG_BACKEND.
+        name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"`: the first of these that can run. Overrides the environment
+            variable OVSEG_BACKEND.
 
     Raises:
-        ValueError: there is no such backend. A forced backend that cannot run an operator raises `RuntimeError` there.
+        ValueError: no such backend. Operators that the forced backend cannot run raise `RuntimeError`.
     """
-    before, _forced.name = _forced.name, _checked(name, "backend")
+    before, _forced.name = getattr(_forced, "name", None), _checked(name, "backend")
     try:
         yield
     finally:
@@ -63,7 +57,7 @@ def backend(name: str) -> Iterator[None]:
 
 def requested() -> str:
     """What this thread asks for: `"auto"` or the name of a backend. Raises ValueError for a bad OVSEG_BACKEND."""
-    return _forced.name or _checked(_default, "OVSEG_BACKEND")
+    return getattr(_forced, "name", None) or _checked(_default, "OVSEG_BACKEND")
 
 
 def choose(
@@ -75,13 +69,10 @@ def choose(
     """The backend that runs `operator` on these tensors.
 
     Args:
-        operator: name of the operator, for kernels and messages.
-        tensors: its inputs, checked already: one device, one dtype (or autocast is on, which decides it).
-        refusals: reasons, by backend, why it cannot run this very call (a size that its kernels do not take).
+        operator: its name.
+        tensors: its inputs, already checked: one device, one dtype (with autocast on, autocast's).
+        refusals: by backend, why it cannot run this call (a size that its kernels do not take).
         shared_memory: KB that a block of its CUDA C++ kernel needs, by dtype, if not every GPU has them.
-
-    Returns:
-        One of `BACKENDS`.
 
     Raises:
         RuntimeError: the forced backend cannot run it; the message says why.
@@ -92,8 +83,8 @@ def choose(
     asked, needed = requested(), (shared_memory or {}).get(dtype, 0)
     reasons: dict[str, str] = {}
     for name in BACKENDS if asked == "auto" else (asked,):
-        own = (refusals or {}).get(name) or (_misaligned(tensors) if name == "cuda" else None)
-        reason = own or refusal(operator, name, device.type, device.index, dtype, asked != "auto", needed)
+        reason = (refusals or {}).get(name) or (_misaligned(tensors) if name == "cuda" else None)
+        reason = reason or refusal(operator, name, device.type, device.index, dtype, asked != "auto", needed)
         if reason is None:
             if not torch.compiler.is_compiling():
                 _say(operator, name, reasons)
@@ -101,7 +92,7 @@ def choose(
                 _last[operator] = name
             return name
         reasons[name] = reason
-    raise RuntimeError(f"{operator}: the {asked} backend was asked for but cannot run: {reasons[asked]}.")
+    raise _cannot_run(operator, asked, reasons[asked])
 
 
 def refusal(
@@ -113,7 +104,7 @@ def refusal(
     forced: bool,
     shared_memory: int = 0,
 ) -> str | None:
-    """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None where it can."""
+    """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None if it can."""
     if name == "torch":
         return None
     if operator not in operators_with_kernels(name):
@@ -131,7 +122,7 @@ def refusal(
         if forced or (operator in native.VERIFIED and device != "cpu"):
             return None
         if device == "cpu":
-            return "on the CPU only the slow emulation of a GPU runs it, and only where forced"
+            return "on the CPU only the slow emulation of a GPU runs it, and only if forced"
         return "no GPU has verified its CUDA C++ kernels yet; OVSEG_BACKEND=cuda tries them"
     if device == "cuda":
         return None
@@ -139,18 +130,17 @@ def refusal(
         return f"its kernels run on CUDA tensors, not on {device}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU"
-    return None if forced else "on the CPU only Triton's slow interpreter runs it, and only where forced"
+    return None if forced else "on the CPU only Triton's slow interpreter runs it, and only if forced"
 
 
-# torch.compiler.assume_constant_result(refusal), which would import all of the compiler together with this package: one
-# to two seconds, about what torch itself takes, that only torch.compile has use for.
+# torch.compiler.assume_constant_result(refusal), without importing the compiler, which takes as long as torch itself.
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(operator: str, name: str) -> ModuleType:
-    """The module with the launchers of `operator` in a backend other than PyTorch; notes that it ran.
+    """The module with an operator's launchers, of a backend other than PyTorch; records that it ran.
 
-    `common.X` is a part that several operators share.
+    `common.X` is a part that operators share.
     """
     if not operator.startswith("common."):
         _last[operator] = name
@@ -158,7 +148,7 @@ def implementation(operator: str, name: str) -> ModuleType:
 
 
 def last_backend(operator: str) -> str | None:
-    """The backend that ran `operator` last in this process, or None where it has not run.
+    """The backend that ran `operator` last in this process, or None if it has not run.
 
     Raises:
         ValueError: there is no such operator.
@@ -170,12 +160,12 @@ def last_backend(operator: str) -> str | None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; printed, it is a table.
+    """The result of `explain`; printed, it is a table.
 
     Attributes:
-        device: of the tensors in question; asked: the backend asked for, or `"auto"`.
-        choices: operator -> the backend that runs it, or None where the one asked for cannot.
-        reasons: operator -> backend -> why it does not run the operator, or None where it could.
+        device: of the tensors. asked: the backend asked for, or `"auto"`.
+        choices: operator -> the backend that runs it, or None if the one asked for cannot.
+        reasons: operator -> backend -> why it does not run the operator, or None if it could.
     """
 
     device: str
@@ -184,17 +174,16 @@ class Explanation:
     reasons: Mapping[str, Mapping[str, str | None]]
 
     def __str__(self) -> str:
-        notes: list[str] = []
-        lines = ["".join(f"{word:<22}" if word == "operator" else f"{word:<8}" for word in ("operator", *BACKENDS))]
+        notes: dict[str, int] = {}  # reason -> its number
+        rows = [["operator", *BACKENDS]]
         for operator, row in self.reasons.items():
-            cells = []
+            cells = [operator]
             for name, reason in row.items():
-                if reason and reason not in notes:
-                    notes.append(reason)
                 free = "runs" if name == self.choices[operator] else "could"
-                cells.append(f"[{notes.index(reason) + 1}]" if reason else free)
-            lines.append(f"{operator:<22}" + "".join(f"{cell:<8}" for cell in cells))
-        lines += [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
+                cells.append(f"[{notes.setdefault(reason, len(notes) + 1)}]" if reason else free)
+            rows.append(cells)
+        lines = [f"{operator:<22}" + "".join(f"{cell:<8}" for cell in cells) for operator, *cells in rows]
+        lines += [f"[{number}] {note}" for note, number in notes.items()]
         if None in self.choices.values():
             lines.append(f"An operator that nothing runs raises an error while {self.asked} is asked for.")
         return "\n".join(line.rstrip() for line in lines)
@@ -206,8 +195,8 @@ def explain(device: torch.device | str | None = None) -> Explanation:
     """Which backend runs each operator on tensors of `device`, and why the others do not.
 
     Args:
-        device: by default the GPU where there is one, else the CPU. Sizes and dtypes of a call may still rule a
-            backend out; `last_backend` tells what really ran.
+        device: by default the GPU if there is one, else the CPU. Sizes and dtypes of a call may still rule a backend
+            out; `last_backend` tells what really ran.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = requested()
@@ -225,23 +214,24 @@ def explain(device: torch.device | str | None = None) -> Explanation:
 
 
 def check(device: torch.device) -> None:
-    """Raises RuntimeError where the backend that this thread asks for cannot run on tensors of `device` at all."""
+    """Raises RuntimeError if the backend that this thread asks for cannot run on tensors of `device` at all."""
     found = explain(device)
     for operator, choice in found.choices.items():
         if choice is None:
-            reason = found.reasons[operator][found.asked]
-            raise RuntimeError(f"{operator}: the {found.asked} backend was asked for but cannot run: {reason}.")
+            raise _cannot_run(operator, found.asked, found.reasons[operator][found.asked])
+
+
+def _cannot_run(operator: str, asked: str, reason: str | None) -> RuntimeError:
+    return RuntimeError(f"{operator}: the {asked} backend was asked for but cannot run: {reason}.")
 
 
 def _misaligned(tensors: Iterable[Tensor]) -> str | None:
-    """Why kernels that read 16 bytes at a time cannot take these tensors as they are."""
+    """Why kernels that read 16 bytes at a time cannot take these tensors."""
     if torch.compiler.is_compiling():
         return None  # no addresses yet; the launchers copy what is not aligned
-    for tensor in tensors:
-        plain = type(tensor) in (Tensor, torch.nn.Parameter)
-        if plain and tensor.is_contiguous() and tensor.data_ptr() % 16:
-            return "a tensor does not begin at a multiple of 16 bytes; give it a .clone()"
-    return None
+    plain = (tensor for tensor in tensors if type(tensor) in (Tensor, torch.nn.Parameter))
+    misaligned = any(tensor.is_contiguous() and tensor.data_ptr() % 16 for tensor in plain)
+    return "a tensor does not begin at a multiple of 16 bytes; give it a .clone()" if misaligned else None
 
 
 def _checked(name: str, source: str) -> str:
@@ -264,13 +254,13 @@ def _triton_installed() -> bool:
 
 @lru_cache
 def operators_with_kernels(backend: str = "triton") -> tuple[str, ...]:
-    """Names of the operators that have kernels in a backend, one module of launchers each."""
+    """Names of the operators with kernels in a backend, one module of launchers each."""
     return tuple(name for name in _modules(import_module(LAUNCHERS[backend]).__path__) if name in _operators())
 
 
 @lru_cache(maxsize=1)
 def _operators() -> tuple[str, ...]:
-    """Names of all operators, one module each in `ops`: looked up by path, as that stands above this module."""
+    """Names of all operators, one module each in `ops`; found by path, because this module must not import `ops`."""
     return _modules([os.path.join(os.path.dirname(__file__), "ops")])
 
 

@@ -1,9 +1,8 @@
-"""Makes ``import torchvision`` work where its compiled half does not load.
+"""Makes `import torchvision` work if its compiled half does not load.
 
-open_clip and timm import torchvision for its Python half (image transforms). A torchvision wheel that was
-compiled against another torch build (a CUDA wheel next to a CPU torch, say) still installs, skips its
-compiled half without a word, and then fails on import, because it describes the operators
-``torchvision::nms`` and ``torchvision::qnms`` that this half would have defined.
+open_clip and timm use its Python half (image transforms). A torchvision wheel that was compiled against another torch
+build still installs, silently skips its compiled half, and then fails on import, because it describes the operators
+`torchvision::nms` and `torchvision::qnms` that this half would have defined.
 """
 
 from __future__ import annotations
@@ -13,22 +12,17 @@ import sys
 from typing import Any
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-
-# An operator lives as long as the library object that defined it.
-_libraries: list[Any] = []
+_libraries: list[Any] = []  # an operator lives as long as the library object that defined it
 
 
 def ensure_importable() -> None:
-    """Imports torchvision, with empty ``nms`` and ``qnms`` operators where its compiled half is missing.
-
-    The plain import is tried first: defining an operator that the compiled half defines too would be an
-    error. Safe to call any number of times.
+    """Import torchvision, with empty `nms` and `qnms` operators if its compiled half is missing.
 
     Raises:
-        ImportError: when torchvision is not installed.
-        RuntimeError: when torchvision fails for another reason than the missing operators.
+        ImportError: torchvision is not installed.
+        RuntimeError: torchvision fails for another reason than the missing operators.
     """
-    try:
+    try:  # first as it is: defining an operator that the compiled half defines too is an error
         importlib.import_module("torchvision")
         return
     except RuntimeError as error:
@@ -42,7 +36,7 @@ def ensure_importable() -> None:
         if not hasattr(torch.ops.torchvision, name):
             library.define(name + _SCHEMA)
     _libraries.append(library)
-    # The failed import leaves its submodules behind; they must run again.
+    # The failed import left its submodules behind; they must run again.
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     importlib.import_module("torchvision")

@@ -11,16 +11,16 @@ from pathlib import Path
 def write_whole(path: str | os.PathLike[str], writer: Callable[[Path], object]) -> None:
     """Write a file so that nobody ever finds half of it.
 
-    The content goes to a temporary file in the same folder, which takes the place of `path` only when it is complete.
-    When anything fails, a file that was there before stays as it was and no temporary file is left.
+    The content goes to a temporary file in the same folder, which replaces `path` once it is complete. If anything
+    fails, an earlier file stays as it was and no temporary file is left.
 
     Args:
         path: the file to write. A symbolic link is followed.
-        writer: called with the temporary file's path, an empty file of the same suffix, which it fills.
+        writer: fills the file whose path it is given: empty, temporary, of the same suffix.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: the folder of `path` does not exist or is no folder.
-        OSError: `path` is no plain file, or cannot be written. What else `writer` raises comes through.
+        FileNotFoundError, NotADirectoryError: the folder of `path` does not exist or is not a folder.
+        OSError: `path` is not a plain file, or cannot be written. Other errors of `writer` are passed on.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.exists():
@@ -28,10 +28,8 @@ def write_whole(path: str | os.PathLike[str], writer: Callable[[Path], object]) 
     if not target.parent.is_dir():
         raise NotADirectoryError(f"cannot write '{path}': '{target.parent}' is not a folder.")
     if target.exists() and not target.is_file():
-        what = "a folder" if target.is_dir() else "not a plain file"
-        raise OSError(f"cannot write '{path}': it is {what}.")
-
-    # Not by tempfile, which makes files that only their owner may read.
+        raise OSError(f"cannot write '{path}': it is {'a folder' if target.is_dir() else 'not a plain file'}.")
+    # Not with tempfile, whose files only their owner may read.
     temporary = target.with_name(f".ovseg-{secrets.token_hex(8)}{target.suffix}")
     try:
         temporary.touch(exist_ok=False)

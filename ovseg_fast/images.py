@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -21,16 +22,8 @@ SUFFIXES = (
     *(".tga", ".tif", ".tiff", ".webp"),
 )
 
-# What brings an image of each EXIF orientation upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(_NAMES.split(), 2)}  # from EXIF's 2..8
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +39,19 @@ class MissingImageError(ImageError, FileNotFoundError):
 def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
     """Read an image as RGB, eight bits a channel.
 
-    Transparent parts are laid over white. 16-bit grey levels (0..65535) are scaled to 0..255. The orientation in the
-    EXIF data is applied. Of an animation or a file of several pages the first one is taken.
+    Transparent parts become white. 16-bit grey levels (0..65535) are scaled to 0..255. The EXIF orientation is applied.
+    Of an animation or a file with several pages the first is taken.
 
     Args:
-        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB.
-        max_side: largest accepted side in pixels.
-
-    Returns:
-        A new RGB image with both sides in 2..max_side; `source` is left as it is.
+        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB; it is left as it is.
+        max_side: largest accepted side in pixels; the smallest is 2.
 
     Raises:
         TypeError: `source` is of another type, a torch tensor for example.
         MissingImageError: no such file; it is both an `ImageError` and a `FileNotFoundError`.
-        ImageError: a folder, an empty, damaged or truncated file, no image, too small, too large, or of a kind that has
-            no agreed conversion to RGB.
-        ValueError: `max_side` is no whole number of at least 2.
+        ImageError: a folder, an empty, damaged or truncated file, not an image, too small, too large, or of a kind
+            without an agreed conversion to RGB.
+        ValueError: `max_side` is not a whole number of at least 2.
     """
     if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
         raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
@@ -69,9 +59,14 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
         path = getattr(source, "filename", "")
         return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side)
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_side)
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            got = f"{source.dtype} of shape {source.shape}"
+            raise ImageError(f"an image array must be uint8 of shape (H, W, 3), RGB, got {got}.")
+        _check_size("the given array", source.shape[1], source.shape[0], max_side)
+        return Image.fromarray(source)
     if isinstance(source, (str, os.PathLike)):
-        return _from_file(os.fsdecode(source), max_side)
+        with open_image(os.fsdecode(source)) as image:
+            return _decode(image, f"image '{os.fsdecode(source)}'", max_side)
     raise TypeError(
         f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {type(source).__module__}."
         f"{type(source).__qualname__}."
@@ -81,8 +76,8 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Expand files and folders into image files.
 
-    Of a folder, the files directly in it with a usual image suffix are taken, by name; hidden ones are left out. A file
-    that is named itself is kept whatever its suffix. What is named twice comes once.
+    A folder stands for the files directly in it with a usual image suffix, sorted by name, without hidden ones. A file
+    is kept whatever its suffix. Duplicates are dropped.
 
     Raises:
         MissingImageError: a path does not exist.
@@ -94,11 +89,10 @@ def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     for path in map(Path, paths):
         if not path.exists():
             raise MissingImageError(f"there is no file or folder '{path}'.")
-        files = _images_in(path) if path.is_dir() else [path]
-        for file in files:
+        for file in _images_in(path) if path.is_dir() else [path]:
             found.setdefault(os.path.abspath(file), file)
     if not found:
-        raise ImageError("no image was named: expected at least one file or folder.")
+        raise ImageError("no image was given: expected at least one file or folder.")
     return list(found.values())
 
 
@@ -107,80 +101,72 @@ def _images_in(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise ImageError(f"folder '{folder}' cannot be read: {error.strerror or error}.") from error
-    # Not is_file: a broken link is to be reported as a missing image, not passed over.
-    files = [
-        entry
-        for entry in entries
-        if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()
-    ]
+    entries = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".")]
+    files = [entry for entry in entries if not entry.is_dir()]  # not is_file: a broken link is reported as missing
     if not files:
         raise ImageError(f"folder '{folder}' holds no image, that is, no file named {', '.join(SUFFIXES)}.")
     return files
 
 
-def _from_file(path: str, max_side: int) -> Image.Image:
-    name = f"image '{path}'"
+def open_image(path: str, what: str = "image") -> ImageFile.ImageFile:
+    """An image file, opened but not decoded; `what` it is called in errors.
+
+    Raises:
+        MissingImageError, ImageError: as `load_image`.
+    """
+    name = f"{what} '{path}'"
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingImageError(f"there is no image file '{path}'.") from None
+        raise MissingImageError(f"there is no {what} file '{path}'.") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise ImageError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or error}.") from error
+        raise ImageError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{name} is a folder, expected a file.")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name} is not a plain file.")
     if status.st_size == 0:
         raise ImageError(f"{name} is empty (0 bytes).")
+    with decoding(name):
+        return Image.open(path)
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Raises `ImageError` for whatever PIL raises in this block, other than MemoryError."""
     try:
-        image = Image.open(path)
+        yield
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not in an image format that PIL reads, or its beginning is damaged.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _bomb(name, error) from error
-    except OSError as error:
-        raise ImageError(f"{name} cannot be opened: {error.strerror or error}.") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged headers raise whatever the format's reader happens to stumble over
-        raise _damaged(name, error) from error
-    with image:
-        return _decode(image, name, max_side)
-
-
-def _from_array(array: np.ndarray, max_side: int) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ImageError(
-            f"an image array must be uint8 of shape (H, W, 3), RGB, got {array.dtype} of shape {array.shape}."
-        )
-    height, width = array.shape[:2]
-    _check_size("the given array", width, height, max_side)
-    return Image.fromarray(array)
+        reason = _one_line(error).partition(",")[0]  # both the size and the limit
+        cure = "cut it into tiles, shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        raise ImageError(f"{name} was refused by PIL ({reason}): {cure}.") from error
+    except Exception as error:  # damaged files raise anything: OSError, SyntaxError, struct.error, EOFError, ...
+        if isinstance(error, OSError) and error.strerror:
+            raise ImageError(f"{name} cannot be read: {error.strerror}.") from error
+        raise ImageError(f"{name} is damaged or truncated and cannot be decoded ({_one_line(error)}).") from error
 
 
 def _decode(image: Image.Image, name: str, max_side: int) -> Image.Image:
     _check_size(name, *image.size, max_side)  # known before any pixel is decoded
-    try:
+    with decoding(name):
         image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _bomb(name, error) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # see above; among them OSError, SyntaxError, struct.error, EOFError
-        raise _damaged(name, error) from error
     rgb = _to_rgb(_upright(image, name), name)
-    rgb.info.clear()  # it would turn the image a second time
+    rgb.info.clear()  # its EXIF data would turn the image a second time
     return rgb
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    # Not ImageOps.exif_transpose: it also rewrites the EXIF data and fails where any other entry is damaged.
+    # Not ImageOps.exif_transpose: it rewrites the EXIF data, which fails if any other entry is damaged.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception as error:  # the pixels are sound: damaged EXIF data is no reason to refuse them
+    except Exception as error:  # the pixels are sound, so damaged EXIF data is no reason to refuse them
         logger.warning("%s: its EXIF data is damaged, so no rotation is applied (%s)", name, _one_line(error))
         return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -190,10 +176,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _from_16_bit(image, name)
     try:
         if image.has_transparency_data:
-            pixels = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
-            white.alpha_composite(pixels)
-            image = white
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"{name} is of PIL mode {image.mode}, which has no conversion to RGB.") from error
@@ -214,22 +198,8 @@ def _check_size(name: str, width: int, height: int, max_side: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"{name} is {width} x {height} pixels; expected at least {MIN_SIDE} x {MIN_SIDE}.")
     if max(width, height) > max_side:
-        raise ImageError(
-            f"{name} is {width} x {height} pixels, more than max_side = {max_side}: cut it into tiles, shrink it, or "
-            f"raise max_side."
-        )
-
-
-def _bomb(name: str, error: Exception) -> ImageError:
-    # PIL's sentence holds both the size and the limit.
-    reason = _one_line(error).partition(",")[0]
-    return ImageError(
-        f"{name} was refused by PIL ({reason}): cut it into tiles, shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
-    )
-
-
-def _damaged(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name} is damaged or truncated and cannot be decoded ({_one_line(error)}).")
+        size = f"{width} x {height} pixels, more than max_side = {max_side}"
+        raise ImageError(f"{name} is {size}: cut it into tiles, shrink it, or raise max_side.")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""The native library: finds, loads and checks `libovseg.so`, and calls its functions.
+"""Finds, loads and checks the native library, `libovseg.so`, and calls its functions.
 
-The library is built from csrc when the package is installed where nvcc is found. It is looked at when it is first
-needed, never on import. `FUNCTIONS` says what ovseg.h says; a test compares the two.
+Installing the package builds the library from csrc if nvcc is found. It is loaded when it is first needed, never on
+import. `FUNCTIONS` and the params structs repeat what ovseg.h declares; a test compares the two.
 """
 
 from __future__ import annotations
@@ -17,18 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-AGAIN = "build it again with `pip install --force-reinstall --no-deps -e .`"
+ABI_VERSION = 2
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+REBUILD = "rebuild it with `pip install --force-reinstall --no-deps -e .`"
 
 POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _RUN = (NUMBER, NUMBER, POINTER)  # dtype, device, stream: the last arguments of every operator
 
-# Argument types of the operators' functions; each returns an error code.
-FUNCTIONS = {
-    "ovseg_spatial_aggregation_fwd": (*[POINTER] * 17, *[SIZE] * 9, *_RUN),
-    "ovseg_spatial_aggregation_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
-    "ovseg_residual_mlp_bwd": (*[POINTER] * 12, *[SIZE] * 4, *_RUN),
+
+def _params(pointers: str, sizes: str) -> type[ctypes.Structure]:
+    """A params struct of ovseg.h with these fields."""
+    fields = [*((name, POINTER) for name in pointers.split()), *((name, SIZE) for name in sizes.split())]
+    return type("Params", (ctypes.Structure,), {"_fields_": fields})
+
+
+_SPATIAL_AGGREGATION = _params(
+    "x q_term k_term norm1_weight norm1_bias qkv_weight v_bias proj_weight proj_bias norm2_weight norm2_bias "
+    "fc1_weight fc1_bias fc2_weight fc2_bias out middle",
+    "batch classes height width channels hidden heads window shift",
+)
+_CLASS_AGGREGATION = _params(
+    "x terms norm1_weight norm1_bias qkv_weight v_bias padding_token norm2_weight norm2_bias "
+    "fc1_weight fc1_bias fc2_weight fc2_bias out middle",
+    "batch classes height width channels hidden heads pooling pads images_of_terms",
+)
+_RESIDUAL_MLP = _params(
+    "grad y norm_weight norm_bias fc1_weight fc1_bias fc2_weight y_grad normed activated units_grad sums",
+    "rows channels hidden gelu",
+)
+
+# Argument types of the operators' functions, or a params struct that holds all but the last three; each function
+# returns an error code.
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "ovseg_spatial_aggregation_fwd": (_SPATIAL_AGGREGATION, *_RUN),
+    "ovseg_spatial_aggregation_attention_bwd": (*[POINTER] * 4, *[SIZE] * 8, *_RUN),
+    "ovseg_residual_mlp_bwd": (_RESIDUAL_MLP, *_RUN),
     "ovseg_layer_gather_fwd": (*[POINTER] * 8, *[SIZE] * 8, REAL, REAL, *_RUN),
     "ovseg_layer_gather_normed_bwd": (*[POINTER] * 7, *[SIZE] * 7, REAL, REAL, *_RUN),
     "ovseg_layer_gather_length_bwd": (*[POINTER] * 5, *[SIZE] * 3, *_RUN),
@@ -38,18 +61,18 @@ FUNCTIONS = {
     "ovseg_label_map_fwd": (*[POINTER] * 6, *[SIZE] * 11, *_RUN),
     "ovseg_upsampling_decoder_norm_fwd": (*[POINTER] * 7, *[SIZE] * 6, REAL, *_RUN),
     "ovseg_upsampling_decoder_norm_bwd": (*[POINTER] * 10, *[SIZE] * 7, *_RUN),
-    "ovseg_cost_volume_fwd": (*[POINTER] * 3, *[SIZE] * 5, *_RUN),
+    "ovseg_cost_volume_fwd": (*[POINTER] * 3, *[SIZE] * 4, *_RUN),
     "ovseg_cost_volume_norm_bwd": (*[POINTER] * 3, *[SIZE] * 2, *_RUN),
-    "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 9, *_RUN),
+    "ovseg_cost_embedding_fwd": (*[POINTER] * 5, *[SIZE] * 8, *_RUN),
     "ovseg_cost_embedding_cost_bwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
     "ovseg_cost_embedding_weight_bwd": (*[POINTER] * 5, *[SIZE] * 7, *_RUN),
-    "ovseg_class_aggregation_fwd": (*[POINTER] * 15, *[SIZE] * 10, *_RUN),
+    "ovseg_class_aggregation_fwd": (_CLASS_AGGREGATION, *_RUN),
     "ovseg_class_aggregation_attention_bwd": (*[POINTER] * 6, *[SIZE] * 7, *_RUN),
     "ovseg_class_aggregation_resize_fwd": (*[POINTER] * 3, *[SIZE] * 6, *_RUN),
     "ovseg_class_aggregation_resize_bwd": (*[POINTER] * 2, *[SIZE] * 6, *_RUN),
 }
 
-# Operators whose kernels a GPU has run and found right; until then they run only where they are forced.
+# Operators whose kernels were verified on a GPU; the others run only when forced.
 VERIFIED: frozenset[str] = frozenset()
 
 # KB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -58,11 +81,11 @@ SHARED_MEMORY_OF = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3)
 
 
 class NativeLibraryError(RuntimeError):
-    """The native library cannot be used; the message says why and what helps."""
+    """The native library cannot be used; the message says why and how to fix it."""
 
 
 def path() -> Path:
-    """Where the library is expected: where the environment variable OVSEG_NATIVE_LIBRARY says, else by this module."""
+    """Where the library is expected: the environment variable OVSEG_NATIVE_LIBRARY, else beside this module."""
     return Path(os.environ.get("OVSEG_NATIVE_LIBRARY") or Path(__file__).with_name("libovseg.so"))
 
 
@@ -71,43 +94,43 @@ def library() -> ctypes.CDLL:
     """The library, loaded and checked, with the types of its functions.
 
     Raises:
-        NativeLibraryError: it is not there, cannot be loaded, or is of another version.
+        NativeLibraryError: it does not exist, cannot be loaded, or has another version.
     """
     file = path()
     if not file.exists():
         if os.environ.get("OVSEG_NATIVE_LIBRARY"):
             raise NativeLibraryError(f"OVSEG_NATIVE_LIBRARY names {file}, which does not exist; unset or correct it")
         raise NativeLibraryError(
-            "the native library is not built; `pip install -e .` builds it where nvcc is on PATH or in CUDA_HOME/bin"
+            "the native library is not built; `pip install -e .` builds it if nvcc is on PATH or in CUDA_HOME/bin"
         )
     try:
         _check_whole(file)
         loaded = ctypes.CDLL(str(file))
         version = loaded.ovseg_abi_version()
     except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"the native library {file.name} cannot be loaded ({error}); {AGAIN}") from error
+        raise NativeLibraryError(f"the native library {file.name} cannot be loaded ({error}); {REBUILD}") from error
     if version != ABI_VERSION:
         raise NativeLibraryError(
-            f"the native library {file.name} has interface version {version}, this package needs {ABI_VERSION}; {AGAIN}"
+            f"the native library {file.name} has interface version {version}, not {ABI_VERSION}; {REBUILD}"
         )
     try:
         loaded.ovseg_error_string.restype = ctypes.c_char_p
         for name, types in FUNCTIONS.items():
-            getattr(loaded, name).argtypes = types
+            getattr(loaded, name).argtypes = [ctypes.POINTER(kind) if _is_params(kind) else kind for kind in types]
         loaded.ovseg_architectures.argtypes = (POINTER, NUMBER)
     except AttributeError as error:
-        raise NativeLibraryError(f"the native library {file.name} lacks a function ({error}); {AGAIN}") from error
+        raise NativeLibraryError(f"the native library {file.name} lacks a function ({error}); {REBUILD}") from error
     return loaded
 
 
 def _check_whole(file: Path) -> None:
-    """Raises OSError where a library's end is missing: the loader would map what is not there, and the process die."""
+    """Raises OSError if the end of the file is missing: the loader would map past it and kill the process."""
     with file.open("rb") as content:
         header = content.read(64)
         size = content.seek(0, os.SEEK_END)
     if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-        return  # nothing that a 64-bit loader would map: it says so itself
-    (table,) = struct.unpack_from("<Q", header, 40)  # of the sections, the last thing in the file
+        return  # the loader rejects it by itself
+    (table,) = struct.unpack_from("<Q", header, 40)  # of the sections, at the end of the file
     entry, count = struct.unpack_from("<HH", header, 58)
     if size < table + entry * count:
         raise OSError(f"it has {size} bytes of {table + entry * count}")
@@ -115,7 +138,7 @@ def _check_whole(file: Path) -> None:
 
 @lru_cache(maxsize=1)
 def problem() -> str | None:
-    """Why the library cannot be used, or None where it can."""
+    """Why the library cannot be used, or None."""
     try:
         library()
     except NativeLibraryError as error:
@@ -125,13 +148,13 @@ def problem() -> str | None:
 
 @lru_cache(maxsize=1)
 def architectures() -> tuple[int, ...]:
-    """What GPUs the library was built for (80, 86, ...); none says that it emulates one on the CPU."""
+    """The GPUs that the library was built for (80, 86, ...); none if it emulates one on the CPU."""
     found = (ctypes.c_int * 32)()
     return tuple(found[: library().ovseg_architectures(found, len(found))])
 
 
 def capabilities() -> str:
-    """`architectures` as compute capabilities, in words."""
+    """`architectures` as compute capabilities, as text."""
     return ", ".join(f"{number // 10}.{number % 10}" for number in architectures())
 
 
@@ -141,42 +164,61 @@ def refusal(device: str, capability: tuple[int, int] | None, shared_memory: int)
     if reason := problem():
         return reason
     if not architectures():
-        return None if device == "cpu" else "this native library emulates a GPU: it takes tensors of the CPU"
+        return None if device == "cpu" else "this native library emulates a GPU and takes CPU tensors"
     if device == "cpu":
         return "the tensors are on the CPU"
     if capability is None:
         return f"its kernels run on CUDA tensors, not on {device}"
     major, minor = capability
-    # Machine code runs on GPUs of its own major number with at least its minor one.
+    # Machine code runs on GPUs with the same major number and at least the same minor number.
     if any(built // 10 == major and built % 10 <= minor for built in architectures()):
         there = SHARED_MEMORY_OF.get(capability, 99)
         if shared_memory <= there:
             return None
         return (
-            f"its kernel takes {shared_memory} KB of shared memory in float32, this GPU has {there}; "
+            f"its kernel needs {shared_memory} KB of shared memory in float32, this GPU has {there}; "
             "float16 and bfloat16 need half"
         )
     return (
         f"the native library was built for GPUs of compute capability {capabilities()}, this one has {major}.{minor}; "
-        f"build it again with OVSEG_CUDA_ARCHS={major}{minor}"
+        f"rebuild it with OVSEG_CUDA_ARCHS={major}{minor}"
     )
+
+
+def _is_params(kind: Any) -> bool:
+    return issubclass(kind, ctypes.Structure)
+
+
+def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
+    """A function's arguments up to the dtype as C takes them: the fields of a params struct packed into one.
+
+    Raises:
+        TypeError: a params struct has more or fewer fields.
+    """
+    values = [_value(argument) for argument in arguments]
+    kind = FUNCTIONS[name][0]
+    if not _is_params(kind):
+        return values
+    if len(values) != len(kind._fields_):
+        raise TypeError(f"{name} takes {len(kind._fields_)} arguments before the dtype, not {len(values)}")
+    return [ctypes.byref(kind(*values))]
 
 
 def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None) -> None:
     """Queue a function's kernels on the current stream of the tensors' device, without waiting.
 
     Args:
-        name: the function, of `FUNCTIONS`.
-        arguments: its arguments up to the sizes; tensors are contiguous and of one dtype and device, None is a null
-            pointer, and a list of tensors is a pointer to as many.
+        name: the function, a key of `FUNCTIONS`.
+        arguments: its arguments up to the dtype, the fields of a params struct one by one; tensors are contiguous and
+            of one dtype and device, None is a null pointer, a list of tensors a pointer to their pointers.
 
     Raises:
         RuntimeError: the library refuses the call or the launch fails.
     """
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else None
-    values = [_value(argument) for argument in arguments]
-    error = getattr(library(), name)(*values, DTYPES[first.dtype], max(first.get_device(), 0), stream)
+    run = (DTYPE_CODES[first.dtype], max(first.get_device(), 0), stream)
+    error = getattr(library(), name)(*packed(name, arguments), *run)
     if error:
         operator = name.removeprefix("ovseg_").rpartition("_")[0]
         raise RuntimeError(f"{operator}: {library().ovseg_error_string(error).decode()}.")
@@ -191,6 +233,6 @@ def _value(argument: Any) -> Any:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor contiguous and beginning at a multiple of 16 bytes, as the kernels read it: itself, or a copy."""
+    """The tensor, or a copy, contiguous and aligned to 16 bytes, as the kernels read it."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -40,11 +40,7 @@ class Segmentation:
     ) -> None:
         self.image = image
         self.classes = list(classes)
-        self.labels = visualize.check_labels(labels, len(self.classes))
-        if self.labels.shape != (image.height, image.width):
-            raise ValueError(
-                f"labels must be of the image's size, {image.height} x {image.width} (H, W), got {self.labels.shape}."
-            )
+        self.labels = visualize.check_label_map(labels, len(self.classes), image)
         self._compute_scores: Callable[[], ArrayLike] | None = compute_scores
         self._compute_top = compute_top
 

@@ -238,10 +238,9 @@ class EncodedImage:
                 logits = logits[..., : windows.cut[0], : windows.cut[1]]
             arguments: dict[str, Any] = {
                 "logits": logits[:-1] if windows.has_whole else logits,
-                "positions": windows.positions,
-                "window": windows.window,
-                "canvas": windows.canvas,
-                "size": (self.image.height, self.image.width),
+                "placement": ops.Placement(
+                    windows.positions, windows.window, windows.canvas, (self.image.height, self.image.width)
+                ),
                 "whole": logits[-1:] if windows.has_whole else None,
                 "offset": prompts.offset,
             }

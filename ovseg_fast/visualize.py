@@ -1,26 +1,28 @@
-"""Label maps and maps of numbers as pictures: colours, overlays with a legend, cost maps, pages of panels."""
+"""Pictures of label maps and of numbers: colours, overlays with a legend, cost maps, pages of panels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-SPREAD = 1024  # so many colours are chosen to lie far apart; further ones only differ
-CALM = 32  # the first ones are neither dark nor glaring, so that a photograph shows through
-LEGEND_MIN_SIDE = 320  # a picture whose longer side is shorter is enlarged when it gets a legend
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+SPREAD = 1024  # colours that are chosen to be far apart; further ones are only different
+CALM = 32  # colours that are neither dark nor glaring, so that a photograph shows through; they come first
+LEGEND_MIN_SIDE = 320  # smaller pictures are enlarged when they get a legend
 PAPER, INK, FAINT = (255, 255, 255), (35, 35, 40), (110, 110, 118)
-# Cost maps from low to high: ever lighter, so that they can be read without telling colours apart.
+# Cost maps from low to high: ever lighter, so that they read without telling colours apart.
 GRADIENT = ((24, 18, 62), (52, 60, 140), (28, 118, 158), (52, 170, 132), (164, 214, 84), (255, 240, 130))
 
 
 def palette(n: int) -> np.ndarray:
-    """Colours of classes 0..n-1, (n, 3) uint8, all different. Class i has the same colour whatever n is.
+    """Colours of classes 0..n-1, (n, 3) uint8, all different. Class i has the same colour for every n.
 
     Raises:
         ValueError: n is negative.
@@ -30,12 +32,10 @@ def palette(n: int) -> np.ndarray:
     spread = _spread_colours()
     if n <= len(spread):
         return spread[:n].copy()
-    # An odd factor visits every 24-bit colour once, in an order that jumps about.
+    # An odd factor visits every 24-bit colour once, in scattered order.
     codes = np.arange(n, dtype=np.int64) * 0x9E3779B1 % 2**24
-    further = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8)
-    used = {tuple(colour) for colour in spread.tolist()}
-    new = [colour for colour in further.tolist() if tuple(colour) not in used]
-    return np.concatenate([spread, np.array(new[: n - len(spread)], dtype=np.uint8)])
+    codes = codes[~np.isin(codes, spread @ np.array([1 << 16, 1 << 8, 1]))][: n - len(spread)]
+    return np.concatenate([spread, np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8)])
 
 
 def overlay(
@@ -44,24 +44,18 @@ def overlay(
     """Lay the colours of the labels over the photograph.
 
     Args:
-        image: the photograph.
-        labels: (H, W) integers in 0..T-1, the size of `image`.
-        classes: T names.
+        image: the photograph. labels: (H, W) integers in 0..T-1, of its size. classes: T names.
         alpha: opacity of the colours, 0..1.
-        legend: add a legend beside or below: colour, name and share of the picture of each class that appears, the
-            largest first. A picture smaller than 320 pixels is then enlarged.
+        legend: add a legend beside or below: colour, name and share of each class in the picture, largest first. A
+            picture smaller than 320 pixels is then enlarged.
 
     Returns:
-        An RGB image, of the size of `image` without a legend.
+        An RGB image, without a legend of the size of `image`.
 
     Raises:
         ValueError, TypeError: labels that do not fit `image` or `classes`, or `alpha` outside 0..1.
     """
-    labels = check_labels(labels, len(classes))
-    if labels.shape != (image.height, image.width):
-        raise ValueError(
-            f"labels must be of the image's size, {image.height} x {image.width} (H, W), got {labels.shape}."
-        )
+    labels = check_label_map(labels, len(classes), image)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be an opacity in 0..1, got {alpha!r}.")
     shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
@@ -72,48 +66,44 @@ def overlay(
 
     colours = palette(int(labels.max()) + 1)
     picture = Image.blend(image.convert("RGB"), Image.fromarray(colours[labels]), alpha)
-    lines = Image.fromarray(np.uint8(160) * _borders(labels, max(1, round(min(image.size) / 500))))
-    picture.paste(PAPER, mask=lines)
+    borders = _borders(labels, max(1, round(min(image.size) / 500)))
+    picture.paste(PAPER, mask=Image.fromarray(np.uint8(160) * borders))
     if not legend:
         return picture
-    entries = [
-        _Entry(tuple(colours[index].tolist()), " ".join(classes[index].split()), float(shares[index]))
-        for index in np.argsort(-shares, kind="stable").tolist()
-        if shares[index]
-    ]
-    return _add_legend(picture, entries)
+    largest = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]]
+    return _add_legend(
+        picture, [_Entry(tuple(colours[i].tolist()), " ".join(classes[i].split()), float(shares[i])) for i in largest]
+    )
 
 
 def label_image(labels: ArrayLike, n: int) -> Image.Image:
-    """The labels themselves as an image whose pixel values are the class indices.
+    """An image whose pixel values are the class indices.
 
     Args:
-        labels: (H, W) integers in 0..n-1.
-        n: number of classes, at most 65536.
+        labels: (H, W) integers in 0..n-1. n: number of classes, at most 65536.
 
     Returns:
-        Up to 256 classes an image of PIL mode P with the colours of `palette`, above one of 16-bit grey levels (I;16).
+        Up to 256 classes an image of PIL mode P with the colours of `palette`, else 16-bit grey levels (I;16).
 
     Raises:
         ValueError, TypeError: labels that do not fit `n`, or too many classes.
     """
-    labels = check_labels(labels, n)
+    labels = check_label_map(labels, n)
     if n > 65536:
         raise ValueError(f"a label image holds at most 65536 classes, got {n}; save as .npz instead.")
-    if n > 256:
-        return Image.fromarray(labels.astype(np.uint16))
-    image = Image.fromarray(labels.astype(np.uint8))
-    image.putpalette(palette(n).tobytes())
+    image = Image.fromarray(labels.astype(np.uint8 if n <= 256 else np.uint16))
+    if n <= 256:
+        image.putpalette(palette(n).tobytes())
     return image
 
 
 def cost_map(values: ArrayLike, low: float | None = None, high: float | None = None) -> Image.Image:
-    """A map of numbers, such as the costs or the scores of one class, as colours from dark blue to light yellow.
+    """A map of numbers, such as the costs or scores of a class, in colours from dark blue to light yellow.
 
     Args:
         values: (H, W) finite numbers.
-        low, high: what the first and the last colour stand for; by default the least and the greatest value. Give the
-            same to several maps to compare them.
+        low, high: values of the first and the last colour; by default the least and the greatest. Maps with the same
+            two can be compared.
 
     Returns:
         An RGB image, W pixels wide and H high. Values outside low..high get the colour of the nearer end.
@@ -136,12 +126,8 @@ def cost_map(values: ArrayLike, low: float | None = None, high: float | None = N
 
 
 class Panel(NamedTuple):
-    """A picture on a page.
-
-    Attributes:
-        image: scaled to the page's panel size. title, subtitle: two lines above it. note: a line below it.
-        colour: of a small square before the title, or None.
-    """
+    """A picture on a page: scaled to the panel size, with two lines above it, a note below it, and a small square of
+    `colour`, if there is one, before the title."""
 
     image: Image.Image
     title: str = ""
@@ -151,15 +137,15 @@ class Panel(NamedTuple):
 
 
 def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "", side: int = 192) -> Image.Image:
-    """Put pictures side by side on a page, all of one size, with what is written at them.
+    """Captioned pictures of one size, side by side on a page.
 
     Args:
-        rows: at least one panel in all. Rows may differ in length; one without any title moves up to the row above.
+        rows: at least one panel in all. Rows may differ in length; one without titles moves up to the row above.
         title, subtitle: two lines at the top of the page.
-        side: longer side of a panel in pixels. The first image tells the aspect ratio.
+        side: longer side of a panel in pixels. The first image sets the aspect ratio.
 
     Returns:
-        An RGB image. What is written is cut with an ellipsis where it is wider than its panel.
+        An RGB image. Text wider than its panel is cut with an ellipsis.
 
     Raises:
         ValueError: there is no panel, or `side` is under 32.
@@ -177,11 +163,11 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
     columns = max(map(len, rows))
     page_width = 2 * margin + columns * (width + gap) - gap
 
-    # Where each text and each row goes, from the top down; then the page is as high as that.
+    # From the top down, where each text and each row goes; this gives the height of the page.
     header, y = [], margin
-    for text, ink, its_font, room in ((title, INK, large, round(1.6 * line)), (subtitle, FAINT, font, line)):
+    for text, ink, text_font, room in ((title, INK, large, round(1.6 * line)), (subtitle, FAINT, font, line)):
         if text:
-            header.append((y + room // 2, text, ink, its_font))
+            header.append((y + room // 2, text, ink, text_font))
             y += room
     tops = []
     for index, row in enumerate(rows):
@@ -192,54 +178,46 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
 
     page = Image.new("RGB", (page_width, y + margin), PAPER)
     draw = ImageDraw.Draw(page)
-    for middle, text, ink, its_font in header:
-        draw.text((margin, middle), _fit(text, its_font, page_width - 2 * margin), ink, its_font, anchor="lm")
+    for middle, text, ink, text_font in header:
+        _write(draw, margin, middle, text, text_font, page_width - 2 * margin, ink)
     for row, (title_top, subtitle_top, image_top) in zip(rows, tops, strict=True):
         for place, panel in enumerate(row):
             left = margin + place * (width + gap)
-            text_left, middle = left, title_top + line // 2
-            if panel.colour:
-                top = middle - size // 2
-                draw.rectangle((left, top, left + size - 1, top + size - 1), panel.colour)
-                text_left += round(1.5 * size)
-            for text, x, y, ink in (
-                (panel.title, text_left, middle, INK),
-                (panel.subtitle, left, subtitle_top + line // 2, FAINT),
-                (panel.note, left, image_top + height + line // 2, FAINT),
-            ):
-                if text:
-                    draw.text((x, y), _fit(text, font, left + width - x), ink, font, anchor="lm")
+            indent = round(1.5 * size) if panel.colour else 0
+            _swatch(draw, left, title_top + line // 2, size, panel.colour)
+            _write(draw, left + indent, title_top + line // 2, panel.title, font, width - indent)
+            _write(draw, left, subtitle_top + line // 2, panel.subtitle, font, width, FAINT)
+            _write(draw, left, image_top + height + line // 2, panel.note, font, width, FAINT)
             page.paste(_scale(panel.image, width, height), (left, image_top))
     return page
 
 
 def key(entries: Sequence[tuple[tuple[int, ...], str]], width: int, height: int) -> Image.Image:
-    """Colours with the names that they stand for, one a line, as a picture of that size in pixels.
+    """Colours and their names, one per line, as a picture of that size in pixels.
 
-    What does not fit is cut: a name with an ellipsis, further entries with their number.
+    Long names are cut with an ellipsis; entries that do not fit are counted.
     """
     size = max(11, round(max(width, height) / 15))
-    font, line = ImageFont.load_default(size), round(1.45 * size)
+    font, line, indent = ImageFont.load_default(size), round(1.45 * size), round(1.5 * size)
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
     rows = max(1, height // line)
     shown = list(entries) if len(entries) <= rows else list(entries)[: rows - 1]
     for place, (colour, name) in enumerate(shown):
-        top = place * line
-        draw.rectangle((0, top, size - 1, top + size - 1), colour)
-        text = round(1.5 * size)
-        draw.text((text, top + size // 2), _fit(" ".join(name.split()), font, width - text), INK, font, anchor="lm")
+        middle = place * line + size // 2
+        _swatch(draw, 0, middle, size, colour)
+        _write(draw, indent, middle, " ".join(name.split()), font, width - indent)
     if len(shown) < len(entries):
         more = f"+ {len(entries) - len(shown)} more"
-        draw.text((round(1.5 * size), len(shown) * line + size // 2), more, FAINT, font, anchor="lm")
+        draw.text((indent, len(shown) * line + size // 2), more, FAINT, font, anchor="lm")
     return image
 
 
-def check_labels(labels: ArrayLike, n: int) -> np.ndarray:
-    """(H, W) int32 labels, checked to lie in 0..n-1.
+def check_label_map(labels: ArrayLike, n: int, image: Image.Image | None = None) -> np.ndarray:
+    """(H, W) int32 labels, checked to lie in 0..n-1 and to be of the image's size.
 
     Raises:
-        TypeError: no integers. ValueError: not two-dimensional, empty, or a label outside 0..n-1.
+        TypeError: not integers. ValueError: not two-dimensional, empty, of another size, or a label outside 0..n-1.
     """
     array = np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer):
@@ -249,6 +227,9 @@ def check_labels(labels: ArrayLike, n: int) -> np.ndarray:
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= n:
         raise ValueError(f"labels must lie in 0..{n - 1} for {n} classes, got {low}..{high}.")
+    if image is not None and array.shape != (image.height, image.width):
+        size = f"{image.height} x {image.width} (H, W)"
+        raise ValueError(f"labels must be of the image's size, {size}, got {array.shape}.")
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
@@ -281,26 +262,36 @@ def _add_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
         x, y = size, height + size
         canvas = (width, y + rows * line + size)
     if len(entries) > rows * columns:
-        kept = rows * columns - 1
-        rest = entries[kept:]
-        entries = [*entries[:kept], _Entry(None, f"+ {len(rest)} more", sum(entry.share for entry in rest))]
+        entries, rest = entries[: rows * columns - 1], entries[rows * columns - 1 :]
+        entries.append(_Entry(None, f"+ {len(rest)} more", sum(entry.share for entry in rest)))
 
     page = Image.new("RGB", canvas, PAPER)
     page.paste(picture, (0, 0))
     draw = ImageDraw.Draw(page)
     for place, entry in enumerate(entries):
         left, middle = x + place // rows * step, y + place % rows * line + line // 2
-        if entry.colour:
-            top = middle - swatch // 2
-            draw.rectangle((left, top, left + swatch - 1, top + swatch - 1), entry.colour)
-        text = left + swatch + gap
-        draw.text((text, middle), _fit(entry.name, font, name_width), INK, font, anchor="lm")
-        draw.text((left + column, middle), _percent(entry.share), INK, font, anchor="rm")
+        _swatch(draw, left, middle, swatch, entry.colour)
+        _write(draw, left + swatch + gap, middle, entry.name, font, name_width)
+        share = "< 0.1 %" if entry.share < 0.0005 else f"{100 * entry.share:.1f} %"
+        draw.text((left + column, middle), share, INK, font, anchor="rm")
     return page
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The text, cut with an ellipsis where it is wider."""
+def _swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, size: int, colour: tuple[int, ...] | None) -> None:
+    top = middle - size // 2
+    if colour:
+        draw.rectangle((left, top, left + size - 1, top + size - 1), colour)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, left: int, middle: int, text: str, font: Font, width: float, ink: tuple[int, ...] = INK
+) -> None:
+    if text:
+        draw.text((left, middle), _fit(text, font, width), ink, font, anchor="lm")
+
+
+def _fit(text: str, font: Font, width: float) -> str:
+    """The text, cut with an ellipsis if it is wider."""
     if font.getlength(text) <= width:
         return text
     low, high = 0, len(text)  # the cut of length low fits, that of length high does not
@@ -312,15 +303,8 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
 
 
 def _scale(image: Image.Image, width: int, height: int) -> Image.Image:
-    if image.size == (width, height):
-        return image.convert("RGB")
-    # Whole steps keep pixels and borders sharp; anything else would make them uneven.
-    sharp = width % image.width == 0 and height % image.height == 0
+    sharp = width % image.width == 0 and height % image.height == 0  # whole multiples keep pixels and borders sharp
     return image.convert("RGB").resize((width, height), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
-
-
-def _percent(share: float) -> str:
-    return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
 def _borders(labels: np.ndarray, width: int) -> np.ndarray:
@@ -334,9 +318,9 @@ def _borders(labels: np.ndarray, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _spread_colours() -> np.ndarray:
-    """(SPREAD, 3) uint8 colours, each as far as can be from those before it in OKLab, where equal distances look equal.
+    """(SPREAD, 3) uint8 colours, each as far as possible from those before it in OKLab, where distances look equal.
 
-    None is nearly black, white or grey: they have to stand out from a photograph.
+    None is nearly black, white or grey: they must stand out from a photograph.
     """
     levels = np.linspace(0, 255, 24).round()
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Class names from wherever they come, the prompts made of them, and the tokens of those."""
+"""Class names, the prompts made of them, and the tokens of the prompts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONTEXT_LENGTH = 77  # tokens that CLIP's text encoder takes, with the start and the end token
+CONTEXT_LENGTH = 77  # tokens of CLIP's text encoder, with start and end token
 
 logger = logging.getLogger(__name__)
 
 
 def parse_classes(text: str) -> list[str]:
-    """Class names out of one line, as `"cat, grass, sky"`.
-
-    Commas separate classes. Where there is a semicolon, semicolons do, and commas separate the synonyms of a class:
-    `"door, double door; cat"`.
+    """Class names from one line: `"cat, grass, sky"`; if it has semicolons, these separate the classes and commas
+    synonyms: `"door, double door; cat"`.
 
     Raises:
         TypeError, ValueError: as `check_classes`.
@@ -36,14 +34,14 @@ def parse_classes(text: str) -> list[str]:
 
 
 def read_classes(path: str | os.PathLike[str]) -> list[str]:
-    """Class names out of a file, in UTF-8 with or without a byte order mark.
+    """Class names from a file, in UTF-8 with or without a byte order mark.
 
-    A file named .json holds an array of names, as the published lists do. Any other is a text file with one class on
-    each line; blank lines and lines that begin with # are passed over.
+    A .json file holds an array of names, as the published lists do. Any other is a text file with one class per line;
+    blank lines and lines that begin with # are ignored.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder, no UTF-8, no JSON array of names, or names that `check_classes` refuses.
+        ValueError: a folder, not UTF-8, not a JSON array of names, or names that `check_classes` refuses.
     """
     file = Path(path)
     if not file.exists():
@@ -53,7 +51,7 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"'{file}' is no UTF-8 text, expected class names, one on each line.") from None
+        raise ValueError(f"'{file}' is not UTF-8, expected class names, one per line.") from None
     if file.suffix.lower() == ".json":
         names = _json_names(text, file)
     else:
@@ -66,23 +64,21 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
 
 
 def check_classes(names: Sequence[str]) -> list[str]:
-    """Class names, tidied: white space at the ends goes, inner white space becomes single spaces.
+    """Class names with tidied white space.
 
-    Two classes whose first synonyms are the same get the same prompts; that is allowed, with a warning, given once.
+    Two classes with the same first synonym get the same prompts; that is allowed, with one warning.
 
     Args:
         names: a list or tuple of T names, at least one. A name can be a list of synonyms, as `"door, double door"`.
 
     Raises:
-        TypeError: no list or tuple, or something in it is no string.
-        ValueError: no name, an empty one, one with control characters, or a repeated one (upper and lower case are
-            the same). Positions in messages count from 1.
+        TypeError: not a list or tuple of strings.
+        ValueError: no name, an empty one, one with control characters, or a repeated one (ignoring case). Positions in
+            messages count from 1.
     """
     if isinstance(names, str):
-        raise TypeError(
-            f"classes must be a list of names, got the string {_short(names)}; write ['cat', 'grass'], or "
-            "parse_classes('cat, grass') to take a string apart."
-        )
+        cure = "write ['cat', 'grass'], or split a string with parse_classes('cat, grass')"
+        raise TypeError(f"classes must be a list of names, got the string {_short(names)}; {cure}.")
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"classes must be a list of names such as ['cat', 'grass'], got {type(names).__name__}.")
     if not names:
@@ -92,24 +88,19 @@ def check_classes(names: Sequence[str]) -> list[str]:
     positions: dict[str, int] = {}
     prompted: dict[str, int] = {}
     for position, entry in enumerate(names, 1):
+        at = f"at position {position}"
         if not isinstance(entry, str):
-            raise TypeError(f"classes must hold strings, got {type(entry).__name__} at position {position}.")
+            raise TypeError(f"classes must hold strings, got {type(entry).__name__} {at}.")
         name = " ".join(entry.split())
         if not name:
-            raise ValueError(f"classes must not hold an empty name, got {_short(entry)} at position {position}.")
+            raise ValueError(f"classes must not hold an empty name, got {_short(entry)} {at}.")
         if not prompt_name(name):
-            raise ValueError(
-                f"a class must not begin with an empty synonym, got {_short(name)} at position {position}."
-            )
+            raise ValueError(f"a class must not begin with an empty synonym, got {_short(name)} {at}.")
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-            raise ValueError(
-                f"class names must not hold control characters, got {_short(ascii(name))} at position {position}."
-            )
+            raise ValueError(f"class names must not hold control characters, got {_short(ascii(name))} {at}.")
         key = _same(name)
         if key in positions:
-            raise ValueError(
-                f"classes must differ, got {_short(name)} at position {position} and before at {positions[key]}."
-            )
+            raise ValueError(f"classes must differ, got {_short(name)} {at} and before at {positions[key]}.")
         synonym = _same(prompt_name(name))
         if synonym in prompted:
             _warn_of_same_prompts(tidy[prompted[synonym] - 1], name)
@@ -120,19 +111,12 @@ def check_classes(names: Sequence[str]) -> list[str]:
 
 
 def prompt_name(entry: str) -> str:
-    """The name that stands in the prompts: of synonyms the first, "door" for "door, double door", as published."""
+    """The name in the prompts: the first synonym, "door" for "door, double door", as published."""
     return entry.split(",", 1)[0].strip()
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """Prompts: each template filled with each name; of synonyms the first is used.
-
-    Args:
-        names: T class names.
-        templates: P sentences, each with one `{}`.
-
-    Returns:
-        T lists of P prompts.
+    """Prompts: P templates, sentences with one `{}`, filled with the first synonym of T names -> T lists of P prompts.
 
     Raises:
         TypeError: `templates` is a string. ValueError: no template, or one without exactly one `{}`.
@@ -149,15 +133,9 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[
 
 
 def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
-    """Tokens of prompts for CLIP's text encoder: byte-pair encoding between a start and an end token, then zeros.
+    """T lists of P prompts -> (T, P, 77) int64 tokens: byte-pair encoding between a start and an end token, then zeros.
 
-    Unlike open_clip's own function this never cuts a prompt short.
-
-    Args:
-        prompts: T lists of P prompts.
-
-    Returns:
-        (T, P, 77) int64.
+    Unlike open_clip's function it never truncates a prompt.
 
     Raises:
         ValueError: a prompt is longer than 77 tokens or spells out a special token, there is none, or the lists differ
@@ -174,26 +152,25 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
     for t, row in enumerate(prompts):
         for p, prompt in enumerate(row):
             words = tokenizer.encode(prompt)
-            if len(words) + 2 > CONTEXT_LENGTH:
+            if (count := len(words) + 2) > CONTEXT_LENGTH:
                 raise ValueError(
-                    f"a prompt must fit into CLIP's {CONTEXT_LENGTH} tokens, got {len(words) + 2} for {_short(prompt)}."
+                    f"a prompt must fit into CLIP's {CONTEXT_LENGTH} tokens, got {count} for {_short(prompt)}."
                 )
             if start in words or end in words:
                 raise ValueError(f"a prompt must not spell out CLIP's special tokens, got {_short(prompt)}.")
-            tokens[t, p, : len(words) + 2] = torch.tensor([start, *words, end])
+            tokens[t, p, :count] = torch.tensor([start, *words, end])
     return tokens
 
 
-@lru_cache(maxsize=1024)  # said once, however often a list is checked on its way
+@lru_cache(maxsize=1024)  # once, however often a list is checked
 def _warn_of_same_prompts(first: str, second: str) -> None:
-    logger.warning(
-        "classes %s and %s have the same first synonym, and so the same prompts", _short(first), _short(second)
-    )
+    names = _short(first), _short(second)
+    logger.warning("classes %s and %s have the same first synonym, and so the same prompts", *names)
 
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Any:
-    # Heavy, and needs torchvision: only when there is something to tokenise.
+    # Slow to import, and needs torchvision: only if there is something to tokenise.
     from .compat import ensure_importable
 
     ensure_importable()
@@ -223,7 +200,7 @@ def _json_kind(value: object) -> str:
 
 
 def _same(name: str) -> str:
-    """Equal for names that CLIP's tokenizer does not tell apart by case or by how accents are written."""
+    """Equal for names that differ only in case or in how accents are encoded, which CLIP's tokenizer ignores."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import emulated
 import ovseg_fast as ovs
+from native import emulated
 from ovseg_fast import native
 
 if torch.cuda.is_available():

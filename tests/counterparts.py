@@ -80,7 +80,7 @@ def to_tokens(maps: Tensor) -> Tensor:
 
 
 def cost_volume(image: Tensor, text: Tensor) -> Counterpart:
-    maps, text = image.permute(0, 3, 1, 2).contiguous(), per_image(text, len(image), 4)
+    maps, text = image.permute(0, 3, 1, 2).contiguous(), text[None].repeat(len(image), 1, 1, 1)
     return Counterpart(lambda: literal.cost_volume(maps, text), to_tokens)
 
 
@@ -185,16 +185,11 @@ def mask_scores(queries: Tensor, memory: Tensor, *, heads: int, **parameters: Te
 
 
 def score_map(
-    logits: Tensor,
-    positions: Sequence[tuple[int, int]],
-    *,
-    window: tuple[int, int],
-    canvas: tuple[int, int],
-    size: tuple[int, int],
-    whole: Tensor | None = None,
-    offset: Tensor | None = None,
+    logits: Tensor, placement: ops.Placement, *, whole: Tensor | None = None, offset: Tensor | None = None
 ) -> Counterpart:
     """Either method's sliding window at any sizes; each step on whole tensors."""
+
+    positions, window, canvas, size = placement
 
     def resize(maps: Tensor, to: tuple[int, int]) -> Tensor:
         return F.interpolate(maps, to, mode="bilinear", align_corners=False)

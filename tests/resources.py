@@ -1,22 +1,21 @@
 """Registers, shared memory and spills of every Triton kernel, compiled ahead of time: no GPU is needed.
 
-The kernels of each operator are taken as its launchers ask for them at a published size, forward and backward.
+The kernels of an operator are those that its launchers ask for at the published sizes, forward and backward.
 
-    python tests/resources.py [OPERATOR ...]            prints the table
-    python tests/resources.py --write [OPERATOR ...]    and records it in tests/resources/OPERATOR.json
+    python tests/resources.py [OPERATOR ...]    prints the table; test_resources.py states the bounds
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -29,7 +28,6 @@ from ovseg_fast import backends
 from ovseg_fast.kernels.common import launch
 from samples import floating, map_floating, select, tensors
 
-RECORDS = Path(__file__).with_name("resources")
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float32)
 TYPES = {
@@ -44,8 +42,31 @@ TYPES = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+class Request(NamedTuple):
+    """One kernel to compile, as a launcher asks for it."""
+
+    module: str
+    kernel: str
+    dtype: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[int, ...]  # positions of the arguments that 16 divides
+    options: dict[str, int]
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes: registers and spilled bytes of a thread, bytes of shared memory of a program."""
+
+    kernel: str  # as "residual_mlp.forward bf16"
+    architecture: int
+    warps: int
+    registers: int
+    shared: int
+    spilled: int
+
+
 def specialised(argument: Any) -> tuple[str, Any, bool]:
-    """Type, value where the compiler takes it as a constant, and whether 16 divides it, as at Triton's own launch."""
+    """Type, value if the compiler takes it as a constant, and whether 16 divides it, as at Triton's own launch."""
     if isinstance(argument, torch.Tensor):
         return "*" + TYPES[argument.dtype], None, True
     if argument is None or isinstance(argument, bool):
@@ -57,12 +78,11 @@ def specialised(argument: Any) -> tuple[str, Any, bool]:
     return "i64" if abs(argument) >= 2**31 else "i32", None, argument % 16 == 0
 
 
-def requests(operator: str, architecture: int) -> dict[str, tuple[Any, ...]]:
-    """What the launchers of `operator` launch on `architecture`: name and dtype -> (module, kernel, signature,
-    constants, divisible, options)."""
-    found: dict[str, tuple[Any, ...]] = {}
+def requests(operator: str, architecture: int) -> list[Request]:
+    """What the launchers of `operator` launch on `architecture`, each kernel once."""
+    found: list[Request] = []
     launch.recorded_generation = architecture
-    backends.refusal = lambda operator, name, *_: None if name == "triton" else "the kernels are looked at"
+    backends.refusal = lambda operator, name, *_: None if name == "triton" else "only Triton's kernels are compiled"
     for dtype in DTYPES:
 
         def record(
@@ -72,20 +92,20 @@ def requests(operator: str, architecture: int) -> dict[str, tuple[Any, ...]]:
             options: dict[str, int],
             dtype: torch.dtype = dtype,
         ) -> None:
-            names = kernel.arg_names
             signature, values, divisible = {}, dict(constants), []
-            for position, (name, argument) in enumerate(zip(names, arguments, strict=False)):
+            for position, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
                 signature[name], constant, by16 = specialised(argument)
                 if signature[name] == "constexpr":
                     values[name] = constant
                 if by16:
                     divisible.append(position)
             signature |= dict.fromkeys(constants, "constexpr")
-            label = f"{kernel.fn.__name__.strip('_')} {TYPES[dtype]}"
-            entry = (kernel.fn.__module__, kernel.fn.__name__, signature, values, divisible, options)
-            number = 1
-            while found.setdefault(f"{label} #{number}", entry) != entry:
-                number += 1
+            function = kernel.fn
+            request = Request(
+                function.__module__, function.__name__, TYPES[dtype], signature, values, tuple(divisible), options
+            )
+            if request not in found:
+                found.append(request)
 
         launch.recorder = record
         for row in select("bench", operator=operator):
@@ -102,13 +122,12 @@ def requests(operator: str, architecture: int) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def measure(request: tuple[Any, ...], architecture: int) -> dict[str, int]:
+def measure(request: Request, architecture: int) -> Usage:
     """Compile one kernel and read its use of the machine from the binary."""
-    module, name, signature, constants, divisible, options = request
-    kernel = getattr(__import__(module, fromlist=[name]), name)
-    attributes = {(position,): [["tt.divisibility", 16]] for position in divisible}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    kernel = getattr(import_module(request.module), request.kernel)
+    attributes = {(position,): [["tt.divisibility", 16]] for position in request.divisible}
+    source = ASTSource(kernel, request.signature, request.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=request.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -116,32 +135,21 @@ def measure(request: tuple[Any, ...], architecture: int) -> dict[str, int]:
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return {"registers": registers, "shared": compiled.metadata.shared, "spilled": stack, "warps": options["num_warps"]}
+    name = f"{request.module.rpartition('.')[2]}.{request.kernel.strip('_')} {request.dtype}"
+    return Usage(name, architecture, request.options["num_warps"], registers, compiled.metadata.shared, stack)
 
 
-def table(operator: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Kernel -> architecture -> what it uses, compiled in OVSEG_JOBS processes (by default one a core)."""
-    jobs = [
-        (label, request, architecture)
-        for architecture in ARCHITECTURES
-        for label, request in requests(operator, architecture).items()
-    ]
-    result: dict[str, dict[str, dict[str, int]]] = {}
+def usages(operator: str) -> list[Usage]:
+    """Every kernel of `operator` on every architecture, compiled in OVSEG_JOBS processes (by default one a core)."""
+    jobs = [(request, architecture) for architecture in ARCHITECTURES for request in requests(operator, architecture)]
     with ProcessPoolExecutor(int(os.environ.get("OVSEG_JOBS") or os.cpu_count() or 1)) as pool:
-        usages = pool.map(measure, [job[1] for job in jobs], [job[2] for job in jobs])
-        for (label, _, architecture), usage in zip(jobs, usages, strict=True):
-            result.setdefault(label, {})[f"sm_{architecture}"] = usage
-    return result
+        return list(pool.map(measure, *zip(*jobs, strict=True)))
 
 
 if __name__ == "__main__":
-    write = "--write" in sys.argv
-    for operator in [name for name in sys.argv[1:] if name != "--write"] or backends.operators_with_kernels():
-        measured = table(operator)
-        for label, by_architecture in measured.items():
-            for architecture, usage in by_architecture.items():
-                numbers = "  ".join(f"{name} {value}" for name, value in usage.items())
-                print(f"{operator + ': ' + label:<58}{architecture:<8}{numbers}")
-        if write:
-            RECORDS.mkdir(exist_ok=True)
-            (RECORDS / f"{operator}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    for operator in sys.argv[1:] or backends.operators_with_kernels():
+        for usage in sorted(usages(operator)):
+            print(
+                f"{operator + ': ' + usage.kernel:<72} sm_{usage.architecture:<4} {usage.warps:>2} warps "
+                f"{usage.registers:>4} registers {usage.shared:>7} bytes shared {usage.spilled:>3} spilled"
+            )

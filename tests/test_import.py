@@ -61,6 +61,20 @@ def test_a_typing_mistake_is_answered_before_pytorch_is_imported() -> None:
     """)
 
 
+def test_loading_a_model_leaves_the_code_that_draws_the_world_alone() -> None:
+    loaded = run("""
+        import sys
+        import ovseg_fast as ovs
+        from ovseg_fast.data import open_dataset
+        ovs.load("catseg-tiny", device="cpu")
+        before = [name for name in sys.modules if name.startswith("ovseg_fast.data.world.")]
+        open_dataset("world", limit=1)
+        from ovseg_fast.data import World
+        print(before, "ovseg_fast.data.world.drawing" in sys.modules)
+    """)
+    assert loaded.strip() == "['ovseg_fast.data.world.classes'] True"
+
+
 def test_import_does_not_initialise_cuda() -> None:
     run("""
         import ovseg_fast, ovseg_fast.kernels, ovseg_fast.ops

@@ -9,10 +9,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_operators
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ovseg_fast"
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("docs/*.md")]
 OPERATORS = sorted(path.stem for path in (PACKAGE / "ops").glob("[!_]*.py"))
 
 # From the user down to the kernels; a module may import from its own level and from those further down.
@@ -77,11 +79,15 @@ def test_there_are_operators() -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize(
-    "place", ["tests/ops/test_{}.py", "tests/samples/{}.py", "tests/literal/{}.py", "benchmarks/bench_{}.py"]
-)
+@pytest.mark.parametrize("place", ["tests/ops/test_{}.py", "tests/samples/{}.py", "tests/literal/{}.py"])
 def test_operator_has_all_its_places(operator: str, place: str) -> None:
     assert (ROOT / place.format(operator)).is_file(), f"operator {operator} lacks {place.format(operator)}"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operator_is_benchmarked(operator: str) -> None:
+    """By its rows of the published size, which `bench_operators.py` times."""
+    assert operator in {row.operator for row in bench_operators.ROWS}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -101,9 +107,10 @@ def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None
 
 
 def test_cuda_sources_are_named_after_an_operator() -> None:
-    """`<operator>.cu`, `<operator>_<part>.cu` beside it, such as its backward, or `_<part>.cu` where it is shared."""
-    sources = {path.stem for path in (ROOT / "csrc").glob("*.cu") if not path.stem.startswith("_")}
-    whole = sources & set(OPERATORS)
+    """`<operator>.cu`, or `<operator>_<part>.cu` beside it, such as its backward; likewise of a part that operators
+    share, which is named after its file in ops/common."""
+    sources = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
+    whole = (sources & set(OPERATORS)) | {path.stem for path in (PACKAGE / "ops" / "common").glob("*.py")}
     assert [name for name in sources - whole if not name.startswith(tuple(f"{operator}_" for operator in whole))] == []
 
 
@@ -145,17 +152,39 @@ def test_device_headers_are_used_and_use_nothing_above_them() -> None:
         assert not [name for name in re.findall(r'#include "([^"]+)"', path.read_text()) if name.endswith(".cu")]
 
 
-def test_only_the_platform_header_meets_the_emulator() -> None:
-    """Elsewhere kernels are CUDA C++ as it is; what the emulator needs stands behind `#ifndef __CUDACC__`."""
-    including = [
-        path.name for path in [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")] if "emulator.h" in path.read_text()
-    ]
-    assert including == ["platform.cuh"]
+def test_only_the_platform_header_knows_the_emulator() -> None:
+    """Elsewhere kernels are CUDA C++ as it is; what the emulator needs lies in csrc/emulator."""
+    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")]
+    emulation = re.compile(r'#include ".*emulator|emulator::|__CUDACC__')
+    knowing = [path.name for path in sources if emulation.search(path.read_text())]
+    assert knowing == ["platform.cuh"]
 
 
-def test_readme_names_every_operator() -> None:
+def test_readme_names_every_operator_and_is_short() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert [operator for operator in OPERATORS if operator not in readme] == []
+    assert [operator for operator in OPERATORS if f"`{operator}`" not in readme] == []
+    assert len(readme.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_of_a_document_lead_somewhere(path: Path) -> None:
+    """Files and folders of the repository, and headings in them."""
+    text = path.read_text()
+    broken = []
+    for link in [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]:
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (heading and heading not in headings(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors of a Markdown file, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def test_every_part_of_the_package_has_a_level() -> None:

@@ -63,7 +63,7 @@ def gradients(row: Sample, call: samples.Call) -> list[torch.Tensor]:
 
 
 def test_table_has_rows_of_every_kind() -> None:
-    assert set(FUNCTIONS) == set(ops.__all__)
+    assert set(FUNCTIONS) == {name for name in ops.__all__ if name.islower()}  # the others are types
     for function in FUNCTIONS:
         assert select("small", function=function)
         assert select("odd", function=function)

@@ -183,7 +183,9 @@ def test_a_copied_tree_builds_where_it_is(tree: Path, nvcc: Path, tmp_path: Path
     assert (copy / "ovseg_fast" / "libovseg.so").exists()
 
 
-def test_make_builds_again_after_a_change_of_csrc_or_of_nvcc_only(tree: Path, nvcc: Path) -> None:
+@pytest.fixture
+def would_run(tree: Path) -> Callable[..., str]:
+    """What `make TARGET` would run in a copy of the tree, these folders first on PATH."""
     if shutil.which("make") is None:
         pytest.skip("there is no make")
     for name in ("Makefile", "constraints.txt"):
@@ -193,26 +195,48 @@ def test_make_builds_again_after_a_change_of_csrc_or_of_nvcc_only(tree: Path, nv
     for name in ("make", "find", "sh"):
         (tools / name).symlink_to(str(shutil.which(name)))
 
-    def would_run(*path: Path) -> str:
+    def would_run(target: str, *path: Path) -> str:
         environment = {"PATH": os.pathsep.join(map(str, (*path, tools)))}
         return subprocess.run(
-            ["make", "-n", "venv"], cwd=tree, env=environment, capture_output=True, text=True, check=True
+            ["make", "-n", target], cwd=tree, env=environment, capture_output=True, text=True, check=True
         ).stdout
 
+    return would_run
+
+
+def test_make_builds_again_after_a_change_of_csrc_or_of_nvcc_only(
+    would_run: Callable[..., str], tree: Path, nvcc: Path
+) -> None:
     (tree / ".venv").mkdir()
-    assert "pip install" in would_run() and "build_native" in would_run()
+    assert "pip install" in would_run("venv") and "build_native" in would_run("venv")
     (tree / ".venv" / "installed").touch()
     (tree / ".venv" / "kernels-without-nvcc").touch()
-    assert "python" not in would_run()
-    assert "build_native --inplace" in would_run(nvcc.parent)
+    assert "python" not in would_run("venv")
+    assert "build_native --inplace" in would_run("venv", nvcc.parent)
     (tree / ".venv" / "kernels-built").touch()
-    assert "python" not in would_run(nvcc.parent)
+    assert "python" not in would_run("venv", nvcc.parent)
     (tree / "csrc" / "device").mkdir()
     header = tree / "csrc" / "device" / "tiles.cuh"
     header.touch()
     later = header.stat().st_mtime + 10
     os.utime(header, (later, later))
-    assert "build_native --inplace" in would_run(nvcc.parent) and "pip" not in would_run(nvcc.parent)
+    commands = would_run("venv", nvcc.parent)
+    assert "build_native --inplace" in commands and "pip" not in commands
+
+
+@pytest.mark.parametrize("target", ["demo", "lint", "reproduce", "claims"])
+def test_make_does_not_wait_for_cuda_where_nothing_needs_it(
+    would_run: Callable[..., str], nvcc: Path, target: str
+) -> None:
+    commands = would_run(target, nvcc.parent)
+    assert "build_native" not in commands
+    assert all("OVSEG_BUILD_CUDA=0" in line for line in commands.splitlines() if "-e '.[dev]'" in line)
+    assert "-e '.[dev]'" in commands
+
+
+@pytest.mark.parametrize("target", ["test", "slow", "bench"])
+def test_make_builds_the_cuda_kernels_that_it_tests(would_run: Callable[..., str], nvcc: Path, target: str) -> None:
+    assert "build_native --inplace" in would_run(target, nvcc.parent)
 
 
 @pytest.fixture

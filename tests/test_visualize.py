@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from ovseg_fast import visualize
-from ovseg_fast.visualize import GRADIENT, Panel, check_labels, cost_map, key, label_image, overlay, palette, panels
+from ovseg_fast.visualize import GRADIENT, Panel, check_label_map, cost_map, key, label_image, overlay, palette, panels
 
 NAMES = [
     "cat",
@@ -298,9 +298,9 @@ def test_bad_arguments(change: dict, error: type[Exception], words: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint64])
-def test_check_labels(dtype) -> None:
+def test_check_label_map(dtype) -> None:
     labels = np.random.randint(0, 7, (5, 6)).astype(dtype)[:, ::2]
-    result = check_labels(labels, 7)
+    result = check_label_map(labels, 7)
     assert result.dtype == np.int32 and result.flags.c_contiguous and np.array_equal(result, labels)
 
 

@@ -1,15 +1,13 @@
 // Linear attention over the classes of a position, for the published sizes: four heads of 32 channels.
 //
-// What a head knows of all classes is the matrix S of 32 keys' channels (rows) and 32 values' (columns), a tile, and
-// the vectors z, of keys' channels, and m, of values', float32 side by side. S and z are sums over the classes, each
-// counted with a weight of 1 / N, so that they stay in float16's range; m is about the values' mean and taken out of
-// them: only their differences are multiplied, and those are kept precise. Any m gives the same result but for
-// rounding.
+// A head's sums over all classes are the matrix S, 32 channels of keys (rows) by 32 of values (columns), a tile, and
+// the vectors z, of keys' channels, and m, of values', float32 side by side. In S and z each class weighs 1 / N, so that
+// they stay in float16's range. m, about the values' mean, is subtracted from them for precision: any m gives the same
+// result but for rounding.
 
 #pragma once
 
 #include "products.cuh"
-#include "warp.cuh"
 
 namespace ovseg {
 
@@ -17,9 +15,9 @@ constexpr int C = 128, WIDTH = 32, HEADS = C / WIDTH;
 constexpr float NORMALISER_EPS = 1e-6f;  // published
 
 // φ = elu + 1
-__device__ __forceinline__ float feature(float x) { return x > 0.0f ? x + 1.0f : fast_exp2(x * 1.4426950408889634f); }
+DEVICE float feature(float x) { return x > 0.0f ? x + 1.0f : fast_exp2(x * 1.4426950408889634f); }
 
-// The classes of a list, and the one that pads it as one more key where `pads` is not 0.
+// The classes of a list, with the padding class as one more key if `pads` > 0.
 struct Classes {
     int count, pads;
     float share;  // 1 / N
@@ -27,9 +25,9 @@ struct Classes {
     Classes(int64_t count, int64_t pads)
         : count(int(count)), pads(int(pads)), share(float(1.0 / (double(count) + double(pads)))) {}
 
-    __host__ __device__ __forceinline__ int keys() const { return count + (pads > 0); }
-    __host__ __device__ __forceinline__ int tiles() const { return (keys() + 15) / 16; }
-    __device__ __forceinline__ float times(int key) const {  // how often a key counts
+    __host__ DEVICE int keys() const { return count + (pads > 0); }
+    __host__ DEVICE int tiles() const { return (keys() + 15) / 16; }
+    DEVICE float times(int key) const {  // how often a key counts
         return key < count ? 1.0f : key < keys() ? float(pads) : 0.0f;
     }
 };
@@ -41,27 +39,24 @@ inline bool takes_classes(int64_t classes, int64_t height, int64_t width, int64_
            pooling >= 1 && pooling <= height && pooling <= width && height <= INT32_MAX / width;
 }
 
-// A from columns 0..15, counted from 16 · m, of a tile that holds Aᵀ: its rows from K · k on. K is in the order of
-// `load_b_by_rows`.
-template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
-    A a;
+// frag_a from columns 16 · m on of a tile that holds aᵀ, its rows from K · k on; frag_b comes from `load_b_by_rows`.
+template <typename T, int WIDTH> DEVICE FragA load_a_by_rows(Tile<T, WIDTH> tile, int k, int m, int lane) {
+    FragA frag_a;
     if constexpr (sizeof(T) == 2) {
-        ldmatrix_transposed(a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_piece(lane), 2 * m));
+        ldmatrix<true>(frag_a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_vec(lane), 2 * m));
     } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int row = k * K<T> + lane % 4 * 2 + i / 2, column = 16 * m + i % 2 * 8 + lane / 4;
-            a.word[i] = __float_as_uint(*tile.at(row, column));
+            frag_a.word[i] = __float_as_uint(*tile.at(row, column));
         }
     }
-    return a;
+    return frag_a;
 }
 
-// The B of step k whose columns all are `column`, with its K in the order of `chained`.
-template <typename T>
-__device__ __forceinline__ B repeated_column(const float *column, int k, int lane) {
-    const float *const from = column + k * K<T> + d_column(lane, 0);
+// The frag_b of step k whose columns all are `column`, for a chained frag_a.
+template <typename T> DEVICE FragB repeated_column(const float *column, int k, int lane) {
+    const float *const from = column + k * K<T> + acc_col(lane, 0);
     const Pair<float> first = load<float, 2>(from);
     if constexpr (sizeof(T) == 2) {
         const Pair<float> second = load<float, 2>(from + 8);

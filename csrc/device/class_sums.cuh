@@ -1,4 +1,4 @@
-// A head's sums over the classes, see class_attention.cuh, as warps work them out from keys and values in tiles.
+// A head's sums over the classes, see class_attention.cuh, from keys and values in tiles.
 //
 // A warp takes a quarter of S at a time, 16 × 16, over all rows of the tiles: each sum is one warp's, in the order of
 // the classes. z and m come from products as well, with ones.
@@ -12,19 +12,16 @@ namespace ovseg {
 constexpr int QUARTERS = 4;
 
 // Two neighbours of a factor's row in a register, or in float32 the first of them alone.
-template <typename T>
-__device__ __forceinline__ uint32_t factor_word(float first, float second) {
+template <typename T> DEVICE uint32_t factor_word(float first, float second) {
     if constexpr (sizeof(T) == 2) return rounded_word<T>(first, second);
     return __float_as_uint(first);
 }
 
-// Two numbers that wait in registers. As 16-bit ones they share one; `recomputed`, both ways, keeps the compiler from
-// parting them.
-template <typename T>
-struct Waiting {
+// Two numbers kept for later. As 16-bit ones they share a register; `recomputed` keeps the compiler from parting them.
+template <typename T> struct Kept {
     uint32_t word[sizeof(T) / 2];
 
-    static __device__ __forceinline__ Waiting of(float first, float second) {
+    static DEVICE Kept of(float first, float second) {
         if constexpr (sizeof(T) == 2) {
             return {{recomputed(rounded_word<T>(first, second))}};
         } else {
@@ -32,7 +29,7 @@ struct Waiting {
         }
     }
 
-    __device__ __forceinline__ Pair<T> pair() const {
+    DEVICE Pair<T> pair() const {
         uint32_t same[sizeof(T) / 2];
 #pragma unroll
         for (int i = 0; i < int(sizeof(T) / 2); ++i) same[i] = recomputed(word[i]);
@@ -42,30 +39,25 @@ struct Waiting {
     }
 };
 
-// A quarter of S, number 2 · (rows / 16) + columns / 16, in the lanes as in the two D that it is, with what belongs to
-// it of z and m.
+// A quarter of S, number 2 · (rows / 16) + columns / 16, as the values of two acc, with its part of z and of m.
 struct Quarter {
     float outer[8], total[2], mean[4];
 
-    // Adds to S what `rows` keys and values give, the first being number `first` of the list; z and m become theirs.
-    // Values beyond the list are 0. m is a sum of ones times values, and the padding class, as often as it counts.
+    // Adds `rows` keys and values, from number `first` of the list on, to S; z and m become theirs. Values beyond the
+    // list are 0. m is a sum of ones times values, the padding class as often as it counts.
     template <typename T>
-    __device__ __forceinline__ void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows,
-                                        const Classes &classes, int lane) {
+    DEVICE void add(Tile<T, WIDTH> keys, Tile<T, WIDTH> values, int which, int first, int rows, const Classes &classes,
+                    int lane) {
         const uint32_t one = factor_word<T>(1.0f, 1.0f);
-        D of_outer[2] = {{{outer[0], outer[1], outer[2], outer[3]}}, {{outer[4], outer[5], outer[6], outer[7]}}};
-        D of_total = {}, of_mean[2] = {};
+        Acc of_outer[2] = {{{outer[0], outer[1], outer[2], outer[3]}}, {{outer[4], outer[5], outer[6], outer[7]}}};
+        Acc of_total = {}, of_mean[2] = {};
 #pragma unroll 2
         for (int k = 0; k < rows / K<T>; ++k) {
-            const A key = load_a_by_rows(keys, k, which / 2, lane);
-            B value[2];
-            load_b_by_rows(value, values, k, which % 2, lane);
-            mma<T>(of_total, key, B{{one, one}});
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                mma<T>(of_outer[n], key, value[n]);
-                mma<T>(of_mean[n], A{{one, one, one, one}}, value[n]);
-            }
+            const FragA key = load_a_by_rows(keys, k, which / 2, lane);
+            const FragB2 value = load_b_by_rows(values, k, which % 2, lane);
+            mma<T>(of_total, key, FragB{{one, one}});
+            mma<T>(of_outer, key, value);
+            mma<T>(of_mean, FragA{{one, one, one, one}}, value);
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) outer[i] = of_outer[i / 4].value[i % 4];
@@ -75,7 +67,7 @@ struct Quarter {
         for (int i = 0; i < 4; ++i) {
             mean[i] = of_mean[i / 2].value[i % 2];
             if (padded) {
-                const int column = which % 2 * 16 + i / 2 * 8 + d_column(lane, i % 2);
+                const int column = which % 2 * 16 + i / 2 * 8 + acc_col(lane, i % 2);
                 mean[i] += float(classes.pads - 1) * to_float(*values.at(pad, column));
             }
             mean[i] *= classes.share;
@@ -84,48 +76,44 @@ struct Quarter {
         for (int i = 0; i < 2; ++i) total[i] = of_total.value[2 * i];
     }
 
-    // Values 2 i and 2 i + 1 of it, with m taken out of the values.
-    template <typename T>
-    __device__ __forceinline__ Waiting<T> pair(int i) const {
+    // Values 2 i and 2 i + 1 of it, with m subtracted from the values.
+    template <typename T> DEVICE Kept<T> pair(int i) const {
         const float z = total[i % 2];
-        return Waiting<T>::of(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
+        return Kept<T>::of(outer[2 * i] - z * mean[i / 2 * 2], outer[2 * i + 1] - z * mean[i / 2 * 2 + 1]);
     }
 
-    // Its places in z, function(place, value), and in m likewise.
-    template <typename OfZ, typename OfM>
-    __device__ __forceinline__ void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
+    // function(index, value) for its part of z, and of m behind it.
+    template <typename OfZ, typename OfM> DEVICE void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + d_row(lane, 2 * i), total[i]);
+        for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + acc_row(lane, 2 * i), total[i]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) of_m(which % 2 * 16 + i / 2 * 8 + d_column(lane, i % 2), mean[i]);
+        for (int i = 0; i < 4; ++i) of_m(WIDTH + which % 2 * 16 + i / 2 * 8 + acc_col(lane, i % 2), mean[i]);
     }
 
-    // Two quarters know the same of z, or of m, and so do several lanes: one of them writes it, or adds it.
-    __device__ __forceinline__ void store_vectors(float *z, bool more, int which, int lane) {
-        const auto put = [&](float *place, float value) { *place = more ? *place + value : value; };
+    // Two quarters have the same part of z, or of m, and so do several lanes: one of them stores or adds it.
+    DEVICE void store_vectors(float *z, bool add, int which, int lane) {
+        const auto put = [&](int index, float value) { z[index] = add ? z[index] + value : value; };
         each_vector(
             which, lane,
-            [&](int place, float value) {
-                if (which % 2 == 0 && lane % 4 == 0) put(z + place, value);
+            [&](int i, float value) {
+                if (which % 2 == 0 && lane % 4 == 0) put(i, value);
             },
-            [&](int place, float value) {
-                if (which / 2 == 0 && lane / 4 == 0) put(z + WIDTH + place, value);
+            [&](int i, float value) {
+                if (which / 2 == 0 && lane / 4 == 0) put(i, value);
             });
     }
 
-    __device__ __forceinline__ void load_vectors(const float *z, int which, int lane) {
-        each_vector(
-            which, lane, [&](int place, float &value) { value = z[place]; },
-            [&](int place, float &value) { value = z[WIDTH + place]; });
+    DEVICE void load_vectors(const float *z, int which, int lane) {
+        const auto get = [&](int index, float &value) { value = z[index]; };
+        each_vector(which, lane, get, get);
     }
 };
 
-template <typename T>
-__device__ __forceinline__ void store_quarter(Tile<T, WIDTH> outer, const Waiting<T> (&pairs)[4], int which, int lane) {
+template <typename T> DEVICE void store_quarter(Tile<T, WIDTH> outer, const Kept<T> (&pairs)[4], int which, int lane) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        T *const place = pair_place(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);
-        store<T, 2>(place + i % 2 * (8 * WIDTH), pairs[i].pair());
+        T *const address = acc_address(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);
+        store(address + i % 2 * (8 * WIDTH), pairs[i].pair());
     }
 }
 

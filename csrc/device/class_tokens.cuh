@@ -8,117 +8,108 @@
 
 namespace ovseg {
 
-template <typename T>
-struct ClassMaps {
+template <typename T> struct ClassMaps {
     const T *x, *padding_token;
     Classes classes;
     int64_t map;  // numbers from one class to the next
     int width, pooling;
     int positions, columns;  // of a map, and of a row of it
 
-    ClassMaps(const T *x, const T *padding_token, Classes classes, int64_t height, int64_t width, int64_t pooling)
-        : x(x), padding_token(padding_token), classes(classes), map(height * width * C), width(int(width)),
-          pooling(int(pooling)), positions(int(height / pooling * (width / pooling))), columns(int(width / pooling)) {}
+    ClassMaps(const void *x, const void *padding_token, Classes classes, int64_t height, int64_t width, int64_t pooling)
+        : x(static_cast<const T *>(x)), padding_token(static_cast<const T *>(padding_token)), classes(classes),
+          map(height * width * C), width(int(width)), pooling(int(pooling)),
+          positions(int(height / pooling * (width / pooling))), columns(int(width / pooling)) {}
 
-    // Of maps with a token for each position: numbers from one class to the next, and where that of a class is.
-    __device__ __forceinline__ int64_t pooled_map() const { return int64_t(positions) * C; }
-    __device__ __forceinline__ T *result(T *results, int number, int key) const {
+    // Of maps with a token for each position: numbers from one class to the next, and the address of a class's token.
+    DEVICE int64_t pooled_map() const { return int64_t(positions) * C; }
+    DEVICE T *result(T *results, int number, int key) const {
         number = recomputed(number);
-        const int image = number / recomputed(positions), place = number - image * positions;
-        return results + (int64_t(image) * classes.count + key) * pooled_map() + int64_t(place) * C;
+        const int image = number / recomputed(positions), position = number - image * positions;
+        return results + (int64_t(image) * classes.count + key) * pooled_map() + int64_t(position) * C;
     }
 };
 
-// Position `number` of those of all images: in which one, and where its first class's token begins.
-template <typename T>
-struct Position {
+// Position `number` of those of all images: its image, and its first class's token.
+template <typename T> struct Position {
     int image;
     const T *x;
 
-    // Worked out again wherever it is asked for, instead of kept in registers.
-    __device__ __forceinline__ Position(const ClassMaps<T> &maps, int number) {
+    // Recomputed wherever it is needed, instead of kept in registers.
+    DEVICE Position(const ClassMaps<T> &maps, int number) {
         number = recomputed(number);
         image = number / recomputed(maps.positions);
-        const int place = number - image * maps.positions;
-        const int row = place / recomputed(maps.columns), column = place - row * maps.columns;
+        const int position = number - image * maps.positions;
+        const int row = position / recomputed(maps.columns), column = position - row * maps.columns;
         x = maps.x + int64_t(image) * maps.classes.count * maps.map +
             (int64_t(row) * maps.width + column) * (maps.pooling * C);
     }
 };
 
-// A warp's classes from `first` on as rows of its tile, averaged over the square of positions that is pooled; zeros
-// beyond the list.
+// A warp's classes from `first` on as rows of its tile, averaged over the pooled positions; zeros beyond the list.
 template <typename T>
-__device__ __forceinline__ void load_pooled(Tile<T, C> rows, const ClassMaps<T> &maps, const T *from, int first,
-                                            int lane) {
-    using Pieces = RowPieces<T, C>;
-    const float share = 1.0f / float(maps.pooling * maps.pooling);
-    from += Pieces::row(lane) * maps.map + Pieces::column(lane);
+DEVICE void load_pooled(Tile<T, C> tile, const ClassMaps<T> &maps, const T *source, int first, int lane) {
+    using Rows = RowVecs<T, C>;
+    const float scale = 1.0f / float(maps.pooling * maps.pooling);
+    source += Rows::row(lane) * maps.map + Rows::column(lane);
 #pragma unroll 1
-    for (int row = 0; row < 16; row += Pieces::ROWS, from += Pieces::ROWS * maps.map) {
-        Pieces pieces;
-        float totals[Pieces::TOGETHER][Pieces::EACH] = {};
-        const T *at = from;
+    for (int row = 0; row < 16; row += Rows::ROWS, source += Rows::ROWS * maps.map) {
+        Rows rows;
+        float totals[Rows::COUNT][VEC<T>] = {};
+        const T *pixel = source;
 #pragma unroll 1
-        for (int i = 0; i < maps.pooling; ++i, at += int64_t(maps.width - maps.pooling) * C) {
+        for (int i = 0; i < maps.pooling; ++i, pixel += int64_t(maps.width - maps.pooling) * C) {
 #pragma unroll 1
-            for (int j = 0; j < maps.pooling; ++j, at += C) {
-                pieces.load(at, maps.map, maps.classes.count - first - row - Pieces::row(lane));
+            for (int j = 0; j < maps.pooling; ++j, pixel += C) {
+                rows.load(pixel, maps.map, maps.classes.count - first - row - Rows::row(lane));
 #pragma unroll
-                for (int k = 0; k < Pieces::TOGETHER * Pieces::EACH; ++k) {
-                    const int which = k / Pieces::EACH, number = k % Pieces::EACH;
-                    totals[which][number] += to_float(pieces.piece[which].value[number]);
+                for (int k = 0; k < Rows::COUNT * VEC<T>; ++k) {
+                    totals[k / VEC<T>][k % VEC<T>] += to_float(rows.vec[k / VEC<T>].value[k % VEC<T>]);
                 }
             }
         }
 #pragma unroll
-        for (int k = 0; k < Pieces::TOGETHER * Pieces::EACH; ++k) {
-            const int which = k / Pieces::EACH, number = k % Pieces::EACH;
-            pieces.piece[which].value[number] = rounded<T>(totals[which][number] * share);
+        for (int k = 0; k < Rows::COUNT * VEC<T>; ++k) {
+            rows.vec[k / VEC<T>].value[k % VEC<T>] = rounded<T>(totals[k / VEC<T>][k % VEC<T>] * scale);
         }
-        pieces.store(rows, row, lane);
+        rows.store(tile, row, lane);
     }
 }
 
 // A warp's 16 classes from `first` on as rows of its tile, with the padding class behind the last; zeros beyond.
 template <typename T>
-__device__ __forceinline__ void load_classes(Tile<T, C> rows, const ClassMaps<T> &maps, int number, int first,
-                                             int lane) {
-    const T *const from = Position<T>(maps, number).x + first * maps.map;
+DEVICE void load_classes(Tile<T, C> tile, const ClassMaps<T> &maps, int number, int first, int lane) {
+    const T *const source = Position<T>(maps, number).x + first * maps.map;
     if (maps.pooling == 1) {
-        copy_in(rows, from, maps.map, maps.classes.count - first, lane);
+        copy_in(tile, source, maps.map, maps.classes.count - first, lane);
     } else {
-        load_pooled(rows, maps, from, first, lane);
+        load_pooled(tile, maps, source, first, lane);
     }
     const int padding = maps.classes.count - first;
     if (maps.classes.pads == 0 || padding < 0 || padding >= 16) return;
     __syncwarp();
-    constexpr int EACH = 16 / int(sizeof(T));
-    if (lane < C / EACH) {
-        store<T, EACH>(rows.at(padding, lane * EACH), load<T, EACH>(maps.padding_token + lane * EACH));
-    }
+    const int column = lane * VEC<T>;
+    if (column < C) store(tile.at(padding, column), load_vec(maps.padding_token + column));
 }
 
-// A warp's classes from `first` on, where nothing is pooled, added to the rows of its tile on their way to memory.
+// Adds a warp's classes from `first` on, without pooling, to the rows of its tile and stores the sum.
 template <typename T>
-__device__ __forceinline__ void store_added(Tile<T, C> rows, const ClassMaps<T> &maps, int number, T *to, int first,
-                                            int lane) {
-    using Pieces = RowPieces<T, C>;
-    const int64_t own = Pieces::row(lane) * maps.map + Pieces::column(lane);
-    const T *from = Position<T>(maps, number).x + first * maps.map + own;
-    to += own;
+DEVICE void store_added(Tile<T, C> tile, const ClassMaps<T> &maps, int number, T *target, int first, int lane) {
+    using Rows = RowVecs<T, C>;
+    const int64_t offset = Rows::row(lane) * maps.map + Rows::column(lane);
+    const T *source = Position<T>(maps, number).x + first * maps.map + offset;
+    target += offset;
 #pragma unroll
-    for (int row = 0; row < 16; row += Pieces::ROWS, from += Pieces::ROWS * maps.map, to += Pieces::ROWS * maps.map) {
-        const int count = maps.classes.count - first - row - Pieces::row(lane);
-        Pieces x, y;
-        x.load(from, maps.map, count);
-        y.load(rows, row, lane);
+    for (int row = 0; row < 16; row += Rows::ROWS, source += Rows::ROWS * maps.map, target += Rows::ROWS * maps.map) {
+        const int count = maps.classes.count - first - row - Rows::row(lane);
+        Rows x, y;
+        x.load(source, maps.map, count);
+        y.load(tile, row, lane);
 #pragma unroll
-        for (int k = 0; k < Pieces::TOGETHER * Pieces::EACH; ++k) {
-            T &sum = x.piece[k / Pieces::EACH].value[k % Pieces::EACH];
-            sum = rounded<T>(to_float(y.piece[k / Pieces::EACH].value[k % Pieces::EACH]) + to_float(sum));
+        for (int k = 0; k < Rows::COUNT * VEC<T>; ++k) {
+            T &sum = x.vec[k / VEC<T>].value[k % VEC<T>];
+            sum = rounded<T>(to_float(y.vec[k / VEC<T>].value[k % VEC<T>]) + to_float(sum));
         }
-        x.store(to, maps.map, count);
+        x.store(target, maps.map, count);
     }
 }
 

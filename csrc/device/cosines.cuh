@@ -4,92 +4,81 @@
 
 #pragma once
 
-#include "pieces.cuh"
 #include "transformer.cuh"
+#include "vectors.cuh"
 
 namespace ovseg {
 
 constexpr int PIXELS = 128, TEXTS = 16, COSINE_THREADS = PIXELS / 16 * 32;
-constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
 
-// Copies 16 bytes of a row, of which `left` numbers are left, into a tile; zeros beyond its end. Rows that are no whole
-// pieces are read number by number, at once.
-template <typename T>
-__device__ __forceinline__ void copy_piece(void *target, const T *source, int left, bool whole) {
+// Copies 16 bytes of a row with `left` numbers left into a tile, zeros beyond; number by number unless `whole`.
+template <typename T> DEVICE void copy_vec(void *target, const T *source, int left, bool whole) {
     if (whole) {
         copy_async(target, source, left > 0);
     } else {
-        T *const place = static_cast<T *>(target);
+        T *const numbers = static_cast<T *>(target);
 #pragma unroll 4
-        for (int i = 0; i < EACH<T>; ++i) place[i] = i < left ? source[i] : rounded<T>(0.0f);
+        for (int i = 0; i < VEC<T>; ++i) numbers[i] = i < left ? source[i] : rounded<T>(0.0f);
     }
 }
 
-// The stages of both sides. A thread copies the same piece of every AT_ONCE-th row.
-template <typename T>
-struct Embeddings {
-    static constexpr int WIDTH = 128 / int(sizeof(T));
-    static constexpr int BYTES = (PIXELS + TEXTS) * 128;
-    static constexpr int AT_ONCE = COSINE_THREADS / 8, OWN = PIXELS / AT_ONCE;
-    static_assert(PIXELS % AT_ONCE == 0 && TEXTS <= AT_ONCE, "the text's rows are one of a thread at most");
+// The stages of both sides. A thread copies the same vector of every AT_ONCE-th row.
+template <typename T> struct Embeddings {
+    static constexpr int WIDTH = 128 / int(sizeof(T)), BYTES = (PIXELS + TEXTS) * 128;
+    static constexpr int AT_ONCE = COSINE_THREADS / 8, COUNT = PIXELS / AT_ONCE;
+    static_assert(PIXELS % AT_ONCE == 0 && TEXTS <= AT_ONCE, "a thread copies one of the text's rows at most");
 
-    const T *sources[OWN + 1];  // of the thread's pieces of the next stage: of the image, and of the text
-    int left[OWN + 1];          // numbers of their rows from there on; none or less where there is no row
+    const T *sources[COUNT + 1];  // of the thread's vectors of the next stage: of the image, and of the text
+    int left[COUNT + 1];          // numbers of their rows from there on; none or less where there is no row
     int target, channels, texts;
 
-    // places: the pixels' rows of `image`, or −1
-    __device__ __forceinline__ Embeddings(const T *image, const T *text, const int *places, int texts, int channels)
+    // positions: the pixels' rows of `image`, or −1
+    DEVICE Embeddings(const T *image, const T *text, const int *positions, int texts, int channels)
         : channels(channels), texts(texts) {
-        const int thread = recomputed(int(threadIdx.x)), row = thread / 8, column = thread % 8 * EACH<T>;
+        const int thread = recomputed(int(threadIdx.x)), row = thread / 8, column = thread % 8 * VEC<T>;
         target = tile_offset<128>(row, thread % 8);
 #pragma unroll
-        for (int i = 0; i <= OWN; ++i) {
-            const int place = i < OWN ? places[row + i * AT_ONCE] : row < texts ? row : -1;
-            sources[i] = (i < OWN ? image : text) + int64_t(max(place, 0)) * channels + column;
-            left[i] = place < 0 ? 0 : channels - column;
+        for (int i = 0; i <= COUNT; ++i) {
+            const int position = i < COUNT ? positions[row + i * AT_ONCE] : row < texts ? row : -1;
+            sources[i] = (i < COUNT ? image : text) + int64_t(max(position, 0)) * channels + column;
+            left[i] = position < 0 ? 0 : channels - column;
         }
     }
 
-    __device__ __forceinline__ int stages() const { return (channels + WIDTH - 1) / WIDTH; }
+    DEVICE int stages() const { return (channels + WIDTH - 1) / WIDTH; }
 
-    __device__ __forceinline__ void operator()(int, unsigned char *buffer) {
-        by_wholeness(whole_pieces<T>(channels), [&](auto whole) {
+    DEVICE void operator()(int, unsigned char *buffer) {
+        with_constant(whole_vecs<T>(channels), [&](auto whole) {
 #pragma unroll
-            for (int i = 0; i <= OWN; ++i) {
-                if (i == OWN && int(threadIdx.x) >= 8 * TEXTS) continue;
-                copy_piece(buffer + target + i * AT_ONCE * 128, sources[i], left[i], whole);
+            for (int i = 0; i <= COUNT; ++i) {
+                if (i == COUNT && int(threadIdx.x) >= 8 * TEXTS) continue;
+                copy_vec(buffer + target + i * AT_ONCE * 128, sources[i], left[i], whole);
             }
         });
 #pragma unroll
-        for (int i = 0; i <= OWN; ++i) sources[i] += WIDTH, left[i] -= WIDTH;
+        for (int i = 0; i <= COUNT; ++i) sources[i] += WIDTH, left[i] -= WIDTH;
     }
 };
 
-__device__ __forceinline__ float length_of(float squares) {
-    const float length = sqrtf(squares);
-    return length < SHORTEST ? SHORTEST : length;  // NaN stays
-}
+// Sums of the squares of 16 rows. Those of 16-bit numbers are the diagonal of the rows' products with each other: the
+// rows of a frag_a are, as they lie in the lanes, also columns of a frag_b.
+template <typename T> struct Squares {
+    Acc products[2] = {};  // with rows 0..7, with rows 8..15
 
-// Sums of the squares of 16 rows. Those of 16-bit numbers are the diagonal of the rows' products with each other: a
-// factor's rows are, as they lie in the lanes, also columns of the other one.
-template <typename T>
-struct Squares {
-    D products[2] = {};  // with rows 0..7, with rows 8..15
-
-    __device__ __forceinline__ void add(const A &a) {
+    DEVICE void add(const FragA &rows) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             if constexpr (sizeof(T) == 2) {
-                mma<T>(products[i], a, B{{a.word[i], a.word[i + 2]}});
+                mma<T>(products[i], rows, FragB{{rows.word[i], rows.word[i + 2]}});
             } else {
-                const float first = __uint_as_float(a.word[i]), second = __uint_as_float(a.word[i + 2]);
+                const float first = __uint_as_float(rows.word[i]), second = __uint_as_float(rows.word[i + 2]);
                 products[i].value[0] = fmaf(first, first, fmaf(second, second, products[i].value[0]));
             }
         }
     }
 
     // Of row lane / 4 + 8 · i.
-    __device__ __forceinline__ float of_row(int i, int lane) const {
+    DEVICE float of_row(int i, int lane) const {
         if constexpr (sizeof(T) == 2) {
             const int row = lane / 4;  // of the diagonal: in lane row / 2 of its four, value row % 2
             const float value = row % 2 ? products[i].value[2 * i + 1] : products[i].value[2 * i];
@@ -100,23 +89,21 @@ struct Squares {
     }
 };
 
-// The cosines of a warp's 16 pixels and all texts, in the layout of a product.
-template <typename T, typename Stages>
-__device__ __forceinline__ void cosines(D (&d)[TEXTS / 8], Stages &stages, int warp, int lane) {
+// The cosines of a warp's 16 pixels and all texts.
+template <typename T, typename Stages> DEVICE void cosines(Acc (&acc)[TEXTS / 8], Stages &stages, int warp, int lane) {
     Squares<T> pixels, texts;
-    d[0] = d[1] = {};
+    acc[0] = acc[1] = {};
 #pragma unroll 1
     for (int stage = 0; stage < stages.stages; ++stage) {
-        const Tile<T, Embeddings<T>::WIDTH> rows{stages.next()};
+        const Tile<T, Embeddings<T>::WIDTH> tile{stages.next()};
 #pragma unroll
         for (int k = 0; k < Embeddings<T>::WIDTH / K<T>; ++k) {
-            const A a = load_a(rows.rows_from(16 * warp), k, lane);
-            B b[2];
-            load_b(b, rows.rows_from(PIXELS), k, lane);
-            pixels.add(a);
-            texts.add({{b[0].word[0], b[1].word[0], b[0].word[1], b[1].word[1]}});
-#pragma unroll
-            for (int i = 0; i < 2; ++i) mma<T>(d[i], a, b[i]);
+            const FragA frag_a = load_a(tile.rows_from(16 * warp), k, lane);
+            const FragB2 frag_b = load_b(tile.rows_from(PIXELS), k, lane);
+            const uint32_t (&left)[2] = frag_b.left.word, (&right)[2] = frag_b.right.word;
+            pixels.add(frag_a);
+            texts.add({{left[0], right[0], left[1], right[1]}});
+            mma<T>(acc, frag_a, frag_b);
         }
     }
     float of_pixel[2];
@@ -124,11 +111,11 @@ __device__ __forceinline__ void cosines(D (&d)[TEXTS / 8], Stages &stages, int w
     for (int i = 0; i < 2; ++i) of_pixel[i] = fast_reciprocal(length_of(pixels.of_row(i, lane)));
 #pragma unroll
     for (int n = 0; n < TEXTS / 8; ++n) {
-        const float own = fast_reciprocal(length_of(texts.of_row(n, lane)));
+        const float of_row = fast_reciprocal(length_of(texts.of_row(n, lane)));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float of_text = __shfl_sync(ALL_LANES, own, 4 * d_column(lane, i));  // who holds that text's row
-            d[n].value[i] = d[n].value[i] * of_text * of_pixel[i / 2];
+            const float of_text = __shfl_sync(ALL_LANES, of_row, 4 * acc_col(lane, i));  // who holds that text's row
+            acc[n].value[i] = acc[n].value[i] * of_text * of_pixel[i / 2];
         }
     }
 }

@@ -1,34 +1,31 @@
-// Positions and channels of a guided group normalisation, as its kernels share them out.
+// How the kernels of a guided group normalisation share out positions and channels.
 //
-// A "map" is one class of one image, (positions, channels). A block takes a chunk of its positions with all of their
-// channels, one piece of memory; a thread keeps to N neighbouring channels of one group, 16 bytes of them where the
-// sizes allow and else one.
+// A "map" is one class of one image, (positions, channels). A block takes a chunk of its positions with all channels; a
+// thread keeps to N neighbouring channels of one group, a vector of 16 bytes where the sizes allow, else one.
 
 #pragma once
 
-#include "pieces.cuh"
-#include "warp.cuh"
+#include "vectors.cuh"
 
 namespace ovseg {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int BATCH = 2;  // pieces of a tensor that a thread reads at once
+constexpr int BATCH = 2;  // vecs of a tensor that a thread reads at once
 
 struct Sizes {
     int classes, positions, channels, group, chunk;  // group: channels of one; chunk: positions that a block takes
 
-    __device__ __forceinline__ int chunks() const { return (positions - 1) / chunk + 1; }
-    __device__ __forceinline__ int groups() const { return channels / group; }
-    __device__ __forceinline__ int64_t map() const { return int64_t(positions) * channels; }
+    DEVICE int chunks() const { return (positions - 1) / chunk + 1; }
+    DEVICE int groups() const { return channels / group; }
+    DEVICE int64_t map() const { return int64_t(positions) * channels; }
 };
 
 // The thread's channels, and its position among those that a block reads at once.
-template <int N>
-struct Place {
+template <int N> struct Slot {
     int column, row, rows;  // column: the first channel
     bool active;
 
-    __device__ __forceinline__ Place(const Sizes &s, int part) {
+    DEVICE Slot(const Sizes &s, int part) {
         const int columns = min(s.channels / N, THREADS);
         rows = THREADS / columns, row = int(threadIdx.x) / columns;
         column = (part * columns + int(threadIdx.x) % columns) * N;
@@ -37,8 +34,8 @@ struct Place {
 
     // Blocks that share a position's channels.
     static __host__ __device__ int parts(const Sizes &s) {
-        const int pieces = s.channels / N;
-        return (pieces - 1) / (pieces < THREADS ? pieces : THREADS) + 1;
+        const int vecs = s.channels / N;
+        return (vecs - 1) / (vecs < THREADS ? vecs : THREADS) + 1;
     }
 };
 
@@ -47,24 +44,23 @@ struct Chunk {
     int64_t map;
     int number, part, first, end;  // positions
 
-    __device__ __forceinline__ Chunk(const Sizes &s, int64_t block, int parts) {
+    DEVICE Chunk(const Sizes &s, int64_t block, int parts) {
         part = int(block % parts);
         number = int(block / parts % s.chunks());
         map = block / parts / s.chunks();
         first = number * s.chunk, end = min(first + s.chunk, s.positions);
     }
 
-    // Where its sums for the channels of a kind begin in (maps, chunks, 2, channels).
-    __device__ __forceinline__ int64_t sums(const Sizes &s, int kind) const {
+    // The start of its sums of a kind in (maps, chunks, 2, channels).
+    DEVICE int64_t sums(const Sizes &s, int kind) const {
         return ((map * s.chunks() + number) * 2 + kind) * s.channels;
     }
 };
 
-// N numbers, a piece or a single one; zeros where they are not `present`.
-template <int N, typename T>
-__device__ __forceinline__ void load_floats(float (&values)[N], const T *address, bool present = true) {
-    if constexpr (N == EACH<T>) {
-        const Floats<T> found = floats(load_piece(address, 0, present ? N : 0, true));
+// N numbers, a vector or a single one; zeros unless `present`.
+template <int N, typename T> DEVICE void load_floats(float (&values)[N], const T *address, bool present = true) {
+    if constexpr (N == VEC<T>) {
+        const Floats<T> found = floats(load_vec(address, 0, present ? N : 0, true));
 #pragma unroll
         for (int i = 0; i < N; ++i) values[i] = found.value[i];
     } else {
@@ -73,8 +69,7 @@ __device__ __forceinline__ void load_floats(float (&values)[N], const T *address
     }
 }
 
-template <int N, typename T>
-__device__ __forceinline__ void store_floats(T *address, const float (&values)[N]) {
+template <int N, typename T> DEVICE void store_floats(T *address, const float (&values)[N]) {
     constexpr int AT_ONCE = N * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : N;
 #pragma unroll
     for (int first = 0; first < N; first += AT_ONCE) {
@@ -85,49 +80,42 @@ __device__ __forceinline__ void store_floats(T *address, const float (&values)[N
     }
 }
 
-// Goes through the thread's positions of a chunk, BATCH of them at a time: calls function(there, at, z) with how many
-// there are, where the first one lies among the maps, and z of their channels, 0 of positions beyond the chunk. The
-// other one lies place.rows · s.channels further on.
+// function(present, index, z) for the thread's positions of a chunk, BATCH at a time: how many there are, the index of the
+// first one among the maps, and z of their channels, 0 beyond the chunk. The second lies slot.rows · s.channels behind.
 template <int N, typename T, typename Function>
-__device__ __forceinline__ void each_position(const Sizes &s, const Chunk &chunk, const Place<N> &place, const T *y,
-                                              const T *term, Function function) {
-    const int step = place.rows * s.channels;
+DEVICE void each_position(const Sizes &s, const Chunk &chunk, const Slot<N> &slot, const T *y, const T *term,
+                          Function function) {
+    const int step = slot.rows * s.channels;
     const int64_t to_term = (chunk.map / s.classes - chunk.map) * s.map();
-    int64_t at = chunk.map * s.map() + int64_t(chunk.first + place.row) * s.channels + place.column;
+    int64_t index = chunk.map * s.map() + int64_t(chunk.first + slot.row) * s.channels + slot.column;
 #pragma unroll 1
-    for (int left = chunk.end - chunk.first - place.row; left > 0; left -= BATCH * place.rows) {
+    for (int left = chunk.end - chunk.first - slot.row; left > 0; left -= BATCH * slot.rows) {
         float z[BATCH][N], terms[BATCH][N];
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
-            load_floats(z[b], y + at + b * step, b * place.rows < left);
-            load_floats(terms[b], term + to_term + at + b * step, term != nullptr && b * place.rows < left);
+            load_floats(z[b], y + index + b * step, b * slot.rows < left);
+            load_floats(terms[b], term + to_term + index + b * step, term != nullptr && b * slot.rows < left);
         }
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) z[b][i] += terms[b][i];
-        }
+        unrolled<BATCH, N>([&](int b, int i) { z[b][i] += terms[b][i]; });
         static_assert(BATCH == 2);
-        function(left > place.rows ? 2 : 1, at, z);
-        at += BATCH * step;
+        function(left > slot.rows ? 2 : 1, index, z);
+        index += BATCH * step;
     }
 }
 
-// w ⊙ x̂ + β as z · slope + shift, in PyTorch's order, so that an infinite w gives what it gives there. Multiplied and
-// added at once: forward and backward agree on what passes ReLU.
+// w ⊙ x̂ + β as z · slope + shift, in PyTorch's order for infinite w. One fma: both passes agree on what passes ReLU.
 struct Affine {
     float slope, shift;
 
     Affine() = default;
-    __device__ __forceinline__ Affine(float mean, float scale, float weight, float bias)
+    DEVICE Affine(float mean, float scale, float weight, float bias)
         : slope(scale * weight), shift(fmaf(-mean, slope, bias)) {}
 
-    __device__ __forceinline__ float operator()(float z) const { return fmaf(z, slope, shift); }
+    DEVICE float operator()(float z) const { return fmaf(z, slope, shift); }
 };
 
 template <int N, typename T>
-__device__ __forceinline__ void load_affine(Affine (&affine)[N], const Pair<float> &group, const T *weight,
-                                            const T *bias) {
+DEVICE void load_affine(Affine (&affine)[N], const Pair<float> &group, const T *weight, const T *bias) {
     float w[N], shift[N];
     load_floats(w, weight);
     load_floats(shift, bias);
@@ -135,17 +123,15 @@ __device__ __forceinline__ void load_affine(Affine (&affine)[N], const Pair<floa
     for (int i = 0; i < N; ++i) affine[i] = Affine(group.value[0], group.value[1], w[i], shift[i]);
 }
 
-// Both numbers of the group of a channel of a map, from (maps, groups, 2).
-__device__ __forceinline__ Pair<float> of_group(const float *values, const Sizes &s, int64_t map, int channel) {
+// Both numbers of the group of a channel, from (maps, groups, 2).
+DEVICE Pair<float> of_group(const float *values, const Sizes &s, int64_t map, int channel) {
     return load<float, 2>(values + (map * s.groups() + channel / s.group) * 2);
 }
 
-// Calls `function` with a number of the format and how many channels a thread takes, as a type.
-template <typename Function>
-int by_format(const Sizes &s, int dtype, Function function) {
+// function(number of the format, channels that a thread takes, as a type).
+template <typename Function> int by_format(const Sizes &s, int dtype, Function function) {
     return by_dtype(dtype, [&](auto number) {
         constexpr int MOST = 16 / int(sizeof(number));
-        // A piece lies within one group.
         return s.group % MOST ? function(number, std::integral_constant<int, 1>())
                               : function(number, std::integral_constant<int, MOST>());
     });

@@ -1,36 +1,77 @@
 // Scores of a label map's pixels, a thread for each pixel of a block's rectangle of the result: a row of it to a warp,
 // so that lanes are neighbours in memory.
 //
-// A result that is resized reads 2 × 2 pixels of the canvas, each of them up to 2 × 2 of a window's map and up to 4 × 4
-// of the whole image's. Where these lie depends on a row and on a column, and what each of the two adds to it is worked
-// out once for all pairs. Beyond a window's border the first row or column of its map is read and not counted.
+// A resized result reads 2 × 2 pixels of the canvas, each of them up to 2 × 2 of a window's map and up to 4 × 4 of the
+// whole image's. Where these lie depends on a row and on a column, whose parts are computed once for all pairs. Beyond a
+// window's border the first row or column of its map is read and not counted.
 
 #pragma once
 
-#include "resize.cuh"
-#include "warp.cuh"
+#include "numbers.cuh"
 
 namespace ovseg {
+
+// Bilinear resizing with corners not aligned, as PyTorch's, pixel by pixel.
+struct Taps {  // the two source pixels that a resizing reads for one pixel of an axis, and the weight of the second
+    int low, high;
+    float weight;
+};
+
+struct Axis {
+    int size;  // of the source
+    float scale;
+
+    // Multiplied and added at once, so that every caller gets the same pixel.
+    DEVICE Taps taps(int at) const {
+        const float source = fmaxf(fmaf(float(at) + 0.5f, scale, -0.5f), 0.0f);
+        const int low = min(int(source), size - 1);
+        return {low, min(low + 1, size - 1), source - float(low)};
+    }
+};
+
+struct Rectangle {  // of pixels, the last ones included
+    int top, left, bottom, right;
+};
+
+// Not needed for equal sizes: a pixel is read as it is, and an infinite neighbour does not make it NaN.
+struct Resizing {
+    Axis y, x;
+    bool needed;
+
+    Resizing(int64_t height, int64_t width, int64_t new_height, int64_t new_width)
+        : y{int(height), float(height) / float(new_height)}, x{int(width), float(width) / float(new_width)},
+          needed(height != new_height || width != new_width) {}
+
+    DEVICE Taps down(int row) const { return needed ? y.taps(row) : Taps{row, row, 0.0f}; }
+    DEVICE Taps along(int column) const { return needed ? x.taps(column) : Taps{column, column, 0.0f}; }
+
+    // What the pixels of a rectangle read.
+    DEVICE Rectangle source(Rectangle r) const {
+        if (!needed) return r;
+        return {y.taps(r.top).low, x.taps(r.left).low, y.taps(r.bottom).high, x.taps(r.right).high};
+    }
+};
+
+DEVICE float mixed(float first, float second, float weight) { return fmaf(weight, second, (1.0f - weight) * first); }
 
 constexpr int ROWS = 8, COLUMNS = 32, WARPS = ROWS, THREADS = WARPS * 32;  // of a rectangle; its warps
 constexpr int MOST_WINDOWS = 64;
 
-template <typename T>
-struct LabelMap {
+template <typename T> struct LabelMap {
     const T *logits, *whole, *offset;
     T *scores;
     int32_t *labels;
     int64_t area;  // of a map of logits
     int windows, classes, k, out_height, out_width, window_height, window_width;
     Resizing from_maps, from_window, from_canvas;  // maps -> window; the whole image's window -> canvas -> result
-    int tops[MOST_WINDOWS], lefts[MOST_WINDOWS];
+    int tops[MOST_WINDOWS] = {}, lefts[MOST_WINDOWS] = {};
 
-    __device__ __forceinline__ bool meets(int window, Rectangle r) const {
+    DEVICE bool meets(int window, Rectangle r) const {
         return tops[window] <= r.bottom && tops[window] + window_height > r.top && lefts[window] <= r.right &&
                lefts[window] + window_width > r.left;
     }
 
-    __device__ __forceinline__ int64_t at(int window, int c) const {  // where a map begins
+    DEVICE int64_t at(int window, int c) const {  // where a map begins
         return (int64_t(window) * classes + c) * area;
     }
 };
@@ -52,50 +93,47 @@ struct WindowsBelow {
 struct Target {
     int top, left, height, width;  // the result's height and width
 
-    template <typename T>
-    __device__ __forceinline__ Target(const LabelMap<T> &a, int tile) : height(a.out_height), width(a.out_width) {
+    template <typename T> DEVICE Target(const LabelMap<T> &a, int tile) : height(a.out_height), width(a.out_width) {
         const int across = (width + COLUMNS - 1) / COLUMNS;
         top = tile / across * ROWS, left = tile % across * COLUMNS;
     }
 
-    __device__ __forceinline__ Rectangle rectangle() const {
+    DEVICE Rectangle rectangle() const {
         return {top, left, min(top + ROWS, height) - 1, min(left + COLUMNS, width) - 1};
     }
 
-    __device__ __forceinline__ int row() const { return top + recomputed(int(threadIdx.x)) / COLUMNS; }
-    __device__ __forceinline__ int column() const { return left + recomputed(int(threadIdx.x)) % COLUMNS; }
-    __device__ __forceinline__ bool there() const { return row() < height && column() < width; }
-    __device__ __forceinline__ int64_t place() const { return int64_t(row()) * width + column(); }
+    DEVICE int row() const { return top + recomputed(int(threadIdx.x)) / COLUMNS; }
+    DEVICE int column() const { return left + recomputed(int(threadIdx.x)) % COLUMNS; }
+    DEVICE bool inside() const { return row() < height && column() < width; }
+    DEVICE int64_t index() const { return int64_t(row()) * width + column(); }
 };
 
 // Lists the windows below a block's rectangle of the result, in their order.
-template <typename T>
-__device__ __forceinline__ void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &target) {
+template <typename T> DEVICE void find(const LabelMap<T> &a, WindowsBelow &windows, const Target &target) {
     const int thread = int(threadIdx.x);
     const Rectangle below = a.from_canvas.source(target.rectangle());
     if (thread <= a.windows) {
-        int place = 0;
+        int index = 0;
 #pragma unroll 1
-        for (int n = 0; n < thread; ++n) place += a.meets(n, below);
+        for (int n = 0; n < thread; ++n) index += a.meets(n, below);
         if (thread == a.windows) {
-            windows.count = place;
+            windows.count = index;
             windows.whole = a.from_maps.source(a.from_window.source(below));
         } else if (a.meets(thread, below)) {
             const int from_y = a.tops[thread], from_x = a.lefts[thread];
             const Rectangle inside{max(below.top - from_y, 0), max(below.left - from_x, 0),
                                    min(below.bottom - from_y, a.window_height - 1),
                                    min(below.right - from_x, a.window_width - 1)};
-            windows.list[place] = {a.at(thread, 0), from_y, from_x, a.from_maps.source(inside)};
+            windows.list[index] = {a.at(thread, 0), from_y, from_x, a.from_maps.source(inside)};
         }
     }
     __syncthreads();
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.4426950409f)); }
+DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(x * -1.4426950409f)); }
 
 // Of the logit that these taps make of a map.
-template <typename T>
-__device__ __forceinline__ float probability(const T *map, const Resizing &from_maps, const Taps &v, const Taps &h) {
+template <typename T> DEVICE float probability(const T *map, const Resizing &from_maps, const Taps &v, const Taps &h) {
     const auto at = [&](int y, int x) { return to_float(map[uint32_t(y * from_maps.x.size + x)]); };
     float logit = at(v.low, h.low);
     if (from_maps.needed) {
@@ -106,11 +144,10 @@ __device__ __forceinline__ float probability(const T *map, const Resizing &from_
     return sigmoid(logit);
 }
 
-// Scores of N classes from `first` on, beyond the last class that one's again, at SIDE × SIDE pixels of the canvas.
+// Scores of N classes from `first` on, the last class again beyond it, at SIDE × SIDE pixels of the canvas.
 template <int SIDE, int N, typename T>
-__device__ __forceinline__ void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a,
-                                             const WindowsBelow &windows, int first, const int (&rows)[SIDE],
-                                             const int (&columns)[SIDE]) {
+DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, const WindowsBelow &windows, int first,
+                         const int (&rows)[SIDE], const int (&columns)[SIDE]) {
     int64_t maps[N];
     float counts[SIDE][SIDE] = {};
 #pragma unroll
@@ -149,13 +186,8 @@ __device__ __forceinline__ void score_canvas(float (&scores)[SIDE][SIDE][N], con
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         const float lowered = a.offset ? to_float(a.offset[min(first + i, a.classes - 1)]) : 0.0f;
-#pragma unroll
-        for (int r = 0; r < SIDE; ++r) {
-#pragma unroll
-            for (int c = 0; c < SIDE; ++c) {
-                scores[r][c][i] = fmaf(scores[r][c][i], fast_reciprocal(counts[r][c]), -lowered);
-            }
-        }
+        unrolled<SIDE, SIDE>(
+            [&](int r, int c) { scores[r][c][i] = fmaf(scores[r][c][i], fast_reciprocal(counts[r][c]), -lowered); });
     }
     if (!a.whole) return;
 
@@ -194,14 +226,13 @@ __device__ __forceinline__ void score_canvas(float (&scores)[SIDE][SIDE][N], con
 struct Pixel {
     Taps y, x;
 
-    __device__ __forceinline__ Pixel(const Target &target, const Resizing &from_canvas)
+    DEVICE Pixel(const Target &target, const Resizing &from_canvas)
         : y(from_canvas.down(min(target.row(), target.height - 1))),
           x(from_canvas.along(min(target.column(), target.width - 1))) {}
 
     // Scores of N classes from `first` on.
     template <int N, typename T>
-    __device__ __forceinline__ void score(float (&total)[N], const LabelMap<T> &a, const WindowsBelow &windows,
-                                          int first) const {
+    DEVICE void score(float (&total)[N], const LabelMap<T> &a, const WindowsBelow &windows, int first) const {
         if (!a.from_canvas.needed) {
             float scores[1][1][N];
             score_canvas<1>(scores, a, windows, first, {y.low}, {x.low});

@@ -1,16 +1,16 @@
-// Matrix products of a warp on tensor cores: D (16×8) += A (16×K) · B (K×8), K being 32 bytes of numbers.
+// Matrix products of a warp on tensor cores: acc (16×8) += frag_a (16×K) · frag_b (K×8), K being 32 bytes of numbers.
 //
 // With g = lane / 4 and t = lane % 4, a lane holds
-//     of D         rows g, g, g+8, g+8 and columns 2t, 2t+1, 2t, 2t+1
-//     of A, 16 bit row g, columns 2t, 2t+1; row g+8, the same; row g, columns 2t+8, 2t+9; row g+8, the same
-//     of A, float  row g, column t; row g+8, the same; row g, column t+4; row g+8, the same
-//     of B         as of A's rows g, with columns for rows.
-// 16-bit products are mma.m16n8k16. float32 products are three mma.m16n8k8 of TF32 numbers each: of the leading 11 bits
-// of both factors, and of each factor's lead with the other's rest, which leaves an error of about 2⁻²¹.
+//     of acc          rows g, g, g+8, g+8 and columns 2t, 2t+1, 2t, 2t+1
+//     of a, 16 bit    row g, columns 2t, 2t+1; row g+8, the same; row g, columns 2t+8, 2t+9; row g+8, the same
+//     of a, float32   row g, column t; row g+8, the same; row g, column t+4; row g+8, the same
+//     of b            as of a's rows g, with columns for rows.
+// 16-bit products are mma.m16n8k16. A float32 product is three mma.m16n8k8 of TF32 numbers: of the leading 11 bits of
+// both factors, and of each factor's lead with the other's rest, which leaves an error of about 2⁻²¹.
 //
-// D's columns 2t and 2t+1 lie in one lane, as A's do in 16 bit: what one product gives is a factor of the next without
-// leaving the lane. For float32 the next product counts its K in another order, t, t+4 standing for 2t, 2t+1; its B is
-// read accordingly (`load_b_chained`, `load_b_by_rows`). The sum does not mind.
+// Columns 2t and 2t+1 of acc lie in one lane, as a's do in 16 bit: an acc becomes the a of the next product without
+// leaving the lane ("chained"). For float32 that product counts its K in another order, t, t+4 standing for 2t, 2t+1;
+// its b is read accordingly (`load_b_chained`, `load_b_by_rows`).
 
 #pragma once
 
@@ -18,286 +18,169 @@
 
 namespace ovseg {
 
-struct A {
+struct FragA {
     uint32_t word[4];
 };
 
-struct B {
+struct FragB {
     uint32_t word[2];
 };
 
-struct D {
+struct FragB2 {  // of 16 columns
+    FragB left, right;
+};
+
+struct Acc {
     float value[4];
 };
 
-template <typename T>
-constexpr int K = 32 / int(sizeof(T));  // numbers that one product sums over
+template <typename T> constexpr int K = 32 / int(sizeof(T));  // numbers that one product sums over
 
-// Row and column of a D that a lane's value i is.
-__host__ __device__ constexpr int d_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
-__host__ __device__ constexpr int d_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
+// Row and column of a lane's value i of an acc.
+__host__ __device__ constexpr int acc_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
+__host__ __device__ constexpr int acc_col(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
-// Which row and piece of a tile a lane names to ldmatrix, four 8×16-byte matrices at once, to get
-__host__ __device__ constexpr int a_row(int lane) { return lane & 15; }  // an A
-__host__ __device__ constexpr int a_piece(int lane) { return lane >> 4; }
-__host__ __device__ constexpr int b_row(int lane) { return (lane & 7) + (lane >> 4 << 3); }  // two B
-__host__ __device__ constexpr int b_piece(int lane) { return lane >> 3 & 1; }
+// Which row and vector of a tile a lane names to ldmatrix, four 8×16-byte matrices at once, for a frag_a, a frag_b2.
+__host__ __device__ constexpr int a_row(int lane) { return lane & 15; }
+__host__ __device__ constexpr int a_vec(int lane) { return lane >> 4; }
+__host__ __device__ constexpr int b_row(int lane) { return (lane & 7) + (lane >> 4 << 3); }
+__host__ __device__ constexpr int b_vec(int lane) { return lane >> 3 & 1; }
 
-#ifndef __CUDACC__
-namespace emulated {
-
-using emulator::Slot;
-
-constexpr int LDMATRIX = 3, PRODUCT = 4;
-
-template <typename T>
-float number(const uint32_t *words, int i) {  // of registers of 16-bit pairs
-    T half;
-    memcpy(&half, reinterpret_cast<const uint16_t *>(words) + i, 2);
-    return to_float(half);
+// frag_a from rows 0..15 of a tile, its K numbers from vector 2 · k on.
+template <typename T, int WIDTH> DEVICE FragA load_a(Tile<T, WIDTH> tile, int k, int lane) {
+    FragA frag_a;
+    ldmatrix(frag_a.word, tile.stepped(a_row(lane), a_vec(lane), 2 * k));
+    return frag_a;
 }
 
-// The product of all lanes' fragments, by the layout above.
-template <typename T>
-void multiply(Slot *slots) {
-    constexpr int k = sizeof(T) == 2 ? 16 : 8;
-    float a[16][k], b[8][k];
-    for (int lane = 0; lane < 32; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        const uint32_t *words = slots[lane].words;
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 2) {
-                for (int j = 0; j < 2; ++j) a[g + i % 2 * 8][2 * t + i / 2 * 8 + j] = number<T>(words, 2 * i + j);
-            } else {
-                a[g + i % 2 * 8][t + i / 2 * 4] = __uint_as_float(words[i] & 0xffffe000u);  // TF32 has no lower bits
-            }
-        }
-        for (int i = 0; i < 2; ++i) {
-            if constexpr (sizeof(T) == 2) {
-                for (int j = 0; j < 2; ++j) b[g][2 * t + i * 8 + j] = number<T>(words + 4, 2 * i + j);
-            } else {
-                b[g][t + i * 4] = __uint_as_float(words[4 + i] & 0xffffe000u);
-            }
-        }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-        for (int i = 0; i < 4; ++i) {
-            float sum = slots[lane].floats[6 + i];
-            for (int j = 0; j < k; ++j) sum += a[d_row(lane, i)][j] * b[d_column(lane, i)][j];
-            slots[lane].floats[10 + i] = sum;
-        }
-    }
-}
-
-template <typename T>
-void mma(D &d, const A &a, const B &b) {
-    Slot &slot = emulator::slot(PRODUCT + int(sizeof(T)));
-    memcpy(slot.words, a.word, 16);
-    memcpy(slot.words + 4, b.word, 8);
-    memcpy(slot.words + 6, d.value, 16);
-    memcpy(d.value, emulator::meet(multiply<T>)[emulator::lane_index()].words + 10, 16);
-}
-
-inline void ldmatrix(uint32_t *words, const void *address, bool transposed) {
-    emulator::check_aligned(address, 16);
-    emulator::slot(LDMATRIX).address = address;
-    const Slot *slots = emulator::meet();
-    const int g = emulator::lane_index() / 4, t = emulator::lane_index() % 4;
-    for (int i = 0; i < 4; ++i) {
-        const auto row = [&](int r) { return static_cast<const uint16_t *>(slots[8 * i + r].address); };
-        const uint16_t pair[2] = {transposed ? row(2 * t)[g] : row(g)[2 * t],
-                                  transposed ? row(2 * t + 1)[g] : row(g)[2 * t + 1]};
-        memcpy(&words[i], pair, 4);
-    }
-    emulator::slot(LDMATRIX);  // nobody writes the rows again before all have read them
-    emulator::meet();
-}
-
-}  // namespace emulated
-#endif
-
-// Four 8×8 matrices of 16-bit numbers, one row of one of them at each lane's address.
-__device__ __forceinline__ void ldmatrix(uint32_t *words, const void *address) {
-#ifdef __CUDACC__
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(address)))
-                 : "memory");
-#else
-    emulated::ldmatrix(words, address, false);
-#endif
-}
-
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t *words, const void *address) {
-#ifdef __CUDACC__
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(uint32_t(__cvta_generic_to_shared(address)))
-                 : "memory");
-#else
-    emulated::ldmatrix(words, address, true);
-#endif
-}
-
-// A from rows 0..15 of a tile, its K numbers from piece 2 · k on.
-template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a(Tile<T, WIDTH> tile, int k, int lane) {
-    A a;
-    ldmatrix(a.word, tile.stepped(a_row(lane), a_piece(lane), 2 * k));
-    return a;
-}
-
-// The same with its K numbers in the order that `load_b_chained` and `load_b_by_rows` take them in.
-template <typename T, int WIDTH>
-__device__ __forceinline__ A load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
+// The same for a frag_b from `load_b_chained` or `load_b_by_rows`.
+template <typename T, int WIDTH> DEVICE FragA load_a_chained(Tile<T, WIDTH> tile, int k, int lane) {
     if constexpr (sizeof(T) == 2) {
         return load_a(tile, k, lane);
     } else {
-        const int column = k * K<T> + d_column(lane, 0);
-        const Pair<float> upper = load<float, 2>(tile.at(d_row(lane, 0), column));
-        const Pair<float> lower = load<float, 2>(tile.at(d_row(lane, 2), column));
+        const int column = k * K<T> + acc_col(lane, 0);
+        const Pair<float> upper = load<float, 2>(tile.at(acc_row(lane, 0), column));
+        const Pair<float> lower = load<float, 2>(tile.at(acc_row(lane, 2), column));
         return {{__float_as_uint(upper.value[0]), __float_as_uint(lower.value[0]), __float_as_uint(upper.value[1]),
                  __float_as_uint(lower.value[1])}};
     }
 }
 
-// Writes what `chained` has made a factor to where `load_a_chained` would read it.
-template <typename T, int WIDTH>
-__device__ __forceinline__ void store_chained(Tile<T, WIDTH> tile, const A &a, int k, int lane) {
+// Writes a frag_a of `chained` to where `load_a_chained` would read it.
+template <typename T, int WIDTH> DEVICE void store_chained(Tile<T, WIDTH> tile, const FragA &frag_a, int k, int lane) {
+    const uint32_t (&word)[4] = frag_a.word;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int row = d_row(lane, 2 * i), column = k * K<T> + d_column(lane, 0);
+        const int row = acc_row(lane, 2 * i), column = k * K<T> + acc_col(lane, 0);
         if constexpr (sizeof(T) == 2) {
-            store<uint32_t, 1>(reinterpret_cast<uint32_t *>(tile.at(row, column)), {{a.word[i]}});
-            store<uint32_t, 1>(reinterpret_cast<uint32_t *>(tile.at(row, column + 8)), {{a.word[i + 2]}});
+            store<uint32_t, 1>(reinterpret_cast<uint32_t *>(tile.at(row, column)), {{word[i]}});
+            store<uint32_t, 1>(reinterpret_cast<uint32_t *>(tile.at(row, column + 8)), {{word[i + 2]}});
         } else {
-            store<T, 2>(tile.at(row, column), {{__uint_as_float(a.word[i]), __uint_as_float(a.word[i + 2])}});
+            store<T, 2>(tile.at(row, column), {{__uint_as_float(word[i]), __uint_as_float(word[i + 2])}});
         }
     }
 }
 
-// Two B from rows 0..7 and 8..15 of a tile that holds Bᵀ.
-template <typename T, int WIDTH>
-__device__ __forceinline__ void load_b(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
+// Both frag_b from rows 0..15 of a tile that holds bᵀ.
+template <typename T, int WIDTH> DEVICE FragB2 load_b(Tile<T, WIDTH> tile, int k, int lane) {
     uint32_t word[4];
-    ldmatrix(word, tile.stepped(b_row(lane), b_piece(lane), 2 * k));
-    b[0] = {{word[0], word[1]}};
-    b[1] = {{word[2], word[3]}};
+    ldmatrix(word, tile.stepped(b_row(lane), b_vec(lane), 2 * k));
+    return {{{word[0], word[1]}}, {{word[2], word[3]}}};
 }
 
-// The same for a product whose A comes from `chained`.
-template <typename T, int WIDTH>
-__device__ __forceinline__ void load_b_chained(B (&b)[2], Tile<T, WIDTH> tile, int k, int lane) {
+// The same for a chained frag_a.
+template <typename T, int WIDTH> DEVICE FragB2 load_b_chained(Tile<T, WIDTH> tile, int k, int lane) {
     if constexpr (sizeof(T) == 2) {
-        load_b(b, tile, k, lane);
+        return load_b(tile, k, lane);
     } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const Pair<float> pair = load<float, 2>(tile.at(8 * i + lane / 4, k * K<T> + lane % 4 * 2));
-            b[i] = {{__float_as_uint(pair.value[0]), __float_as_uint(pair.value[1])}};
-        }
+        const auto half = [&](int row) {
+            const Pair<float> pair = load<float, 2>(tile.at(row + lane / 4, k * K<T> + lane % 4 * 2));
+            return FragB{{__float_as_uint(pair.value[0]), __float_as_uint(pair.value[1])}};
+        };
+        return {half(0), half(8)};
     }
 }
 
-// Two B from columns 0..7 and 8..15, counted from 16 · n, of a tile that holds B: its rows from K · k on. A is
-// `chained`.
-template <typename T, int WIDTH>
-__device__ __forceinline__ void load_b_by_rows(B (&b)[2], Tile<T, WIDTH> tile, int k, int n, int lane) {
+// Both frag_b from columns 16 · n on of a tile that holds b, its rows from K · k on; for a chained frag_a.
+template <typename T, int WIDTH> DEVICE FragB2 load_b_by_rows(Tile<T, WIDTH> tile, int k, int n, int lane) {
     if constexpr (sizeof(T) == 2) {
         uint32_t word[4];
-        ldmatrix_transposed(word, tile.rows_from(k * K<T>).stepped(a_row(lane), a_piece(lane), 2 * n));
-        b[0] = {{word[0], word[1]}};
-        b[1] = {{word[2], word[3]}};
+        ldmatrix<true>(word, tile.rows_from(k * K<T>).stepped(a_row(lane), a_vec(lane), 2 * n));
+        return {{{word[0], word[1]}}, {{word[2], word[3]}}};
     } else {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = k * K<T> + lane % 4 * 2, column = 16 * n + 8 * i + lane / 4;
-            b[i] = {{__float_as_uint(*tile.at(row, column)), __float_as_uint(*tile.at(row + 1, column))}};
-        }
+        const auto half = [&](int first) {
+            const int row = k * K<T> + lane % 4 * 2, column = 16 * n + first + lane / 4;
+            return FragB{{__float_as_uint(*tile.at(row, column)), __float_as_uint(*tile.at(row + 1, column))}};
+        };
+        return {half(0), half(8)};
     }
 }
 
-// The A of step k of a product from the results of another, which lie side by side: A's rows are theirs, and so are its
-// columns.
-template <typename T>
-__device__ __forceinline__ A chained(const D *results, int k) {
+// The frag_a of step k of a product from the results of another, which lie side by side: rows and columns stay.
+template <typename T> DEVICE FragA chained(const Acc *acc, int k) {
     if constexpr (sizeof(T) == 2) {
-        const D &left = results[2 * k], &right = results[2 * k + 1];
-        return {{packed<T>(left.value[0], left.value[1]), packed<T>(left.value[2], left.value[3]),
-                 packed<T>(right.value[0], right.value[1]), packed<T>(right.value[2], right.value[3])}};
+        const Acc &left = acc[2 * k], &right = acc[2 * k + 1];
+        return {{rounded_word<T>(left.value[0], left.value[1]), rounded_word<T>(left.value[2], left.value[3]),
+                 rounded_word<T>(right.value[0], right.value[1]), rounded_word<T>(right.value[2], right.value[3])}};
     } else {
-        const D &d = results[k];
-        return {{__float_as_uint(d.value[0]), __float_as_uint(d.value[2]), __float_as_uint(d.value[1]),
-                 __float_as_uint(d.value[3])}};
+        const float (&value)[4] = acc[k].value;
+        return {{__float_as_uint(value[0]), __float_as_uint(value[2]), __float_as_uint(value[1]),
+                 __float_as_uint(value[3])}};
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void mma_once(D &d, const A &a, const B &b) {
-#ifdef __CUDACC__
-    float (&x)[4] = d.value;
-#define OVSEG_MMA(SHAPE_AND_FORMATS)                                                                   \
-    asm("mma.sync.aligned." SHAPE_AND_FORMATS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-        : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])                                               \
-        : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]))
-    if constexpr (std::is_same_v<T, __half>) {
-        OVSEG_MMA("m16n8k16.row.col.f32.f16.f16.f32");
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        OVSEG_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
-    } else {
-        OVSEG_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-    }
-#undef OVSEG_MMA
-#else
-    emulated::mma<T>(d, a, b);
-#endif
-}
-
-// The leading bits of a float32 that a TF32 product reads, and the rest: 0 where the number is not finite, and so is
-// the lead that it meets, as 0 · ∞ would be NaN.
+// The leading bits of a float32 that a TF32 product reads, and the rest. Of a number that is not finite the rest is 0,
+// and so is the lead that meets a rest: 0 · ∞ would be NaN.
 struct Split {
     uint32_t lead, finite_lead, rest;
 };
 
-__device__ __forceinline__ Split split(uint32_t word) {
+DEVICE Split split(uint32_t word) {
     const uint32_t lead = word & 0xffffe000u;
     const bool finite = (word & 0x7f800000u) != 0x7f800000u;
     const float rest = __uint_as_float(word) - __uint_as_float(lead);
     return {lead, finite ? lead : 0u, finite ? __float_as_uint(rest) : 0u};
 }
 
-// A factor whose splitting is worked out again in each turn of a loop, see `recomputed(int)`.
-template <typename T>
-__device__ __forceinline__ A recomputed(A a) {
+// A frag_a that is split again in each turn of a loop, see `recomputed(int)`.
+template <typename T> DEVICE FragA recomputed(FragA frag_a) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.word[i] = recomputed(a.word[i]);
+        for (int i = 0; i < 4; ++i) frag_a.word[i] = recomputed(frag_a.word[i]);
     }
-    return a;
+    return frag_a;
 }
 
-// d += a · b
-template <typename T>
-__device__ __forceinline__ void mma(D &d, const A &a, const B &b) {
+// acc += frag_a · frag_b
+template <typename T> DEVICE void mma(Acc &acc, const FragA &frag_a, const FragB &frag_b) {
     if constexpr (sizeof(T) == 2) {
-        mma_once<T>(d, a, b);
+        mma_once<T>(acc.value, frag_a.word, frag_b.word);
     } else {
-        A lead_a, finite_a, rest_a;
-        B lead_b, finite_b, rest_b;
+        FragA lead_a, finite_a, rest_a;
+        FragB lead_b, finite_b, rest_b;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const Split s = split(a.word[i]);
+            const Split s = split(frag_a.word[i]);
             lead_a.word[i] = s.lead, finite_a.word[i] = s.finite_lead, rest_a.word[i] = s.rest;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const Split s = split(b.word[i]);
+            const Split s = split(frag_b.word[i]);
             lead_b.word[i] = s.lead, finite_b.word[i] = s.finite_lead, rest_b.word[i] = s.rest;
         }
-        mma_once<T>(d, finite_a, rest_b);
-        mma_once<T>(d, rest_a, finite_b);
-        mma_once<T>(d, lead_a, lead_b);
+        mma_once<T>(acc.value, finite_a.word, rest_b.word);
+        mma_once<T>(acc.value, rest_a.word, finite_b.word);
+        mma_once<T>(acc.value, lead_a.word, lead_b.word);
     }
 }
+
+// The same for 16 columns: acc[0] and acc[1].
+template <typename T> DEVICE void mma(Acc *acc, const FragA &frag_a, const FragB2 &frag_b) {
+    mma<T>(acc[0], frag_a, frag_b.left);
+    mma<T>(acc[1], frag_a, frag_b.right);
+}
+
+// Calls function(n, i) for every value i of N acc.
+template <int N, typename Function> DEVICE void each_value(Function function) { unrolled<N, 4>(function); }
 
 }  // namespace ovseg

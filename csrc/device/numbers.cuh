@@ -1,4 +1,5 @@
-// Numbers of the three formats: float, __half, __nv_bfloat16. Kernels compute in float.
+// Numbers of the three formats, float, __half and __nv_bfloat16, and sums over the lanes of a warp. Kernels compute in
+// float.
 
 #pragma once
 
@@ -6,102 +7,101 @@
 
 namespace ovseg {
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(__half x) { return __half2float(x); }
+DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <typename T>
-__device__ __forceinline__ T rounded(float x);
-template <>
-__device__ __forceinline__ float rounded<float>(float x) {
-    return x;
-}
-template <>
-__device__ __forceinline__ __half rounded<__half>(float x) {
-    return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
+template <typename T> DEVICE T rounded(float x) {
+    if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
+    if constexpr (std::is_same_v<T, float>) return x;
 }
 
-// 2ˣ and 1 / x in one instruction, to about 2⁻²²; what is below 2⁻¹²⁶ counts as 0. `exp2f`, `__expf` and `__fdividef`
-// take several more, for numbers that small.
-__device__ __forceinline__ float fast_exp2(float x) {
-#ifdef __CUDACC__
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-#else
-    return std::exp2(x);
-#endif
+constexpr float SHORTEST = 1e-12f;  // torch.nn.functional.normalize
+
+// The length of a vector, from the sum of its squares.
+DEVICE float length_of(float squares) {
+    const float length = sqrtf(squares);
+    return length < SHORTEST ? SHORTEST : length;  // NaN stays
 }
 
-__device__ __forceinline__ float fast_reciprocal(float x) {
-#ifdef __CUDACC__
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-    return inverse;
-#else
-    return 1.0f / x;
-#endif
+template <typename T> constexpr int VEC = 16 / int(sizeof(T));  // numbers of a vector of 16 bytes
+
+// Calls function(i, j) for all i < N and j < M; unrolled, for numbers in registers.
+template <int N, int M, typename Function> DEVICE void unrolled(Function function) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int j = 0; j < M; ++j) function(i, j);
+    }
 }
 
 // N neighbours that are read or written at once.
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Vector {
+template <typename T, int N> struct alignas(sizeof(T) * N) Vector {
     T value[N];
 };
 
-template <typename T>
-using Pair = Vector<T, 2>;
-template <typename T>
-using Piece = Vector<T, 16 / sizeof(T)>;  // 16 bytes
+template <typename T> using Pair = Vector<T, 2>;
+template <typename T> using Vec = Vector<T, VEC<T>>;
 
-template <typename T, int N>
-__device__ __forceinline__ Vector<T, N> load(const T *address) {
-#ifndef __CUDACC__
-    emulator::check_aligned(address, sizeof(Vector<T, N>));
-#endif
+template <typename T, int N> DEVICE Vector<T, N> load(const T *address) {
+    check_aligned(address, sizeof(Vector<T, N>));
     return *reinterpret_cast<const Vector<T, N> *>(address);
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void store(T *address, const Vector<T, N> &vector) {
-#ifndef __CUDACC__
-    emulator::check_aligned(address, sizeof(vector));
-#endif
+template <typename T> DEVICE Vec<T> load_vec(const T *address) { return load<T, VEC<T>>(address); }
+
+template <typename T, int N> DEVICE void store(T *address, const Vector<T, N> &vector) {
+    check_aligned(address, sizeof(vector));
     *reinterpret_cast<Vector<T, N> *>(address) = vector;
 }
 
-template <typename T>
-__device__ __forceinline__ Pair<T> rounded_pair(float first, float second) {
+template <typename T> DEVICE Pair<T> rounded_pair(float first, float second) {
     return {{rounded<T>(first), rounded<T>(second)}};
 }
 
-// Two 16-bit numbers as a register of a matrix product; the first one lies in its lower half.
-template <typename T>
-__device__ __forceinline__ uint32_t packed(float first, float second) {
-    static_assert(sizeof(T) == 2, "16-bit numbers");
-    const Pair<T> pair = rounded_pair<T>(first, second);
-    uint32_t word;
-    memcpy(&word, &pair, 4);
-    return word;
+// N neighbours rounded together.
+template <typename T, int N> DEVICE Vector<T, N> rounded(const float (&numbers)[N]) {
+    Vector<T, N> vector;
+    if constexpr (sizeof(T) == 2) {
+        uint32_t words[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) words[i] = rounded_word<T>(numbers[2 * i], numbers[2 * i + 1]);
+        memcpy(&vector, words, sizeof(words));
+    } else {
+        memcpy(&vector, numbers, sizeof(numbers));
+    }
+    return vector;
 }
 
-// Stores two neighbours at once, whatever became of the floats that they come from; gives what was stored.
-template <typename T>
-__device__ __forceinline__ Pair<T> store_pair(T *address, float first, float second) {
+// Stores two neighbours at once, wherever they come from; returns what was stored.
+template <typename T> DEVICE Pair<T> store_pair(T *address, float first, float second) {
     Pair<T> pair{{T(), T()}};
     if constexpr (sizeof(T) == 2) {
-        const uint32_t word = recomputed(packed<T>(first, second));
+        const uint32_t word = recomputed(rounded_word<T>(first, second));
         store<uint32_t, 1>(reinterpret_cast<uint32_t *>(address), {{word}});
         memcpy(&pair, &word, 4);
     } else {
         pair = {{first, second}};
-        store<T, 2>(address, pair);
+        store(address, pair);
     }
     return pair;
+}
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// Over LANES lanes, a power of two, that are STRIDE apart; each of them gets the result.
+template <int LANES, int STRIDE = 1> DEVICE float sum_over_lanes(float x) {
+#pragma unroll
+    for (int i = LANES / 2; i; i /= 2) x += __shfl_xor_sync(ALL_LANES, x, i * STRIDE);
+    return x;
+}
+
+// NaN is ignored, as the hardware's maximum does.
+template <int LANES, int STRIDE = 1> DEVICE float maximum_over_lanes(float x) {
+#pragma unroll
+    for (int i = LANES / 2; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, i * STRIDE));
+    return x;
 }
 
 }  // namespace ovseg

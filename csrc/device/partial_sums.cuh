@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "warp.cuh"
+#include "numbers.cuh"
 
 namespace ovseg {
 namespace {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(ADDING_THREADS) add_partial_sums(const float *
 }
 
 template <typename T>
-int launch_adding(const float *partial, T *sums, int64_t blocks, int64_t count, int device, void *stream) {
+int launch_adding(const float *partial, void *sums, int64_t blocks, int64_t count, int device, void *stream) {
     return launch(add_partial_sums<T>, blocks, ADDING_THREADS, ADDING_THREADS / 32 * sizeof(float), device, stream,
                   partial, sums, count);
 }

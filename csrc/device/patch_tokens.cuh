@@ -2,12 +2,11 @@
 //
 //     x̂ = norm(x),  u = a · x̂ + c,  û = norm(u),  y = g_l · û + b_l
 //
-// with norm(x) = (x − mean(x)) / √(var(x) + eps). A warp reads a token of any length by pieces of 16 bytes, one a lane.
+// with norm(x) = (x − mean(x)) / √(var(x) + eps). A warp reads a token of any length by vectors of 16 bytes, one a lane.
 
 #pragma once
 
-#include "pieces.cuh"
-#include "warp.cuh"
+#include "vectors.cuh"
 
 namespace ovseg {
 
@@ -15,71 +14,65 @@ constexpr int MOST_LAYERS = 32;  // whose hidden states one launch takes
 
 // The hidden states of each layer, (batch, tokens, channels) with the last axis contiguous; the last `patches` of the
 // tokens are the patch tokens, of which there are rows() in a layer.
-template <typename T>
-struct PatchTokens {
-    const T *of_layer[MOST_LAYERS];
+template <typename T> struct PatchTokens {
     int64_t batch_stride, token_stride;
     int layers, batch, tokens, patches, channels;
-    bool whole;  // every token consists of pieces of 16 bytes
+    bool whole;  // every token consists of whole vectors
+    const T *of_layer[MOST_LAYERS] = {};
 
-    __host__ __device__ __forceinline__ int rows() const { return batch * patches; }
+    __host__ DEVICE int rows() const { return batch * patches; }
 
-    __device__ __forceinline__ const T *row(int layer, int row) const {
+    DEVICE const T *row(int layer, int row) const {
         return of_layer[layer] + row / patches * batch_stride + (tokens - patches + row % patches) * token_stride;
     }
 };
 
-template <typename T>
-struct Norms {
+template <typename T> struct Norms {
     const T *shared_weight, *shared_bias;  // a, c: (channels)
-    const T *weight, *bias;                // g, b: (layers, channels)
-    float shared_eps, eps;
+    const T *weight, *bias = nullptr;      // g, b: (layers, channels)
+    float shared_eps = 0.0f, eps = 0.0f;
 };
 
 // Means of x and u, and what their distances from it are scaled by.
 struct alignas(16) Statistics {
     float x_mean, x_scale, u_mean, u_scale;
 
-    __device__ __forceinline__ float x_hat(float x) const { return (x - x_mean) * x_scale; }
-    __device__ __forceinline__ float u_hat(float u) const { return (u - u_mean) * u_scale; }
+    DEVICE float x_hat(float x) const { return (x - x_mean) * x_scale; }
+    DEVICE float u_hat(float u) const { return (u - u_mean) * u_scale; }
 };
 
-// A warp's statistics of ROWS rows at a time. Distances are squared when the mean is known: squares of the numbers
-// themselves would cancel.
+// A warp's statistics of ROWS rows at a time, in two passes: squares of the numbers themselves would cancel.
 template <int ROWS, typename T>
-__device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[ROWS],
-                                                const Norms<T> &norms, int channels, bool whole, int lane) {
+DEVICE void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[ROWS], const Norms<T> &norms,
+                            int channels, bool whole, int lane) {
     const float share = 1.0f / float(channels);
-    const auto each_column = [&](auto function) {
-#pragma unroll 1
-        for (int column = lane * EACH<T>; column < channels; column += 32 * EACH<T>) function(column);
-    };
+    const auto each_column = [&](auto function) { each_vec<T>(channels, lane, function); };
     float sums[ROWS] = {};
     each_column([&](int column) {
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const Floats<T> x = floats(load_piece(rows[row], column, channels, whole));
+            const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) sums[row] += x.value[i];
+            for (int i = 0; i < VEC<T>; ++i) sums[row] += x.value[i];
         }
     });
     float squares[ROWS] = {}, along[ROWS] = {}, offset = 0.0f;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) found[row].x_mean = sum_over_lanes<32>(sums[row]) * share;
     each_column([&](int column) {
-        const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
-        const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
+        const Floats<T> a = floats(load_vec(norms.shared_weight, column, channels, whole));
+        const Floats<T> c = floats(load_vec(norms.shared_bias, column, channels, whole));
 #pragma unroll
-        for (int i = 0; i < EACH<T>; ++i) offset += c.value[i];
+        for (int i = 0; i < VEC<T>; ++i) offset += c.value[i];
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const Floats<T> x = floats(load_piece(rows[row], column, channels, whole));
+            const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 const float full = x.value[i] - found[row].x_mean;
-                const float away = whole || column + i < channels ? full : 0.0f;
-                squares[row] += away * away;
-                along[row] += away * a.value[i];
+                const float centred = whole || column + i < channels ? full : 0.0f;
+                squares[row] += centred * centred;
+                along[row] += centred * a.value[i];
             }
         }
     });
@@ -91,16 +84,16 @@ __device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const
         squares[row] = 0.0f;
     }
     each_column([&](int column) {
-        const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
-        const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
+        const Floats<T> a = floats(load_vec(norms.shared_weight, column, channels, whole));
+        const Floats<T> c = floats(load_vec(norms.shared_bias, column, channels, whole));
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const Floats<T> x = floats(load_piece(rows[row], column, channels, whole));
+            const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
 #pragma unroll
-            for (int i = 0; i < EACH<T>; ++i) {
+            for (int i = 0; i < VEC<T>; ++i) {
                 const float u = found[row].x_hat(x.value[i]) * a.value[i] + c.value[i];
-                const float away = whole || column + i < channels ? u - found[row].u_mean : 0.0f;
-                squares[row] += away * away;
+                const float centred = whole || column + i < channels ? u - found[row].u_mean : 0.0f;
+                squares[row] += centred * centred;
             }
         }
     });
@@ -110,32 +103,31 @@ __device__ __forceinline__ void find_statistics(Statistics (&found)[ROWS], const
     }
 }
 
-// y of a piece of x from `column` on; 0 past the channels, as g and b are, unless the row's statistics are NaN.
+// y of a vector of x from `column` on; 0 past the channels, unless the row's statistics are NaN.
 template <typename T>
-__device__ __forceinline__ Piece<T> normalised(const Floats<T> &x, const Statistics &found, const Norms<T> &norms,
-                                               int layer, int column, int channels, bool whole) {
+DEVICE Vec<T> normalised(const Floats<T> &x, const Statistics &found, const Norms<T> &norms, int layer, int column,
+                         int channels, bool whole) {
     const int first = layer * channels;  // `check_patch_tokens` keeps it small
-    const Floats<T> a = floats(load_piece(norms.shared_weight, column, channels, whole));
-    const Floats<T> c = floats(load_piece(norms.shared_bias, column, channels, whole));
-    const Floats<T> g = floats(load_piece(norms.weight + first, column, channels, whole));
-    const Floats<T> b = floats(load_piece(norms.bias + first, column, channels, whole));
-    Piece<T> y;
+    const Floats<T> a = floats(load_vec(norms.shared_weight, column, channels, whole));
+    const Floats<T> c = floats(load_vec(norms.shared_bias, column, channels, whole));
+    const Floats<T> g = floats(load_vec(norms.weight + first, column, channels, whole));
+    const Floats<T> b = floats(load_vec(norms.bias + first, column, channels, whole));
+    Vec<T> y;
 #pragma unroll
-    for (int i = 0; i < EACH<T>; ++i) {
+    for (int i = 0; i < VEC<T>; ++i) {
         const float u = found.x_hat(x.value[i]) * a.value[i] + c.value[i];
         y.value[i] = rounded<T>(found.u_hat(u) * g.value[i] + b.value[i]);
     }
     return y;
 }
 
-// The same of a single number.
+// The same for a single number.
 template <typename T>
-__device__ __forceinline__ T normalised(T x, const Statistics &found, const Norms<T> &norms, int layer, int column,
-                                        int channels) {
-    const int own = layer * channels + column;
+DEVICE T normalised(T x, const Statistics &found, const Norms<T> &norms, int layer, int column, int channels) {
+    const int index = layer * channels + column;
     const float a = to_float(norms.shared_weight[column]), c = to_float(norms.shared_bias[column]);
     const float u = found.x_hat(to_float(x)) * a + c;
-    return rounded<T>(found.u_hat(u) * to_float(norms.weight[own]) + to_float(norms.bias[own]));
+    return rounded<T>(found.u_hat(u) * to_float(norms.weight[index]) + to_float(norms.bias[index]));
 }
 
 // Whether a launch takes these sizes: an ovseg.h error code.
@@ -156,12 +148,9 @@ inline int check_patch_tokens(const void *const *hidden, int64_t layers, int64_t
 template <typename T>
 PatchTokens<T> patch_tokens(const void *const *hidden, int64_t layers, int64_t batch, int64_t tokens, int64_t patches,
                             int64_t channels, int64_t batch_stride, int64_t token_stride) {
-    PatchTokens<T> found{};
+    const bool whole = whole_vecs<T>(channels) && whole_vecs<T>(batch_stride) && whole_vecs<T>(token_stride);
+    auto found = filled<PatchTokens<T>>(batch_stride, token_stride, layers, batch, tokens, patches, channels, whole);
     for (int64_t layer = 0; layer < layers; ++layer) found.of_layer[layer] = static_cast<const T *>(hidden[layer]);
-    found.batch_stride = batch_stride, found.token_stride = token_stride;
-    found.layers = int(layers), found.batch = int(batch), found.tokens = int(tokens);
-    found.patches = int(patches), found.channels = int(channels);
-    found.whole = whole_pieces<T>(channels) && whole_pieces<T>(batch_stride) && whole_pieces<T>(token_stride);
     return found;
 }
 

@@ -1,9 +1,10 @@
-// What a kernel needs of its platform: CUDA under nvcc, or the emulator under a host compiler.
+// What every kernel needs of its platform: CUDA under nvcc, the emulator under a host compiler. Only this header knows.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../ovseg.h"
 
@@ -11,109 +12,84 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
+
+#define DEVICE __device__ __forceinline__
+
+namespace ovseg {
+
+struct alignas(16) Words {  // 16 bytes in registers
+    uint32_t value[4];
+};
+
+}  // namespace ovseg
+
+#ifdef __CUDACC__
+#include "instructions.cuh"
 #else
-#include "../emulator/emulator.h"
+#include "../emulator/instructions.h"
 #endif
 
 namespace ovseg {
 
-// The block's dynamic shared memory, aligned to 128 bytes.
-__device__ __forceinline__ unsigned char *shared_memory() {
-#ifdef __CUDACC__
-    extern __shared__ __align__(128) unsigned char memory[];
-    return memory;
-#else
-    return static_cast<unsigned char *>(emulator::shared_memory());
-#endif
+constexpr size_t SHARED_EVERYWHERE = 99 * 1024;  // bytes that a block may have on every GPU; sm_86 has no more
+
+// An argument of a C function, cast to what it initialises: void * to T *, int64_t to int.
+template <typename From> struct Cast {
+    From from;
+
+    template <typename To> operator To() const {
+        static_assert(std::is_pointer_v<From> == std::is_pointer_v<To>, "a pointer for a pointer, a number for one");
+        return static_cast<To>(from);
+    }
+};
+
+template <typename From> auto cast(const From &from) {
+    if constexpr (std::is_scalar_v<From>) {
+        return Cast<From>{from};
+    } else {
+        return from;
+    }
 }
 
-// The number, but the compiler does not know it: what a loop works out from it is worked out in each turn, where it
-// would otherwise be kept in registers all the while.
-__device__ __forceinline__ uint32_t recomputed(uint32_t x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
+// An aggregate whose members are cast from these arguments.
+template <typename Aggregate, typename... Arguments> Aggregate filled(const Arguments &...arguments) {
+    return Aggregate{cast(arguments)...};
 }
 
-// The same of an index. It is not negative: dividing it by a power of two is one instruction, not four.
-__device__ __forceinline__ int recomputed(int x) {
-    const int same = int(recomputed(uint32_t(x)));
-#ifdef __CUDACC__
-    __builtin_assume(same >= 0);
-#endif
-    return same;
-}
-
-// Bytes of shared memory that a block may have on every GPU: sm_86, sm_89 and sm_120 have no more.
-constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
-
-// Launches `kernel` on a device's stream without waiting; an ovseg.h error code.
+// Queues `kernel`, its arguments cast to its parameters; an ovseg.h error code.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, int device, void *stream,
-           Arguments... arguments) {
+           const Arguments &...arguments) {
     if (blocks == 0) return OVSEG_OK;
     if (blocks < 0) return OVSEG_UNSUPPORTED_SIZE;
     if (blocks > INT32_MAX) return OVSEG_TOO_LARGE;
-#ifdef __CUDACC__
-    int before;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-    if (error == cudaSuccess && shared > 48 * 1024) {
-        int most;
-        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-        if (error == cudaSuccess && shared > size_t(most)) {
-            if (before != device) cudaSetDevice(before);
-            return OVSEG_TOO_MUCH_SHARED_MEMORY;
-        }
-    }
-    if (error == cudaSuccess && shared > 48 * 1024) {
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    }
-    if (error == cudaSuccess) {
-        kernel<<<dim3(unsigned(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-        error = cudaGetLastError();
-        if (before != device) cudaSetDevice(before);
-    }
-    return int(error);
-#else
-    (void)device, (void)stream;
-    emulator::run(dim3(unsigned(blocks)), dim3(unsigned(threads)), shared, [=] { kernel(arguments...); });
-    return OVSEG_OK;
-#endif
-}
-
-// How many blocks the device can run beside each other at least: to share work out, results must not depend on it.
-inline int multiprocessors(int device) {
-#ifdef __CUDACC__
-    int count = 0;
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-    return count;
-#else
-    (void)device;
-    return 2;
-#endif
+    return queue(kernel, unsigned(blocks), unsigned(threads), shared, device, stream, cast(arguments)...);
 }
 
 // Calls `function` with a number of the type that `dtype` names.
-template <typename Function>
-int by_dtype(int dtype, Function function) {
+template <typename Function> int by_dtype(int dtype, Function function) {
     switch (dtype) {
-        case OVSEG_FLOAT32:
-            return function(float());
-        case OVSEG_FLOAT16:
-            return function(__half());
-        case OVSEG_BFLOAT16:
-            return function(__nv_bfloat16());
-        default:
-            return OVSEG_BAD_DTYPE;
+        case OVSEG_FLOAT32: return function(float());
+        case OVSEG_FLOAT16: return function(__half());
+        case OVSEG_BFLOAT16: return function(__nv_bfloat16());
+        default: return OVSEG_BAD_DTYPE;
     }
 }
 
 // Whether all pointers are aligned to the 16 bytes that kernels read at a time.
-template <typename... Pointers>
-bool aligned(Pointers... pointers) {
+template <typename... Pointers> bool aligned(Pointers... pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// The same for a params struct, whose pointers come before `first_size`.
+template <typename Params> bool aligned_params(const Params &params, const int64_t &first_size) {
+    const auto *const pointers = reinterpret_cast<const void *const *>(&params);
+    const auto *const end = reinterpret_cast<const void *const *>(&first_size);
+    for (const auto *pointer = pointers; pointer < end; ++pointer) {
+        if (!aligned(*pointer)) return false;
+    }
+    return true;
 }
 
 }  // namespace ovseg

@@ -1,7 +1,6 @@
-// Products of a warp's 16 rows with a matrix in a tile, and where their results go in another.
+// Products of a warp's 16 rows with a matrix in a tile, and the address of their results in another.
 //
-// The factor of step k is `factor(k)`, an A whose K is in the order of `chained`: from a tile by `load_a_chained`, or
-// from other results by `chained`.
+// The frag_a of step k is `frag_a(k)`, from `load_a_chained` or `chained`.
 
 #pragma once
 
@@ -9,86 +8,43 @@
 
 namespace ovseg {
 
-// d += factor · matrix, the matrix having STEPS · K rows. UNROLLED steps at a time: float32 is short of registers.
-template <typename T, int STEPS, int UNROLLED = STEPS, int N, int WIDTH, typename Factor>
-__device__ __forceinline__ void multiply(D (&d)[N], Tile<T, WIDTH> matrix, int lane, Factor factor) {
+// acc += a · matrix, whose rows are STEPS · K. UNROLLED steps at a time: float32 is short of registers.
+template <typename T, int STEPS, int UNROLLED = STEPS, int N, int WIDTH, typename Frag>
+DEVICE void multiply(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, Frag frag_a) {
 #pragma unroll(UNROLLED)
     for (int k = 0; k < STEPS; ++k) {
-        const A a = factor(k);
+        const FragA a = frag_a(k);
 #pragma unroll
-        for (int n = 0; n < N / 2; ++n) {
-            B b[2];
-            load_b_by_rows(b, matrix, k, n, lane);
-            mma<T>(d[2 * n], a, b[0]);
-            mma<T>(d[2 * n + 1], a, b[1]);
-        }
+        for (int n = 0; n < N / 2; ++n) mma<T>(acc + 2 * n, a, load_b_by_rows(matrix, k, n, lane));
     }
 }
 
-// d += factor · matrixᵀ, the matrix having 8 · N rows.
-template <typename T, int STEPS, int N, int WIDTH, typename Factor>
-__device__ __forceinline__ void multiply_transposed(D (&d)[N], Tile<T, WIDTH> matrix, int lane, Factor factor) {
+// acc += a · matrixᵀ, whose rows are 8 · N.
+template <typename T, int STEPS, int N, int WIDTH, typename Frag>
+DEVICE void multiply_transposed(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, Frag frag_a) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
-        const A a = factor(k);
+        const FragA a = frag_a(k);
 #pragma unroll
-        for (int n = 0; n < N / 2; ++n) {
-            B b[2];
-            load_b_chained(b, matrix.rows_from(16 * n), k, lane);
-            mma<T>(d[2 * n], a, b[0]);
-            mma<T>(d[2 * n + 1], a, b[1]);
-        }
+        for (int n = 0; n < N / 2; ++n) mma<T>(acc + 2 * n, a, load_b_chained(matrix.rows_from(16 * n), k, lane));
     }
 }
 
-// Two 16-bit numbers in one conversion, the first in the lower half. Rounded one by one they may become two slow ones.
-template <typename T>
-__device__ __forceinline__ uint32_t rounded_word(float first, float second) {
-#ifdef __CUDACC__
-    uint32_t word;
-    if constexpr (std::is_same_v<T, __half>) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    } else {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    }
-    return word;
-#else
-    return packed<T>(first, second);
-#endif
-}
-
-template <typename T, int N>
-__device__ __forceinline__ Vector<T, N> rounded(const float (&numbers)[N]) {
-    Vector<T, N> vector;
-    if constexpr (sizeof(T) == 2) {
-        uint32_t words[N / 2];
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) words[i] = rounded_word<T>(numbers[2 * i], numbers[2 * i + 1]);
-        memcpy(&vector, words, sizeof(words));
-    } else {
-        memcpy(&vector, numbers, sizeof(numbers));
-    }
-    return vector;
-}
-
-// Where a lane's first two values of D number n go in a tile of 16 rows: row d_row(lane, 0), column 8 n +
-// d_column(lane, 0). Its other two go 8 rows further, to + 8 · WIDTH. Pieces change places among eight, so that the
-// ninth is 128 bytes from the first.
-template <typename T, int WIDTH>
-__device__ __forceinline__ T *pair_place(Tile<T, WIDTH> tile, int n, int lane) {
+// The address of a lane's first two values of acc number n in a tile of 16 rows. Its other two lie 8 rows further, at
+// + 8 · WIDTH. Vectors are permuted among eight, so that the ninth is 128 bytes from the first.
+template <typename T, int WIDTH> DEVICE T *acc_address(Tile<T, WIDTH> tile, int n, int lane) {
     const int step = n * int(sizeof(T)) / 2;
-    return tile.at(d_row(lane, 0), d_column(lane, 0), step % 8) + step / 8 * (128 / int(sizeof(T)));
+    return tile.at(acc_row(lane, 0), acc_col(lane, 0), step % 8) + step / 8 * (128 / int(sizeof(T)));
 }
 
-// Back from `chained`: two neighbours of D number n of which the factors of all steps came, i 0 for the upper row.
-template <typename T, int STEPS>
-__device__ __forceinline__ Pair<float> chained_pair(const A (&factors)[STEPS], int n, int i) {
+// Two neighbours of acc number n, in the upper row for i = 0, back from the frag_a of all steps.
+template <typename T, int STEPS> DEVICE Pair<float> chained_pair(const FragA (&frag_a)[STEPS], int n, int i) {
     if constexpr (sizeof(T) == 2) {
         Pair<T> pair;
-        memcpy(&pair, &factors[n / 2].word[n % 2 * 2 + i], 4);
+        memcpy(&pair, &frag_a[n / 2].word[n % 2 * 2 + i], 4);
         return {{to_float(pair.value[0]), to_float(pair.value[1])}};
     } else {
-        return {{__uint_as_float(factors[n].word[i]), __uint_as_float(factors[n].word[2 + i])}};
+        return {{__uint_as_float(frag_a[n].word[i]), __uint_as_float(frag_a[n].word[2 + i])}};
     }
 }
 

@@ -1,19 +1,22 @@
-// Parts of a transformer block that a warp works out for its own 16 rows of a tile: layer norm, projections and the
-// residual MLP. The weights come through shared memory a stage at a time, see `Stages`.
+// Parts of a transformer block that a warp computes for its 16 rows of a tile: layer norm, projections and the residual
+// MLP. The weights come through shared memory a stage at a time, see `Stages`.
 
 #pragma once
 
-#include "mma.cuh"
-#include "warp.cuh"
+#include "products.cuh"
 
 namespace ovseg {
 
 constexpr float LAYER_NORM_EPS = 1e-5f;  // torch.nn.functional.layer_norm
 constexpr int STAGE_ROWS = 32;           // outputs of a layer, or hidden units of the MLP, in a stage
 
+inline bool takes_hidden(int64_t hidden, int multiple) {
+    return hidden >= multiple && hidden % multiple == 0 && hidden <= INT32_MAX / 128;
+}
+
 // The distribution of the Gaussian. Its logarithm to base 2 below 0 is nearly a parabola; this polynomial for it leaves
 // an error of 9e-7 in the result, and in GELU.
-__device__ __forceinline__ float gaussian(float x) {
+DEVICE float gaussian(float x) {
     const float z = fabsf(x);
     const float power =
         z * (-1.1510661f + z * (-0.45937163f + z * (-0.052397665f + z * (0.0073105135f - z * 0.00050511486f)))) - 1.0f;
@@ -22,135 +25,121 @@ __device__ __forceinline__ float gaussian(float x) {
 }
 
 struct Gelu {
-    static __device__ __forceinline__ float of(float x) { return x * gaussian(x); }
+    static DEVICE float of(float x) { return x * gaussian(x); }
 };
 
 struct Relu {
-    static __device__ __forceinline__ float of(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
+    static DEVICE float of(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
 };
 
-// Layer norm of rows of which LANES neighbouring lanes hold a piece each. A row is summed twice.
-template <int LANES, typename T>
-__device__ __forceinline__ Piece<T> normalised(const Piece<T> &piece, const Piece<T> &weight, const Piece<T> &bias) {
-    constexpr int EACH = 16 / int(sizeof(T));
-    constexpr float SHARE = 1.0f / (LANES * EACH);
+// Layer norm of rows of which LANES neighbouring lanes hold a vector each.
+template <int LANES, typename T> DEVICE Vec<T> normalised(const Vec<T> &vec, const Vec<T> &weight, const Vec<T> &bias) {
+    constexpr float SHARE = 1.0f / (LANES * VEC<T>);
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) sum += to_float(piece.value[i]);
+    for (int i = 0; i < VEC<T>; ++i) sum += to_float(vec.value[i]);
     const float mean = sum_over_lanes<LANES>(sum) * SHARE;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const float away = to_float(piece.value[i]) - mean;
-        squares += away * away;
+    for (int i = 0; i < VEC<T>; ++i) {
+        const float centred = to_float(vec.value[i]) - mean;
+        squares += centred * centred;
     }
     const float scale = rsqrtf(sum_over_lanes<LANES>(squares) * SHARE + LAYER_NORM_EPS);
-    Piece<T> result;
+    Vec<T> result;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const float x = (to_float(piece.value[i]) - mean) * scale;
+    for (int i = 0; i < VEC<T>; ++i) {
+        const float x = (to_float(vec.value[i]) - mean) * scale;
         result.value[i] = rounded<T>(x * to_float(weight.value[i]) + to_float(bias.value[i]));
     }
     return result;
 }
 
-// The same of 16 rows that lie in a tile, in place.
-template <typename T, int C>
-__device__ __forceinline__ void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
-    constexpr int EACH = 16 / int(sizeof(T)), LANES = C / EACH, AT_ONCE = 32 / LANES;
+// The same for 16 rows of a tile, in place.
+template <typename T, int C> DEVICE void normalise_rows(Tile<T, C> rows, const T *weight, const T *bias, int lane) {
+    constexpr int LANES = C / VEC<T>, AT_ONCE = 32 / LANES;
     static_assert(LANES <= 32 && 32 % LANES == 0, "a row fits a warp");
-    const int column = lane % LANES * EACH;
-    const Piece<T> w = load<T, EACH>(weight + column), b = load<T, EACH>(bias + column);
+    const int column = lane % LANES * VEC<T>;
+    const Vec<T> w = load_vec(weight + column), b = load_vec(bias + column);
 #pragma unroll 4
     for (int first = 0; first < 16; first += AT_ONCE) {
-        T *const place = rows.at(first + lane / LANES, column);
-        store<T, EACH>(place, normalised<LANES>(load<T, EACH>(place), w, b));
+        T *const address = rows.at(first + lane / LANES, column);
+        store(address, normalised<LANES>(load_vec(address), w, b));
     }
 }
 
 // A ring of COUNT buffers through which weights stream from global memory while earlier ones are multiplied.
-// `fetch(stage, buffer)` begins the copies of one of `fetch.stages()`, stage after stage; all threads call `next`
-// together, once a stage.
-template <int COUNT, int BYTES, typename Fetch>
-struct Stages {
+// `fetch(stage, buffer)` starts the copies of one of `fetch.stages()`, in order; all threads call `next` together.
+template <int COUNT, int BYTES, typename Fetch> struct Stages {
     static constexpr int LAST = (COUNT - 1) * BYTES;
 
     unsigned char *start;
     Fetch fetch;
     int stages;
-    int begun = 0, place = 0;  // stages whose copies have begun; where the next one lies
+    int started = 0, offset = 0;  // stages whose copies have started; offset of the next one
 
-    __device__ __forceinline__ Stages(unsigned char *start, Fetch fetch)
-        : start(start), fetch(fetch), stages(fetch.stages()) {
-        for (int stage = 0; stage < COUNT - 1; ++stage) begin(start + stage * BYTES);
+    DEVICE Stages(unsigned char *start, Fetch fetch) : start(start), fetch(fetch), stages(fetch.stages()) {
+        for (int stage = 0; stage < COUNT - 1; ++stage) copy(start + stage * BYTES);
     }
 
-    __device__ __forceinline__ void begin(unsigned char *buffer) {
-        if (begun < stages) fetch(begun, buffer);
-        ++begun;
+    DEVICE void copy(unsigned char *buffer) {
+        if (started < stages) fetch(started, buffer);
+        ++started;
         commit_copies();
     }
 
-    // The buffer of the next stage. The barrier also tells that everybody is done with the stage before, whose place is
-    // free.
-    __device__ __forceinline__ unsigned char *next() {
+    // The buffer of the next stage. After the barrier all are done with the stage before, whose buffer is free.
+    DEVICE unsigned char *next() {
         wait_for_copies<COUNT - 2>();
         __syncthreads();
-        begin(start + (place == 0 ? LAST : place - BYTES));
-        unsigned char *const buffer = start + place;
-        place = place == LAST ? 0 : place + BYTES;
+        copy(start + (offset == 0 ? LAST : offset - BYTES));
+        unsigned char *const buffer = start + offset;
+        offset = offset == LAST ? 0 : offset + BYTES;
         return buffer;
     }
 };
 
-// 16 rows of a tile as the A of products. 16-bit numbers are read once and kept in registers, 32 of them for 128
-// numbers a row; float32 would take twice as many, and is read again by each product.
-template <typename T, int C>
-struct Factors {
+// 16 rows of a tile as the a of products. 16-bit numbers are read once and kept in registers, 32 of them for 128
+// numbers a row; float32 would take twice as many, and each product reads it again.
+template <typename T, int C> struct RowFrags {
     static constexpr bool KEPT = sizeof(T) == 2;
 
     Tile<T, C> rows;
-    A kept[KEPT ? C / K<T> : 1];
+    FragA kept[KEPT ? C / K<T> : 1];
 
-    __device__ __forceinline__ Factors(Tile<T, C> rows, int lane) : rows(rows) {
+    DEVICE RowFrags(Tile<T, C> rows, int lane) : rows(rows) {
         if constexpr (KEPT) {
 #pragma unroll
             for (int k = 0; k < C / K<T>; ++k) kept[k] = load_a(rows, k, lane);
         }
     }
 
-    __device__ __forceinline__ A at(int k, int lane) const {
+    DEVICE FragA at(int k, int lane) const {
         if constexpr (KEPT) return kept[k];
         return load_a(rows, k, lane);
     }
 };
 
-// d = rows · weightᵀ: STAGE_ROWS outputs, from a weight (STAGE_ROWS, C).
+// acc = rows · weightᵀ: STAGE_ROWS outputs, from a weight (STAGE_ROWS, C).
 template <typename T, int C>
-__device__ __forceinline__ void project(D (&d)[STAGE_ROWS / 8], const Factors<T, C> &rows, Tile<T, C> weight,
-                                        int lane) {
+DEVICE void project(Acc (&acc)[STAGE_ROWS / 8], const RowFrags<T, C> &rows, Tile<T, C> weight, int lane) {
 #pragma unroll
-    for (int n = 0; n < STAGE_ROWS / 8; ++n) d[n] = {};
-#pragma unroll(Factors<T, C>::KEPT ? C / K<T> : 1)
+    for (int n = 0; n < STAGE_ROWS / 8; ++n) acc[n] = {};
+#pragma unroll(RowFrags<T, C>::KEPT ? C / K<T> : 1)
     for (int k = 0; k < C / K<T>; ++k) {
-        const A a = rows.at(k, lane);
+        const FragA frag_a = rows.at(k, lane);
 #pragma unroll
-        for (int n = 0; n < STAGE_ROWS / 16; ++n) {
-            B b[2];
-            load_b(b, weight.rows_from(16 * n), k, lane);
-            mma<T>(d[2 * n], a, b[0]);
-            mma<T>(d[2 * n + 1], a, b[1]);
-        }
+        for (int n = 0; n < STAGE_ROWS / 16; ++n)
+            mma<T>(acc + 2 * n, frag_a, load_b(weight.rows_from(16 * n), k, lane));
     }
 }
 
-// A lane's values of results that lie side by side, two neighbours at a time: function(row, column, first, second).
-template <int N, typename Function>
-__device__ __forceinline__ void each_pair(D (&d)[N], int lane, Function function) {
+// A lane's values of acc that lie side by side, two neighbours at a time: function(row, column, first, second).
+template <int N, typename Function> DEVICE void each_pair(Acc (&acc)[N], int lane, Function function) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            function(d_row(lane, i), 8 * n + d_column(lane, i), d[n].value[i], d[n].value[i + 1]);
+            function(acc_row(lane, i), 8 * n + acc_col(lane, i), acc[n].value[i], acc[n].value[i + 1]);
         }
     }
 }
@@ -158,10 +147,10 @@ __device__ __forceinline__ void each_pair(D (&d)[N], int lane, Function function
 // The residual MLP of a warp's 16 rows, in place:  y + W₂ act(W₁ LN(y) + b₁) + b₂. Takes two of `stages` for each
 // STAGE_ROWS of the `hidden` units: of W₁ (STAGE_ROWS, C), then of W₂ (C, STAGE_ROWS).
 template <typename Activation, typename T, int C, typename Stages>
-__device__ __forceinline__ void residual_mlp(Tile<T, C> rows, const T *norm_weight, const T *norm_bias, const T *bias1,
-                                             const T *bias2, int hidden, Stages &stages, int lane) {
-    D total[C / 8];
-    each_pair(total, lane, [&](int row, int column, float &first, float &second) {
+DEVICE void residual_mlp(Tile<T, C> rows, const T *norm_weight, const T *norm_bias, const T *bias1, const T *bias2,
+                         int hidden, Stages &stages, int lane) {
+    Acc acc[C / 8];
+    each_pair(acc, lane, [&](int row, int column, float &first, float &second) {
         const Pair<T> y = load<T, 2>(rows.at(row, column)), b = load<T, 2>(bias2 + column);
         first = to_float(y.value[0]) + to_float(b.value[0]);
         second = to_float(y.value[1]) + to_float(b.value[1]);
@@ -169,33 +158,23 @@ __device__ __forceinline__ void residual_mlp(Tile<T, C> rows, const T *norm_weig
     __syncwarp();
     normalise_rows(rows, norm_weight, norm_bias, lane);
     __syncwarp();
-    const Factors<T, C> normed(rows, lane);
+    const RowFrags<T, C> normed(rows, lane);
     int unit = 0;
     do {  // there is at least one stage, and the compiler need not keep sums for none
         lane = recomputed(lane);
-        D units[STAGE_ROWS / 8];
+        Acc units[STAGE_ROWS / 8];
         project(units, normed, Tile<T, C>{stages.next()}, lane);
         each_pair(units, lane, [&](int, int column, float &first, float &second) {
             const Pair<T> b = load<T, 2>(bias1 + unit + column);
             first = Activation::of(first + to_float(b.value[0]));
             second = Activation::of(second + to_float(b.value[1]));
         });
-        const Tile<T, STAGE_ROWS> weight{stages.next()};
-#pragma unroll
-        for (int k = 0; k < STAGE_ROWS / K<T>; ++k) {
-            const A activated = chained<T>(units, k);
-#pragma unroll
-            for (int n = 0; n < C / 16; ++n) {
-                B b[2];
-                load_b_chained(b, weight.rows_from(16 * n), k, lane);
-                mma<T>(total[2 * n], activated, b[0]);
-                mma<T>(total[2 * n + 1], activated, b[1]);
-            }
-        }
+        multiply_transposed<T, STAGE_ROWS / K<T>>(acc, Tile<T, STAGE_ROWS>{stages.next()}, lane,
+                                                  [&](int k) { return chained<T>(units, k); });
         unit += STAGE_ROWS;
     } while (unit < hidden);
-    each_pair(total, lane, [&](int row, int column, float first, float second) {
-        store<T, 2>(rows.at(row, column), rounded_pair<T>(first, second));
+    each_pair(acc, lane, [&](int row, int column, float first, float second) {
+        store(rows.at(row, column), rounded_pair<T>(first, second));
     });
     __syncwarp();
 }

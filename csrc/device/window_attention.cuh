@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "mma.cuh"
-#include "warp.cuh"
+#include "products.cuh"
 #include "windows.h"
 
 namespace ovseg {
@@ -15,156 +14,122 @@ constexpr float REGION_MASK = -100.0f / SCALE;        // published, of scores th
 constexpr float POWER = SCALE * 1.4426950408889634f;  // exp(SCALE · score) = exp2(POWER · score)
 
 template <typename T>
-constexpr int AT_ONCE = sizeof(T) == 2 ? TOKENS : TOKENS / 3;  // keys that a warp scores at a time, as registers allow
+constexpr int AT_ONCE = sizeof(T) == 2 ? TOKENS : TOKENS / 3;  // keys that a warp scores at a time, for registers
 
-// The window that a block works on. It lies in shared memory, to be read again instead of kept in registers.
+// The window that a block works on, in shared memory rather than in registers.
 struct Window {
     int64_t map, image;  // positions before the class's map, among those of all, and before the image's
-    int places[TOKENS], regions[TOKENS];  // -1 beyond the map
-    int zero;                             // which the compiler does not know
-    bool whole, plain;                    // no token is beyond it; and all tokens see each other
+    int positions[TOKENS], regions[TOKENS];  // -1 beyond the map
+    int zero;                                // which the compiler does not know
+    bool whole, plain;                       // no token is beyond the map; and all tokens see each other
 
     // Fills it in, by all threads of the block; a barrier has to follow. `index` counts the windows of all maps.
-    template <int THREADS>
-    __device__ __forceinline__ void find(const Windows &windows, int index, int classes) {
+    template <int THREADS> DEVICE void init(const Windows &windows, int index, int classes) {
         const int which = index % windows.count();
         for (int token = int(threadIdx.x); token < TOKENS; token += THREADS) {
-            const int place = windows.place(which, token);
-            places[token] = place;
-            regions[token] = place < 0 ? -1 : windows.region(which, token);
+            const int position = windows.position(which, token);
+            positions[token] = position;
+            regions[token] = position < 0 ? -1 : windows.region(which, token);
         }
         if (threadIdx.x == 0) {
             zero = 0;
-            const int64_t positions = int64_t(windows.height) * windows.width;
-            map = index / windows.count() * positions;
-            image = index / windows.count() / classes * positions;
+            const int64_t area = int64_t(windows.height) * windows.width;
+            map = index / windows.count() * area;
+            image = index / windows.count() / classes * area;
             whole = windows.tokens() == TOKENS && !windows.padded();
             plain = windows.tokens() == TOKENS && windows.plain(which);
         }
     }
 };
 
-// Masks scores of 16 tokens, rows, with COUNT others, columns, from `first` on.
+// Masks scores of 16 tokens from `row` on, rows, with COUNT · 8 others from `first` on, columns.
 template <bool KEYS_ARE_ROWS, int COUNT>
-__device__ __forceinline__ void mask_scores(D (&scores)[COUNT], const Window &window, int row, int first, int lane) {
-    const int own[2] = {window.regions[row + d_row(lane, 0)], window.regions[row + d_row(lane, 2)]};
-    const int *const others = window.regions + first;
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (others[8 * n + d_column(lane, i)] != own[i / 2]) scores[n].value[i] += REGION_MASK;
-        }
-    }
+DEVICE void mask_scores(Acc (&scores)[COUNT], const Window &window, int row, int first, int lane) {
+    const int row_regions[2] = {window.regions[row + acc_row(lane, 0)], window.regions[row + acc_row(lane, 2)]};
+    const int *const col_regions = window.regions + first;
+    each_value<COUNT>([&](int n, int i) {
+        if (col_regions[8 * n + acc_col(lane, i)] != row_regions[i / 2]) scores[n].value[i] += REGION_MASK;
+    });
     if (window.whole) return;
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int key = KEYS_ARE_ROWS ? own[i / 2] : others[8 * n + d_column(lane, i)];
-            if (key < 0) scores[n].value[i] = -INFINITY;
-        }
-    }
+    each_value<COUNT>([&](int n, int i) {
+        const int key = KEYS_ARE_ROWS ? row_regions[i / 2] : col_regions[8 * n + acc_col(lane, i)];
+        if (key < 0) scores[n].value[i] = -INFINITY;
+    });
 }
 
-// d = rows · othersᵀ for 16 rows given as factors, and COUNT · 8 others from a tile on.
+// scores = rows · columnsᵀ for 16 rows and COUNT · 8 columns, the rows of a tile.
 template <typename T, int COUNT>
-__device__ __forceinline__ void score(D (&d)[COUNT], const A (&rows)[WIDTH / K<T>], Tile<T, WIDTH> others, int lane) {
+DEVICE void score(Acc (&scores)[COUNT], const FragA (&rows)[WIDTH / K<T>], Tile<T, WIDTH> columns, int lane) {
 #pragma unroll
-    for (int n = 0; n < COUNT / 2; ++n) {
-        d[2 * n] = d[2 * n + 1] = {};
+    for (int n = 0; n < COUNT; n += 2) {
+        scores[n] = scores[n + 1] = {};
 #pragma unroll
         for (int k = 0; k < WIDTH / K<T>; ++k) {
-            B b[2];
-            load_b_chained(b, others.rows_from(16 * n), k, lane);
-            const A factor = recomputed<T>(rows[k]);
-            mma<T>(d[2 * n], factor, b[0]);
-            mma<T>(d[2 * n + 1], factor, b[1]);
+            const FragB2 frag_b = load_b_chained(columns.rows_from(8 * n), k, lane);
+            mma<T>(scores + n, recomputed<T>(rows[k]), frag_b);
         }
     }
 }
 
-// sums += weights · values: weights of 16 rows for COUNT · 8 values, from a tile on.
+// acc += weights · values: weights of 16 rows for COUNT · 8 values, from a tile on.
 template <typename T, int COUNT>
-__device__ __forceinline__ void add_weighted(D (&sums)[WIDTH / 8], const D (&weights)[COUNT], Tile<T, WIDTH> values,
-                                             int lane) {
-#pragma unroll
-    for (int k = 0; k < COUNT * 8 / K<T>; ++k) {
+DEVICE void add_weighted(Acc (&acc)[WIDTH / 8], const Acc (&weights)[COUNT], Tile<T, WIDTH> values, int lane) {
+    multiply<T, COUNT * 8 / K<T>>(acc, values, lane, [&](int k) {
         if constexpr (sizeof(T) == 4) __syncwarp();  // registers are short: no values are read ahead
-        const A factor = chained<T>(weights, k);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 16; ++n) {
-            B b[2];
-            load_b_by_rows(b, values, k, n, lane);
-            mma<T>(sums[2 * n], factor, b[0]);
-            mma<T>(sums[2 * n + 1], factor, b[1]);
-        }
-    }
+        return chained<T>(weights, k);
+    });
 }
 
-// What softmax needs of the scores of a lane's two rows: exp2(POWER · score − base) · share is a weight.
+// Of a lane's two rows of scores: exp2(POWER · score − base) · scale is the softmax.
 struct Softmax {
-    float base[2], share[2];
+    float base[2], scale[2];
 };
 
-// sums = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, of which q are the factors. Where not all
-// keys are taken at once, the sums are brought to each new maximum.
+// acc = softmax(q · keysᵀ) · values for a warp's 16 tokens from `row` on, rescaled to each new maximum of the keys.
 template <typename T>
-__device__ __forceinline__ Softmax attend(D (&sums)[WIDTH / 8], const A (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys,
-                                          Tile<T, WIDTH> values, const Window &window, int row, int lane) {
+DEVICE Softmax attend(Acc (&acc)[WIDTH / 8], const FragA (&q)[WIDTH / K<T>], Tile<T, WIDTH> keys, Tile<T, WIDTH> values,
+                      const Window &window, int row, int lane) {
     constexpr int COUNT = AT_ONCE<T> / 8;
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     Softmax softmax;
 #pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) sums[n] = {};
+    for (int n = 0; n < WIDTH / 8; ++n) acc[n] = {};
 #pragma unroll 1
     for (int first = 0; first < TOKENS; first += AT_ONCE<T>) {
         lane = recomputed(lane);
-        D scores[COUNT];
+        Acc scores[COUNT];
         score<T>(scores, q, keys.rows_from(first), lane);
         if (!window.plain) mask_scores<false>(scores, window, row, first, lane);
         const float before[2] = {largest[0], largest[1]};
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], scores[n].value[i]);
-        }
+        each_value<COUNT>([&](int n, int i) { largest[i / 2] = fmaxf(largest[i / 2], scores[n].value[i]); });
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             largest[i] = maximum_over_lanes<4>(largest[i]);
-            // Who sees nothing attends to nothing.
+            // A token that sees nothing attends to nothing.
             softmax.base[i] = largest[i] == -INFINITY ? 0.0f : largest[i] * POWER;
             if constexpr (AT_ONCE<T> < TOKENS) {
-                const float kept = before[i] == largest[i] ? 1.0f : fast_exp2((before[i] - largest[i]) * POWER);
-                total[i] *= kept;
+                const float rescale = before[i] == largest[i] ? 1.0f : fast_exp2((before[i] - largest[i]) * POWER);
+                total[i] *= rescale;
 #pragma unroll
                 for (int n = 0; n < WIDTH / 8; ++n) {
-                    sums[n].value[2 * i] *= kept;
-                    sums[n].value[2 * i + 1] *= kept;
+                    acc[n].value[2 * i] *= rescale;
+                    acc[n].value[2 * i + 1] *= rescale;
                 }
             }
         }
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float &weight = scores[n].value[i];
-                weight = fast_exp2(weight * POWER - softmax.base[i / 2]);
-                total[i / 2] += weight;
-            }
-        }
-        add_weighted<T>(sums, scores, values.rows_from(first), lane);
+        each_value<COUNT>([&](int n, int i) {
+            float &weight = scores[n].value[i];
+            weight = fast_exp2(weight * POWER - softmax.base[i / 2]);
+            total[i / 2] += weight;
+        });
+        add_weighted<T>(acc, scores, values.rows_from(first), lane);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         total[i] = sum_over_lanes<4>(total[i]);
-        softmax.share[i] = total[i] == 0.0f ? 1.0f : fast_reciprocal(total[i]);
+        softmax.scale[i] = total[i] == 0.0f ? 1.0f : fast_reciprocal(total[i]);
     }
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[n].value[i] *= softmax.share[i / 2];
-    }
+    each_value<WIDTH / 8>([&](int n, int i) { acc[n].value[i] *= softmax.scale[i / 2]; });
     return softmax;
 }
 

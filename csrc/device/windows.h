@@ -2,10 +2,7 @@
 
 #pragma once
 
-#ifndef __CUDACC__
-#define __host__
-#define __device__
-#endif
+#include "platform.cuh"
 
 namespace ovseg {
 
@@ -30,7 +27,7 @@ struct Windows {
 
     // The map position of a window's token, or -1 where the window reaches beyond the map. The map, padded to whole
     // windows at the bottom and right, is displaced cyclically by `shift` up and left.
-    __host__ __device__ int place(int which, int token) const {
+    __host__ __device__ int position(int which, int token) const {
         if (token >= tokens()) return -1;
         int y = row(which, token) + shift, x = column(which, token) + shift;
         if (y >= rows * window) y -= rows * window;

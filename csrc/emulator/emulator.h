@@ -81,8 +81,7 @@ inline void __syncwarp() {
     emulator::meet();
 }
 
-template <typename T>
-T __shfl_sync(unsigned, T value, int source) {
+template <typename T> T __shfl_sync(unsigned, T value, int source) {
     static_assert(sizeof(T) == 4, "32-bit values");
     memcpy(emulator::slot(2).words, &value, 4);
     T result;
@@ -90,13 +89,18 @@ T __shfl_sync(unsigned, T value, int source) {
     return result;
 }
 
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int distance) {
+template <typename T> T __shfl_xor_sync(unsigned mask, T value, int distance) {
     return __shfl_sync(mask, value, emulator::lane_index() ^ distance);
 }
 
-template <typename T>
-const T &__ldg(const T *address) {
+inline int __reduce_max_sync(unsigned mask, int value) {
+    for (int distance = 16; distance; distance /= 2) value = std::max(value, __shfl_xor_sync(mask, value, distance));
+    return value;
+}
+
+inline int __reduce_min_sync(unsigned mask, int value) { return ~__reduce_max_sync(mask, ~value); }
+
+template <typename T> const T &__ldg(const T *address) {
     emulator::check_aligned(address, sizeof(T));
     return *address;
 }

@@ -1,4 +1,4 @@
-"""Rectangular tiles of a map, each with the halo of pixels that a convolution's window reaches around it."""
+"""Rectangular tiles of a map, each with its halo: the pixels around it that a convolution reads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from .launch import cdiv
 
 @lru_cache(maxsize=256)
 def map_tile(height: int, width: int, size: int, halo: int, most: int) -> tuple[int, int]:
-    """Height and width of the tiles of a map for windows of `size` × `size`: as few as can be.
+    """Height and width of the tiles of a map for windows of `size` × `size`, so that there are as few as possible.
 
-    A tile with its halo has at most `halo` pixels, without it at most `most`. Of equally few the tile with the smallest
-    halo is taken, then the wider one.
+    A tile has at most `most` pixels, with its halo at most `halo`. Ties go to the smallest halo, then to the widest.
     """
     best = None
     for rows in range(1, min(height, most, halo // size - size + 1) + 1):
@@ -29,20 +28,19 @@ def map_tile(height: int, width: int, size: int, halo: int, most: int) -> tuple[
 
 @triton.jit
 def halo_pixels(
-    tile, height, width, tile_height, tile_width,
-    SIZE: tl.constexpr, HALO: tl.constexpr, TOGETHER: tl.constexpr,
+    tile, height, width, tile_height, tile_width, SIZE: tl.constexpr, HALO: tl.constexpr, MAPS: tl.constexpr
 ):  # fmt: skip
-    """The pixels of a tile and its halo, row by row, for TOGETHER maps one after the other: (TOGETHER · HALO,).
+    """The pixels of a tile and its halo, row by row, for MAPS maps one after the other: (MAPS · HALO,).
 
-    Returns the tile's first row and column; then of each pixel its row and column in the map, and whether it lies
-    within it.
+    Returns the tile's first row and column; then row and column of each pixel, and whether it lies within the map.
     """
     tiles = tl.cdiv(width, tile_width)
     top = tile // tiles * tile_height
     left = tile % tiles * tile_width
-    row = tl.arange(0, TOGETHER * HALO) % HALO // (tile_width + SIZE - 1)
+    pixel = tl.arange(0, MAPS * HALO) % HALO
+    row = pixel // (tile_width + SIZE - 1)
     y = top - SIZE // 2 + row
-    x = left - SIZE // 2 + tl.arange(0, TOGETHER * HALO) % HALO % (tile_width + SIZE - 1)
+    x = left - SIZE // 2 + pixel % (tile_width + SIZE - 1)
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & (row < tile_height + SIZE - 1)
     return top, left, y, x, inside
 
@@ -50,17 +48,17 @@ def halo_pixels(
 @triton.jit
 def tile_pixels(
     top, left, height, width, tile_height, tile_width,
-    SIZE: tl.constexpr, HALO: tl.constexpr, PIXELS: tl.constexpr, TOGETHER: tl.constexpr,
+    SIZE: tl.constexpr, HALO: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The pixels of a tile, row by row, for TOGETHER maps one after the other: (TOGETHER · PIXELS,).
+    """The pixels of a tile, row by row, for MAPS maps one after the other: (MAPS · PIXELS,).
 
-    Returns which of the maps it is in, row, column, whether it lies within the map, and the place of its window's first
-    pixel among those that `halo_pixels` gives.
+    Returns for each the map's number, row, column, whether it lies within the map, and the index of its window's first
+    pixel among those of `halo_pixels`.
     """
-    which = tl.arange(0, TOGETHER * PIXELS) // PIXELS
-    pixel = tl.arange(0, TOGETHER * PIXELS) % PIXELS
+    which = tl.arange(0, MAPS * PIXELS) // PIXELS
+    pixel = tl.arange(0, MAPS * PIXELS) % PIXELS
     row = pixel // tile_width
-    column = pixel % tile_width
-    real = (row < tile_height) & (top + row < height) & (left + column < width)
-    corner = which * HALO + tl.where(real, row * (tile_width + SIZE - 1) + column, 0)
-    return which, top + row, left + column, real, corner
+    col = pixel % tile_width
+    valid = (row < tile_height) & (top + row < height) & (left + col < width)
+    corner = which * HALO + tl.where(valid, row * (tile_width + SIZE - 1) + col, 0)
+    return which, top + row, left + col, valid, corner

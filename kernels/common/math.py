@@ -12,17 +12,17 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a · b, summed in float32. Factors are of one dtype, float32 ones multiplied in PRECISION."""
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b, summed in float32; a and b have one dtype, float32 is multiplied in PRECISION."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """A float32 block in DTYPE. Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest; so both round."""
+    """A float32 block in DTYPE, rounded to nearest: Triton's interpreter truncates to bfloat16, unlike a GPU."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

@@ -2,14 +2,14 @@
 
     n = LN(x),   a = W₁ n + b₁,   out = x + W₂ act(a) + b₂
 
-The hidden units are worked through in chunks, so that nothing of width M reaches memory. Backward, from the gradient g
-of out, with a recomputed:
+Hidden units are processed in chunks, so that nothing of width M reaches memory. Backward, from the gradient g of out,
+with a recomputed:
 
     da = act′(a) ⊙ (W₂ᵀ g),   dn = W₁ᵀ da,   dx = g + LN′(dn)
     dW₁ = Σ da nᵀ,   db₁ = Σ da,   dW₂ = Σ g act(a)ᵀ,   db₂ = Σ g,   sums over the rows
 
-LN's own: with x̂ = (x − mean) / s and n = w ⊙ x̂ + β, dx̂ = w ⊙ dn, dw = Σ x̂ ⊙ dn, dβ = Σ dn. One kernel takes what
-belongs to rows, one what belongs to hidden units; sums over the rows are left in parts, one a program, in fixed order.
+LN: with x̂ = (x − mean) / s and n = w ⊙ x̂ + β, dx̂ = w ⊙ dn, dw = Σ x̂ ⊙ dn, dβ = Σ dn. One kernel tiles the rows, one
+the hidden units; each program writes partial sums over its rows, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .math import dot, standardise, standardise_backward
 EPS = tl.constexpr(1e-5)  # torch.nn.functional.layer_norm
 CHANNELS = 256  # the widest rows that a program holds
 
-# Rows and hidden units that a program works on at a time, and its warps, by bytes of an element and by kernel, for up
-# to 128 channels. Two programs of 16-bit elements share a multiprocessor: one's activations run beside the other's
-# products. Where mma.sync keeps operands and sums in registers, twice the warps hold them without spills. float32
-# products do not run on tensor cores unless TF32 is allowed; unrolled they need small tiles.
+# Rows and hidden units per tile, and warps, by bytes of an element and by kernel, for up to 128 channels. Two programs
+# of 16-bit elements share a multiprocessor: one's activations overlap the other's products. mma.sync keeps operands and
+# sums in registers, which twice the warps hold without spills. Without TF32, float32 products do not run on tensor
+# cores; unrolled they need small tiles.
 TILES = {
     2: {"forward": (64, 64, 4), "backward": (64, 32, 4), "weights": (32, 64, 4)},
     (2, 80): {"forward": (64, 64, 8), "backward": (32, 64, 8), "weights": (64, 32, 8)},
     4: {"forward": (32, 32, 8), "backward": (32, 16, 8), "weights": (16, 16, 8)},
 }
-PROGRAMS = 256  # of the weights kernel: two for each multiprocessor, and their parts stay small
+PROGRAMS = 256  # of the weights kernel: about two for each multiprocessor
 
 
 @triton.jit
 def _gaussian(a):
-    """Φ(a), the Gaussian's distribution. Its logarithm to base 2 below 0 is nearly a parabola; this polynomial for it
-    leaves an error of 9e-7 in the result, and in GELU, and needs no division."""
+    """Φ(a), the Gaussian's distribution. Below 0 its base-2 logarithm is nearly a parabola; this polynomial for it has
+    an error of 9e-7 in the result and in GELU, and needs no division."""
     z = tl.abs(a)
     power = z * (-1.1510661 + z * (-0.45937163 + z * (-0.052397665 + z * (0.0073105135 - z * 0.00050511486)))) - 1.0
     tail = tl.exp2(power)
@@ -104,19 +104,19 @@ def _mlp(
     dtype = x.dtype.element_ty
     block = _load_rows(x, row, rows, c, channels)
     normed = _normalise(block, norm_weight, norm_bias, c, channels)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    acc = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(0, hidden, HIDDEN):
         m = start + tl.arange(0, HIDDEN)
         weight1, weight2 = _load_weights(fc1_weight, fc2_weight, m, c, hidden, channels)
         a = dot(normed, tl.trans(weight1), tl.zeros((ROWS, HIDDEN), tl.float32), PRECISION)
         a += _load_vector(fc1_bias, m, hidden)[None, :]
-        if not WHOLE:  # an infinite n times the zeros beyond the last hidden unit is no number
+        if not WHOLE:  # an infinite n times the zeros beyond the last hidden unit is NaN
             a = tl.where((m < hidden)[None, :], a, 0.0)
-        total = dot(_activate(a, GELU).to(dtype), weight2, total, PRECISION)
-    total += _load_vector(fc2_bias, c, channels)[None, :]
-    total += _load_rows(x, row, rows, c, channels).to(tl.float32)
+        acc = dot(_activate(a, GELU).to(dtype), weight2, acc, PRECISION)
+    acc += _load_vector(fc2_bias, c, channels)[None, :]
+    acc += _load_rows(x, row, rows, c, channels).to(tl.float32)
     mask = (row < rows)[:, None] & (c < channels)[None, :]
-    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], total, mask=mask)
+    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def _mlp_backward(
         if not WHOLE:
             a_grad = tl.where((m < hidden)[None, :], a_grad, 0.0)
         normed_grad = dot(a_grad.to(dtype), weight1, normed_grad, PRECISION)
-    # Rows are read again rather than held through the loop.
+    # Rows are reloaded rather than kept through the loop.
     valid = (c < channels)[None, :]
     mask = (row < rows)[:, None] & valid
     block = _load_rows(x, row, rows, c, channels).to(tl.float32)
@@ -154,10 +154,10 @@ def _mlp_backward(
         tl.store(part + channels, tl.sum(tl.where(mask, normed_grad, 0.0), 0), mask=c < channels)
     weighted = normed_grad * _load_vector(norm_weight, c, channels)[None, :]
     x_grad = standardise_backward(weighted, standardised, scale, valid, channels)
-    wide = _load_rows(grad, row, rows, c, channels).to(tl.float32)
-    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], x_grad + wide, mask=mask)
+    grad_rows = _load_rows(grad, row, rows, c, channels).to(tl.float32)
+    tl.store(out + row[:, None].to(tl.int64) * channels + c[None, :], x_grad + grad_rows, mask=mask)
     if SUMS:
-        tl.store(part + 2 * channels, tl.sum(wide, 0), mask=c < channels)
+        tl.store(part + 2 * channels, tl.sum(grad_rows, 0), mask=c < channels)
 
 
 @triton.jit
@@ -166,9 +166,8 @@ def _mlp_backward_weights(
     rows, channels, hidden, rows_each,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The share of `rows_each` rows in dW₁, db₁ and dW₂ᵀ of a chunk of hidden units: `fc1_part` and `fc2_part`,
-    (splits, M, C), `bias_part`, (splits, M). Hidden units are the rows of all products here, so that activations go
-    from one product to the next as they are."""
+    """Partial sums over `rows_each` rows of dW₁, db₁ and dW₂ᵀ of a chunk of hidden units: `fc1_part` and `fc2_part`,
+    (splits, M, C), `bias_part`, (splits, M). Hidden units are the rows of all products, so that none is transposed."""
     chunks = tl.cdiv(hidden, HIDDEN)
     m = tl.program_id(0) % chunks * HIDDEN + tl.arange(0, HIDDEN)
     split = (tl.program_id(0) // chunks).to(tl.int64)
@@ -187,16 +186,16 @@ def _mlp_backward_weights(
         a = dot(weight1, tl.trans(normed), tl.zeros((HIDDEN, ROWS), tl.float32), PRECISION) + bias1[:, None]
         activated_grad = dot(weight2, tl.trans(g), tl.zeros((HIDDEN, ROWS), tl.float32), PRECISION)
         activated, a_grad = _activate_backward(a, activated_grad, GELU)
-        inside = (row < rows)[None, :]  # beyond the last row an infinite weight must not meet a zero
-        activated = tl.where(inside, activated, 0.0)
-        a_grad = tl.where(inside, a_grad, 0.0)
+        row_mask = (row < rows)[None, :]  # beyond the last row an infinite weight must not meet a zero
+        activated = tl.where(row_mask, activated, 0.0)
+        a_grad = tl.where(row_mask, a_grad, 0.0)
         bias1_grad += tl.sum(a_grad, 1)
         weight1_grad = dot(a_grad.to(dtype), normed, weight1_grad, PRECISION)
         weight2_grad = dot(activated.to(dtype), g, weight2_grad, PRECISION)
     mask = (m < hidden)[:, None] & (c < channels)[None, :]
-    place = split * hidden * channels + m[:, None] * channels + c[None, :]
-    tl.store(fc1_part + place, weight1_grad, mask=mask)
-    tl.store(fc2_part + place, weight2_grad, mask=mask)
+    offset = split * hidden * channels + m[:, None] * channels + c[None, :]
+    tl.store(fc1_part + offset, weight1_grad, mask=mask)
+    tl.store(fc2_part + offset, weight2_grad, mask=mask)
     tl.store(bias_part + split * hidden + m, bias1_grad, mask=m < hidden)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import BAD_INPUT, FAILED, device_option, fail, mode_option, weights_option
+from . import options
 
 MAX_SIZE = 1536  # pixels
 
@@ -18,21 +18,10 @@ MAX_SIZE = 1536  # pixels
 @click.option(
     "--size", type=click.IntRange(32, MAX_SIZE), default=192, show_default=True, help="Side of the scene in pixels."
 )
-@click.option("-m", "--model", "preset", default="catseg-tiny", show_default=True, help="A model; `info` lists them.")
-@weights_option
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    default="out/demo",
-    show_default=True,
-    help="Folder for the results.",
-)
-@mode_option
-@device_option
-@click.pass_obj
+@options.model("catseg-tiny")
+@options.run_options
+@options.out("out/demo")
 def demo_command(
-    verbose: bool | None,
     classes: str | None,
     wish: str | None,
     seed: int,
@@ -43,7 +32,7 @@ def demo_command(
     mode: str,
     device: str | None,
 ) -> None:
-    """Make a scene with things never trained on, segment it by words, and measure how well.
+    """Draw a scene with things never trained on, segment it by words, and measure the result.
 
     \b
     ovseg-fast demo
@@ -51,35 +40,26 @@ def demo_command(
     ovseg-fast demo --classes "purple dotted cross, striped red square, brown wooden floor"
 
     The scene comes from a small procedural world: objects of a colour, a pattern and a shape on a ground of a colour
-    and a material. Without --scene it is the first one of the seed with at least two well visible objects whose
+    and a material. Without --scene it is the first one of the seed with at least two clearly visible objects whose
     combination of words is not in the training scenes. Without --classes the names are those of everything in the
     scene, and of some things that differ from them in one word.
     """
-    # Heavy imports wait until they are needed, so that the help comes at once.
+    # Heavy imports come late, so that --help and typing mistakes are answered at once.
     from ..vocabulary import parse_classes
 
-    try:
+    with options.exit_on_error(options.BAD_INPUT):
         typed = None if classes is None else parse_classes(classes)
-        folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not folder.is_dir():
-            raise ValueError(f"--out must be a folder, {folder} is a file.")
-        from .. import backends
+        options.check_folder(out)
         from ..demo.run import ask, run
         from ..models.presets import get_preset
-        from ..segmenter import load
 
         get_preset(preset)
         asked = ask(wish, typed, seed, size)
-        segmenter = load(preset, weights=None if weights == "random" else weights, device=device)
-        backends.check(segmenter.device)
+        segmenter = options.load_model(preset, weights, device)
         segmenter.embed_text(asked.names)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        fail(error, verbose, BAD_INPUT)
-    try:
+    with options.exit_on_error(options.FAILED):
         name = f"{preset} with random weights" if weights == "random" else preset
         lines, files = run(segmenter, asked, mode, out, name)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        fail(error, verbose, FAILED)
     click.echo("\n".join([*lines, "", *map(str, files)]))
     if weights == "random":
         click.echo("The weights of this model are random: everything runs, but pictures and numbers mean nothing.")

@@ -4,59 +4,49 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from .options import BAD_INPUT, FAILED, device_option, fail, mode_option, weights_option
-
-if TYPE_CHECKING:
-    from ..data.datasets import SegmentationDataset
-
-WORLD_SCENES = 500  # of the procedural world, where no limit is given
+from . import options
 
 
 @click.command("evaluate")
 @click.argument("preset", metavar="MODEL")
-@weights_option
+@options.run_options
 @click.option(
     "-d",
     "--dataset",
-    "layout",
+    "name",
     required=True,
     help="The dataset's name, such as ade20k-150; `folder` for your own, `world` for the procedural world.",
 )
 @click.option("--root", type=click.Path(path_type=Path), help="The folder that the dataset lies in; `world` has none.")
-@click.option("--split", default="val", show_default=True, help="Which part of the dataset.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the procedural world.")
-@mode_option
+@click.option("--split", default="val", show_default=True, help="Part of the dataset.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the procedural world.")
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     help="A .json file for the result.  [default: out/MODEL_DATASET_SPLIT_MODE.json]",
 )
-@device_option
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),
     help="What the model subtracts from the probabilities of seen classes (Cascade-CLIP: 0.1 as published, 0 after "
     "transductive training).  [default: the model's]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first images, this many.")
 @click.option(
     "--resume/--restart",
     default=True,
     show_default=True,
-    help="Go on where a stopped or killed run came to, or discard that.",
+    help="Resume a run that was stopped or killed, or discard it.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar and no table.")
-@click.pass_obj
+@options.quiet("No progress bar and no table.")
 def evaluate_command(
-    verbose: bool | None,
     preset: str,
     weights: str,
-    layout: str,
+    name: str,
     root: Path | None,
     split: str,
     seed: int,
@@ -74,36 +64,24 @@ def evaluate_command(
     ovseg-fast evaluate catseg-vitb --dataset ade20k-150 --root datasets/
     ovseg-fast evaluate catseg-tiny --dataset world --seed 1
 
-    A run that was stopped or killed goes on when it is started again. Pairs that cannot be used are named and left
-    out; the exit code is then 1.
+    Started again, a run that was stopped or killed resumes. Pairs that cannot be used are listed and left out; the
+    exit code is then 1.
     """
-    from ..data.datasets import open_dataset
-    from ..data.world.scenes import WorldScenes
+    from ..data import datasets
     from ..models.presets import get_preset
 
-    try:
-        method = get_preset(preset).model
-        if seen_offset is not None and method.seen_offset is None:
+    with options.exit_on_error(options.BAD_INPUT):
+        if seen_offset is not None and get_preset(preset).model.seen_offset is None:
             raise ValueError(f"--seen-offset is for models that lower seen classes, {preset} does not.")
-        dataset: SegmentationDataset | WorldScenes
-        if layout == "world":
-            split = "test" if split == "val" else split
-            dataset = WorldScenes.first(limit or WORLD_SCENES, split, seed)
-        elif root is None:
-            raise ValueError(f"--root must be the folder that {layout} lies in.")
-        else:
-            dataset = open_dataset(layout, root, split)
+        dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed)
         if not len(dataset):
-            raise ValueError(f"--root '{root}' holds no image of {layout}, split {split}.")
-        from .. import backends
+            raise ValueError(f"--root '{root}' holds no image of {name}, split {split}.")
         from ..evaluation.evaluate import EvaluationError, evaluate
-        from ..segmenter import load
 
-        segmenter = load(preset, weights=None if weights == "random" else weights, device=device)
-        backends.check(segmenter.device)
+        segmenter = options.load_model(preset, weights, device)
         if seen_offset is not None:
             segmenter.model.seen_offset = seen_offset
-        target = Path("out", f"{preset}_{layout}_{split}_{mode}.json") if out is None else out
+        target = Path("out", f"{preset}_{name}_{dataset.split}_{mode}.json") if out is None else out
         try:
             result = evaluate(
                 segmenter,
@@ -116,19 +94,17 @@ def evaluate_command(
                 restart=not resume,
             )
         except EvaluationError as error:
-            fail(error, verbose, FAILED)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        fail(error, verbose, BAD_INPUT)
+            options.fail(error, options.FAILED)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")
     if result.skipped:
         total = result.images + len(result.skipped)
         click.echo(f"ovseg-fast: {len(result.skipped)} of {total} images were left out.", err=True)
-        sys.exit(FAILED)
+        sys.exit(options.FAILED)
 
 
 def _trained_on(weights: str, classes: tuple[str, ...]) -> list[str] | None:
-    """Those of the classes that a checkpoint of this package says it was trained on; None where it does not say."""
+    """The classes that a checkpoint of this package says it was trained on; None if it does not say."""
     if not Path(weights).is_file():
         return None
     from .. import checkpoints

@@ -10,23 +10,15 @@ import torch
 from .. import __version__, backends, native
 from ..models.presets import PRESETS, Preset
 
-_PACKAGES = (
-    "open_clip_torch",
-    "torchvision",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "huggingface_hub",
-    "triton",
-    "xformers",
-)
+_PACKAGES = ("open_clip_torch", "torchvision", "numpy", "pillow", "safetensors", "huggingface_hub")
+_OPTIONAL = ("triton", "xformers")
 
 
 def report() -> str:
-    """Versions, devices, operators and models as plain text. Looks only; initialises and builds nothing."""
+    """Versions, devices, operators and models as plain text. Initialises and builds nothing."""
     sections = {
         "ovseg-fast": [("version", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-        + [(name, _version(name)) for name in _PACKAGES],
+        + [(name, _version(name)) for name in (*_PACKAGES, *_OPTIONAL)],
         "devices": _devices(),
         "native library": [("libovseg", native_library())],
         "models": [(preset.name, f"{preset.note}; {_weights(preset)}") for preset in PRESETS.values()],
@@ -61,7 +53,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _operators() -> list[str]:
-    """A table of the operators for each kind of device, or why there is none."""
+    """A table of the operators for each kind of device, or the reason why there is none."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     try:
         asked = backends.requested()
@@ -75,7 +67,7 @@ def _operators() -> list[str]:
 
 
 def native_library() -> str:
-    """What the CUDA C++ kernels were built for, or why they cannot be used and what helps."""
+    """What the CUDA C++ kernels were built for, or why they cannot be used and how to mend it."""
     if problem := native.problem():
         return problem
     if not native.architectures():

@@ -22,8 +22,8 @@ __all__ = [
 
 
 def class_aggregation(x: Tensor, terms: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C) -> the same, and what the attention half gives, (B, T, H // pooling, W // pooling, C), if it is
-    kept; `others` are weights, pads, heads, pooling, whether attention is full and whether to keep."""
+    """(B, T, H, W, C) -> the same, and what the attention half gives, (B, T, H // pooling, W // pooling, C), empty
+    unless `keep`; `others`: weights, pads, heads, pooling, full, keep."""
     *weights, pads, heads, pooling, full, keep = others
     if full:
         raise NotImplementedError("the CUDA C++ kernels take linear attention only")

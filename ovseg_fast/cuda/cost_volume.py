@@ -9,11 +9,11 @@ from .. import native
 
 
 def cost_volume(image: Tensor, text: Tensor) -> Tensor:
-    """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
-    batch, patches, channels = image.shape
-    prompts = text.shape[-2]
-    cost = image.new_empty(batch, prompts, patches)
-    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, patches, prompts, channels, int(text.dim() == 3))
+    """(B, H, W, E) and (T, P, E) -> (B, T, P, H, W)."""
+    batch, height, width, channels = image.shape
+    classes, prompts, _ = text.shape
+    cost = image.new_empty(batch, classes, prompts, height, width)
+    native.call("ovseg_cost_volume_fwd", image, text, cost, batch, height * width, classes * prompts, channels)
     return cost
 
 
@@ -21,18 +21,19 @@ def cost_volume_backward(
     grad: Tensor, cost: Tensor, image: Tensor, text: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of image and text: the kernel takes the normalisation of both sides, PyTorch the products."""
+    grad = grad.flatten(3).flatten(1, 2)  # (B, T · P, H · W)
     image_grad = text_grad = None
     if needs[0]:
-        image_grad = _through_norm(grad.transpose(1, 2) @ _through_norm(None, text), image)
+        units = _through_norm(None, text).flatten(0, 1)
+        image_grad = _through_norm(grad.transpose(1, 2) @ units, image)
     if needs[1]:
-        unit = _through_norm(None, image)
-        products = grad @ unit if text.dim() == 3 else torch.einsum("bks,bse->ke", grad, unit)
-        text_grad = _through_norm(products, text)
+        units = _through_norm(None, image).flatten(1, 2)
+        text_grad = _through_norm(torch.einsum("bks,bse->ke", grad, units), text)
     return [image_grad, text_grad]
 
 
 def _through_norm(products: Tensor | None, x: Tensor) -> Tensor:
-    """The gradient of x from that of its rows scaled to length 1; those rows themselves where there is none."""
+    """The gradient of x from that of its rows scaled to length 1; the scaled rows themselves if it is None."""
     out = torch.empty_like(x)
     channels = x.shape[-1]
     products = None if products is None else native.aligned(products)

@@ -16,8 +16,8 @@ __all__ = ["norm_backward", "residual_mlp_backward", "spatial_aggregation", "win
 
 
 def spatial_aggregation(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C) -> the same, and what the attention half gives, if it is kept; `others` are the terms and
-    weights, heads, window, shift and whether to keep."""
+    """(B, T, H, W, C) -> the same, and what the attention half gives, empty unless `keep`; `others`: terms, weights,
+    heads, window, shift, keep."""
     *tensors, heads, window, shift, keep = others
     out = x.new_empty(x.shape)
     middle = x.new_empty(x.shape if keep else 0)
@@ -42,7 +42,7 @@ def window_attention_backward(
     tokens_grad = torch.empty_like(tokens)
     attended = grad.new_empty(grad.shape if need_attended else 0)
     native.call(
-        "ovseg_spatial_aggregation_bwd", tokens, grad, tokens_grad, attended if need_attended else None,
+        "ovseg_spatial_aggregation_attention_bwd", tokens, grad, tokens_grad, attended if need_attended else None,
         *x.shape, heads, window, shift,
     )  # fmt: skip
     return tokens_grad.view(-1, 3 * channels), attended, statistics

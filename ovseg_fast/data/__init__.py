@@ -1,13 +1,16 @@
-"""What models are trained and evaluated on: class lists, datasets on disk, and what is wrong with them.
+"""Datasets for training and evaluation: class lists, images with masks on disk, the procedural world.
 
-Augmentations are in `ovseg_fast.data.augmentation`, which needs torchvision and is imported on use.
+Not imported here, but on use: `data.augmentation`, which needs torchvision, and the code that draws the world.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .check import Problem, check_dataset, report
-from .conventions import LAYOUTS
-from .datasets import Pair, SegmentationDataset, open_dataset
+from .conventions import DATASETS
+from .datasets import Dataset, Pair, SegmentationDataset, open_dataset
 from .masks import NO_CLASS, DataError
 from .vocabularies import (
     ADE20K_150,
@@ -19,12 +22,14 @@ from .vocabularies import (
     WORLD,
     Vocabulary,
 )
-from .world.scenes import World, WorldScenes
+
+if TYPE_CHECKING:
+    from .world.scenes import World, WorldScenes
 
 __all__ = [
     "ADE20K_150",
     "COCO_STUFF",
-    "LAYOUTS",
+    "DATASETS",
     "NO_CLASS",
     "PASCAL_CONTEXT",
     "PASCAL_VOC",
@@ -32,6 +37,7 @@ __all__ = [
     "VOCABULARIES",
     "WORLD",
     "DataError",
+    "Dataset",
     "Pair",
     "Problem",
     "SegmentationDataset",
@@ -42,3 +48,9 @@ __all__ = [
     "open_dataset",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("World", "WorldScenes"):
+        return getattr(import_module(".world.scenes", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

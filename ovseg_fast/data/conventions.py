@@ -1,4 +1,4 @@
-"""Where the public datasets lie on disk, in the folders that users of mmsegmentation and of detectron2 already have."""
+"""How the public datasets lie on disk: the folders that users of mmsegmentation and of detectron2 already have."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ COCO_SPLITS = {"train": "train2017", "val": "val2017"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """One convention of keeping a dataset. `{split}` in a path is replaced by what `splits` says.
+class Convention:
+    """One way to store a dataset. `{split}` in a path stands for the value that `splits` gives.
 
     Args:
         images: folder of the images.
         masks: folders of the masks; a mask is taken from the first one that has it.
         values: the class of value 0, 1, 2, ... in a mask file, -1 for no class, see `MaskValues`.
-        mask_suffixes: how the names of mask files end, after the image's name.
-        lists: text files that name the pairs of the split, one a line; without any, the files in the folders do.
-        by_masks: the folder of images holds those of other splits too, so that the masks alone name the pairs.
-        splits: the splits there are.
+        mask_suffixes: endings of mask files, after the image's name.
+        lists: text files with the names of the split's pairs, one per line; without them the folders decide.
+        by_masks: the image folder holds other splits too, so only the masks name the pairs.
+        splits: the available splits.
     """
 
     images: str
@@ -34,30 +34,29 @@ class Source:
     by_masks: bool = False
     splits: Mapping[str, str] = field(default_factory=lambda: TRAIN_VAL)
 
-    def fill(self, split: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-        """Images, masks and lists of a split."""
-        part = self.splits[split]
+    def paths(self, split: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """Image folder, mask folders and lists of a split."""
 
-        def put(path: str) -> str:
-            return path.replace("{split}", part)
+        def fill(path: str) -> str:
+            return path.replace("{split}", self.splits[split])
 
-        return put(self.images), tuple(map(put, self.masks)), tuple(map(put, self.lists))
+        return fill(self.images), tuple(map(fill, self.masks)), tuple(map(fill, self.lists))
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A dataset and the conventions it is found in.
+class KnownDataset:
+    """A dataset and the conventions that it is stored in.
 
     Args:
-        classes: its class list, or where that is to be read from a file, the number of classes (None: any number).
-        folders: where below the root its folders may begin.
-        sources: the conventions, tried in this order.
-        class_files: files of class names, for a class list that is read.
+        classes: its class list; if the list is read from a file, the number of classes (None: any number).
+        folders: the folders below the root that may hold it.
+        conventions: tried in this order.
+        class_files: files of class names, if the list is read from one.
     """
 
     classes: Vocabulary | int | None
     folders: tuple[str, ...]
-    sources: tuple[Source, ...]
+    conventions: tuple[Convention, ...]
     class_files: tuple[str, ...] = ()
 
 
@@ -70,128 +69,93 @@ def _shifted(count: int) -> tuple[int, ...]:
     return (-1, *range(count))
 
 
-def _voc(values: tuple[int, ...]) -> tuple[Source, ...]:
-    """PASCAL VOC 2012 as it is distributed, and with the 10,582 training masks of SBD ("trainaug")."""
+def _voc(values: tuple[int, ...]) -> tuple[Convention, ...]:
+    """PASCAL VOC 2012 as distributed, and with the 10,582 training masks of SBD ("trainaug")."""
     lists = "ImageSets/Segmentation/"
-    # mmsegmentation keeps only what SBD adds in aug.txt; others list all of it in one file.
+    # In mmsegmentation aug.txt lists only what SBD adds; others list everything in one file.
     augmented = ((f"{lists}trainaug.txt",), (f"{lists}train_aug.txt",), (f"{lists}train.txt", f"{lists}aug.txt"))
+    both, trainaug = ("SegmentationClassAug", "SegmentationClass"), {"trainaug": "trainaug"}
     return (
-        Source("JPEGImages", ("SegmentationClass",), values, lists=(f"{lists}{{split}}.txt",)),
-        *(
-            Source(
-                "JPEGImages",
-                ("SegmentationClassAug", "SegmentationClass"),
-                values,
-                lists=names,
-                splits={"trainaug": "trainaug"},
-            )
-            for names in augmented
-        ),
+        Convention("JPEGImages", ("SegmentationClass",), values, lists=(f"{lists}{{split}}.txt",)),
+        *(Convention("JPEGImages", both, values, lists=names, splits=trainaug) for names in augmented),
     )
 
 
-def _detectron2(masks: str, values: tuple[int, ...]) -> tuple[Source, ...]:
-    """Converted masks of VOC 2012, in a folder for each split, or those of "val" right in one."""
+def _voc_converted(masks: str, values: tuple[int, ...]) -> tuple[Convention, ...]:
+    """Converted masks of VOC 2012: one folder per split, or those of "val" directly in the folder."""
     return (
-        Source("images_detectron2/{split}", (f"{masks}/{{split}}",), values),
-        Source("JPEGImages", (f"{masks}/{{split}}",), values, by_masks=True),
-        Source("JPEGImages", (masks,), values, by_masks=True, splits={"val": "val"}),
+        Convention("images_detectron2/{split}", (f"{masks}/{{split}}",), values),
+        Convention("JPEGImages", (f"{masks}/{{split}}",), values, by_masks=True),
+        Convention("JPEGImages", (masks,), values, by_masks=True, splits={"val": "val"}),
     )
 
 
-# mmsegmentation's masks of Context count its 59 classes by alphabet, from 1 on; the dataset's own list does not.
+# mmsegmentation's masks of Context number its 59 classes alphabetically from 1; the dataset's own list does not.
 _CONTEXT_BY_ALPHABET = (-1, *(PASCAL_CONTEXT.classes.index(name) for name in sorted(PASCAL_CONTEXT.classes)))
-
+_CONTEXT_LISTS = ("ImageSets/SegmentationContext/{split}.txt",)
+_CONTEXT_59, _CONTEXT_459 = ("annotations_detectron2/pc59_{split}",), ("annotations_detectron2/pc459_{split}",)
+_ANNOTATIONS, _DETECTRON2 = ("annotations/{split}",), ("annotations_detectron2/{split}",)
 _VOC2012 = ("", "VOC2012", "VOCdevkit/VOC2012")
 _VOC2010 = ("", "VOC2010", "VOCdevkit/VOC2010")
+_OWN_SUFFIXES, _LARGE_SUFFIXES = (".png", ".tif", ".tiff"), (".tif", ".png")
 
-LAYOUTS = {
-    "coco-stuff": Layout(
+DATASETS = {
+    "coco-stuff": KnownDataset(
         COCO_STUFF,
         ("", "coco_stuff164k", "coco-stuff"),
         (
-            Source(
-                "images/{split}",
-                ("annotations/{split}",),
-                _same(171),
-                mask_suffixes=("_labelTrainIds.png",),
-                splits=COCO_SPLITS,
-            ),
-            Source("images/{split}", ("annotations_detectron2/{split}",), _same(171), splits=COCO_SPLITS),
-            Source("coco/{split}", ("coco-stuff/annotations_detectron2/{split}",), _same(171), splits=COCO_SPLITS),
+            Convention("images/{split}", _ANNOTATIONS, _same(171), ("_labelTrainIds.png",), splits=COCO_SPLITS),
+            Convention("images/{split}", _DETECTRON2, _same(171), splits=COCO_SPLITS),
+            Convention("coco/{split}", ("coco-stuff/annotations_detectron2/{split}",), _same(171), splits=COCO_SPLITS),
         ),
     ),
-    "ade20k-150": Layout(
+    "ade20k-150": KnownDataset(
         ADE20K_150,
         ("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
         (
-            Source("images/{split}", ("annotations/{split}",), _shifted(150), splits=ADE_SPLITS),
-            Source("images/{split}", ("annotations_detectron2/{split}",), _same(150), splits=ADE_SPLITS),
+            Convention("images/{split}", _ANNOTATIONS, _shifted(150), splits=ADE_SPLITS),
+            Convention("images/{split}", _DETECTRON2, _same(150), splits=ADE_SPLITS),
         ),
     ),
-    "ade20k-847": Layout(
+    "ade20k-847": KnownDataset(
         847,
         ("", "ADE20K_2021_17_01"),
-        (
-            Source(
-                "images_detectron2/{split}",
-                ("annotations_detectron2/{split}",),
-                _same(847),
-                mask_suffixes=(".tif",),
-                splits=ADE_SPLITS,
-            ),
-        ),
+        (Convention("images_detectron2/{split}", _DETECTRON2, _same(847), (".tif",), splits=ADE_SPLITS),),
         class_files=("ade847.json", "classes.json", "classes.txt"),
     ),
-    "pascal-voc": Layout(
-        PASCAL_VOC, _VOC2012, (*_voc(_shifted(20)), *_detectron2("annotations_detectron2", _same(20)))
+    "pascal-voc": KnownDataset(
+        PASCAL_VOC, _VOC2012, (*_voc(_shifted(20)), *_voc_converted("annotations_detectron2", _same(20)))
     ),
-    "pascal-voc-20b": Layout(
+    "pascal-voc-20b": KnownDataset(
         PASCAL_VOC_20B,
         _VOC2012,
-        # The converted masks count background last; the dataset's own, which are tried first, as class 0.
-        (*_voc(_same(21)), *_detectron2("annotations_detectron2_bg", (*range(1, 21), 0))),
+        # The converted masks number background last; the dataset's own masks, tried first, as class 0.
+        (*_voc(_same(21)), *_voc_converted("annotations_detectron2_bg", (*range(1, 21), 0))),
     ),
-    "pascal-context": Layout(
+    "pascal-context": KnownDataset(
         PASCAL_CONTEXT,
         _VOC2010,
         (
-            Source(
-                "JPEGImages",
-                ("SegmentationClassContext",),
-                _CONTEXT_BY_ALPHABET,
-                lists=("ImageSets/SegmentationContext/{split}.txt",),
-            ),
-            Source("images/{split}", ("annotations_detectron2/pc59_{split}",), _same(59)),
-            Source("JPEGImages", ("annotations_detectron2/pc59_{split}",), _same(59), by_masks=True),
+            Convention("JPEGImages", ("SegmentationClassContext",), _CONTEXT_BY_ALPHABET, lists=_CONTEXT_LISTS),
+            Convention("images/{split}", _CONTEXT_59, _same(59)),
+            Convention("JPEGImages", _CONTEXT_59, _same(59), by_masks=True),
         ),
     ),
-    "pascal-context-459": Layout(
+    "pascal-context-459": KnownDataset(
         459,
         _VOC2010,
         (
-            Source(
-                "images/{split}",
-                ("annotations_detectron2/pc459_{split}",),
-                _same(459),
-                mask_suffixes=(".tif", ".png"),
-            ),
-            Source(
-                "JPEGImages",
-                ("annotations_detectron2/pc459_{split}",),
-                _same(459),
-                mask_suffixes=(".tif", ".png"),
-                by_masks=True,
-            ),
+            Convention("images/{split}", _CONTEXT_459, _same(459), _LARGE_SUFFIXES),
+            Convention("JPEGImages", _CONTEXT_459, _same(459), _LARGE_SUFFIXES, by_masks=True),
         ),
         class_files=("pc459.json", "classes.json", "classes.txt", "labels.txt", "trainval/labels.txt"),
     ),
-    "folder": Layout(
+    "folder": KnownDataset(
         None,
         ("",),
         (
-            Source("images/{split}", ("masks/{split}",), mask_suffixes=(".png", ".tif", ".tiff")),
-            Source("images", ("masks",), mask_suffixes=(".png", ".tif", ".tiff")),
+            Convention("images/{split}", ("masks/{split}",), mask_suffixes=_OWN_SUFFIXES),
+            Convention("images", ("masks",), mask_suffixes=_OWN_SUFFIXES),
         ),
         class_files=("classes.txt", "classes.json"),
     ),

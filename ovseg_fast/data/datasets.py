@@ -1,4 +1,4 @@
-"""Images with masks on disk, in any of the `LAYOUTS`, as RGB images and label maps with -1 for "no class"."""
+"""Any of the `DATASETS` on disk, or the procedural world, as RGB images with label maps; -1 is "no class"."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from ..images import SUFFIXES, load_image
 from ..vocabulary import check_classes, read_classes
-from .conventions import LAYOUTS, Layout, Source
+from .conventions import DATASETS, Convention, KnownDataset
 from .masks import DataError, MaskValues, read_mask
-from .vocabularies import Vocabulary
+from .vocabularies import WORLD, Vocabulary
+
+if TYPE_CHECKING:
+    from .world.scenes import WorldScenes
+
+WORLD_SPLITS = {"train": "train", "test": "test", "all": "all", "val": "test"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its mask. Either file may be missing: `check_dataset` names it, reading it raises."""
+    """An image and its mask. Either file may be missing: `check_dataset` reports it, reading it raises."""
 
     name: str
     image: Path
@@ -28,18 +34,19 @@ class Pair:
 
 @dataclass
 class SegmentationDataset:
-    """Pairs of an image and a mask.
+    """Pairs of an image and a mask on disk.
 
     Args:
-        name: the layout, "ade20k-150" for example.
-        vocabulary: the classes that label maps hold indices into, and which of them are unseen.
-        pairs: the pairs, by name; there may be none.
-        values: what the values in the mask files mean.
+        name: of the dataset, "ade20k-150" for example. split: which part of it.
+        vocabulary: the classes that label maps index, and which of them are unseen.
+        pairs: in the order of the split's list, or sorted by name; may be empty.
+        values: the meaning of the values in the mask files.
         image_folder, mask_folders: where the files are.
-        mask_suffixes: how the names of mask files end.
+        mask_suffixes: endings of mask files.
     """
 
     name: str
+    split: str
     vocabulary: Vocabulary
     pairs: list[Pair]
     values: MaskValues
@@ -51,10 +58,7 @@ class SegmentationDataset:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Read a pair.
-
-        Returns:
-            An RGB image and its label map (H, W) int32 of the same size, with -1 for no class.
+        """An RGB image and its label map (H, W) int32 of the same size, with -1 for no class.
 
         Raises:
             ImageError: the image is missing or unreadable, see `load_image`.
@@ -66,8 +70,11 @@ class SegmentationDataset:
         return fit(pair, image, values), self.values.labels(values, pair.mask)
 
 
+Dataset: TypeAlias = "SegmentationDataset | WorldScenes"
+
+
 def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
-    """The image as its mask sees it: upright, or as stored where the mask was drawn without regard to EXIF data.
+    """The image as its mask sees it: upright, or as stored if the mask was drawn without regard to EXIF data.
 
     Raises:
         DataError: `size`: image and mask differ in size either way.
@@ -86,95 +93,111 @@ def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
     return image
 
 
-def open_dataset(layout: str, root: str | os.PathLike[str], split: str = "val") -> SegmentationDataset:
-    """Find a dataset in the folders that mmsegmentation or detectron2 users have, or one's own.
+def open_dataset(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    split: str = "val",
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    endless: int = 500,
+) -> Dataset:
+    """Open a dataset in the folders that mmsegmentation or detectron2 users have, your own folder, or the world.
 
-    Nothing is decoded, and nothing is said of missing files: `check_dataset` does that.
+    Decodes nothing and does not look for missing files: `check_dataset` does that.
 
     Args:
-        layout: `coco-stuff`, `ade20k-150`, `ade20k-847`, `pascal-voc`, `pascal-voc-20b`, `pascal-context`,
-            `pascal-context-459`; or `folder`, one's own `images/`, `masks/` (of the same names, PNG or TIFF, 255 for no
-            class) and `classes.txt` (one a line, index 0 first).
-        root: the dataset's folder, or one above it: mmsegmentation's `data`, detectron2's `$DETECTRON2_DATASETS`.
+        name: `coco-stuff`, `ade20k-150`, `ade20k-847`, `pascal-voc`, `pascal-voc-20b`, `pascal-context`,
+            `pascal-context-459`; `folder`: your own `images/`, `masks/` (same names, PNG or TIFF, 255 for no class) and
+            `classes.txt` (one per line, index 0 first); or `world`: scenes that are drawn from a seed.
+        root: the dataset's folder, or one above it: mmsegmentation's `data`, detectron2's `$DETECTRON2_DATASETS`. The
+            world needs none.
         split: `val`, `train`; PASCAL VOC also has `trainaug`. A `folder` has `images/val` with `masks/val` and so on,
-            or else is taken whole for any split.
+            otherwise every split is the whole folder. The world has `train`, `test` (which `val` means) and `all`.
+        limit: only the first images.
+        seed: of the world.
+        endless: number of the world's scenes if there is no limit.
 
     Returns:
-        The dataset. The names of `ade20k-847` and `pascal-context-459` are not in this package: they are read from the
-        dataset's folder or from `root`, out of `ade847.json` or `pc459.json` as the authors of CAT-Seg publish them, or
-        `classes.json` or `classes.txt`; for PASCAL Context also out of its own `labels.txt`.
+        The dataset. The class names of `ade20k-847` and `pascal-context-459` are not in this package: they are read
+        from the dataset's folder or from `root`, from `ade847.json` or `pc459.json` as the authors of CAT-Seg publish
+        them, or from `classes.json` or `classes.txt`; for PASCAL Context also from its own `labels.txt`.
 
     Raises:
         FileNotFoundError: `root` does not exist, or there is no file of class names.
-        ValueError: no such layout or split, none of the expected folders, or a wrong number of class names.
+        ValueError: no such dataset or split, none of the expected folders, a wrong number of class names, `limit` is
+            under 1, or `seed` is negative.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    found = LAYOUTS[layout]
-    splits = dict.fromkeys(name for source in found.sources for name in source.splits)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
+    if name not in (*DATASETS, WORLD.name):
+        raise ValueError(f"name must be one of the datasets {', '.join((*DATASETS, WORLD.name))}, got {name!r}.")
+    known = DATASETS.get(name)
+    splits = list(dict.fromkeys(part for each in known.conventions for part in each.splits) if known else WORLD_SPLITS)
     if split not in splits:
-        raise ValueError(f"split of {layout} must be one of {', '.join(splits)}, got {split!r}.")
+        raise ValueError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}.")
+    if known is None:
+        from .world.scenes import WorldScenes  # the drawing code, loaded only if something is drawn
+
+        return WorldScenes.first(limit or endless, WORLD_SPLITS[split], seed)
+    if root is None:
+        raise ValueError(f"root must be the folder that {name} lies in, got None.")
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"root must be the folder of a dataset, there is no '{root}'.")
     if not root.is_dir():
         raise ValueError(f"root must be the folder of a dataset, '{root}' is a file.")
 
-    folder, source = _find(layout, found, root, split)
-    vocabulary = _vocabulary(layout, found, root, folder)
-    images, masks, lists = source.fill(split)
+    folder, found = _find(name, known, root, split)
+    vocabulary = _vocabulary(name, known, root, folder)
+    images, masks, lists = found.paths(split)
     image_folder, mask_folders = folder / images, tuple(folder / mask for mask in masks)
-    names = _listed(folder, lists) if lists else None
+    pairs = _pairs(found, image_folder, mask_folders, _listed(folder, lists) if lists else None)
+    values = MaskValues(found.values or range(len(vocabulary.classes)))
     return SegmentationDataset(
-        layout,
-        vocabulary,
-        _pairs(source, image_folder, mask_folders, names),
-        MaskValues(source.values or range(len(vocabulary.classes))),
-        image_folder,
-        mask_folders,
-        source.mask_suffixes,
+        name, split, vocabulary, pairs[:limit], values, image_folder, mask_folders, found.mask_suffixes
     )
 
 
-def _find(layout: str, found: Layout, root: Path, split: str) -> tuple[Path, Source]:
-    """The first convention whose folders and lists are all there."""
+def _find(name: str, known: KnownDataset, root: Path, split: str) -> tuple[Path, Convention]:
+    """The first convention whose folders and lists all exist, and the folder that it was found in."""
     wanted = []
-    for source in found.sources:
-        if split not in source.splits:
+    for convention in known.conventions:
+        if split not in convention.splits:
             continue
-        images, masks, lists = source.fill(split)
-        for prefix in found.folders:
-            folder = root / prefix
+        images, masks, lists = convention.paths(split)
+        for folder in (root / prefix for prefix in known.folders):
             if all((folder / part).is_dir() for part in (images, masks[0])) and all(
                 (folder / part).is_file() for part in lists
             ):
-                return folder, source
+                return folder, convention
         wanted.append(" + ".join([images, masks[0], *lists]))
-    below = " or in ".join(["it", *(f"'{prefix}'" for prefix in found.folders if prefix)])
-    raise ValueError(
-        f"root '{root}' holds no {layout} of split {split!r}: looked in {below} for "
-        f"{', or '.join(dict.fromkeys(wanted))}."
+    below = " or in ".join(["it", *(f"'{prefix}'" for prefix in known.folders if prefix)])
+    looked = f"looked in {below} for {', or '.join(dict.fromkeys(wanted))}"
+    raise ValueError(f"root '{root}' holds no {name} of split {split!r}: {looked}.")
+
+
+def _vocabulary(name: str, known: KnownDataset, root: Path, folder: Path) -> Vocabulary:
+    if isinstance(known.classes, Vocabulary):
+        return known.classes
+    file = next(
+        (place / file for place in (folder, root) for file in known.class_files if (place / file).is_file()), None
     )
-
-
-def _vocabulary(layout: str, found: Layout, root: Path, folder: Path) -> Vocabulary:
-    if isinstance(found.classes, Vocabulary):
-        return found.classes
-    places = list(dict.fromkeys(place / name for place in (folder, root) for name in found.class_files))
-    file = next((place for place in places if place.is_file()), None)
     if file is None:
+        files = ", ".join(known.class_files)
         raise FileNotFoundError(
-            f"the class names of {layout} are read from a file, there is none of {', '.join(found.class_files)} in "
-            f"'{folder}'."
+            f"the class names of {name} are read from a file, but '{folder}' holds none of {files}."
         )
     names = _numbered(file) or read_classes(file)
-    if found.classes is not None and len(names) != found.classes:
-        raise ValueError(f"'{file}' must hold the {found.classes} class names of {layout}, got {len(names)}.")
-    return Vocabulary(layout, tuple(names))
+    if known.classes is not None and len(names) != known.classes:
+        raise ValueError(f"'{file}' must hold the {known.classes} class names of {name}, got {len(names)}.")
+    return Vocabulary(name, tuple(names))
 
 
 def _numbered(file: Path) -> list[str] | None:
-    """Names out of lines "1: accordion", as PASCAL Context brings them; None for any other file."""
+    """Names from lines "1: accordion", as PASCAL Context has them; None for any other file."""
     if file.name != "labels.txt":
         return None
     lines = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line.strip()) for line in file.read_text("utf-8").splitlines() if line]
@@ -185,7 +208,7 @@ def _numbered(file: Path) -> list[str] | None:
 
 
 def _listed(folder: Path, lists: tuple[str, ...]) -> list[str]:
-    """Names out of list files: the first word of each line, without folder and suffix."""
+    """Names from list files: the first word of each line, without folder and suffix."""
     names: dict[str, None] = {}
     for part in lists:
         for line in (folder / part).read_text("utf-8").splitlines():
@@ -196,40 +219,39 @@ def _listed(folder: Path, lists: tuple[str, ...]) -> list[str]:
 
 
 def image_files(folder: Path) -> dict[str, list[Path]]:
-    """Image files of a folder by their names without suffix; several where one image comes in several formats."""
+    """Image files of a folder by name without suffix; several if an image comes in several formats."""
     return _by_stem(folder, SUFFIXES)
 
 
-def mask_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Mask files of a folder by the name of their image."""
-    return _by_stem(folder, suffixes)
+def mask_files(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Mask files by the name of their image, each from the first folder that has it."""
+    masks: dict[str, list[Path]] = {}
+    for folder in folders:
+        masks = _by_stem(folder, suffixes) | masks
+    return masks
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
-    if not folder.is_dir():
-        return files
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
         suffix = next((end for end in suffixes if name.lower().endswith(end.lower())), None)
         if suffix is not None and not name.startswith(".") and len(name) > len(suffix):
             files.setdefault(name[: -len(suffix)], []).append(folder / name)
     return files
 
 
-def _pairs(source: Source, image_folder: Path, mask_folders: tuple[Path, ...], names: list[str] | None) -> list[Pair]:
-    images = image_files(image_folder)
-    masks: dict[str, list[Path]] = {}
-    for folder in mask_folders:
-        for name, files in mask_files(folder, source.mask_suffixes).items():
-            masks.setdefault(name, files)
+def _pairs(
+    convention: Convention, image_folder: Path, mask_folders: tuple[Path, ...], names: list[str] | None
+) -> list[Pair]:
+    images, masks = image_files(image_folder), mask_files(mask_folders, convention.mask_suffixes)
     if names is None:
-        names = sorted(masks) if source.by_masks else sorted({*images, *masks})
-    # A file that is missing gets the name it should have.
+        names = sorted(masks if convention.by_masks else images | masks)
+    # A missing file gets the name that it should have.
     return [
         Pair(
             name,
             images.get(name, [image_folder / f"{name}.jpg"])[0],
-            masks.get(name, [mask_folders[0] / f"{name}{source.mask_suffixes[0]}"])[0],
+            masks.get(name, [mask_folders[0] / f"{name}{convention.mask_suffixes[0]}"])[0],
         )
         for name in names
     ]

@@ -1,4 +1,4 @@
-"""Mask files, in whatever convention a dataset keeps them, as label maps with -1 for "no class"."""
+"""Mask files in any convention, as label maps with -1 for "no class"."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+
+from ..images import ImageError, MissingImageError, decoding, open_image
 
 NO_CLASS = -1
-NO_CLASS_VALUES = (255, 65535)  # what files of 8 and of 16 bits say for it, unless a class has that index
+NO_CLASS_VALUES = (255, 65535)  # in files of 8 and 16 bits, unless a class has that index
 _BEYOND = -2
 
-# PIL spreads grey levels of fewer than 8 bits over 0..255, which would turn index 1 into 85 or 17.
+# PIL spreads grey levels of 2 and 4 bits over 0..255, which would turn index 1 into 85 or 17.
 _SPREAD = {"L;2": 85, "L;4": 17}
 
 
@@ -28,7 +29,7 @@ class DataError(ValueError):
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Indices out of a mask file as they stand there: greyscale of 1 to 16 bits, or a palette's indices.
+    """The values in a mask file: grey levels of 1 to 16 bits, or the indices into a palette.
 
     Returns:
         (H, W) int32.
@@ -36,43 +37,29 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         DataError: `missing-mask`: no such file; `unreadable-mask`: a folder, empty, damaged, truncated, or in colour.
     """
-    if not path.exists():
-        raise DataError("missing-mask", f"there is no mask file '{path}'.")
-    if not path.is_file():
-        raise DataError("unreadable-mask", f"mask '{path}' is not a plain file.")
-    if path.stat().st_size == 0:
-        raise DataError("unreadable-mask", f"mask '{path}' is empty (0 bytes).")
     try:
-        with Image.open(path) as image:
+        with open_image(str(path), "mask") as image:
             mode = image.mode
-            layout = image.tile[0].args if image.tile else None
-            values = np.asarray(image)
-    except UnidentifiedImageError:
-        raise DataError(
-            "unreadable-mask", f"mask '{path}' is not in an image format that PIL reads, or its beginning is damaged."
-        ) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise whatever the format's reader happens to stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            "unreadable-mask", f"mask '{path}' is damaged or truncated and cannot be decoded ({reason})."
-        ) from error
+            packing = image.tile[0].args if image.tile else None
+            with decoding(f"mask '{path}'"):
+                values = np.asarray(image)
+    except ImageError as error:
+        kind = "missing-mask" if isinstance(error, MissingImageError) else "unreadable-mask"
+        raise DataError(kind, str(error)) from error
     if values.ndim != 2 or values.dtype.kind not in "bui":
         raise DataError(
-            "unreadable-mask", f"mask '{path}' is of PIL mode {mode}, expected one class index a pixel (greyscale)."
+            "unreadable-mask", f"mask '{path}' is of PIL mode {mode}, expected one class index per pixel (greyscale)."
         )
-    if isinstance(layout, (tuple, list)):
-        layout = layout[0] if layout else None
-    return values.astype(np.int32) // _SPREAD.get(str(layout), 1)
+    if isinstance(packing, (tuple, list)):
+        packing = packing[0] if packing else None
+    return values.astype(np.int32) // _SPREAD.get(str(packing), 1)
 
 
 class MaskValues:
-    """What the values in a dataset's mask files mean.
+    """The meaning of the values in a dataset's mask files.
 
     Args:
-        classes: the class of value 0, 1, 2, ...; -1 for a value that stands for no class. Of 255 and 65535 those that
-            lie beyond this list stand for no class too.
+        classes: the class of value 0, 1, 2, ..., -1 for no class. 255 and 65535 mean no class if beyond this list.
     """
 
     def __init__(self, classes: Sequence[int]) -> None:

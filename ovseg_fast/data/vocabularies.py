@@ -1,8 +1,7 @@
 """Class lists of the public benchmarks, with the unseen classes of their zero-shot splits.
 
-For PASCAL VOC, PASCAL Context and COCO-Stuff the order is the one that Cascade-CLIP's splits count in (Li et al., ICML
-2024, arXiv 2406.00670): indices of `unseen` and rows of published text embeddings and labels follow it. The others are
-in the order of the datasets' own label indices.
+PASCAL VOC, PASCAL Context and COCO-Stuff are in the order of Cascade-CLIP's splits (Li et al., ICML 2024, arXiv
+2406.00670): `unseen`, published text embeddings and labels follow it. The others are in the datasets' own order.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ class Vocabulary:
     """Class names and a zero-shot split of them.
 
     Args:
-        name: what `VOCABULARIES` and configurations call it.
+        name: its key in `VOCABULARIES` and in configurations.
         classes: T names; a label map holds indices into them.
         unseen: indices of the classes that are never trained on.
-        background: what to prompt with in place of class 0 where that one is "everything else", which no prompt
-            describes; empty where class 0 is a class like the others.
+        background: names to prompt with if class 0 is "everything else", which no prompt describes; else empty.
 
     Raises:
         ValueError: an unseen index is repeated or names no class.
@@ -40,7 +38,7 @@ class Vocabulary:
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """Names of the classes that are trained on, in order."""
+        """The classes that are trained on, in order."""
         return tuple(name for index, name in enumerate(self.classes) if index not in self.unseen)
 
 
@@ -108,12 +106,12 @@ ADE20K_150 = Vocabulary(
     ),
 )
 
-# The background is what PASCAL Context names besides the 20, whose list begins with them (CAT-Seg, arXiv 2303.11797).
+# The background: the classes of PASCAL Context after the first 20, which are VOC's (CAT-Seg, arXiv 2303.11797).
 PASCAL_VOC_20B = Vocabulary(
     "pascal-voc-20b", ("background", *PASCAL_VOC.classes), background=PASCAL_CONTEXT.classes[len(PASCAL_VOC.classes) :]
 )
 
-WORLD = Vocabulary("world", NAMES, UNSEEN)  # the procedural one, see `data.world`
+WORLD = Vocabulary("world", NAMES, UNSEEN)  # see `data.world`
 
 VOCABULARIES = {
     vocabulary.name: vocabulary

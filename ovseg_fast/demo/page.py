@@ -1,4 +1,4 @@
-"""The picture that `ovseg-fast demo` writes: the scene, the truth, the prediction, and what led to it."""
+"""The page that `ovseg-fast demo` writes: scene, truth and prediction, and the maps that led to it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def page(
         notes: a few words on each name. shown: indices of the names whose maps are shown.
 
     Returns:
-        an RGB image: a first row with scene, truth, prediction, wrong pixels and key; then for each shown name its
-        costs, all on one scale, and its scores, on the scale 0..1, with their ranges.
+        an RGB image: in the first row scene, truth, prediction, wrong pixels and key; then for each shown name its
+        costs, on a common scale, and its scores, on the scale 0..1, with their ranges.
     """
     colours = [tuple(colour) for colour in palette(len(result.classes)).tolist()]
     longest = max(result.image.size)
-    side = longest * -(-MIN_SIDE // longest)  # a whole step, so that borders stay even
+    side = longest * -(-MIN_SIDE // longest)  # a whole multiple, so that borders stay even
     width, height = (length * side // longest for length in result.image.size)
 
     counted = truth >= 0
@@ -78,16 +78,12 @@ def page(
     ]
     low, high = float(costs[list(shown)].min()), float(costs[list(shown)].max())
     for start in range(0, len(shown), COLUMNS):
-        block = shown[start : start + COLUMNS]
-        rows.append(
-            [
-                Panel(
-                    cost_map(costs[i], low, high), result.classes[i], notes[i], _range("cosine", costs[i]), colours[i]
-                )
-                for i in block
-            ]
-        )
-        rows.append([Panel(cost_map(result.scores[i], 0, 1), note=_range("score", result.scores[i])) for i in block])
+        rows += [[], []]
+        for i in shown[start : start + COLUMNS]:
+            maps, scores = costs[i], result.scores[i]
+            cosines = Panel(cost_map(maps, low, high), result.classes[i], notes[i], _range("cosine", maps), colours[i])
+            rows[-2].append(cosines)
+            rows[-1].append(Panel(cost_map(scores, 0, 1), note=_range("score", scores)))
     return panels(rows, title, subtitle, side)
 
 
@@ -96,15 +92,15 @@ def _range(what: str, values: NDArray[np.float32]) -> str:
 
 
 def _coloured(image: Image.Image, labels: NDArray[np.int32], names: Sequence[str]) -> Image.Image:
-    """The names' colours over the image, hatched where there is no name."""
+    """The names' colours over the image, hatched where no name fits."""
     known = np.where(labels < 0, len(names), labels)
-    # Over grey levels: the objects' own colours would change those of the names.
+    # Over grey: the scene's colours would change those of the names.
     picture = overlay(image.convert("L"), known, [*names, UNNAMED], alpha=0.75, legend=False)
     return _hatched(picture, labels < 0)
 
 
 def _errors(image: Image.Image, wrong: NDArray[np.bool_], counted: NDArray[np.bool_]) -> Image.Image:
-    """A pale image with the wrong pixels in red, hatched where nothing is known."""
+    """A pale image with the wrong pixels in red, hatched where the truth is unknown."""
     pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, PAPER), 0.6)
     pale.paste(WRONG, mask=Image.fromarray(np.uint8(220) * wrong))
     return _hatched(pale, ~counted)

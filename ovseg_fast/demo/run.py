@@ -1,4 +1,4 @@
-"""What `ovseg-fast demo` does: choose or make a scene, segment it by names, measure, write pictures."""
+"""The steps of `ovseg-fast demo`: choose or draw a scene, segment it by names, measure, write pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..data.world.scenes import WORLD, Scene, World
+from ..data.vocabularies import WORLD
+from ..data.world.scenes import Scene, World
 from ..evaluation.metrics import ConfusionMatrix
 from ..files import write_whole
 from ..segmenter import Segmenter
@@ -18,16 +19,13 @@ from .page import cost_maps, page
 from .words import distractors, meanings, truth, understand_scene
 
 DISTRACTORS = 5  # names of things that are not in the scene, each one word away from one that is
-VISIBLE = 0.04  # of the picture: what covers less is not well visible
-SEARCHED = 2000  # scenes looked through for one with two unseen objects; about one in ten is
-PANELS = 20  # names with maps of their own in the picture
+VISIBLE = 0.04  # share of the picture from which a thing is clearly visible
+SEARCHED = 2000  # scenes searched for one with two unseen objects; about one in ten has them
+PANELS = 20  # names whose maps are in the picture
 
 
 class Asked(NamedTuple):
-    """What is to be segmented by which names.
-
-    Attributes: scene; where: it is from. names: T of them. meant: the world's classes that each one means.
-    """
+    """A scene, where it is from, T names to segment it by, and the world's classes that each name means."""
 
     scene: Scene
     where: str
@@ -36,7 +34,7 @@ class Asked(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What the table says of a name; an IoU of NaN is that of one that is not in the scene."""
+    """A row of the table; the IoU of a name that is not in the scene is NaN."""
 
     name: str
     split: str
@@ -48,8 +46,8 @@ def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Aske
     """A scene and names for it.
 
     Args:
-        wish: what the scene shall show, in words; by default the first one of the seed with two unseen objects.
-        typed: the names; by default those of everything that is well to be seen in the scene, and distractors.
+        wish: a description of the scene; by default the first one of the seed with two unseen objects.
+        typed: the names; by default those of everything visible in the scene, and distractors.
         seed: of the world. size: side in pixels.
 
     Raises:
@@ -62,7 +60,7 @@ def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Aske
             scene = world.scene_of(labels, size=size)
         except ValueError as error:
             raise ValueError(f"--scene: {error}") from error
-        where = f"The wanted scene, seed {seed}"
+        where = f"The described scene, seed {seed}"
         if len(labels) > len(names):
             names.append(WORLD.classes[labels[-1]])
     else:
@@ -83,15 +81,14 @@ def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Aske
 
 
 def _first_with_unseen(world: World) -> int:
-    """The number of the first test scene with two well visible objects that are never trained on."""
+    """The number of the first test scene with two clearly visible objects that are never trained on."""
     for number in range(SEARCHED):
-        scene = world.scene(number, split="test")  # at the usual size, so that a size shows the same scene as another
+        scene = world.scene(number, split="test")  # at the default size, so that every --size shows the same scene
         visible = [region.label for region in scene.regions if (scene.labels == region.label).mean() >= VISIBLE]
         if len(set(visible) & set(WORLD.unseen)) >= 2:
             return number
-    raise ValueError(
-        f"--seed {world.seed}: none of its first {SEARCHED} scenes shows two unseen objects; take another."
-    )
+    where = f"--seed {world.seed}: none of its first {SEARCHED} scenes"
+    raise ValueError(f"{where} shows two unseen objects; choose another seed.")
 
 
 def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) -> tuple[list[str], list[Path]]:
@@ -132,15 +129,15 @@ def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) ->
         write_whole(file, picture.save)
 
     if not scores.present.any():
-        means = "There is no mIoU: none of the names is in the scene. --scene makes one of your own words."
+        means = "There is no mIoU: none of the names is in the scene. --scene draws one from your own words."
     lines = [_describe(asked), "", *_table(rows), "", means]
     left_out = [label for label in np.unique(scene.labels).tolist() if not any(label in classes for classes in meant)]
     if left_out:
         things = ", ".join(WORLD.classes[label] for label in left_out)
         share = 100 * float((right < 0).mean())
-        lines.append(f"Not counted, for no name means it: {things} ({share:.1f} % of the picture).")
+        lines.append(f"Not counted, because no name means it: {things} ({share:.1f} % of the picture).")
     if len(names) > PANELS:
-        lines.append(f"The picture shows maps of {PANELS} of the {len(names)} names, those of the most pixels.")
+        lines.append(f"The picture shows the maps of {PANELS} of the {len(names)} names, those with the most pixels.")
     return lines, files
 
 

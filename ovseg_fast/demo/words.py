@@ -1,4 +1,4 @@
-"""What a person means: their own words for the classes of the procedural world, and for a scene of it."""
+"""Typed words in terms of the procedural world: the classes that a name means, the scene that a sentence describes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.world.scenes import FIRST_GROUND, GROUNDS, OBJECTS, ON, SYNONYMS, WORLD
+from ..data.vocabularies import WORLD
+from ..data.world.classes import CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, ON, SYNONYMS
 from ..vocabulary import check_classes, prompt_name
 
 _ARTICLES = frozenset(("a", "an", "the"))
-# Word by word, so that "brick wall" may come in any order too: "bricks" is {"brick", "wall"}.
+# Word by word, because the order is free: "bricks" is {"brick", "wall"}.
 _MEANS = {synonym: frozenset(word.split()) for word, synonyms in SYNONYMS.items() for synonym in synonyms}
 _CLASS_WORDS = tuple(frozenset(name.split()) for name in WORLD.classes)
 
 
 def matching(name: str) -> tuple[int, ...]:
-    """Indices of the classes that have all the words of a name.
+    """Indices of the classes that have all words of a name.
 
-    Synonyms, articles, upper case and the order of the words make no difference: "a Spotted violet plus" is the class
-    "purple dotted cross". A name that leaves words out means every class that fits: "water" is water of any colour.
-    One with a word that the world does not know means none.
+    Synonyms, articles, case and word order do not matter: "a Spotted violet plus" is the class "purple dotted cross". A
+    name with fewer words means every class that fits: "water" is water of any colour. A name with an unknown word means
+    none.
     """
     words = set(re.findall(r"\w+", prompt_name(name).casefold())) - _ARTICLES
     known = frozenset().union(*(_MEANS.get(word, {word}) for word in words))
-    return tuple(index for index, own in enumerate(_CLASS_WORDS) if known <= own) if known else ()
+    return tuple(index for index, each in enumerate(_CLASS_WORDS) if known <= each) if known else ()
 
 
 def meanings(names: Sequence[str]) -> list[tuple[int, ...]]:
-    """The classes that each name means, see `matching`; empty for a name that is of another world.
+    """The classes that each name means, see `matching`; empty for a name that is not of this world.
 
     Raises:
         ValueError: two names mean the same.
@@ -45,7 +46,7 @@ def meanings(names: Sequence[str]) -> list[tuple[int, ...]]:
 
 
 def truth(labels: NDArray[np.int32], meant: Sequence[Collection[int]]) -> NDArray[np.int32]:
-    """The right name for every pixel: the most exact one that its class has.
+    """The right name for every pixel: the most specific one that means its class.
 
     Args:
         labels: (H, W) class indices of a scene. meant: the classes that each of T names means, see `meanings`.
@@ -54,26 +55,24 @@ def truth(labels: NDArray[np.int32], meant: Sequence[Collection[int]]) -> NDArra
         (H, W) int32 indices into the names; −1 where no name means the class.
     """
     table = np.full(len(WORLD.classes), -1, np.int32)
-    for label in range(len(table)):
-        fitting = [index for index, classes in enumerate(meant) if label in classes]
-        if fitting:
-            table[label] = min(fitting, key=lambda index: len(meant[index]))
+    # The most specific name comes last; of equals the first.
+    for index in sorted(range(len(meant)), key=lambda index: (len(meant[index]), index), reverse=True):
+        table[list(meant[index])] = index
     return table[labels]
 
 
 def distractors(labels: Sequence[int], count: int, rng: np.random.Generator, known: Collection[int] = ()) -> list[int]:
-    """Up to `count` classes, neither among `labels` nor `known`, each of which differs in a single word from one of
-    `labels`; these take turns."""
+    """Up to `count` classes outside `labels` and `known` that differ in one word from one of `labels`, which take
+    turns."""
     found: list[int] = []
-    words = (*OBJECTS, *GROUNDS)
     for turn in range(count):
         label = labels[turn % len(labels)]
         near = [
             index
-            for index, other in enumerate(words)
+            for index, other in enumerate(CLASS_WORDS)
             if index not in (*labels, *known, *found)
             and (index < FIRST_GROUND) == (label < FIRST_GROUND)
-            and sum(a != b for a, b in zip(other, words[label], strict=False)) == 1
+            and sum(a != b for a, b in zip(other, CLASS_WORDS[label], strict=False)) == 1
         ]
         if near:
             found.append(near[int(rng.integers(len(near)))])
@@ -81,17 +80,17 @@ def distractors(labels: Sequence[int], count: int, rng: np.random.Generator, kno
 
 
 def understand_scene(text: str, rng: np.random.Generator) -> tuple[list[str], list[int]]:
-    """What "a violet spotted plus and a red star on water" asks for.
+    """The classes that "a violet spotted plus and a red star on water" describes.
 
-    Things are separated by commas or "and"; the ground comes after "on", "over" or "in front of", or among the things.
-    Where words are left out, as the pattern of the star and the colour of the water, combinations that are never
-    trained on are preferred, and a ground of another colour than the objects. Without a ground any is taken.
+    Things are separated by commas or "and"; the ground follows "on", "over" or "in front of", or is one of the things.
+    Missing words, such as the star's pattern and the water's colour, are chosen to give combinations that are never
+    trained on, and a ground of another colour than the objects. Without a ground, one is chosen.
 
     Returns:
-        the names as they are written, without articles; the class index of each, and perhaps of a ground after them.
+        the names as written, without articles; the class index of each, then that of a chosen ground.
 
     Raises:
-        ValueError: a thing is no class of the world or comes twice, there are two grounds, or no object.
+        ValueError: a thing is not a class of the world or occurs twice, there are two grounds, or no object.
     """
     separator = r",|;|\band\b|" + "|".join(rf"\b{word}\b" for word in ON)
     things = (

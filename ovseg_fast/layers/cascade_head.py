@@ -14,8 +14,7 @@ from ..ops.gaussian_aggregation import gaussian_weights
 
 
 class UnusedParts(nn.Module):
-    """What released checkpoints hold for each decoder layer although the method never reads it; kept for the way
-    back."""
+    """What released checkpoints hold for each decoder layer but the method never reads; kept to write them back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,10 +30,10 @@ class DecoderLayer(nn.Module):
     """Post-norm cross-attention layer without self-attention (Cascade-CLIP, section 3.4).
 
     Args:
-        channels: D of queries and memory; heads: attention heads; hidden: width of the feed-forward part; dropout:
-            probability.
+        channels: D of queries and memory; heads: attention heads; hidden: feed-forward width; dropout: probability.
 
-    Attributes: `attention`, what the PyTorch form of mask attention attends with, `"sdpa"` or `"xformers"`.
+    Attributes:
+        attention: what the PyTorch form of mask attention attends with, `"sdpa"` or `"xformers"`.
     """
 
     attention = "sdpa"
@@ -69,19 +68,15 @@ class DecoderLayer(nn.Module):
 
     def scores(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, T, D) and (B, S, D) -> head-averaged scores (B, T, S), before the softmax."""
-        return ops.mask_scores(
-            queries, memory, self.q.weight, self.q.bias, self.k.weight, self.k.bias, heads=self.heads
-        )
+        q, k = self.q, self.k
+        return ops.mask_scores(queries, memory, q.weight, q.bias, k.weight, k.bias, heads=self.heads)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
 class CascadedDecoder(nn.Module):
-    """Decoder of one stage. Only the last layer's scores are read, so its other parts are never run.
-
-    Args: as `DecoderLayer`; layers: number of layers.
-    """
+    """Decoder of one stage, of so many `DecoderLayer`s; of the last one only the scores are computed."""
 
     def __init__(self, channels: int, layers: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -99,8 +94,8 @@ class CascadeHead(nn.Module):
     """Neighbourhood Gaussian aggregation and cascaded decoders (Cascade-CLIP, sections 3.3 and 3.4).
 
     Args:
-        channels: E of image and text embeddings; stages: layers gathered in each stage, the last one being the
-            encoder's last block alone; layers, heads, hidden, dropout: of each decoder.
+        channels: E of image and text embeddings; stages: number of layers gathered in each stage, the last one being
+            the encoder's last block alone; layers, heads, hidden, dropout: of each decoder.
     """
 
     def __init__(
@@ -114,21 +109,16 @@ class CascadeHead(nn.Module):
     def aggregate(self, features: Tensor) -> list[Tensor]:
         """(L, B, S, E) features of all gathered layers -> the stages' maps, each (B, S, E).
 
-        For features that are there already: the model itself gathers each stage at once, `ops.gather_stage`.
+        For features that exist already; the model gathers each stage in one call, `ops.layer_gather` with weights.
         """
-        sizes = [len(weights) for weights in self.stage_weights]
-        *neighbours, last = features.split([*sizes, 1])
-        maps = [
-            ops.gaussian_aggregation(part, weights)
-            for part, weights in zip(neighbours, self.stage_weights, strict=True)
-        ]
-        return [*maps, last[0]]
+        *parts, last = features.split([*map(len, self.stage_weights), 1])
+        return [*map(ops.gaussian_aggregation, parts, self.stage_weights), last[0]]
 
     def forward(self, stages: Sequence[Tensor], global_embedding: Tensor, text: Tensor) -> Tensor:
         """Sum of the stages' mask logits.
 
         Args:
-            stages: a map a stage, (B, S, E), as `aggregate` gives them.
+            stages: one map (B, S, E) per stage, as `aggregate` returns them.
             global_embedding: (B, E) unit-length image embedding.
             text: (T, E) unit-length text embeddings.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from .. import ops
-from ..ops.common.checks import INTEGERS
+from ..ops.common.checks import LABEL_DTYPES
 
 PER_MASK = {"focal", "dice"}  # terms that are divided by the number of ground-truth masks
 
@@ -20,7 +20,7 @@ def check_label_maps(labels: Tensor, images: Tensor | None = None) -> None:
         TypeError: `labels` is not a tensor of uint8, int32 or int64.
         ValueError: another shape, a size of zero, or another device.
     """
-    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
+    if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a uint8, int32 or int64 tensor of class indices, got {got}.")
     if images is None:

@@ -12,7 +12,7 @@ from .class_aggregation import ClassAggregationWeights, class_aggregation
 from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
 from .gaussian_aggregation import gaussian_aggregation
-from .label_map import label_map, score_map, top_labels
+from .label_map import Placement, label_map, score_map, top_labels
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention, mask_scores
 from .mask_losses import mask_losses
@@ -21,6 +21,7 @@ from .upsampling_decoder import guidance_term, upsampling_decoder
 
 __all__ = [
     "ClassAggregationWeights",
+    "Placement",
     "SpatialAggregationWeights",
     "class_aggregation",
     "cost_embedding",

@@ -91,8 +91,11 @@ def class_aggregation(
         raise ValueError(f"class_aggregation: pad_length must be at least 0, got {pad_length}.")
     if attention not in ("linear", "full"):
         raise ValueError(f"class_aggregation: attention must be 'linear' or 'full', got {attention!r}.")
+    too_wide = None
+    if channels // heads > KERNEL_HEAD_CHANNELS:
+        too_wide = f"its kernels take heads of up to {KERNEL_HEAD_CHANNELS} channels, not {channels // heads}"
     refusals = {
-        "triton": _refusal(channels // heads) or mlp_refusal(x, weights.fc1_weight),
+        "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
         "cuda": _cuda_refusal(height, width, channels, heads, weights.fc1_weight.shape[0], attention),
     }
     backend = backends.choose("class_aggregation", x, guidance, *weights, refusals=refusals)
@@ -198,15 +201,8 @@ def resize_aligned(x: Tensor, height: int, width: int) -> Tensor:
     return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
 
 
-def _refusal(head_channels: int) -> str | None:
-    """Why the attention kernels do not take heads of this width; None where they do."""
-    if head_channels > KERNEL_HEAD_CHANNELS:
-        return f"its kernels take heads of up to {KERNEL_HEAD_CHANNELS} channels, not {head_channels}"
-    return None
-
-
 def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: int, attention: str) -> str | None:
-    """Why the CUDA C++ kernels do not take such a call; None where they do."""
+    """Why the CUDA C++ kernels do not take such a call; None if they do."""
     if attention != "linear":
         return f"its kernel takes linear attention, not {attention}"
     taken = "its kernel takes 128 channels in 4 heads, hidden units in multiples of 32 and maps of up to 2^23 positions"
@@ -214,7 +210,7 @@ def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: in
     if fits and channels == 128 and heads == 4 and hidden % 32 == 0:
         return None
     if torch.compiler.is_compiling():
-        return taken  # sizes may be symbols, which no sentence can name
+        return taken  # sizes may be symbols
     return f"{taken}, not {channels} channels in {heads} heads, {hidden} hidden units and a map of {height} x {width}"
 
 

@@ -1,6 +1,6 @@
 """Cost volume: cosine similarity between every patch and every prompt of every class.
 
-cost[b, t, y, x, p] = <image[b, y, x], text[b, t, p]> / (‖image[b, y, x]‖ · ‖text[b, t, p]‖)
+cost[b, t, y, x, p] = <image[b, y, x], text[t, p]> / (‖image[b, y, x]‖ · ‖text[t, p]‖)
 """
 
 from __future__ import annotations
@@ -19,45 +19,40 @@ def cost_volume(image: Tensor, text: Tensor) -> Tensor:
 
     Args:
         image: (B, H, W, E) dense image embeddings, any length.
-        text: (T, P, E) text embeddings that all images share, or (B, T, P, E) one set an image; any length.
+        text: (T, P, E) text embeddings, any length.
 
     Returns:
         (B, T, H, W, P) cosines in -1..1. A vector of length zero gives 0.
 
     Raises:
-        TypeError, ValueError: dtype, device, rank, widths or batch sizes do not fit, or there is no class, prompt or
-            patch.
+        TypeError, ValueError: dtype, device, rank or widths do not fit, or there is no class, prompt or patch.
     """
-    batch, height, width = check_cost_inputs("cost_volume", image, text)
-    classes, prompts = text.shape[-3:-1]
+    check_cost_inputs("cost_volume", image, text)
     backend = backends.choose("cost_volume", image, text)
-    image, text = image.flatten(1, 2), text.flatten(-3, -2)
     if backend == "torch":
         volume = torch_form(image, text)
     else:
         volume = torch.ops.ovseg_fast.cost_volume(*registration.autocast(image, text), backend)
-    return volume.view(batch, classes, prompts, height, width).permute(0, 1, 3, 4, 2)
+    return volume.permute(0, 1, 3, 4, 2)
 
 
 def torch_form(image: Tensor, text: Tensor) -> Tensor:
-    """(B, S, E) and (K, E) or (B, K, E) -> (B, K, S)."""
-    return torch.matmul(F.normalize(text, dim=-1), F.normalize(image, dim=-1).transpose(1, 2))
+    """(B, H, W, E) and (T, P, E) -> (B, T, P, H, W), as the kernels."""
+    patches, prompts = F.normalize(image, dim=-1).flatten(1, 2), F.normalize(text, dim=-1).flatten(0, 1)
+    volume = torch.matmul(prompts, patches.transpose(1, 2))
+    return volume.view(image.shape[0], *text.shape[:2], *image.shape[1:3])
 
 
-def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **others: tuple[Tensor, str]) -> tuple[int, int, int]:
-    """Check `image` and `text` as `cost_volume` takes them, and `others` with them; returns (B, H, W)."""
-    shared = isinstance(text, Tensor) and text.dim() == 3
-    check_tensors(operator, image=(image, "B H W E"), text=(text, "T P E" if shared else "B T P E"), **others)
-    batch, height, width, channels = image.shape
-    classes, prompts = text.shape[-3:-1]
-    check_positive(operator, H=height, W=width, E=channels, T=classes, P=prompts)
-    return batch, height, width
+def check_cost_inputs(operator: str, image: Tensor, text: Tensor, **weights: tuple[Tensor, str]) -> None:
+    """Check `image` and `text` as `cost_volume` takes them, and `weights` with them."""
+    check_tensors(operator, image=(image, "B H W E"), text=(text, "T P E"), **weights)
+    _, height, width, channels = image.shape
+    check_positive(operator, H=height, W=width, E=channels, T=text.shape[0], P=text.shape[1])
 
 
-# Kernels: image (B, S, E), text (K, E) or (B, K, E) with K = T · P -> cost (B, K, S), which their backward reads.
 registration.define(
     "cost_volume(Tensor image, Tensor text) -> Tensor",
     "cost_volume",
-    lambda image, text: image.new_empty(image.shape[0], text.shape[-2], image.shape[1]),
+    lambda image, text: image.new_empty(image.shape[0], *text.shape[:2], *image.shape[1:3]),
     saved=(0,),
 )

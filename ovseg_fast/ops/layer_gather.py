@@ -75,11 +75,14 @@ def layer_gather(
     tensors = (*hidden, shared_weight, shared_bias, norm_weight, norm_bias, projection)
     tensors = tensors if weights is None else (*tensors, weights)
     backend = backends.choose("layer_gather", *tensors, refusals=_refusals(*projection.shape))
-    if backend != "torch":
-        tensors = registration.autocast(*tensors)
-    hidden, parameters = list(tensors[:layers]), tensors[layers : layers + 5]
-    inputs = (hidden, patches, *parameters, None if weights is None else tensors[-1], shared_eps, norm_eps)
-    return torch_form(*inputs) if backend == "torch" else torch.ops.ovseg_fast.layer_gather(*inputs, backend)
+    if backend == "torch":
+        parameters = (shared_weight, shared_bias, norm_weight, norm_bias, projection)
+        return torch_form(hidden, patches, *parameters, weights, shared_eps, norm_eps)
+    tensors = registration.autocast(*tensors)
+    hidden, rest = list(tensors[:layers]), tensors[layers:]
+    return torch.ops.ovseg_fast.layer_gather(
+        hidden, patches, *rest[:5], rest[5] if weights is not None else None, shared_eps, norm_eps, backend
+    )
 
 
 def _refusals(layers: int, channels: int, width: int) -> dict[str, str | None]:

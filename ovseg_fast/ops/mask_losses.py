@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .common import registration
-from .common.checks import check_integers, check_positive, check_tensors
+from .common.checks import check_positive, check_tensors
 from .common.tiles import tiles
 
 TERMS = ("bce", "focal", "dice")
@@ -51,9 +51,8 @@ def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce"
         TypeError, ValueError: dtype, device, rank or batch sizes do not fit, there is no class or pixel, or a term is
             unknown.
     """
-    check_tensors("mask_losses", logits=(logits, "B T h w"))
-    batch, classes, *low = logits.shape
-    check_integers("mask_losses", "labels", labels, {"B": batch, "H": None, "W": None}, ("logits", logits))
+    check_tensors("mask_losses", ("labels",), logits=(logits, "B T h w"), labels=(labels, "B H W"))
+    _, classes, *low = logits.shape
     size = labels.shape[1:]
     check_positive("mask_losses", T=classes, h=low[0], w=low[1], H=size[0], W=size[1])
     if not terms or len(set(terms)) != len(terms) or not set(terms) <= set(TERMS):

@@ -159,7 +159,7 @@ def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | 
         return None
     taken = "its kernel takes 128 channels in 4 heads, windows up to 12 and hidden units in multiples of 128"
     if torch.compiler.is_compiling():
-        return taken  # sizes may be symbols, which no sentence can name
+        return taken  # sizes may be symbols
     return f"{taken}, not {channels} channels in {heads} heads, windows of {window} and {hidden} hidden units"
 
 
@@ -168,17 +168,15 @@ def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | 
 def window_layout(
     height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where each window's tokens lie on the map, and which of them may see each other.
+    """Where each window's tokens are on the map, and which of them may see each other.
 
     Returns:
-        order: (window² · windows,) the flat map position of each token, window index fastest; slots beyond the map
-            hold 0.
+        order: (window² · windows,) the flat map position of each token, window index fastest; 0 beyond the map.
         inverse: (H · W,) the slot of each map position.
-        mask: (windows, window², window²) to be added to the scores, or None where every token of a window sees every
-            other.
+        mask: (windows, window², window²), added to the scores; None if every token of a window sees every other.
     """
     rows, columns = -(-height // window), -(-width // window)
-    # Slot (r, c, i, j) shows row (r·window + i + shift) of the map, cyclically in the size padded to whole windows.
+    # Slot (r, c, i, j) is row (r·window + i + shift) of the map padded to whole windows, cyclically.
     y = torch.arange(rows * window, device=device)
     x = torch.arange(columns * window, device=device)
     source_y, source_x = (y + shift) % (rows * window), (x + shift) % (columns * window)
@@ -190,14 +188,13 @@ def window_layout(
 
     slots = by_window(position).flatten()
     order = slots.clamp(min=0)
-    # Sorted by position, the slots that hold one come first, those beyond the map last.
+    # Sorted by position, slots beyond the map come last.
     inverse = torch.where(slots < 0, height * width, slots).argsort()[: height * width]
 
     padded = (rows * window, columns * window) != (height, width)
     if not shift and not padded:
         return order, inverse, None
-    # After the shift, the last window of an axis joins the map's end and its beginning; the published mask cuts them
-    # apart.
+    # After the shift, the last window of an axis joins the map's end and its beginning, which the mask separates.
     wrapped = (y >= rows * window - shift).long()[:, None] * 2 + (x >= columns * window - shift).long()[None, :]
     region = by_window(wrapped).t()
     mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, REGION_MASK).to(dtype)
@@ -226,31 +223,25 @@ def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> li
     # A backend's kernels go through attention and norm, PyTorch takes products with weights and sums.
     x, _, _, norm_weight, norm_bias, qkv_weight, _, proj_weight, _ = attention
     need_x, need_q, need_k, need_gain, need_offset, need_qkv, need_v_bias, need_proj, need_proj_bias = needs[:9]
-    channels = x.shape[-1]
-    rows = middle_grad.view(-1, channels)
-    if need_proj_bias:
-        grads[8] = rows.sum(0)
-    if any(needs[:8]):
-        tokens_grad, attended, statistics = kernels.window_attention_backward(
-            rows @ proj_weight, *attention[:7], heads, window, shift, need_proj
+    rows = middle_grad.view(-1, x.shape[-1])
+    grads[8] = rows.sum(0) if need_proj_bias else None
+    if not any(needs[:8]):
+        return [*grads, *mlp_grads]
+    tokens_grad, attended, statistics = kernels.window_attention_backward(
+        rows @ proj_weight, *attention[:7], heads, window, shift, need_proj
+    )
+    q, k, v = tokens_grad.view(*x.shape[:2], x.shape[2] * x.shape[3], 3, x.shape[-1]).unbind(3)
+    grads[1] = q.sum(1) if need_q else None
+    grads[2] = k.sum(1) if need_k else None
+    grads[6] = v.sum((0, 1, 2)) if need_v_bias else None
+    grads[7] = rows.t() @ attended if need_proj else None
+    need_norm = [need_x, need_gain, need_offset]
+    if any(need_norm) or need_qkv:
+        normed_grad = tokens_grad @ qkv_weight if any(need_norm) else x.new_empty(0)
+        grads[0], grads[3], grads[4], normed = kernels.norm_backward(
+            normed_grad, middle_grad, x, norm_weight, norm_bias, statistics, need_norm, need_qkv
         )
-        parts = tokens_grad.view(*x.shape[:2], x.shape[2] * x.shape[3], 3, channels)
-        if need_q:
-            grads[1] = parts[:, :, :, 0].sum(1)
-        if need_k:
-            grads[2] = parts[:, :, :, 1].sum(1)
-        if need_v_bias:
-            grads[6] = parts[:, :, :, 2].sum((0, 1, 2))
-        if need_proj:
-            grads[7] = rows.t() @ attended
-        need_norm = [need_x, need_gain, need_offset]
-        if any(need_norm) or need_qkv:
-            normed_grad = tokens_grad @ qkv_weight if any(need_norm) else x.new_empty(0)
-            grads[0], grads[3], grads[4], normed = kernels.norm_backward(
-                normed_grad, middle_grad, x, norm_weight, norm_bias, statistics, need_norm, need_qkv
-            )
-            if need_qkv:
-                grads[5] = tokens_grad.t() @ normed
+        grads[5] = tokens_grad.t() @ normed if need_qkv else None
     return [*grads, *mlp_grads]
 
 

@@ -1,20 +1,17 @@
-"""Trains a tiny CLIP on the image-caption pairs of the procedural world, from a seed, on a CPU.
+"""Trains the tiny CLIP on the image-caption pairs of the procedural world, from a seed, on a CPU.
 
-    python -m ovseg_fast.training.clip_pretraining --out build/clip --steps 40000
+    python -m ovseg_fast.tiny.clip --out build/clip --steps 40000
 
-Each step draws whole scenes with their captions, crops around single objects and pieces of ground, and a caption of
-every class alone. A batch of crops holds each class at most once; all classes that differ from it in one word are among
-the captions as hard negatives.
+Each step draws scenes with their captions, crops around single things, at most one per class, and a caption of every
+class alone; classes that differ in one word are each other's hard negatives.
 
-Two kinds of contrastive loss are added. The plain one of CLIP (Radford et al., 2021, arXiv 2103.00020) compares class
-tokens with captions. The patch-aligned one, after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), works on the
-dense features of `ImageEncoder.dense_features`, which segmentation reads: a text is compared with every patch and the
-patches are averaged by how well they fit. It compares the captions of single things with the crops and with the whole
-scenes, of which several may be right, and once more those alone that differ in the last word, the shape or the
-material. Where in a scene a thing lies is never told; masks are not looked at, though the world knows where to cut the
-crops.
+Two contrastive losses are added: CLIP's (Radford et al., 2021, arXiv 2103.00020), of class tokens and captions, and a
+patch-aligned one after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), which averages the dense features that
+segmentation reads by how well each patch fits a text. It compares captions of single things with the crops, with the
+whole scenes, where several may be right, and there once more with those that differ only in the last word. Masks and
+positions of things serve only to cut the crops.
 
-Every random number is drawn from the seed and the step, so a run that is resumed goes on as if never stopped.
+All random numbers follow from the seed and the step, so a resumed run gives the same weights.
 """
 
 from __future__ import annotations
@@ -58,13 +55,13 @@ class PretrainingConfig:
     """How the tiny CLIP is trained.
 
     Attributes:
-        seed: of the world, the initial weights and all else. steps: of the optimiser.
-        split: of the world, see `World.scene`. Both methods build on a CLIP that has read of everything, or nearly so;
-            `"train"` makes one that has read of the seen combinations alone.
-        scenes: whole scenes a step. crops: most crops a step, cut from the same scenes. crop_size: their side.
+        seed: of the world, the initial weights and everything else. steps: of the optimiser.
+        split: of the world, see `World.scene`. Both methods expect a CLIP that has read about everything; `"train"`
+            makes one that has read about the seen combinations only.
+        scenes: whole scenes per step. crops: most crops per step, cut from these scenes. crop_size: their side.
         lr: peak learning rate, reached after `warmup` steps, then a cosine to zero. weight_decay: of matrices.
-        dense_weight: of the patch-aligned loss against the plain one.
-        forget: probability with which a word of a caption is replaced by the unknown one, which is so trained too.
+        dense_weight: of the patch-aligned loss, relative to the plain one.
+        forget: probability that a word of a caption becomes the unknown word, which is trained this way.
         checkpoint_every, evaluate_every: in steps. evaluation_scenes: fresh ones for the zero-shot segmentation.
     """
 
@@ -92,13 +89,13 @@ def pretrain(
     device: str = "cpu",
     workers: int = 0,
 ) -> CLIP:
-    """Train, or go on with training.
+    """Train, or resume training.
 
     Args:
-        out: folder, made where it is missing. It gets `checkpoint.pt`, from which the same call goes on, and at the end
-            `clip.safetensors`, in open_clip's layout, which `ovseg_fast.build(..., clip_pretrained=...)` takes.
-        clip_config: as open_clip's model configurations; `TINY_WORLD` by default.
-        device: what it is trained on. workers: processes that draw scenes ahead; they change nothing else.
+        out: folder, made if missing. It gets `checkpoint.pt`, from which the same call resumes, and at the end
+            `clip.safetensors`, in open_clip's format, for `ovseg_fast.build(..., clip_pretrained=...)`.
+        clip_config: an open_clip model configuration; `TINY_WORLD` by default.
+        device: to train on. workers: processes that draw scenes ahead; they do not change the result.
 
     Returns:
         the trained CLIP, with the whole token table.
@@ -118,14 +115,9 @@ def pretrain(
     losses: list[float] = []
 
     def checkpoint() -> None:
-        state = {
-            "step": step,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "config": _resumable(config, settings),
-            "history": history,
-        }
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "config": _resumable(config, settings), "history": history}
         write_whole(folder / CHECKPOINT, lambda path: torch.save(state, path))
 
     batches = torch.utils.data.DataLoader(
@@ -145,14 +137,13 @@ def pretrain(
         losses.append(total.item())
         last = step == config.steps
         if step % config.evaluate_every == 0 or last:
-            record = {"step": step, "loss": float(np.mean(losses[-config.evaluate_every :]))}
-            record |= evaluate(model, config, known)
-            history.append(record)
-            logger.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+            mean = float(np.mean(losses[-config.evaluate_every :]))
+            history.append({"step": step, "loss": mean} | evaluate(model, config, known))
+            logger.info("%s", "  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
         elif step % 50 == 0:
             pace = (time.monotonic() - started) / (step - first)
             left = (config.steps - step) * pace / 3600
-            logger.info("step %d  loss %.3f  %.2f s a step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
+            logger.info("step %d  loss %.3f  %.2f s per step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
         if step % config.checkpoint_every == 0 or last:
             checkpoint()
     model.text.token_embedding = torch.nn.Embedding.from_pretrained(
@@ -163,11 +154,11 @@ def pretrain(
 
 
 class Batch(NamedTuple):
-    """What a step is trained on.
+    """Training data of one step.
 
     Attributes:
         scenes: (S, 3, 96, 96) uint8, whole scenes. text: (S, 77) tokens of their captions, as rows of the small table.
-        shown: (S, T) bool, the classes that each shows.
+        shown: (S, T) bool, the classes in each scene.
         crops: (B, 3, h, h) uint8. labels: (B,) the class of each. phrases: (T, 77) tokens of a caption of each class.
     """
 
@@ -180,13 +171,10 @@ class Batch(NamedTuple):
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
-    """The batch of each step, always the same one, whichever process makes it."""
+    """The batch of each step: always the same one, whichever process makes it."""
 
     def __init__(self, config: PretrainingConfig) -> None:
         self.config, self.world, self.known = config, World(config.seed), KnownTokens()
-
-    def __len__(self) -> int:
-        return self.config.steps
 
     def __getitem__(self, step: int) -> Batch:
         count = self.config.scenes
@@ -202,7 +190,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
 
 def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
-    """The sum of the contrastive losses of a batch."""
+    """The sum of a batch's contrastive losses."""
     ensure_importable()
     from open_clip import ClipLoss
 
@@ -222,14 +210,14 @@ def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None = None) -> dict[str, float]:
-    """Accuracy of finding the class of a held-out crop, and zero-shot segmentation of fresh scenes.
+    """Accuracy of finding the class of a fresh crop, and zero-shot segmentation of fresh scenes.
 
     Args:
         known: for a model in training, whose token table is still small.
 
     Returns:
-        `retrieval` by the class token and `dense_retrieval` by patches, of crops among captions of all classes; `seen`
-        and `unseen` mIoU over all classes of the world, by cosine alone.
+        `retrieval` by class token and `dense_retrieval` by patches: accuracy of crops among captions of all classes;
+        `seen` and `unseen`: mIoU over all classes of the world, by cosine alone.
     """
     model.eval()
     fresh, device = World(config.seed + 1_000_003), model.visual.proj.device
@@ -249,26 +237,22 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
     )
     class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, TEMPLATES)])
     scores = zero_shot_scores(model.visual, class_text, WorldScenes.first(config.evaluation_scenes, "test", fresh.seed))
-    return {
-        "retrieval": by_token,
-        "dense_retrieval": by_patches,
-        "seen": scores.miou_seen,
-        "unseen": scores.miou_unseen,
-    }
+    retrieval = {"retrieval": by_token, "dense_retrieval": by_patches}
+    return retrieval | {"seen": scores.miou_seen, "unseen": scores.miou_unseen}
 
 
 def zero_shot_scores(visual: ImageEncoder, text: Tensor, dataset: WorldScenes) -> Scores:
-    """Scores of the baseline on a world's scenes; text (T, E) is that of all classes."""
+    """Scores of the baseline on scenes of a world; text (T, E) of all its classes."""
     confusion = ConfusionMatrix(len(WORLD.classes))
     for index in range(len(dataset)):
         image, labels = dataset.read(index)
         confusion.update(zero_shot(visual, np.array(image), text), labels)
-    return confusion.scores([index for index in range(len(WORLD.classes)) if index not in WORLD.unseen])
+    return confusion.scores(sorted({*range(len(WORLD.classes))} - {*WORLD.unseen}))
 
 
 @torch.no_grad()
 def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -> np.ndarray[Any, Any]:
-    """The baseline: each pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
+    """The baseline: per pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     _, dense = encode(visual, pixels.to(text.device))
     grid = (image.shape[0] // visual.patch, image.shape[1] // visual.patch)
@@ -278,19 +262,15 @@ def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -
 
 
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
-    """The state dict in open_clip's layout: q, k and v in one matrix, the text encoder at the top."""
-    state = dict(model.state_dict())
+    """The state dict in open_clip's format: q, k and v in one matrix, the text encoder at the top."""
+    state = model.state_dict()
     joined = {}
     for name, tensor in state.items():
-        name = name.removeprefix("text.")
-        if name.endswith(("k_proj_weight", "v_proj_weight")):
-            continue
         if name.endswith("q_proj_weight"):
             stem = name.removesuffix("q_proj_weight")
-            full = stem if name.startswith("visual.") else "text." + stem
-            tensor = torch.cat([state[f"{full}{part}_proj_weight"] for part in "qkv"])
-            name = stem + "in_proj_weight"
-        joined[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            name, tensor = f"{stem}in_proj_weight", torch.cat([state[f"{stem}{part}_proj_weight"] for part in "qkv"])
+        if not name.endswith(("k_proj_weight", "v_proj_weight")):
+            joined[name.removeprefix("text.")] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return joined
 
 
@@ -302,9 +282,10 @@ def _small_model(settings: dict[str, Any], known: KnownTokens, seed: int) -> CLI
 
 
 def _groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
-    free = [p for name, p in model.named_parameters() if p.dim() < 2 or "embedding" in name]
-    decayed = [p for name, p in model.named_parameters() if not (p.dim() < 2 or "embedding" in name)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for name, parameter in model.named_parameters():
+        groups[parameter.dim() < 2 or "embedding" in name]["params"].append(parameter)
+    return groups
 
 
 def _learning_rate(step: int, config: PretrainingConfig) -> float:
@@ -327,28 +308,26 @@ def _resume(
         return 0, []
     state = torch.load(path, map_location="cpu", weights_only=True)
     wanted = _resumable(config, settings)
-    changed = [name for name in wanted if state["config"].get(name) != wanted[name]]
-    if changed:
+    if names := ", ".join(name for name in wanted if state["config"].get(name) != wanted[name]):
         raise ValueError(
-            f"'{path}' was made with another {', '.join(changed)}; use the same settings to go on, or another folder."
+            f"'{path}' was made with another {names}; resume with the same settings, or use another folder."
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    logger.info("going on from step %d of '%s'", state["step"], path)
+    for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+        part.load_state_dict(state[name])
+    logger.info("resuming after step %d of '%s'", state["step"], path)
     return state["step"], state["history"]
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="folder for the weights")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the weights.")
 @click.option("--steps", default=PretrainingConfig.steps, show_default=True)
 @click.option("--seed", default=PretrainingConfig.seed, show_default=True)
 @click.option("--lr", default=PretrainingConfig.lr, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--workers", default=0, show_default=True, help="processes that draw scenes ahead")
+@click.option("--workers", default=0, show_default=True, help="Processes that draw scenes ahead.")
 @click.option("--evaluate-every", default=PretrainingConfig.evaluate_every, show_default=True)
 def main(out: Path, device: str, workers: int, **settings: Any) -> None:
-    """Train the tiny CLIP of the procedural world; the same command goes on where it was stopped."""
+    """Train the tiny CLIP of the procedural world; the same command resumes a stopped run."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     pretrain(PretrainingConfig(**settings), out, device=device, workers=workers)
 

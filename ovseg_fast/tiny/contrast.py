@@ -1,4 +1,4 @@
-"""What contrastive pretraining compares: class tokens or patches with texts."""
+"""The contrastive losses of the tiny CLIP: class tokens or patches against texts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from ..models.catseg import PIXEL_MEAN, PIXEL_STD
 from ..models.clip import Block, ImageEncoder
 
-# Of the average over patches. Higher, and few patches of a thing learn its name; lower, and so do those around it.
+# Of the average over patches. If higher, few patches of a thing learn its name; if lower, those around it do too.
 SHARPNESS = 5.0
 
 
 def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, h, w) in 0..255 -> class token (B, E) and value-only dense features (B, S, E), of unit length."""
+    """Images (B, 3, h, w) in 0..255 -> class token (B, E) and value-only dense features (B, S, E), unit length."""
     mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     tokens, _ = visual.embed((pixels - mean) / std, "bicubic")
     *stack, last = (cast(Block, block) for block in visual.transformer.resblocks)
@@ -27,14 +27,13 @@ def encode(visual: ImageEncoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_aligned(dense: Tensor, text: Tensor) -> Tensor:
-    """Dense features (B, S, E) and texts (T, E), of unit length -> similarities (B, T): over the patches, those that
-    fit a text best count most."""
+    """Dense features (B, S, E), texts (T, E), unit length -> similarities (B, T): patches that fit best count most."""
     cosine = torch.einsum("bse,te->bts", dense, text)
     return ((SHARPNESS * cosine).softmax(-1) * cosine).sum(-1)
 
 
 def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
-    """The contrastive loss where a picture may have several right texts, and a text several pictures.
+    """The contrastive loss if an image may have several right texts, and a text several images.
 
     Args:
         logits: (S, B). right: (S, B) bool; rows and columns without a right answer do not count.
@@ -48,9 +47,9 @@ def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
 
 
 def near_contrast(logits: Tensor, right: Tensor, near: Tensor) -> Tensor:
-    """Each right text of a picture against those that nearly say the same and are wrong there.
+    """Each right text of an image against the wrong ones that nearly say the same.
 
-    In whole scenes the other terms seldom need the last word of a class: few scenes show the same colour and pattern.
+    In whole scenes the other terms rarely need the last word of a class: few scenes show the same colour and pattern.
 
     Args:
         logits: (S, T). right: (S, T) bool. near: (T, N) indices of each text's neighbours, itself first.

@@ -9,31 +9,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.world.classes import GROUNDS, OBJECTS
+from ..data.world.classes import CLASS_WORDS
 from ..data.world.scenes import Scene, describe, phrase
 from ..models import cascade_clip, catseg
 
-# What segmentation will ask with.
+# The prompts of segmentation.
 TEMPLATES = (*catseg.TEMPLATES, *cascade_clip.VOC_TEMPLATES, *cascade_clip.TEMPLATES)
-WORDS = (*OBJECTS, *GROUNDS)  # of each class
-
-
-# Of each class, the five that share all but its last word with it, which is the shape or the material; itself first.
+# For each class the five that differ from it at most in the last word, the shape or the material; itself first.
 LAST_WORDS = tuple(
-    tuple(sorted((index for index, other in enumerate(WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
-    for label, words in enumerate(WORDS)
+    tuple(sorted((i for i, other in enumerate(CLASS_WORDS) if other[:-1] == words[:-1]), key=lambda i: i != label))
+    for label, words in enumerate(CLASS_WORDS)
 )
 
 
 class Crops(NamedTuple):
-    """B pictures (B, 3, size, size) uint8, each of a single thing, and the class of that (B,) int64."""
+    """Images of single things (B, 3, size, size) uint8, and their classes (B,) int64."""
 
     pictures: Tensor
     labels: Tensor
 
 
 def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> Crops:
-    """At most `most` crops around single objects and pieces of ground, no two of the same class."""
+    """At most `most` crops around single objects and pieces of ground, all of different classes."""
     boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
     for scene in scenes:
         for region in scene.regions:
@@ -59,9 +56,9 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
 
 
 def class_captions(rng: np.random.Generator) -> list[str]:
-    """A caption of each class alone, in words of its own each time."""
+    """A caption of each class alone, worded differently each time."""
     captions = []
-    for label in range(len(WORDS)):
+    for label in range(len(CLASS_WORDS)):
         template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
         plain = rng.random() < 0.4
         captions.append(template.replace("{}", phrase(label, rng, article=False)) if plain else describe([label], rng))
@@ -69,15 +66,15 @@ def class_captions(rng: np.random.Generator) -> list[str]:
 
 
 def shown_classes(scenes: list[Scene]) -> Tensor:
-    """(S, T) bool: which of all classes each scene shows."""
-    shown = torch.zeros(len(scenes), len(WORDS), dtype=torch.bool)
+    """(S, T) bool: the classes that each scene shows."""
+    shown = torch.zeros(len(scenes), len(CLASS_WORDS), dtype=torch.bool)
     for row, scene in zip(shown, scenes, strict=True):
         row[[scene.ground, *(region.label for region in scene.regions)]] = True
     return shown
 
 
 def _square(twice_x: float, twice_y: float, side: float, scene: Scene) -> tuple[float, float, float, float]:
-    """A square around a middle, moved to lie in the picture."""
+    """A square around a centre, moved to lie in the image."""
     height, width = scene.labels.shape
     left = min(max(twice_x / 2 - side / 2, 0), width - side)
     top = min(max(twice_y / 2 - side / 2, 0), height - side)

@@ -1,11 +1,10 @@
-"""Trains the models that come with this package again, and measures them.
+"""Retrains the models in this package, and measures them.
 
-    python -m ovseg_fast.training.reproduce --out build/reproduce
+    python -m ovseg_fast.tiny.reproduce --out build/reproduce
 
 First the tiny CLIP, on image-caption pairs of the procedural world; then, starting from it, `catseg-tiny` and
-`cascade-clip-tiny`, on scenes of seen combinations. What is trained and how is told by `clip-tiny.toml`,
-`catseg-tiny.toml` and `cascade-clip-tiny.toml` in `ovseg_fast/weights`. The weights are rounded to float16, and these
-are measured on fresh scenes with all classes, beside the zero-shot baseline. Each part goes on where it was stopped.
+`cascade-clip-tiny`, on scenes of seen combinations. The settings are in `ovseg_fast/weights/*.toml`. The weights are
+rounded to float16 and measured on fresh scenes with all classes, beside the zero-shot baseline. Stopped parts resume.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ import torch
 from safetensors.torch import save
 
 from .. import checkpoints
-from ..data.world.scenes import WORLD, WorldScenes
+from ..data.vocabularies import WORLD
+from ..data.world.scenes import WorldScenes
 from ..evaluation.evaluate import evaluate
 from ..files import write_whole
 from ..models import build
@@ -41,7 +41,7 @@ from .clip import PretrainingConfig, pretrain, zero_shot_scores
 MODELS = ("catseg-tiny", "cascade-clip-tiny")
 BASELINE = "zero-shot"
 MEASURED = ("miou_seen", "miou_unseen", "hiou", "pixel_accuracy")
-SCENES, SEEDS = 500, (1, 2, 3)  # what the models are measured on; training knows the worlds of seed 0 only
+SCENES, SEEDS = 500, (1, 2, 3)  # measured on; training uses the world of seed 0 only
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
     """Train all three models.
 
     Args:
-        out: folder for the runs; below it, `weights` gets the files as they lie in `ovseg_fast/weights`.
-        share: of the steps of each training, above 0; a small one only shows that everything runs.
+        out: folder for the runs; its subfolder `weights` gets the files as in `ovseg_fast/weights`.
+        share: of each training's steps, above 0; a small one only shows that everything runs.
         workers: processes that draw scenes ahead.
 
     Returns:
@@ -73,10 +73,8 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
     pack_clip(clip, weights / "clip-tiny.safetensors")
     for name in MODELS:
         config = read_config(PACKAGED / f"{name}.toml")
-        config = replace(
-            config, out=str(folder / name), clip_pretrained=str(clip), steps=steps(config), workers=workers
-        )
-        trained = train(config)
+        config = replace(config, out=str(folder / name), clip_pretrained=str(clip))
+        trained = train(replace(config, steps=steps(config), workers=workers))
         pack_model(name, trained, weights / f"{name}.safetensors")
     return weights
 
@@ -97,7 +95,7 @@ def pack_model(name: str, source: Path, target: Path) -> None:
 
 @torch.inference_mode()
 def baseline(clip: CLIP, dataset: WorldScenes) -> dict[str, float]:
-    """Scores of the tiny CLIP alone: each pixel the class of highest cosine."""
+    """Scores of the tiny CLIP alone: per pixel the class of highest cosine."""
     prompts = fill_templates(WORLD.classes, TEMPLATES)
     text = torch.nn.functional.normalize(clip.text(tokenize(prompts)[:, 0]), dim=-1)
     scores = zero_shot_scores(clip.visual, text, dataset)
@@ -111,7 +109,7 @@ def measure(
 
     Args:
         weights: folder with the models' weights. clip: the tiny CLIP, as `models.clip.CLIP` takes it.
-        seeds: of worlds that training does not know. scenes: of each.
+        seeds: of worlds not used in training. scenes: of each.
 
     Returns:
         `scenes`, `seeds` and `scores`: model -> a dict of `MEASURED` for each seed.
@@ -128,7 +126,7 @@ def measure(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """What `measure` returns as a Markdown table, in percent, mean and standard deviation over the seeds."""
+    """The results of `measure` as a Markdown table: percent, mean and standard deviation over the seeds."""
     rows = ["| model | seen mIoU | unseen mIoU | hIoU | pixel accuracy |", "|---|---|---|---|---|"]
     for name, runs in results["scores"].items():
         cells = []
@@ -142,13 +140,15 @@ def table(results: Mapping[str, Any]) -> str:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/reproduce"))
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Of the steps of each training.")
+@click.option(
+    "--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of each training's steps."
+)
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that draw scenes ahead.")
-@click.option("--packaged", is_flag=True, help="Train nothing, measure the weights in the package.")
-@click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="To measure on, a seed.")
+@click.option("--packaged", is_flag=True, help="Only measure the packaged weights.")
+@click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="Per seed.")
 @click.option("--seed", "seeds", type=click.IntRange(min=1), multiple=True, default=SEEDS, show_default=True)
 def main(out: Path, share: float, workers: int, packaged: bool, scenes: int, seeds: tuple[int, ...]) -> None:
-    """Train the tiny models of this package again, and measure them; the same command goes on where it was stopped."""
+    """Retrain the tiny models of this package and measure them; the same command resumes a stopped run."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     out.mkdir(parents=True, exist_ok=True)
     if packaged:

@@ -1,4 +1,4 @@
-"""The small token table of a model that knows few words, and the whole one that takes any."""
+"""The small token table of a model that knows few words."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.world.scenes import WORDS
+from ..data.world.classes import CAPTION_PARTS
 from ..vocabulary import tokenize
 from .crops import TEMPLATES
 
 
 class KnownTokens:
-    """The few of CLIP's tokens that the world's captions are made of; all others share one row, the unknown token.
+    """The few CLIP tokens that the world's captions are made of; all others share one row, the unknown token.
 
-    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's own tokenizer stays in use, and the order of the
-    tokens is kept, so that the end token is still the largest.
+    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's tokenizer stays in use, and the tokens keep
+    their order, so that the end token is still the largest.
 
     Attributes: `ids` (K,) int64, ascending; row i + 1 of the small table belongs to `ids[i]`, row 0 to all others.
     """
 
     def __init__(self) -> None:
-        words = [*WORDS, *(template.replace("{}", "") for template in TEMPLATES)]
+        words = [*CAPTION_PARTS, *(template.replace("{}", "") for template in TEMPLATES)]
         tokens = tokenize([[word] for word in words]).unique()
         self.ids = tokens[tokens > 0]  # zeros follow the end token
 
@@ -38,6 +38,6 @@ class KnownTokens:
         return self.rows(tokenize([[caption] for caption in captions])[:, 0])
 
     def forget(self, rows: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
-        """Replace words by the unknown one; the start and the end token, the two last rows, stay."""
+        """Replace words by the unknown one; the start and end tokens, the last two rows, stay."""
         forgotten = torch.from_numpy(rng.random(rows.shape) < probability)
         return rows.masked_fill(forgotten & (rows < len(self) - 1), 0)

@@ -8,11 +8,11 @@
     precision = "bf16"
 
     [data]
-    layout = "coco-stuff"
+    dataset = "coco-stuff"
     root = "datasets"
 
     [validation]
-    layout = "ade20k-150"
+    dataset = "ade20k-150"
     root = "datasets"
     limit = 200
 
@@ -43,12 +43,12 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset: `layout`, `root` and `split` as `data.open_dataset` takes them; `limit`: only its first images.
+    """A dataset: its name, `root`, `split` and `limit` as `data.open_dataset` takes them.
 
-    The layout `world` is the procedural world, which needs no root; its splits are `train` and `test`.
+    In files `layout` is an older spelling of `dataset`.
     """
 
-    layout: str
+    dataset: str
     root: str = "."
     split: str = ""
     limit: int | None = None
@@ -168,6 +168,7 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
 def check_resumable(saved: Mapping[str, Any], config: TrainingConfig) -> None:
     """Raises ValueError that names the keys in which a run with `config` differs from the saved one."""
     now = dataclasses.asdict(config)
+    saved = {name: _respell(value, "") if name == "data" else value for name, value in saved.items()}
     changed = [name for name in now if name not in FREE_ON_RESUME and saved.get(name) != now[name]]
     if changed:
         parts = ", ".join(f"{name} {saved.get(name)!r} is now {now[name]!r}" for name in changed)
@@ -177,8 +178,18 @@ def check_resumable(saved: Mapping[str, Any], config: TrainingConfig) -> None:
         )
 
 
+def _respell(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A dataset's settings with `dataset` for `layout`, its older spelling."""
+    if "layout" not in values:
+        return values
+    if "dataset" in values:
+        raise ValueError(f"{where}layout is an older spelling of {where}dataset; give only {where}dataset.")
+    return {"dataset" if name == "layout" else name: value for name, value in values.items()}
+
+
 def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     types = get_type_hints(kind)
+    values = _respell(values, where) if kind is DataConfig else values
     unknown = sorted(values.keys() - types.keys())
     if unknown:
         raise ValueError(f"unknown key {where}{unknown[0]}; there are {', '.join(where + name for name in types)}.")

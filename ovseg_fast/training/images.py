@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from .. import data
 from ..data.augmentation import Augmentation
-from ..data.datasets import SegmentationDataset
-from ..data.world.scenes import WorldScenes
 
 
 def stream(*numbers: int) -> int:
@@ -17,13 +15,13 @@ def stream(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class TrainingImages(Dataset[tuple[Tensor, Tensor]]):
+class TrainingImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Position p of a run -> augmented image (3, s, s) uint8 and labels (s, s) int64, whoever asks and whenever.
 
     Each pass over the dataset has an order of its own.
     """
 
-    def __init__(self, dataset: SegmentationDataset | WorldScenes, augment: Augmentation, seed: int) -> None:
+    def __init__(self, dataset: data.Dataset, augment: Augmentation, seed: int) -> None:
         self.dataset, self.augment, self.seed = dataset, augment, seed
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:

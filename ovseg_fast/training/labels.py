@@ -82,6 +82,6 @@ def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Collection[int]) -> Te
         return labels
     size = (labels.shape[1], labels.shape[2])
     for index, image in enumerate(logits[:, hidden]):
-        guess = ops.label_map(image[None], [(0, 0)], window=size, canvas=size, size=size)
+        guess = ops.label_map(image[None], ops.Placement([(0, 0)], size, size, size))
         labels[index] = torch.where(torch.isin(labels[index], hidden), hidden[guess.long()], labels[index])
     return labels

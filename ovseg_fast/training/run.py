@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
+from ..data import Dataset, open_dataset
 from ..data.augmentation import augmentation
-from ..data.datasets import SegmentationDataset, open_dataset
-from ..data.world.scenes import WorldScenes
 from ..evaluation.evaluate import evaluate
 from ..files import write_whole
 from ..models import Hyperparameters, SegmentationModel, build
@@ -37,7 +36,7 @@ from .log import Log, comparison
 from .optimizer import build_optimizer, build_schedule, with_clip_rate
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
-WORLD_SCENES = 100_000  # of the procedural world, where the configuration sets no limit
+ENDLESS = 100_000  # images of a dataset without an end, if the configuration sets no limit
 
 logger = logging.getLogger(__name__)
 
@@ -270,14 +269,12 @@ class Run:
         return scores
 
 
-def open_data(config: DataConfig, split: str) -> SegmentationDataset | WorldScenes:
-    """The dataset of a configuration; `split` where that names none. Raises ValueError where it holds no image."""
-    if config.layout == "world":
-        return WorldScenes.first(config.limit or WORLD_SCENES, config.split or {"val": "test"}.get(split, split))
-    dataset = open_dataset(config.layout, config.root, config.split or split)
+def open_data(config: DataConfig, split: str) -> Dataset:
+    """The dataset of a configuration; `split` if that names none. Raises ValueError if it holds no image."""
+    dataset = open_dataset(config.dataset, config.root, config.split or split, limit=config.limit, endless=ENDLESS)
     if not len(dataset):
-        raise ValueError(f"the dataset {config.layout} in '{config.root}' holds no image.")
-    return dataset if config.limit is None else replace(dataset, pairs=dataset.pairs[: config.limit])
+        raise ValueError(f"the dataset {config.dataset} in '{config.root}' holds no image.")
+    return dataset
 
 
 def _settings(config: TrainingConfig, published: Hyperparameters) -> Hyperparameters:

@@ -1,10 +1,8 @@
-"""`ovseg-fast evaluate`, with a dataset of the tests in place of `data/datasets.py`."""
+"""`ovseg-fast evaluate`, with a dataset of the tests beside those of `data/datasets.py`."""
 
 from __future__ import annotations
 
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -15,23 +13,17 @@ import ovseg_fast as ovs
 from evaluation.photo_folder import CLASSES, PhotoFolder, make_photos
 from ovseg_fast import checkpoints
 from ovseg_fast.cli.evaluate import evaluate_command
+from ovseg_fast.data.datasets import open_dataset
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with photos and weights; `--dataset photos --root photos` opens it."""
 
-    def open_dataset(layout, root, split="val"):
-        if layout != "photos":
-            raise ValueError(f"layout must be one of photos, got {layout!r}.")
-        if not root.exists():
-            raise FileNotFoundError(f"root must be the folder of a dataset, there is no '{root}'.")
-        return PhotoFolder(root)
+    def open_photos(name, root=None, split="val", **options):
+        return PhotoFolder(root) if name == "photos" else open_dataset(name, root, split, **options)
 
-    datasets = types.ModuleType("ovseg_fast.data.datasets")
-    datasets.open_dataset = open_dataset
-    monkeypatch.setitem(sys.modules, "ovseg_fast.data.datasets", datasets)
-    monkeypatch.setattr("ovseg_fast.data.datasets", datasets, raising=False)
+    monkeypatch.setattr("ovseg_fast.data.datasets.open_dataset", open_photos)
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "photos", 3, np.random.randint(2**31))
     torch.manual_seed(np.random.randint(2**31))
@@ -119,14 +111,14 @@ def test_resume_and_restart(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--dataset", "cocoa", "--root", "photos"), ("layout", "'cocoa'")),
-        (("--dataset", "photos", "--root", "missing"), ("'missing'",)),
+        (("--dataset", "cocoa", "--root", "photos"), ("datasets", "coco-stuff", "'cocoa'")),
+        (("--dataset", "coco-stuff", "--root", "missing"), ("'missing'",)),
         (("--dataset", "photos", "--root", "empty"), ("--root 'empty'", "no image", "photos")),
         ((*ARGUMENTS, "--weights", "missing.pth"), ("missing.pth",)),
         ((*ARGUMENTS, *WEIGHTS, "--out", "result.txt"), (".json", "result.txt")),
         ((*ARGUMENTS, *WEIGHTS, "--device", "warp"), ("warp",)),
         ((*ARGUMENTS, *WEIGHTS, "--seen-offset", "0"), ("--seen-offset is for", "catseg-tiny")),
-        (("--dataset", "photos"), ("--root must be the folder that photos lies in",)),
+        (("--dataset", "coco-stuff"), ("root must be the folder that coco-stuff lies in",)),
     ],
 )
 def test_unfit_arguments_are_refused(folder, arguments, words):
@@ -150,9 +142,9 @@ def test_the_procedural_world_and_the_offset_of_seen_classes(folder, offset):
     checkpoints.save(ovs.build("cascade-clip-tiny"), folder / "cascade.safetensors")
     arguments = ["cascade-clip-tiny", "--dataset", "world", "--seed", "5", "--limit", "2", "-w", "cascade.safetensors"]
     arguments += [] if offset is None else ["--seen-offset", str(offset)]
-    result = CliRunner().invoke(evaluate_command, [*arguments, "-o", "world.json"], catch_exceptions=False)
+    result = CliRunner().invoke(evaluate_command, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    stored = json.loads((folder / "world.json").read_text())
+    stored = json.loads((folder / "out" / "cascade-clip-tiny_world_test_slide.json").read_text())
     assert stored["images"]["evaluated"] == 2 and stored["settings"]["seen_offset"] == (
         0.1 if offset is None else offset
     )

@@ -153,6 +153,7 @@ def test_help_and_version(tmp_path):
         (("photo.png", "-c", "cat", "--model", "resnet"), ("catseg-vitb", "resnet")),
         (("photo.png", "-c", "cat", "--weights", "missing.pth"), ("missing.pth",)),
         (("photo.png", "-c", "cat", "--out", "photo.png", *MODEL), ("photo.png",)),
+        (("photo.png", "-c", "cat", "--out", "photo.png/results", *MODEL), ("--out must be a folder", "photo.png")),
         (("empty/", "-c", "cat"), ("empty",)),
         (("photo.png", "--classes-file", "missing.txt"), ("missing.txt",)),
         (("photo.png", "-c", "cat", *MODEL, "--device", "warp"), ("warp",)),

@@ -7,8 +7,8 @@ from ovseg_fast.data import Problem, check_dataset, open_dataset, report
 from ovseg_fast.data.check import KINDS
 
 
-def check(tree, layout: str = "folder") -> list[Problem]:
-    return check_dataset(open_dataset(layout, tree.root))
+def check(tree, name: str = "folder") -> list[Problem]:
+    return check_dataset(open_dataset(name, tree.root))
 
 
 def only(problems: list[Problem], name: str, kind: str) -> str:
@@ -193,3 +193,8 @@ def test_progress_bar_counts_the_pairs(own, capsys: pytest.CaptureFixture[str], 
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     check_dataset(open_dataset("folder", own.root), progress=True)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_a_drawn_dataset_has_no_files_to_check() -> None:
+    with pytest.raises(ValueError, match="world is drawn from a seed, it has no files to check"):
+        check_dataset(open_dataset("world"))

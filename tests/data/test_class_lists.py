@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ovseg_fast.data import ADE20K_150, LAYOUTS, PASCAL_CONTEXT, PASCAL_VOC, PASCAL_VOC_20B, VOCABULARIES, Vocabulary
+from ovseg_fast.data import ADE20K_150, DATASETS, PASCAL_CONTEXT, PASCAL_VOC, PASCAL_VOC_20B, VOCABULARIES, Vocabulary
 from ovseg_fast.evaluation.evaluate import prompts_of
 from ovseg_fast.vocabulary import check_classes
 
@@ -45,12 +45,12 @@ def test_other_vocabularies_have_no_background(name: str) -> None:
     assert VOCABULARIES[name].background == ()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", DATASETS)
 def test_mask_values_reach_every_class_once(name: str) -> None:
-    layout = LAYOUTS[name]
-    if layout.classes is None:
-        assert all(source.values == () for source in layout.sources)
+    known = DATASETS[name]
+    if known.classes is None:
+        assert all(convention.values == () for convention in known.conventions)
         return
-    count = len(layout.classes.classes) if isinstance(layout.classes, Vocabulary) else layout.classes
-    for source in layout.sources:
-        assert sorted(value for value in source.values if value >= 0) == list(range(count))
+    count = len(known.classes.classes) if isinstance(known.classes, Vocabulary) else known.classes
+    for convention in known.conventions:
+        assert sorted(value for value in convention.values if value >= 0) == list(range(count))

@@ -12,11 +12,13 @@ from PIL import Image
 from ovseg_fast.data import (
     ADE20K_150,
     COCO_STUFF,
-    LAYOUTS,
+    DATASETS,
     PASCAL_CONTEXT,
     PASCAL_VOC,
     PASCAL_VOC_20B,
+    WORLD,
     DataError,
+    World,
     check_dataset,
     open_dataset,
 )
@@ -56,7 +58,7 @@ CONTEXT = ("pascal-context", PASCAL_CONTEXT, [*range(60), 255], np.uint8, alphab
 CONTEXT_CONVERTED = ("pascal-context", PASCAL_CONTEXT, [0, 58, 255], np.uint8, plain)
 VOC_LIST = "ImageSets/Segmentation/val.txt"
 
-# layout and what its masks hold, the folder to open, images, masks with {} for the name, the list
+# dataset and what its masks hold, the folder to open, images, masks with {} for the name, the list
 PUBLIC = {
     "coco, mmsegmentation": (
         COCO,
@@ -149,8 +151,8 @@ PUBLIC = {
 
 @pytest.mark.parametrize("case", PUBLIC)
 @pytest.mark.parametrize("above", [False, True], ids=["its folder", "the folder above"])
-def test_public_layouts(tree, case: str, above: bool) -> None:
-    (layout, vocabulary, possible, dtype, meaning), folder, images, masks, listing = PUBLIC[case]
+def test_public_conventions(tree, case: str, above: bool) -> None:
+    (name_of_set, vocabulary, possible, dtype, meaning), folder, images, masks, listing = PUBLIC[case]
     written = {}
     for name in ("2007_000033", "2007_000042"):
         tree.image(f"{folder}/{images.format(name)}")
@@ -163,8 +165,8 @@ def test_public_layouts(tree, case: str, above: bool) -> None:
     top = folder.split("/")[0]
     root = tree.root / (folder if not above else top if top in ("data", "sets") else "")
 
-    dataset = open_dataset(layout, root)
-    assert dataset.name == layout and dataset.vocabulary is vocabulary
+    dataset = open_dataset(name_of_set, root)
+    assert (dataset.name, dataset.split) == (name_of_set, "val") and dataset.vocabulary is vocabulary
     assert len(dataset) == 2 and [pair.name for pair in dataset.pairs] == list(written)
     for index, (name, values) in enumerate(written.items()):
         image, labels = dataset.read(index)
@@ -176,7 +178,7 @@ def test_public_layouts(tree, case: str, above: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout, folder, image, mask, count, class_file",
+    "dataset, folder, image, mask, count, class_file",
     [
         (
             "ade20k-847",
@@ -196,29 +198,31 @@ def test_public_layouts(tree, case: str, above: bool) -> None:
         ),
     ],
 )
-def test_large_vocabularies_read_their_names(tree, layout, folder, image, mask, count, class_file) -> None:
+def test_large_vocabularies_read_their_names(tree, dataset, folder, image, mask, count, class_file) -> None:
     tree.image(f"{folder}/{image}")
     values = tree.values([0, 254, 255, 256, count - 1, 65535], np.uint16)
     tree.mask(f"{folder}/{mask}", values)
-    with pytest.raises(FileNotFoundError, match=f"class names of {layout} are read from a file, there is none of "):
-        open_dataset(layout, tree.root)
+    with pytest.raises(
+        FileNotFoundError, match=f"class names of {dataset} are read from a file, but .* holds none of "
+    ):
+        open_dataset(dataset, tree.root)
 
     names = [f"thing {index}" for index in range(count)]
     file = tree.root / folder / class_file
     numbered = "".join(f"{number}: {name}\n" for number, name in enumerate(names, 1))
     file.write_text(numbered if class_file == "labels.txt" else json.dumps(names))
-    dataset = open_dataset(layout, tree.root)
-    assert dataset.vocabulary.classes == tuple(names)
-    np.testing.assert_array_equal(dataset.read(0)[1], plain(values, 65535))
+    opened = open_dataset(dataset, tree.root)
+    assert opened.vocabulary.classes == tuple(names)
+    np.testing.assert_array_equal(opened.read(0)[1], plain(values, 65535))
 
     numbered = "".join(f"{number}: {name}\n" for number, name in enumerate(names[:-1], 1))
     file.write_text(numbered if class_file == "labels.txt" else json.dumps(names[:-1]))
-    with pytest.raises(ValueError, match=f"must hold the {count} class names of {layout}, got {count - 1}"):
-        open_dataset(layout, tree.root)
+    with pytest.raises(ValueError, match=f"must hold the {count} class names of {dataset}, got {count - 1}"):
+        open_dataset(dataset, tree.root)
     tree.text(f"{folder}/labels.txt", "1: thing", "3: other")
     if class_file == "labels.txt":
         with pytest.raises(ValueError, match=r"must hold lines '1: name', '2: name', \.\.\. in order"):
-            open_dataset(layout, tree.root)
+            open_dataset(dataset, tree.root)
 
 
 @pytest.mark.parametrize("listing", ["trainaug.txt", "train_aug.txt", "aug.txt"])
@@ -292,30 +296,66 @@ def test_own_folder_without_classes_is_refused(own) -> None:
         open_dataset("folder", own.root)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_root_without_the_folders_is_refused(tree, layout: str) -> None:
+@pytest.mark.parametrize("name", DATASETS)
+def test_root_without_the_folders_is_refused(tree, name: str) -> None:
     (tree.root / "something").mkdir()
     with pytest.raises(ValueError) as caught:
-        open_dataset(layout, tree.root)
+        open_dataset(name, tree.root)
     message = str(caught.value)
-    assert message.startswith(f"root '{tree.root}' holds no {layout} of split 'val': looked in it")
-    for source in LAYOUTS[layout].sources:
-        if "val" in source.splits:
-            images, masks, lists = source.fill("val")
+    assert message.startswith(f"root '{tree.root}' holds no {name} of split 'val': looked in it")
+    for convention in DATASETS[name].conventions:
+        if "val" in convention.splits:
+            images, masks, lists = convention.paths("val")
             assert " + ".join([images, masks[0], *lists]) in message
-    assert all(f"'{folder}'" in message for folder in LAYOUTS[layout].folders if folder)
+    assert all(f"'{folder}'" in message for folder in DATASETS[name].folders if folder)
 
 
 def test_bad_arguments_are_refused(tree) -> None:
-    with pytest.raises(ValueError, match=r"layout must be one of coco-stuff, .*folder, got 'cityscapes'"):
+    with pytest.raises(ValueError, match=r"name must be one of the datasets coco-stuff, .*world, got 'cityscapes'"):
         open_dataset("cityscapes", tree.root)
     with pytest.raises(ValueError, match=r"split of ade20k-150 must be one of train, val, got 'test'"):
         open_dataset("ade20k-150", tree.root, "test")
+    with pytest.raises(ValueError, match=r"split of world must be one of train, test, all, val, got 'trainaug'"):
+        open_dataset("world", split="trainaug")
+    with pytest.raises(ValueError, match=r"root must be the folder that coco-stuff lies in, got None"):
+        open_dataset("coco-stuff")
     with pytest.raises(FileNotFoundError, match=r"root must be the folder of a dataset, there is no '.*none'"):
         open_dataset("folder", tree.root / "none")
     file = tree.text("file", "x")
     with pytest.raises(ValueError, match=r"root must be the folder of a dataset, '.*file' is a file"):
         open_dataset("folder", file)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        open_dataset("world", seed=-1)
+    for name in ("folder", "world"):
+        with pytest.raises(ValueError, match="limit must be at least 1 image, got 0"):
+            open_dataset(name, tree.root, limit=0)
+
+
+def test_a_limit_takes_the_first_pairs(own) -> None:
+    assert [pair.name for pair in open_dataset("folder", own.root, limit=2).pairs] == ["a", "b"]
+    assert len(open_dataset("folder", own.root, limit=9)) == 3
+
+
+def test_the_world_opens_like_any_other_dataset() -> None:
+    dataset = open_dataset("world", seed=3, limit=2)
+    assert (dataset.name, dataset.split, dataset.vocabulary) == ("world", "test", WORLD)
+    assert [pair.name for pair in dataset.pairs] == ["test-3-0", "test-3-1"]
+    image, labels = dataset.read(1)
+    scene = World(3).scene(1, split="test")
+    np.testing.assert_array_equal(np.asarray(image), scene.image)
+    np.testing.assert_array_equal(labels, scene.labels)
+    assert [open_dataset("world", split=split, limit=1).split for split in ("val", "test", "train", "all")] == [
+        "test",
+        "test",
+        "train",
+        "all",
+    ]
+
+
+def test_the_world_has_no_end_but_its_dataset_does() -> None:
+    assert len(open_dataset("world")) == 500
+    assert len(open_dataset("world", endless=7)) == 7
+    assert len(open_dataset("world", endless=7, limit=3)) == 3
 
 
 def test_reading_a_broken_pair_is_told(own) -> None:

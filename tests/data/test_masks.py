@@ -71,9 +71,9 @@ def test_unreadable_masks_are_told(tmp_path: Path) -> None:
         ("truncated.png", "unreadable-mask", "is damaged or truncated and cannot be decoded ("),
         ("empty.png", "unreadable-mask", "is empty (0 bytes)."),
         ("words.png", "unreadable-mask", "is not in an image format that PIL reads, or its beginning is damaged."),
-        ("folder.png", "unreadable-mask", "is not a plain file."),
-        ("colour.png", "unreadable-mask", "is of PIL mode RGB, expected one class index a pixel (greyscale)."),
-        ("float.tif", "unreadable-mask", "is of PIL mode F, expected one class index a pixel (greyscale)."),
+        ("folder.png", "unreadable-mask", "is a folder, expected a file."),
+        ("colour.png", "unreadable-mask", "is of PIL mode RGB, expected one class index per pixel (greyscale)."),
+        ("float.tif", "unreadable-mask", "is of PIL mode F, expected one class index per pixel (greyscale)."),
     ]:
         with pytest.raises(DataError) as caught:
             read_mask(tmp_path / name)

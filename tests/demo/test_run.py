@@ -18,8 +18,10 @@ from PIL import Image
 import ovseg_fast as ovs
 from ovseg_fast import checkpoints
 from ovseg_fast.cli.main import main
-from ovseg_fast.cli.options import BAD_INPUT, FAILED, fail
-from ovseg_fast.data.world.scenes import FIRST_GROUND, GROUNDS, OBJECTS, WORLD, World
+from ovseg_fast.cli.options import BAD_INPUT, FAILED, exit_on_error, fail
+from ovseg_fast.data.vocabularies import WORLD
+from ovseg_fast.data.world.classes import FIRST_GROUND, GROUNDS, OBJECTS
+from ovseg_fast.data.world.scenes import World
 from ovseg_fast.demo import run
 
 WORDS = [*OBJECTS, *GROUNDS]
@@ -180,7 +182,7 @@ def test_own_words_count_as_what_they_mean(demo) -> None:
     assert len(rows) == 6
     assert f"mIoU {percent(float(np.mean(values)))}" in result.stdout
     share = percent(float((~counted).mean()))
-    assert f"Not counted, for no name means it: orange striped triangle ({share} of the picture)." in result.stdout
+    assert f"Not counted, because no name means it: orange striped triangle ({share} of the picture)." in result.stdout
 
 
 def names_shown(scene) -> set[str]:
@@ -315,13 +317,19 @@ def test_the_help_needs_nothing_heavy() -> None:
 def test_a_command_ends_with_one_sentence_or_all_when_asked(verbose, expected) -> None:
     @click.command()
     def command() -> None:
-        fail(ValueError("one\ntwo"), verbose, FAILED)
+        with exit_on_error(FAILED):
+            raise ValueError("one\ntwo")
 
-    result = CliRunner().invoke(command)
+    result = CliRunner().invoke(command, obj=verbose)
     assert (result.exit_code, result.stderr) == (FAILED, f"ovseg-fast: {expected}")
 
 
 def test_an_error_without_words_is_named() -> None:
     with pytest.raises(SystemExit) as end:
-        fail(MemoryError(), False, BAD_INPUT)
+        fail(MemoryError(), BAD_INPUT)
     assert end.value.code == BAD_INPUT
+
+
+def test_an_unexpected_error_is_not_hidden() -> None:
+    with pytest.raises(KeyError), exit_on_error(FAILED):
+        raise KeyError("a bug")

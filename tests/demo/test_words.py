@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ovseg_fast.data.world.scenes import FIRST_GROUND, GROUNDS, OBJECTS, WORLD, World, phrase
+from ovseg_fast.data.vocabularies import WORLD
+from ovseg_fast.data.world.classes import FIRST_GROUND, GROUNDS, OBJECTS
+from ovseg_fast.data.world.scenes import World, phrase
 from ovseg_fast.demo.words import distractors, matching, meanings, truth, understand_scene
 
 

@@ -35,6 +35,7 @@ class PhotoFolder:
     """`NAME.png` and `NAME_mask.png`, 255 where there is no class."""
 
     name = "photo folder"
+    split = "val"
 
     def __init__(self, folder: Path) -> None:
         self.vocabulary = ClassList(CLASSES)

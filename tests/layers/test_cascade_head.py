@@ -156,7 +156,7 @@ def test_classes_and_images_do_not_see_each_other() -> None:
     assert relative_error(head(second, image[1:], text), masks[1:]) <= REWRITE_FLOAT64
 
 
-def test_last_layers_values_are_never_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_layers_values_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     head, inputs = small(0.0)
     calls = []
     whole, scores = ops.mask_attention, ops.mask_scores

@@ -5,7 +5,6 @@
 
 #include "device/numbers.cuh"
 #include "device/tiles.cuh"
-#include "device/warp.cuh"
 
 using namespace ovseg;
 

@@ -1,4 +1,4 @@
-// The index arithmetic of csrc/device for tests/test_native_index.py, which calls it through ctypes.
+// The index arithmetic of csrc/device for test_index.py, which calls it through ctypes.
 
 #include "device/mma.cuh"
 #include "device/windows.h"
@@ -8,7 +8,7 @@ namespace {
 template <int BYTES>
 void offsets(int rows, int *out) {
     for (int row = 0; row < rows; ++row) {
-        for (int piece = 0; piece < BYTES / 16; ++piece) *out++ = ovseg::tile_offset<BYTES>(row, piece);
+        for (int vec = 0; vec < BYTES / 16; ++vec) *out++ = ovseg::tile_offset<BYTES>(row, vec);
     }
 }
 
@@ -21,7 +21,7 @@ int windows(int height, int width, int window, int shift, int *places, int *regi
     const ovseg::Windows of{height, width, window, shift};
     for (int which = 0; which < of.count(); ++which) {
         for (int token = 0; token < of.tokens(); ++token) {
-            *places++ = of.place(which, token);
+            *places++ = of.position(which, token);
             *regions++ = of.region(which, token);
         }
         *plain++ = of.plain(which);
@@ -30,7 +30,7 @@ int windows(int height, int width, int window, int shift, int *places, int *regi
 }
 
 int place(int height, int width, int window, int shift, int which, int token) {
-    return ovseg::Windows{height, width, window, shift}.place(which, token);
+    return ovseg::Windows{height, width, window, shift}.position(which, token);
 }
 
 // (rows, bytes / 16)
@@ -46,18 +46,18 @@ int tile_offsets(int bytes, int rows, int *out) {
     }
 }
 
-// Of each lane: which row and piece it names to ldmatrix for an A and for two B.
-void ldmatrix_places(int *a_row, int *a_piece, int *b_row, int *b_piece) {
+// Of each lane: which row and vector it names to ldmatrix for a frag_a and for a frag_b2.
+void ldmatrix_places(int *a_row, int *a_vec, int *b_row, int *b_vec) {
     for (int lane = 0; lane < 32; ++lane) {
-        *a_row++ = ovseg::a_row(lane), *a_piece++ = ovseg::a_piece(lane);
-        *b_row++ = ovseg::b_row(lane), *b_piece++ = ovseg::b_piece(lane);
+        *a_row++ = ovseg::a_row(lane), *a_vec++ = ovseg::a_vec(lane);
+        *b_row++ = ovseg::b_row(lane), *b_vec++ = ovseg::b_vec(lane);
     }
 }
 
 // Of each lane and each of its four values.
 void results(int *row, int *column) {
     for (int lane = 0; lane < 32; ++lane) {
-        for (int i = 0; i < 4; ++i) *row++ = ovseg::d_row(lane, i), *column++ = ovseg::d_column(lane, i);
+        for (int i = 0; i < 4; ++i) *row++ = ovseg::acc_row(lane, i), *column++ = ovseg::acc_col(lane, i);
     }
 }
 }

@@ -38,14 +38,14 @@ def test_golden(op: str) -> None:
 
 
 @settings(max_examples=30)
-@given(sizes=st.fixed_dictionaries({**SIZES, "channels": st.integers(1, 17), "per_image": st.booleans()}))
+@given(sizes=st.fixed_dictionaries({**SIZES, "channels": st.integers(1, 17)}))
 def test_rewrite(sizes: dict[str, Any]) -> None:
     assert_rewrite("cost_embedding", samples.draw(samples.cost_embedding(**sizes)))
 
 
 @settings(max_examples=30)
 @given(sizes=st.fixed_dictionaries(SIZES))
-def test_rewrite_of_a_volume_at_hand(sizes: dict[str, int]) -> None:
+def test_rewrite_of_an_existing_volume(sizes: dict[str, int]) -> None:
     assert_rewrite("embed_volume", samples.draw(samples.embed_volume(**sizes)))
 
 
@@ -57,9 +57,7 @@ def test_classes_do_not_see_each_other(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_window_that_the_kernels_do_not_hold_is_refused_where_they_are_forced(
-    backend: str, rng: torch.Generator
-) -> None:
+def test_too_large_a_window_is_refused_if_kernels_are_forced(backend: str, rng: torch.Generator) -> None:
     call, _ = samples.cost_embedding(kernel=13)(samples.Draw(rng, torch.float32, "cpu"))
     with ovs.backend(backend), pytest.raises(RuntimeError, match="window of 13 × 13 is larger than 11 × 11"):
         ops.cost_embedding(*call)

@@ -1,5 +1,5 @@
-"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, ties, and what the kernels
-leave out."""
+"""Label map: golden numbers, the literal form of both methods, chunks of rows and classes, ties, and classes that the
+kernels skip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 
 @pytest.fixture(params=CHUNKS)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many scores are worked on at a time."""
+    """How many scores are computed at a time."""
     monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
     return request.param
 
@@ -46,7 +46,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[*CHUNKS, "triton", "cuda"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The PyTorch form, working on so many scores at a time, or the kernels; gives the device to work on."""
+    """The PyTorch form, with so many scores at a time, or the kernels; returns the device of the tensors."""
     if request.param in backends.LAUNCHERS:
         if request.param == "triton":
             pytest.importorskip("triton")
@@ -70,7 +70,8 @@ def test_golden(transductive: bool) -> None:
     offset = torch.zeros(20, device=masks.device)
     offset[case.facts["seen"]] = 0 if transductive else 0.1
     size = (512, 512)
-    scores = [ops.score_map(mask[None], [(0, 0)], window=size, canvas=size, size=size, offset=offset) for mask in masks]
+    place = ops.Placement([(0, 0)], size, size, size)
+    scores = [ops.score_map(mask[None], place, offset=offset) for mask in masks]
     name = "head_eval_selftrain.pred" if transductive else "head_eval.pred"
     assert case.error(name, torch.stack(scores)) <= GOLDEN_OUTPUT
 
@@ -117,19 +118,23 @@ def test_labels_are_the_best_of_the_literal_scores(sizes: dict[str, Any], chunk:
     assert relative_error(chosen, scores.amax(0)) <= REWRITE_FLOAT64
 
 
-def catseg_call(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Any]]:
-    """Published windows, a small picture of them: (5, T, 24, 24) logits and what `label_map` takes besides."""
-    logits = 3 * torch.randn(5, 4, 24, 24, generator=rng, dtype=dtype)
-    keywords = {"window": (96, 96), "canvas": (160, 160), "whole": logits[4:]}
-    return logits, {"positions": literal.catseg_corners(160, 96), **keywords}
+def catseg_logits(rng: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(5, T, 24, 24), four windows and the whole image."""
+    return 3 * torch.randn(5, 4, 24, 24, generator=rng, dtype=dtype)
+
+
+def catseg_placement(size: tuple[int, int]) -> ops.Placement:
+    """Published windows, on a smaller canvas."""
+    return ops.Placement(literal.catseg_corners(160, 96), (96, 96), (160, 160), size)
 
 
 @pytest.mark.parametrize("size", [(160, 160), (100, 133), (211, 173)])
 def test_catseg(size: tuple[int, int], chunk: int, rng: torch.Generator) -> None:
-    logits, keywords = catseg_call(rng)
+    logits = catseg_logits(rng)
     expected = literal.catseg_label_map(logits, size, 160, 96)
-    assert relative_error(ops.score_map(logits[:4], **keywords, size=size), expected) <= REWRITE_FLOAT64
-    labels = ops.label_map(logits[:4], **keywords, size=size)
+    scores = ops.score_map(logits[:4], catseg_placement(size), whole=logits[4:])
+    assert relative_error(scores, expected) <= REWRITE_FLOAT64
+    labels = ops.label_map(logits[:4], catseg_placement(size), whole=logits[4:])
     assert (labels == expected.argmax(0)).double().mean() >= ARGMAX_AGREEMENT
 
 
@@ -140,19 +145,23 @@ def test_cascade_clip(size: tuple[int, int], chunk: int, rng: torch.Generator) -
     masks = 3 * torch.randn(len(corners), 5, 4, 4, generator=rng, dtype=torch.float64)
     offset = torch.zeros(5, dtype=torch.float64)
     offset[seen] = 0.1
-    keywords = {"window": (64, 64), "canvas": canvas, "size": size, "offset": offset}
+    placement = ops.Placement(corners, (64, 64), canvas, size)
     expected = literal.cascade_label_map(masks, canvas, size, seen, crop=64, stride=53)
-    scores = ops.score_map(masks, corners, **keywords)
+    scores = ops.score_map(masks, placement, offset=offset)
     assert relative_error(scores.softmax(0), expected) <= REWRITE_FLOAT64
-    assert (ops.label_map(masks, corners, **keywords) == expected.argmax(0)).double().mean() >= ARGMAX_AGREEMENT
+    labels = ops.label_map(masks, placement, offset=offset)
+    assert (labels == expected.argmax(0)).double().mean() >= ARGMAX_AGREEMENT
 
 
 def test_labels_are_the_argmax_of_the_scores_to_the_bit(rng: torch.Generator) -> None:
-    """As long as all rows are worked on at once both do the same arithmetic, near ties included."""
-    logits, keywords = catseg_call(rng, torch.float32)
+    """If all rows are computed at once both do the same arithmetic, near ties included."""
+    logits = catseg_logits(rng, torch.float32)
     for size in ((160, 160), (100, 133)):
-        scores = ops.score_map(logits[:4], **keywords, size=size)
-        assert torch.equal(ops.label_map(logits[:4], **keywords, size=size), scores.argmax(0).int())
+        labels, scores = (
+            function(logits[:4], catseg_placement(size), whole=logits[4:])
+            for function in (ops.label_map, ops.score_map)
+        )
+        assert torch.equal(labels, scores.argmax(0).int())
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 1)])
@@ -162,14 +171,17 @@ def test_rows_keep_their_place_in_every_precision(dtype: torch.dtype, rows: int)
     logits = torch.stack([stripes, -stripes])[None, :, :, None].to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "CHUNK_ELEMENTS", 1000)
-        labels = ops.label_map(logits, [(0, 0)], window=(40, 1), canvas=(40, 1), size=(4000, 1))[:, 0]
+        labels = ops.label_map(logits, ops.Placement([(0, 0)], (40, 1), (40, 1), (4000, 1)))[:, 0]
     borders = labels.diff().nonzero().flatten() + 1  # midway between two source rows, which lie 100 rows apart
     assert (borders - torch.arange(100, 4000, 100)).abs().max() <= rows
 
 
+ONE_WINDOW = ops.Placement([(0, 0)], (8, 8), (8, 8), (8, 8))
+
+
 def simple(logits: Tensor, size: tuple[int, int] = (8, 8), **more: Any) -> Tensor:
     """One window of 8 × 8 pixels."""
-    return ops.label_map(logits, [(0, 0)], window=(8, 8), canvas=(8, 8), size=size, **more)
+    return ops.label_map(logits, ONE_WINDOW._replace(size=size), **more)
 
 
 def test_the_lower_of_equal_classes_wins(form: str, rng: torch.Generator) -> None:
@@ -217,16 +229,15 @@ def test_the_whole_image_counts_half(form: str) -> None:
 def test_overlapping_windows_are_averaged_by_count(chunk: int) -> None:
     """Three windows over one strip; each pixel has the mean of those that hold it."""
     logits = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    scores = ops.score_map(
-        logits, [(0, 0), (0, 2), (0, 3)], window=(2, 4), canvas=(2, 7), size=(2, 7), offset=torch.zeros(1).double()
-    )[0, 0]
+    placement = ops.Placement([(0, 0), (0, 2), (0, 3)], (2, 4), (2, 7), (2, 7))
+    scores = ops.score_map(logits, placement, offset=torch.zeros(1).double())[0, 0]
     a, b, c = logits[:, 0, 0, 0].sigmoid().tolist()
     expected = [a, a, (a + b) / 2, (a + b + c) / 3, (b + c) / 2, (b + c) / 2, c]
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_memory_does_not_grow_with_the_classes() -> None:
-    """What is worked on at a time holds at most CHUNK_ELEMENTS scores, or one class."""
+    """At most CHUNK_ELEMENTS scores, or those of one class, are computed at a time."""
     largest = 0
     interpolate = F.interpolate
 
@@ -238,14 +249,14 @@ def test_memory_does_not_grow_with_the_classes() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "CHUNK_ELEMENTS", 5000)
         patch.setattr(F, "interpolate", measured)
-        ops.label_map(torch.randn(1, 300, 4, 4), [(0, 0)], window=(40, 40), canvas=(40, 40), size=(100, 90))
+        ops.label_map(torch.randn(1, 300, 4, 4), ops.Placement([(0, 0)], (40, 40), (40, 40), (100, 90)))
     assert 0 < largest <= 5000
 
 
 @pytest.mark.parametrize(
     ("positions", "mention"),
     [
-        ([(0, 0)], "positions must name 2 windows, one a logit map, got 1"),
+        ([(0, 0)], "positions must name 2 windows, one per map, got 1"),
         ([(0, 0), (0, 5)], "on the (8, 12) canvas, got (0, 5)"),
         ([(0, 0), (-1, 4)], "on the (8, 12) canvas, got (-1, 4)"),
         ([(0, 0), (0, 3)], "cover the whole (8, 12) canvas"),
@@ -255,8 +266,15 @@ def test_memory_does_not_grow_with_the_classes() -> None:
 @pytest.mark.parametrize("function", [ops.label_map, ops.score_map])
 def test_windows_must_tile_the_canvas(function: Any, positions: list[tuple[int, int]], mention: str) -> None:
     with pytest.raises(ValueError, match=rf"^{function.__name__}: positions ") as caught:
-        function(torch.randn(2, 3, 4, 4), positions, window=(8, 8), canvas=(8, 12), size=(8, 8))
+        function(torch.randn(2, 3, 4, 4), ops.Placement(positions, (8, 8), (8, 12), (8, 8)))
     assert mention in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [ops.label_map, ops.score_map])
+def test_a_placement_of_another_type_is_refused(function: Any) -> None:
+    expected = rf"^{function.__name__}: placement must be an ovseg_fast\.ops\.Placement, got list\.$"
+    with pytest.raises(TypeError, match=expected):
+        function(torch.randn(1, 3, 4, 4), [(0, 0)])
 
 
 # --- the best k ---
@@ -281,9 +299,8 @@ def test_top_labels_are_the_best_scores_in_order(k: int, form: str, rng: torch.G
     logits[0, 5, 1:4, 2] = float("nan")
     logits[0, 2, 2, 2:5] = float("nan")
     logits[0, [3, 7], :, 6] = float("inf")
-    arguments = {"window": (8, 8), "canvas": (8, 8), "size": (8, 8)}
-    results = ops.top_labels(logits, [(0, 0)], k=k, **arguments)
-    assert_identical(results, best(ops.score_map(logits, [(0, 0)], **arguments), k))
+    results = ops.top_labels(logits, ONE_WINDOW, k=k)
+    assert_identical(results, best(ops.score_map(logits, ONE_WINDOW), k))
 
 
 @settings(max_examples=50)
@@ -303,10 +320,7 @@ def test_top_labels_are_those_of_the_literal_scores(sizes: dict[str, Any], chunk
 def test_labels_and_their_scores_have_no_gradient(form: str, rng: torch.Generator) -> None:
     logits = torch.randn(1, 3, 4, 4, generator=rng).to(form).requires_grad_()
     assert not simple(logits).requires_grad
-    assert not any(
-        result.requires_grad
-        for result in ops.top_labels(logits, [(0, 0)], k=2, window=(8, 8), canvas=(8, 8), size=(8, 8))
-    )
+    assert not any(result.requires_grad for result in ops.top_labels(logits, ONE_WINDOW, k=2))
 
 
 # --- kernels ---
@@ -354,7 +368,7 @@ def test_kernel_labels_are_those_of_float64(
 
 @pytest.mark.parametrize("size", [(20, 20), (13, 31)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_kernels_leave_out_no_class_that_is_best_somewhere(
+def test_kernels_skip_no_class_that_is_best_somewhere(
     size: tuple[int, int], whole: bool, kernels: str, rng: torch.Generator
 ) -> None:
     """A photograph: each of 40 classes is sure of a few places, here and there two of them of the same one."""
@@ -375,7 +389,7 @@ def test_kernels_leave_out_no_class_that_is_best_somewhere(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("argument", range(3))
-def test_kernels_leave_out_no_class_with_a_bad_number(
+def test_kernels_skip_no_class_with_a_bad_number(
     value: float, argument: int, kernels: str, rng: torch.Generator
 ) -> None:
     """20 classes that are hopeless but for one number of one of them."""
@@ -395,49 +409,48 @@ def test_kernels_leave_out_no_class_with_a_bad_number(
     assert_identical(results, best(scores, 3))
 
 
-def test_the_kernel_of_scores_is_refused_where_a_gradient_is_wanted(kernels: str, rng: torch.Generator) -> None:
+def test_the_kernel_of_scores_is_refused_if_a_gradient_is_needed(kernels: str, rng: torch.Generator) -> None:
     logits = torch.randn(1, 3, 4, 4, generator=rng).to(DEVICE)
-    arguments: dict[str, Any] = {"window": (8, 8), "canvas": (8, 8), "size": (8, 8)}
     offset = torch.zeros(3, device=DEVICE, requires_grad=True)
     with ovs.backend(kernels):
         with pytest.raises(RuntimeError, match=rf"^label_map: the {kernels} backend .*: its kernel has no gradient\.$"):
-            ops.score_map(logits, [(0, 0)], **arguments, offset=offset)
+            ops.score_map(logits, ONE_WINDOW, offset=offset)
         with torch.no_grad():
-            ops.score_map(logits, [(0, 0)], **arguments, offset=offset)
+            ops.score_map(logits, ONE_WINDOW, offset=offset)
         assert ovs.last_backend("label_map") == kernels
     with ovs.backend("auto"):
-        assert ops.score_map(logits, [(0, 0)], **arguments, offset=offset).requires_grad
+        assert ops.score_map(logits, ONE_WINDOW, offset=offset).requires_grad
     assert ovs.last_backend("label_map") == "torch"
 
 
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_cuda_kernels_share_bounds_among_very_many_classes(k: int, rng: torch.Generator) -> None:
-    """More than a block keeps bounds of; numbers 6 and 4999 are equal, and surely the best."""
+    """More classes than a block stores bounds for; numbers 6 and 4999 are equal, and surely the best."""
     logits = torch.randn(1, 5000, 2, 2, generator=rng).to(DEVICE)
     logits[0, [6, 4999]] = 9.0
-    arguments: dict[str, Any] = {"window": (4, 4), "canvas": (4, 4), "size": (5, 3)}
+    placement = ops.Placement([(0, 0)], (4, 4), (4, 4), (5, 3))
     with ovs.backend("cuda"):
-        results = ops.top_labels(logits, [(0, 0)], k=k, **arguments)
-        scores = ops.score_map(logits, [(0, 0)], **arguments)
+        results = ops.top_labels(logits, placement, k=k)
+        scores = ops.score_map(logits, placement)
     assert (results[1][0] == 6).all()
     assert_identical(results, best(scores, k))
 
 
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("windows", [64, 65])
-def test_cuda_kernels_take_so_many_windows(windows: int, rng: torch.Generator) -> None:
+def test_cuda_kernels_take_up_to_64_windows(windows: int, rng: torch.Generator) -> None:
     logits = torch.randn(windows, 2, 2, 1, generator=rng).to(DEVICE)
     positions = [(0, left) for left in range(windows)]
-    arguments: dict[str, Any] = {"window": (3, 3), "canvas": (3, windows + 2), "size": (3, windows + 2)}
+    placement = ops.Placement(positions, (3, 3), (3, windows + 2), (3, windows + 2))
     for function in (ops.label_map, ops.score_map):
-        expected = function(logits, positions, **arguments)
+        expected = function(logits, placement)
         with ovs.backend("cuda"):
             if windows > 64:
                 with pytest.raises(RuntimeError, match="its kernels take up to 64 windows, not 65"):
-                    function(logits, positions, **arguments)
+                    function(logits, placement)
             else:
-                torch.testing.assert_close(function(logits, positions, **arguments), expected)
+                torch.testing.assert_close(function(logits, placement), expected)
 
 
 def test_autocast_leaves_the_logits_as_they_are(form: str, rng: torch.Generator) -> None:

@@ -200,6 +200,21 @@ def test_kernels_give_each_gradient_alone(wanted: str, kernels: str, rng: torch.
             assert gradient is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_come_out_of_single_layers_too(value: float, kernels: str, rng: torch.Generator) -> None:
+    """The rows that test_kernels takes for this are weighted sums."""
+    call, _ = samples.layer_gather(layers=2)(samples.Draw(rng, torch.float32, DEVICE))
+    for argument in range(len(samples.floating(call))):
+        bad = samples.map_tensors(torch.clone, call)
+        samples.floating(bad)[argument].view(-1)[-1] = value
+        with ovs.backend(kernels):
+            result = ops.layer_gather(*bad)
+        with ovs.backend("torch"):
+            truth = ops.layer_gather(*bad)
+        assert torch.equal(result.isfinite(), truth.isfinite()), argument
+        assert not truth.isfinite().all()
+
+
 def test_kernels_read_the_tokens_where_they_lie(
     kernels: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,15 @@ def test_bytes_are_labels_as_any_integers(form: str, rng: torch.Generator) -> No
         assert all(torch.equal(losses[name], expected[name]) for name in expected)
 
 
+def test_labels_made_under_inference_mode_are_refused_if_a_gradient_is_needed() -> None:
+    logits = torch.zeros(1, 3, 2, 2)
+    with torch.inference_mode():
+        labels = torch.zeros(1, 4, 4).long()
+    assert ops.mask_losses(logits, labels)["bce"].isfinite()
+    with pytest.raises(ValueError, match=r"mask_losses: labels was made under .* pass labels\.clone\(\)"):
+        ops.mask_losses(logits.requires_grad_(), labels)
+
+
 def test_the_pytorch_form_compiles_as_one_graph(rng: torch.Generator) -> None:
     logits, labels = torch.randn(2, 3, 4, 5, generator=rng), torch.randint(3, (2, 7, 9), generator=rng)
     compiled = torch.compile(ops.mask_losses, fullgraph=True, backend="aot_eager")

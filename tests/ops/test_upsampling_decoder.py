@@ -115,7 +115,7 @@ def test_classes_do_not_see_each_other() -> None:
 
 
 class Normalisations(TorchDispatchMode):
-    """Keeps arguments and result of each guided group normalisation that a kernel does."""
+    """Records arguments and result of each guided group normalisation that a kernel computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,8 +134,8 @@ class Normalisations(TorchDispatchMode):
 def test_gradients_of_the_kernels_follow_float64(
     row: samples.Sample, dtype: torch.dtype, kernels: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64 ReLU lets through what it let through in the kernels: where rounding carries a number over zero, the
-    gradient jumps, and that says nothing about a kernel."""
+    """In float64 ReLU passes what it passed in the kernels: where rounding carries a number over zero, the gradient
+    jumps, which says nothing about a kernel."""
     call, wide = build(row, rng, dtype)
     with ovs.backend(kernels), Normalisations() as seen:
         results = gradients(row, call)
@@ -166,7 +166,7 @@ def test_no_copy_lies_between_the_library_and_the_kernels(
 
 
 # Groups of one channel, tiles of several maps, maps of several tiles, more channels than a tile holds; for the CUDA C++
-# kernels also pieces of 16 bytes, a map of several chunks of them, and more channels than a block has threads.
+# kernels also vectors of 16 bytes, a map of several chunks of them, and more channels than a block has threads.
 GROUP_NORMS = [
     ((1, 3, 5, 7, 32), 2),
     ((2, 2, 19, 24, 64), 4),

@@ -5,8 +5,8 @@ Each operator has a file here: how a call of it is built from sizes, and its row
 then cast, so one seed gives a float32 and a float64 call the very same inputs.
 
 Tags: small (cheap enough for a numerical derivative), odd (sizes that are no multiple of anything), one-class,
-many-classes (300), batch, per-image (text or its guidance differs between the images), empty (no image), wide (few
-tokens of the published widths, which are all that some CUDA C++ kernels take), bench (the published size).
+many-classes (300), batch, per-image (guidance differs between the images), empty (no image), wide (few tokens of the
+published widths, which are all that some CUDA C++ kernels take), bench (the published size).
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """`function` of every tensor in a call or a part of one; all else stays."""
     if isinstance(value, Tensor):
         return function(value)
+    if hasattr(value, "_fields"):  # a NamedTuple
+        return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (tuple, list)):
         items = [map_tensors(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

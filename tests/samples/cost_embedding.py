@@ -44,11 +44,10 @@ COST_EMBEDDING = [
     ),
     row(
         "cost_embedding",
-        "odd, text of each image",
-        cost_embedding(batch=2, classes=3, prompts=3, height=5, width=7, channels=33, out=5, per_image=True),
+        "odd",
+        cost_embedding(batch=2, classes=3, prompts=3, height=5, width=7, channels=33, out=5),
         "odd",
         "batch",
-        "per-image",
     ),
     # Many images, as the only cost's gradient might happen to cancel, and a relative error then says nothing.
     row("cost_embedding", "one class, one patch", cost_embedding(batch=64, classes=1, height=1, width=1), "one-class"),

@@ -13,11 +13,9 @@ def cost_volume(
     height: int = 4,
     width: int = 4,
     channels: int = 8,
-    per_image: bool = False,
 ) -> Build:
     def build(draw: Draw) -> Call:
-        text = (batch,) if per_image else ()
-        return (draw(batch, height, width, channels), draw(*text, classes, prompts, channels)), {}
+        return (draw(batch, height, width, channels), draw(classes, prompts, channels)), {}
 
     return build
 
@@ -27,11 +25,10 @@ COST_VOLUME = [
     row("cost_volume", "small", cost_volume(classes=2, height=2, width=2, channels=3), "small"),
     row(
         "cost_volume",
-        "small, text of each image",
-        cost_volume(batch=2, classes=2, prompts=2, height=1, width=2, channels=3, per_image=True),
+        "small, two images",
+        cost_volume(batch=2, classes=2, prompts=2, height=1, width=2, channels=3),
         "small",
         "batch",
-        "per-image",
     ),
     row("cost_volume", "odd", cost_volume(batch=2, classes=5, prompts=3, height=7, width=9, channels=33), "odd"),
     row("cost_volume", "one class, one patch", cost_volume(batch=64, classes=1, height=1, width=1), "one-class"),

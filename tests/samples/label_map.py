@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ovseg_fast import ops
+
 from ._sample import Build, Call, Draw, Sample, row
 
 PUBLISHED_SLIDE = {
@@ -44,7 +46,7 @@ def label_map(
 
     def build(draw: Draw) -> Call:
         positions = [(top, left) for top in starts(0) for left in starts(1)]
-        keywords: dict[str, Any] = {"window": window, "canvas": canvas, "size": size}
+        keywords: dict[str, Any] = {}
         logits = 2 * draw(len(positions), classes, *map_size)
         if whole:
             keywords["whole"] = 2 * draw(1, classes, *map_size)
@@ -52,7 +54,7 @@ def label_map(
             keywords["k"] = k
         if offset:
             keywords["offset"] = 0.1 * (draw(classes) > 0).to(draw.dtype)
-        return (logits, positions), keywords
+        return (logits, ops.Placement(positions, window, canvas, size)), keywords
 
     return build
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from ovseg_fast.data.world.scenes import FIRST_GROUND, WORLD, World
+from ovseg_fast.data.vocabularies import WORLD
+from ovseg_fast.data.world.classes import FIRST_GROUND
+from ovseg_fast.data.world.scenes import World
 from ovseg_fast.models.catseg import PIXEL_MEAN, PIXEL_STD, CATSeg
 from ovseg_fast.models.clip import CLIP
 from ovseg_fast.models.presets import get_preset
@@ -92,7 +94,7 @@ def test_batches_drawn_by_other_processes_are_the_same(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     pretrain(settings(steps=2), tmp_path, SMALL)
-    with pytest.raises(ValueError, match="was made with another steps, lr; use the same settings to go on"):
+    with pytest.raises(ValueError, match="was made with another steps, lr; resume with the same settings"):
         pretrain(settings(steps=3, lr=1.0), tmp_path, SMALL)
     with pytest.raises(ValueError, match="was made with another clip"):
         pretrain(settings(steps=2), tmp_path, SMALL | {"embed_dim": 8})

@@ -33,7 +33,7 @@ def test_packaged_weights_are_small_and_say_what_they_were_trained_on() -> None:
     for name in MODELS:
         assert checkpoints.classes(PACKAGED / f"{name}.safetensors") == list(WORLD.seen)
         config = read_config(PACKAGED / f"{name}.toml")
-        assert config.model == name and config.data.layout == "world"
+        assert config.model == name and config.data.dataset == "world"
     assert read_toml(PACKAGED / "clip-tiny.toml", PretrainingConfig).steps > 1000
 
 

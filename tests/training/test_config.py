@@ -8,7 +8,7 @@ import pytest
 
 from ovseg_fast.training.config import DataConfig, TrainingConfig, check_resumable, read_config
 
-SMALLEST = 'model = "catseg-tiny"\nout = "run"\nsteps = 3\n[data]\nlayout = "coco-stuff"\n'
+SMALLEST = 'model = "catseg-tiny"\nout = "run"\nsteps = 3\n[data]\ndataset = "coco-stuff"\n'
 
 
 def read(tmp_path, text: str) -> TrainingConfig:
@@ -25,7 +25,7 @@ def test_every_key_is_read(tmp_path):
     text = SMALLEST.replace(
         "steps = 3", 'steps = 3\nlearning_rate = 1\nprecision = "bf16"\nseen_only = true\nscales = [1, 1.5]'
     )
-    config = read(tmp_path, text + 'root = "there"\nlimit = 7\n[validation]\nlayout = "ade20k-150"\n')
+    config = read(tmp_path, text + 'root = "there"\nlimit = 7\n[validation]\ndataset = "ade20k-150"\n')
     assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
     assert config.scales == (1.0, 1.5) and isinstance(config.scales[0], float)
     assert config.precision == "bf16" and config.seen_only is True
@@ -51,8 +51,8 @@ def test_every_key_is_read(tmp_path):
         ("steps = 3", 'steps = 3\nscales = [1, "2"]', r"scales\[1\] must be a number, got '2'"),
         ("steps = 3", 'steps = 3\nweights = "a"\nclip_pretrained = "b"', "weights and clip_pretrained exclude"),
         ("catseg-tiny", "resnet", "name must be one of catseg-vitb"),
-        ('layout = "coco-stuff"', 'layouts = "coco-stuff"', "unknown key data.layouts;"),
-        ('[data]\nlayout = "coco-stuff"', 'data = "coco-stuff"', r"data must be a table \[data\], got 'coco-stuff'"),
+        ('dataset = "coco-stuff"', 'datasets = "coco-stuff"', "unknown key data.datasets;"),
+        ('[data]\ndataset = "coco-stuff"', 'data = "coco-stuff"', r"data must be a table \[data\], got 'coco-stuff'"),
         ("steps = 3", "steps = ", "is not a TOML file"),
     ],
 )
@@ -61,6 +61,17 @@ def test_bad_values_are_named(tmp_path, old, new, words):
     with pytest.raises((ValueError, TypeError), match=words) as caught:
         read(tmp_path, SMALLEST.replace(old, new))
     assert "run.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_layout_is_an_older_spelling_of_dataset(tmp_path):
+    older = SMALLEST.replace("dataset =", "layout =") + '[validation]\nlayout = "world"\n'
+    config = read(tmp_path, older)
+    assert config.data == DataConfig("coco-stuff") and config.validation == DataConfig("world")
+    with pytest.raises(ValueError, match=r"data\.layout is an older spelling of data\.dataset; give only"):
+        read(tmp_path, SMALLEST + 'layout = "coco-stuff"\n')
+    saved = dataclasses.asdict(config)
+    saved["data"]["layout"] = saved["data"].pop("dataset")
+    check_resumable(saved, config)
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path):

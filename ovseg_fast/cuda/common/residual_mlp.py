@@ -1,4 +1,4 @@
-"""Launcher of the backward of the residual MLP that both aggregation kernels end with."""
+"""Launcher of `csrc/residual_mlp_backward.cu`, the backward of the MLP that both aggregation kernels end with."""
 
 from __future__ import annotations
 

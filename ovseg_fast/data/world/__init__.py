@@ -1,1 +1,1 @@
-"""The procedural world: scenes of patterned shapes on grounds, drawn from a seed."""
+"""The procedural world, drawn from a seed: its classes (words and unseen split), drawing and scenes."""

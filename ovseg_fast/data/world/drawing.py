@@ -1,8 +1,7 @@
-"""How the procedural world looks: colours, patterns, shapes and materials, drawn by signed distances.
+"""How the procedural world looks: patterns, shapes and materials, drawn from signed distances.
 
-Every edge is anti-aliased: a pixel is covered by its distance to the edge, clipped to half a pixel on both sides.
-Lengths are in pixels; `unit` is the length of one pixel of a 96 × 96 picture, so that a larger picture shows the same,
-larger.
+Edges are anti-aliased: a pixel's coverage is its distance to the edge, clipped to half a pixel on both sides. Lengths
+are in pixels; `unit` is one pixel of a 96 × 96 image, so that a larger image shows the same scene, larger.
 """
 
 from __future__ import annotations
@@ -13,37 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.floating[Any]]
+from .classes import COLOURS, GROUND_COLOURS
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 35, 35),
-    "orange": (245, 135, 20),
-    "yellow": (240, 225, 50),
-    "green": (40, 165, 60),
-    "blue": (40, 80, 220),
-    "purple": (145, 50, 185),
-}
-GROUND_COLOURS: dict[str, tuple[int, int, int]] = {  # muted: what lies on the ground stands out from it
-    "grey": (135, 135, 135),
-    "brown": (125, 88, 58),
-    "green": (92, 132, 84),
-    "blue": (95, 122, 160),
-}
+Field = NDArray[np.floating[Any]]
+Plane = Callable[[Field, Field, float], Field]
 
 # ---- shapes: coordinates (u, v) from the centre, circumscribed radius r -> signed distance, negative inside ----
-
-
-def _circle(u: Field, v: Field, r: float) -> Field:
-    return np.hypot(u, v) - 0.9 * r
-
-
-def _square(u: Field, v: Field, r: float) -> Field:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.74 * r
-
-
-def _triangle(u: Field, v: Field, r: float) -> Field:
-    side = 0.5 * v + 0.8660254 * np.abs(u)
-    return np.maximum(side, -v) - 0.5 * r
 
 
 def _star(u: Field, v: Field, r: float) -> Field:
@@ -61,23 +35,15 @@ def _cross(u: Field, v: Field, r: float) -> Field:
     return np.maximum(np.maximum(u, v) - 0.92 * r, np.minimum(u, v) - 0.34 * r)
 
 
-SHAPES: dict[str, Callable[[Field, Field, float], Field]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
+SHAPE_DISTANCES: dict[str, Plane] = {
+    "circle": lambda u, v, r: np.hypot(u, v) - 0.9 * r,
+    "square": lambda u, v, r: np.maximum(np.abs(u), np.abs(v)) - 0.74 * r,
+    "triangle": lambda u, v, r: np.maximum(0.5 * v + 0.8660254 * np.abs(u), -v) - 0.5 * r,
     "star": _star,
     "cross": _cross,
 }
 
-# ---- patterns: coordinates from the centre and a period -> how much of the second tone, 0..1 ----
-
-
-def _plain(u: Field, v: Field, period: float) -> Field:
-    return np.zeros_like(u)
-
-
-def _striped(u: Field, v: Field, period: float) -> Field:
-    return _edge(np.cos(u * (2 * np.pi / period)) * (period / (2 * np.pi)))
+# ---- patterns: coordinates from the centre and a period -> share of the second tone, 0..1 ----
 
 
 def _dotted(u: Field, v: Field, period: float) -> Field:
@@ -90,15 +56,15 @@ def _checkered(u: Field, v: Field, period: float) -> Field:
     return _edge(waves * (period / (2 * np.pi)))
 
 
-PATTERNS: dict[str, Callable[[Field, Field, float], Field]] = {
-    "plain": _plain,
-    "striped": _striped,
+PATTERN_TONES: dict[str, Plane] = {
+    "plain": lambda u, v, period: np.zeros_like(u),
+    "striped": lambda u, v, period: _edge(np.cos(u * (2 * np.pi / period)) * (period / (2 * np.pi))),
     "dotted": _dotted,
     "checkered": _checkered,
 }
 PERIODS = {"plain": 1.0, "striped": 9.0, "dotted": 10.0, "checkered": 13.0}
 
-# ---- materials: pixel coordinates and random numbers -> brightness, about 1 ----
+# ---- materials: pixel coordinates and random numbers -> brightness around 1 ----
 
 
 def _grass(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
@@ -112,7 +78,7 @@ def _sand(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
 
 
 def _bricks(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
-    """Courses of bricks, each second one shifted by half a brick, with light mortar."""
+    """Courses of bricks, every second one shifted by half a brick, with light mortar."""
     height, width = 8 * unit, 16 * unit
     course = np.floor(y / height)
     along = x + (course % 2) * (width / 2)
@@ -123,17 +89,17 @@ def _bricks(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
 
 
 def _wood(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
-    """Level planks with dark gaps and a grain along them."""
+    """Horizontal planks with dark gaps and a grain along them."""
     return 1 + 0.12 * _noise(x.shape, (1.2 * unit, 14 * unit), rng) - 0.5 * _edge(0.8 * unit - _to_line(y, 13 * unit))
 
 
 def _water(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
-    """Smooth level waves."""
+    """Smooth horizontal waves."""
     bend = 2.2 * unit * np.sin(x / (rng.uniform(4, 6) * unit))
     return 1 + 0.26 * np.sin((y + bend) * (2 * np.pi / (9 * unit)))
 
 
-MATERIALS: dict[str, Callable[[Field, Field, float, np.random.Generator], Field]] = {
+MATERIAL_BRIGHTNESS: dict[str, Callable[[Field, Field, float, np.random.Generator], Field]] = {
     "grass": _grass,
     "sand": _sand,
     "brick wall": _bricks,
@@ -143,12 +109,12 @@ MATERIALS: dict[str, Callable[[Field, Field, float, np.random.Generator], Field]
 
 
 def draw_ground(size: int, colour: str, material: str, unit: float, jitter: float, rng: np.random.Generator) -> Field:
-    """A whole picture (size, size, 3) in 0..255 of one ground."""
+    """An image (size, size, 3) in 0..255 of one ground."""
     y, x = np.ogrid[:size, :size]
     shift = rng.uniform(0, 100, 2) * unit
     x, y = np.broadcast_arrays((x + shift[0]).astype(np.float32), (y + shift[1]).astype(np.float32))
     tone = _tone(GROUND_COLOURS[colour], jitter / 2, rng)
-    brightness = MATERIALS[material](x, y, unit * rng.uniform(0.85, 1.15), rng)
+    brightness = MATERIAL_BRIGHTNESS[material](x, y, unit * rng.uniform(0.85, 1.15), rng)
     return brightness.astype(np.float32)[..., None] * tone
 
 
@@ -161,14 +127,14 @@ def draw_object(
     jitter: float,
     rng: np.random.Generator,
 ) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
-    """Draw an object into a picture (H, W, 3) in 0..255.
+    """Draw an object into an image (H, W, 3) in 0..255.
 
     Args:
-        centre: (x, y) in pixels. radius: of the circle around it. words: its colour, pattern and shape.
+        centre: (x, y) in pixels. radius: of the circumscribed circle. words: colour, pattern and shape.
 
     Returns:
-        the window of the picture that it can reach, and in this window (h, w) the pixels that it covers by more than
-        half.
+        the window of the image that the object can reach, and in this window (h, w) the pixels that it covers by more
+        than half.
     """
     colour, pattern, shape = words
     height, width = canvas.shape[:2]
@@ -180,14 +146,14 @@ def draw_object(
     y, x = np.ogrid[top:bottom, left:right]
     x, y = (x - centre[0]).astype(np.float32), (y - centre[1]).astype(np.float32)
     u, v = _turn(x, y, rng.uniform(0, 2 * np.pi))
-    cover = _edge(-SHAPES[shape](u, v, radius))
-    # The pattern is turned by itself: a striped square is one at any angle of the stripes.
+    cover = _edge(-SHAPE_DISTANCES[shape](u, v, radius))
+    # The pattern has its own angle: a striped square is one whichever way the stripes run.
     u, v = _turn(x, y, rng.uniform(0, 2 * np.pi))
     period = PERIODS[pattern] * unit * rng.uniform(0.85, 1.15)
     offset = rng.uniform(0, period, 2).astype(np.float32)
-    second = PATTERNS[pattern](u + offset[0], v + offset[1], period)[..., None]
+    second = PATTERN_TONES[pattern](u + offset[0], v + offset[1], period)[..., None]
     first_tone = _tone(COLOURS[colour], jitter, rng)
-    # A second tone, nearly white or black; a light colour gets the dark one, where both could be the first.
+    # The second tone is nearly white or black; on a light colour only the dark one stands out.
     dark = rng.random() < 0.5 or float(first_tone.mean()) > 150
     second_tone = 0.25 * first_tone + 0.75 * (25 if dark else 235)
     drawn = first_tone + second * (second_tone - first_tone)
@@ -198,7 +164,7 @@ def draw_object(
 def light(
     canvas: Field, lighting: float, noise: float, rng: np.random.Generator, grain: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """A picture (H, W, 3) in 0..255 under light that falls off to one side, with the noise of a camera."""
+    """The image (H, W, 3) in 0..255 under light that falls off to one side, with camera noise."""
     height, width = canvas.shape[:2]
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, lighting)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]
@@ -218,17 +184,17 @@ def _turn(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
 
 
 def _edge(inside: Field) -> Field:
-    """How much of a pixel is covered, by its signed distance to an edge, positive inside."""
+    """Coverage of a pixel from its signed distance to an edge, positive inside."""
     return np.clip(inside + 0.5, 0, 1)
 
 
 def _to_line(position: Field, spacing: float) -> Field:
-    """Distance to the nearest of lines at a regular spacing."""
+    """Distance to the nearest of evenly spaced lines."""
     return np.abs((position + spacing / 2) % spacing - spacing / 2)
 
 
 def _noise(shape: tuple[int, ...], grain: tuple[float, float], rng: np.random.Generator) -> Field:
-    """White noise of unit variance whose grains are (height, width) pixels large, at a random offset."""
+    """White noise of unit variance with grains of (height, width) pixels, at a random offset."""
     rows, columns = (
         ((np.arange(side) + rng.uniform(0, size)) / max(size, 1)).astype(np.int32)
         for side, size in zip(shape, grain, strict=True)

@@ -1,18 +1,15 @@
-"""A procedural world: endless scenes of patterned shapes on grounds, with masks and captions, all from a seed.
+"""Endless scenes of patterned shapes on grounds, with masks and captions, all from a seed.
 
-Every object is described by three words, colour × pattern × shape ("red striped circle"), and so is every ground by
-colour × material ("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*:
-scenes for training never show them, though each of their words, and each pair of an object's words, occurs in seen
-ones. A model that finds them has not learned them by heart.
-
-The split is a fixed rule on the positions of the words in their lists and does not depend on the seed.
+Three words describe an object, colour × pattern × shape ("red striped circle"), and two a ground, colour × material
+("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*: training scenes never
+show them, though each of their words, and each pair of an object's words, occurs in seen ones. A model that finds them
+has not memorised them. The split is a fixed rule, whatever the seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -20,51 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..vocabularies import WORLD
-from .classes import FIRST_GROUND, GROUNDS, OBJECTS
-from .drawing import COLOURS, GROUND_COLOURS, MATERIALS, PATTERNS, SHAPES, draw_ground, draw_object, light
+from .classes import ARTICLES, CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, ON, PREFIXES, SUFFIXES, SYNONYMS
+from .drawing import draw_ground, draw_object, light
 
 BASE_SIZE = 96  # pixels; lengths of `Difficulty` are at this size
 SPLITS = ("train", "test", "all")
-WANTED_ATTEMPTS = 50  # at a scene in which every wanted object finds a place
+PLACING_ATTEMPTS = 50  # for a scene in which every requested object finds a place
 
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "red": ("crimson", "scarlet"),
-    "orange": ("tangerine",),
-    "yellow": ("golden",),
-    "green": ("emerald",),
-    "blue": ("azure",),
-    "purple": ("violet",),
-    "grey": ("gray",),
-    "plain": ("solid", "flat"),
-    "striped": ("stripy", "banded"),
-    "dotted": ("spotted", "speckled"),
-    "checkered": ("chequered", "checked"),
-    "circle": ("disc", "disk"),
-    "square": ("box",),
-    "triangle": ("wedge",),
-    "cross": ("plus",),
-    "grass": ("lawn", "meadow"),
-    "brick wall": ("bricks", "brickwork"),
-    "wooden floor": ("wood", "planks"),
-    "water": ("waves",),
-}
-
-PREFIXES = ("", "", "", "a photo of ", "a picture of ", "there is ", "this is ", "an image of ")
-SUFFIXES = ("", "", "", " in the scene", ".")
-ON = ("on", "over", "in front of")
-ARTICLES = ("a", "an")
-
-# Every piece that captions are put together from.
-_PIECES = chain(
-    COLOURS, GROUND_COLOURS, PATTERNS, SHAPES, MATERIALS, *SYNONYMS.values(), ARTICLES, PREFIXES, SUFFIXES, ON
-)
-WORDS = tuple(dict.fromkeys(piece.strip() for piece in (*_PIECES, "and", "a, a") if piece.strip()))
-
-_POOLS = {
-    "train": [index for index in range(len(WORLD.classes)) if index not in WORLD.unseen],
-    "test": list(range(len(WORLD.classes))),
-    "all": list(range(len(WORLD.classes))),
-}
+_UNSEEN = frozenset(WORLD.unseen)
 
 
 @dataclass(frozen=True)
@@ -73,10 +33,10 @@ class Difficulty:
 
     Attributes:
         objects: fewest and most objects. diameter: smallest and largest, of the circle around an object.
-        overlap: by what part of their two radii the circles around two objects may overlap, 0..1.
-        siblings: probability that an object differs from the one before in a single word.
+        overlap: share of their two radii by which the circles of two objects may overlap, 0..1.
+        siblings: probability that an object differs from the one before it in a single word.
         jitter: of the colours, in levels of 0..255. lighting: largest change of brightness towards one side, 0..1.
-        noise: largest standard deviation of the camera's noise, in levels of 0..255.
+        noise: largest standard deviation of the camera noise, in levels of 0..255.
     """
 
     objects: tuple[int, int] = (2, 4)
@@ -89,8 +49,7 @@ class Difficulty:
 
 
 class Region(NamedTuple):
-    """A visible object: its class index, and the box (left, top, right, bottom) around its visible pixels, the last two
-    exclusive."""
+    """A visible object: its class index and the box (left, top, right, bottom) of its pixels, the end exclusive."""
 
     label: int
     box: tuple[int, int, int, int]
@@ -98,11 +57,11 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One picture of the world.
+    """One image of the world.
 
     Attributes:
         image: (H, W, 3) uint8, RGB. labels: (H, W) int32, indices into `classes`; every pixel has a class.
-        classes: the class list of the world, the same in every scene. ground: its index.
+        classes: the class list of the world, the same in every scene. ground: index of the ground's class.
         regions: the visible objects. captions: three descriptions: of everything, of a part, and of one thing.
     """
 
@@ -115,15 +74,7 @@ class Scene:
 
 
 class World:
-    """Endless scenes from a seed.
-
-    Args:
-        seed: another seed gives other scenes of the same classes and the same split.
-        difficulty: see `Difficulty`.
-
-    Raises:
-        ValueError: the seed is negative.
-    """
+    """Endless scenes from a seed, which must not be negative (ValueError). Every seed has the same unseen classes."""
 
     vocabulary = WORLD
 
@@ -134,12 +85,12 @@ class World:
         self.difficulty = difficulty or Difficulty()
 
     def scene(self, index: int, size: int = BASE_SIZE, split: str = "train") -> Scene:
-        """The scene of that number: always the same one, whichever were made before.
+        """Scene number `index`: always the same one, whichever were drawn before.
 
         Args:
             index: 0, 1, 2, ... without end. size: side in pixels.
-            split: `"train"`, seen combinations only; `"test"`, all of them; `"all"`, all too, for what is trained on
-                captions. They share no scene.
+            split: `"train"`, seen combinations only; `"test"`, all of them; `"all"`, all too, to train on captions.
+                They share no scene.
 
         Raises:
             ValueError: `index` is negative, `size` is under 32, or there is no such split.
@@ -147,27 +98,26 @@ class World:
         _check_number(index, size)
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
-        # How many numbers a texture takes depends on the size: from a stream of its own, or the rest would change too.
+        # Textures draw a number of values that depends on the size: from their own stream, so the rest stays the same.
         rng, grain = (np.random.default_rng([self.seed, SPLITS.index(split), index, part]) for part in range(2))
         return self._draw(*self._contents(split, rng), size, rng, grain)
 
     def scene_of(self, labels: Sequence[int], index: int = 0, size: int = BASE_SIZE) -> Scene:
-        """A scene of just these classes, every one of them visible.
+        """A scene of exactly these classes, all of them visible.
 
         Args:
-            labels: indices into the classes of one ground and at least one object, in any order.
+            labels: class indices of one ground and at least one object, in any order.
             index: 0, 1, 2, ... give other places, sizes and tones. size: side in pixels.
 
         Raises:
-            ValueError: other labels, `index` is negative, `size` is under 32, or the objects are too many to be seen
-                together.
+            ValueError: other labels, `index` is negative, `size` is under 32, or too many objects to be seen together.
         """
         _check_number(index, size)
         objects = [label for label in labels if 0 <= label < FIRST_GROUND]
         grounds = [label for label in labels if FIRST_GROUND <= label < len(WORLD.classes)]
         if len(objects) + len(grounds) < len(labels) or len(grounds) != 1 or not objects:
             raise ValueError(f"labels must be those of one ground and at least one object, got {list(labels)}.")
-        for attempt in range(WANTED_ATTEMPTS):
+        for attempt in range(PLACING_ATTEMPTS):
             parts = (self.seed, len(SPLITS), index, attempt)  # beside the streams of the splits
             rng, grain = (np.random.default_rng([*parts, part]) for part in range(2))
             scene = self._draw(grounds[0], objects, size, rng, grain)
@@ -190,9 +140,8 @@ class World:
         return Scene(image, labels, WORLD.classes, ground, regions, _captions(ground, regions, rng))
 
     def _contents(self, split: str, rng: np.random.Generator) -> tuple[int, list[int]]:
-        pool = _POOLS[split]
-        grounds = [index for index in pool if index >= FIRST_GROUND]
-        ground = int(rng.choice(grounds))
+        pool = [index for index in range(len(CLASS_WORDS)) if split != "train" or index not in _UNSEEN]
+        ground = int(rng.choice([index for index in pool if index >= FIRST_GROUND]))
         colour = GROUNDS[ground - FIRST_GROUND][0]  # nothing lies on a ground of its own colour
         allowed = [index for index in pool if index < FIRST_GROUND and OBJECTS[index][0] != colour]
         least, most = self.difficulty.objects
@@ -206,15 +155,14 @@ class World:
         return ground, objects
 
     def _places(self, count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-        """Up to `count` circles (x, y, radius) that overlap no more than allowed; the crowded ones are left out."""
+        """Up to `count` circles (x, y, radius) that overlap no more than allowed; those without room are left out."""
         places: list[tuple[float, float, float]] = []
         smallest, largest = self.difficulty.diameter
         for _ in range(count):
-            for attempt in range(12):  # smaller and smaller, until it fits
+            for attempt in range(12):  # ever smaller, until it fits
                 radius = rng.uniform(smallest, largest - (largest - smallest) * attempt / 12) / 2
                 x, y = rng.uniform(0.75 * radius, BASE_SIZE - 0.75 * radius, 2)
-                free = all(np.hypot(x - a, y - b) > (radius + r) * (1 - self.difficulty.overlap) for a, b, r in places)
-                if free:
+                if all(np.hypot(x - a, y - b) > (radius + r) * (1 - self.difficulty.overlap) for a, b, r in places):
                     places.append((float(x), float(y), float(radius)))
                     break
         return places
@@ -228,9 +176,8 @@ def _check_number(index: int, size: int) -> None:
 
 
 def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:
-    """A class in other words: synonyms, and for objects an article and either order of colour and pattern."""
-    words = list(OBJECTS[label]) if label < FIRST_GROUND else list(GROUNDS[label - FIRST_GROUND])
-    words = [_say(word, rng) for word in words]
+    """A class in other words: synonyms; for objects an article and either order of colour and pattern."""
+    words = [_say(word, rng) for word in CLASS_WORDS[label]]
     if label < FIRST_GROUND:
         if rng.random() < 0.3:
             words[0], words[1] = words[1], words[0]
@@ -240,7 +187,7 @@ def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:
 
 
 def describe(labels: list[int], rng: np.random.Generator) -> str:
-    """A caption of one or several classes, the ground, if it is among them, last."""
+    """A caption of one or several classes; a ground comes last."""
     objects = [phrase(label, rng) for label in labels if label < FIRST_GROUND]
     grounds = [phrase(label, rng) for label in labels if label >= FIRST_GROUND]
     text = ", ".join(objects[:-1]) + (" and " if len(objects) > 1 else "") + (objects[-1] if objects else "")
@@ -263,7 +210,7 @@ def _visible(labels: NDArray[np.int32], objects: list[int], unit: float) -> tupl
     regions = []
     for label in dict.fromkeys(objects):
         rows, columns = np.nonzero(labels == label)
-        if len(rows) >= 60 * unit**2:  # less than this is a sliver that nobody would mention
+        if len(rows) >= 60 * unit**2:  # less is a sliver that nobody would mention
             box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             regions.append(Region(label, tuple(map(int, box))))  # type: ignore[arg-type]
     return tuple(regions)
@@ -283,7 +230,7 @@ def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-class Numbered(NamedTuple):
+class SceneName(NamedTuple):
     """A scene's name: split, seed of the world and number, `"test-0-17"`."""
 
     name: str
@@ -295,24 +242,23 @@ class Numbered(NamedTuple):
 
 @dataclass(frozen=True)
 class WorldScenes:
-    """The first scenes of a world as a dataset, read like a `datasets.SegmentationDataset`.
+    """Scenes of a world as a dataset, read like a `datasets.SegmentationDataset`.
 
     Args:
-        split: `"train"` or `"test"`, see `World.scene`. pairs: names of the scenes, in order. seed: of the world.
-        size: side of a scene in pixels.
+        split: see `World.scene`. pairs: names of the scenes, in order. seed: of the world. size: side in pixels.
     """
 
     split: str
-    pairs: tuple[Numbered, ...]
+    pairs: tuple[SceneName, ...]
     seed: int = 0
     size: int = BASE_SIZE
-    name = "world"
+    name = WORLD.name
     vocabulary = WORLD
 
     @classmethod
     def first(cls, count: int, split: str, seed: int = 0) -> WorldScenes:
         """The first `count` scenes of a split."""
-        return cls(split, tuple(Numbered(f"{split}-{seed}-{index}") for index in range(count)), seed)
+        return cls(split, tuple(SceneName(f"{split}-{seed}-{index}") for index in range(count)), seed)
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -1,4 +1,4 @@
-"""Plain attention, softmax(q kᵀ / √d + mask) v: PyTorch's own, or xformers' where asked for."""
+"""Plain attention, softmax(q kᵀ / √d + mask) v: PyTorch's own, or xformers' on request."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-ATTENTIONS = ("sdpa", "xformers")
 
 
 def plain_attention(
@@ -34,7 +32,7 @@ def plain_attention(
         (B, heads, N, d).
 
     Raises:
-        ValueError: there is no such attention, or both `mask` and `causal` are given.
+        ValueError: unknown attention, or both `mask` and `causal` are given.
         ImportError: xformers is not installed. RuntimeError: it has no operator for these tensors.
     """
     check_attention(attention)
@@ -59,32 +57,30 @@ def plain_attention(
 
 
 def check_attention(attention: str) -> None:
-    """Raises ValueError for an attention that there is not."""
-    if attention not in ATTENTIONS:
+    """Raises ValueError for an unknown attention."""
+    if attention not in ("sdpa", "xformers"):
         raise ValueError(f"attention must be 'sdpa' or 'xformers', got {attention!r}.")
 
 
 def prepare_attention(attention: str) -> None:
-    """Check early what a model is built with. Raises ValueError for no such attention, ImportError for no xformers."""
+    """Check early what a model is built with: ValueError for an unknown attention, ImportError without xformers."""
     check_attention(attention)
     if attention == "xformers":
         _xformers_operators()
 
 
 def _xformers_operators() -> Any:
-    """The module xformers.ops. Raises ImportError, with the cure, where xformers is not installed."""
+    """The module xformers.ops. Raises ImportError, with the cure, if xformers is not installed."""
     try:
         import xformers.ops
     except ImportError as error:
-        raise ImportError(
-            f"attention='xformers' needs the package xformers, which cannot be imported ({error}); "
-            "`pip install xformers` installs it."
-        ) from error
+        reason = f"attention='xformers' needs the package xformers, which cannot be imported ({error})"
+        raise ImportError(f"{reason}; `pip install xformers` installs it.") from error
     return xformers.ops
 
 
 def _bias(mask: Tensor, q: Tensor, keys: int) -> Tensor:
-    """The mask as xformers takes it: added to the scores, of full size, its rows eight elements aligned."""
+    """The mask as xformers takes it: added to the scores, full size, rows aligned to eight elements."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     rows = mask.to(q.dtype).expand(*mask.shape[:-1], keys)

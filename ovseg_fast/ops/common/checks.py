@@ -2,94 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.uint8, torch.int32, torch.int64)  # dtypes of labels
+LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
-def check_tensors(operator: str, **arguments: tuple[Tensor, str]) -> None:
-    """Check rank, dtype and device of an operator's tensors before any work.
+def check_tensors(operator: str, labels: tuple[str, ...] = (), /, **arguments: tuple[Tensor, str]) -> None:
+    """Check dtype, device and shape of an operator's tensors before any work.
 
     Each keyword is `name=(tensor, shape)`, the shape in words such as `"B T H W C"`; its word count is the rank. Words
-    that are whole numbers are sizes that must match; equal words must have equal sizes throughout the call.
+    that are integers are sizes that must match; equal words must have equal sizes throughout the call. All tensors are
+    floating-point numbers of one dtype, except those named in `labels`, which have any of `LABEL_DTYPES`.
 
     Raises:
-        TypeError: an argument is no tensor, is not floating point, or differs in dtype from the first one.
-        ValueError: rank, a named size or the device does not fit; or gradients are wanted through a tensor that was
-            made under inference mode and can have none.
+        TypeError: an argument is not a tensor, or its dtype does not fit.
+        ValueError: rank, a named size or the device does not fit; or a gradient is needed, but a tensor was made under
+            inference mode and cannot take part in one.
     """
     sizes: dict[str, tuple[int, str]] = {}
-    needs_gradient = None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compilers do not know of inference tensors
-        needs_gradient = next(
-            (name for name, (tensor, _) in arguments.items() if isinstance(tensor, Tensor) and tensor.requires_grad),
-            None,
-        )
-    first: tuple[str, Tensor] | None = None
+    differentiated = _differentiated(arguments)
+    first_name, (first, _) = next(iter(arguments.items()))
     for name, (tensor, shape) in arguments.items():
+        words = shape.split()
+        axes = ", ".join(words)
         if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{operator}: {name} must be a tensor of shape ({_commas(shape)}), got {type(tensor).__name__}."
-            )
-        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be a tensor of shape ({axes}), got {type(tensor).__name__}.")
+        if name in labels and tensor.dtype not in LABEL_DTYPES:
+            raise TypeError(f"{operator}: {name} must be a uint8, int32 or int64 tensor, got {tensor.dtype}.")
+        if name not in labels and not tensor.is_floating_point():
             raise TypeError(f"{operator}: {name} must be a floating-point tensor, got {tensor.dtype}.")
-        if first is None:
-            first = (name, tensor)
-        elif tensor.device != first[1].device:
+        if tensor.device != first.device:
             raise ValueError(
-                f"{operator}: {name} is on {tensor.device} but {first[0]} is on {first[1].device}; move one of them."
+                f"{operator}: {name} is on {tensor.device} but {first_name} is on {first.device}; move one of them."
             )
-        elif tensor.dtype != first[1].dtype and not torch.is_autocast_enabled(tensor.device.type):
+        one_dtype = name in labels or tensor.dtype == first.dtype
+        if not one_dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise TypeError(
-                f"{operator}: {name} is {tensor.dtype} but {first[0]} is {first[1].dtype}; give both one dtype."
+                f"{operator}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; give both one dtype."
             )
-        if needs_gradient and tensor.is_inference():
+        if differentiated and tensor.is_inference():
             raise ValueError(
                 f"{operator}: {name} was made under torch.inference_mode() and cannot take part in the gradient of "
-                f"{needs_gradient}; pass {name}.clone() or make it under torch.no_grad()."
+                f"{differentiated}; pass {name}.clone() or make it under torch.no_grad()."
             )
-        words = shape.split()
         got = tuple(tensor.shape)
         if len(got) != len(words):
-            raise ValueError(f"{operator}: {name} must have shape ({_commas(shape)}), got {got}.")
+            raise ValueError(f"{operator}: {name} must have shape ({axes}), got {got}.")
         for word, size in zip(words, got, strict=True):
             expected, owner = sizes.setdefault(word, (int(word) if word.isdigit() else size, name))
             if size != expected:
                 source = "" if word.isdigit() else f" as in {owner}"
-                raise ValueError(
-                    f"{operator}: {name} must be ({_commas(shape)}) with {word} = {expected}{source}, got {got}."
-                )
+                raise ValueError(f"{operator}: {name} must be ({axes}) with {word} = {expected}{source}, got {got}.")
 
 
-def check_integers(
-    operator: str, name: str, tensor: Tensor, sizes: Mapping[str, int | None], like: tuple[str, Tensor]
-) -> None:
-    """Check a tensor of indices: an integer dtype, one axis for each of `sizes` (None: any size), the device of `like`.
-
-    Raises:
-        TypeError: it is no tensor, or neither uint8 nor int32 nor int64.
-        ValueError: rank, a size or the device does not fit.
-    """
-    shape = ", ".join(sizes)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: {name} must be a tensor of shape ({shape}), got {type(tensor).__name__}.")
-    if tensor.dtype not in INTEGERS:
-        raise TypeError(f"{operator}: {name} must be a uint8, int32 or int64 tensor, got {tensor.dtype}.")
-    if tensor.device != like[1].device:
-        raise ValueError(
-            f"{operator}: {name} is on {tensor.device} but {like[0]} is on {like[1].device}; move one of them."
-        )
-    got = tuple(tensor.shape)
-    if len(got) != len(sizes):
-        raise ValueError(f"{operator}: {name} must have shape ({shape}), got {got}.")
-    for (word, expected), size in zip(sizes.items(), got, strict=True):
-        if expected is not None and size != expected:
-            raise ValueError(
-                f"{operator}: {name} must be ({shape}) with {word} = {expected} as in {like[0]}, got {got}."
-            )
+def _differentiated(arguments: dict[str, tuple[Tensor, str]]) -> str | None:
+    """The first argument that needs a gradient, if any does."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compilers do not know inference tensors
+        return None
+    return next((name for name, (x, _) in arguments.items() if isinstance(x, Tensor) and x.requires_grad), None)
 
 
 def check_positive(operator: str, **sizes: int) -> None:
@@ -103,7 +74,3 @@ def check_heads(operator: str, heads: int, width: int) -> None:
     """Refuse a head count that does not divide the width. Raises ValueError."""
     if heads < 1 or width % heads:
         raise ValueError(f"{operator}: heads must divide the width {width}, got heads = {heads}.")
-
-
-def _commas(shape: str) -> str:
-    return ", ".join(shape.split())

@@ -28,7 +28,7 @@ def define(
 
     The backward takes the gradients of the differentiable outputs, the saved outputs, all inputs of the forward, and
     `needs`: for each tensor argument whether its gradient is needed. It gives one gradient per tensor argument, like
-    that argument. A list of tensors counts as one argument; its gradient is stacked.
+    that argument. A list of tensors counts as one argument; its gradient is stacked. A `Tensor?` may be None.
 
     Args:
         schema: `"name(Tensor x, ..., int heads) -> Tensor"`, without the backend.
@@ -45,16 +45,16 @@ def define(
     arguments, _, outputs = rest.rpartition(") ->")
     is_tensor = [argument.startswith("Tensor") for argument in arguments.split(", ")]
 
-    def run_forward(*inputs: Any) -> Any:
-        *inputs, backend = inputs
+    def run_forward(*values: Any) -> Any:
+        *inputs, backend = values
         return _run(forward, name, operator, backend, inputs)
 
     _register(f"{name}({arguments}, str backend) ->{outputs}", run_forward, lambda *inputs: fake(*inputs[:-1]))
     if not differentiable:
         return
 
-    def run_backward(*inputs: Any) -> list[Tensor]:
-        *inputs, needs, backend = inputs
+    def run_backward(*values: Any) -> list[Tensor]:
+        *inputs, needs, backend = values
         first = _first_tensor(inputs)
         if not any(needs):
             return [first.new_empty(0) for _ in needs]
@@ -62,8 +62,8 @@ def define(
         pairs = zip(gradients, needs, strict=True)
         return [gradient.contiguous() if need else first.new_empty(0) for gradient, need in pairs]
 
-    def backward_fake(*inputs: Any) -> list[Tensor]:
-        *inputs, needs, _ = inputs
+    def backward_fake(*values: Any) -> list[Tensor]:
+        *inputs, needs, _ = values
         tensors = [value for value, tensor in zip(inputs[-len(is_tensor) :], is_tensor, strict=True) if tensor]
         first = _first_tensor(inputs)
         return [_like(value) if need else first.new_empty(0) for value, need in zip(tensors, needs, strict=True)]
@@ -77,18 +77,18 @@ def define(
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *inputs, ctx.backend = inputs
+        *values, ctx.backend = inputs
         results = output if isinstance(output, tuple) else (output,)
         if differentiable > 1:
             ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[differentiable:])
         tensors = [results[index] for index in saved]
-        ctx.inputs = list(inputs)  # options stay, tensors are replaced by how many they are
-        for position, value in enumerate(inputs):
+        ctx.inputs = list(values)  # options stay, tensors are replaced by how many they are
+        for position, value in enumerate(values):
             if is_tensor[position]:
-                values = list(value) if isinstance(value, (list, tuple)) else [value]
-                ctx.inputs[position] = len(values) if isinstance(value, (list, tuple)) else None
-                tensors += values
+                is_list = isinstance(value, (list, tuple))
+                ctx.inputs[position] = len(value) if is_list else None
+                tensors += value if is_list else [value]
         ctx.save_for_backward(*tensors)
 
     def run_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -110,13 +110,13 @@ def define(
     torch.library.register_autograd(f"ovseg_fast::{name}", run_autograd, setup_context=setup_context, lib=_library)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on: a kernel reads and writes one dtype and sums in float32."""
-    device = tensors[0].device.type
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors (or None) in autocast's dtype where it is on: a kernel works on one dtype and sums in float32."""
+    device = _first_tensor(tensors).device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def tensor_arguments(weights: type) -> str:

@@ -1,7 +1,7 @@
 """Work through one axis of a large tensor in tiles.
 
 On a CPU the cost of a class doubles once the tensors of all classes leave the cache, so the PyTorch forms take a few
-classes at a time. On a GPU one tile is everything: there a launch costs more than a trip to memory.
+classes at a time. A GPU takes all at once: there a launch costs more than a trip to memory.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Tokens in one tile. The widest activation of the aggregation blocks has 512 channels, so a tile is about 4 MB in
-# float32:
-# near the size of two cores' second-level caches. Measured flat between 1,152 and 4,608 on such a machine.
+# Tokens per tile: with 512 channels, the widest activation, about 4 MB in float32, near the second-level caches of two
+# cores. Measured flat between 1,152 and 4,608 on such a machine.
 TILE_TOKENS = 2304
 
 
 def tile_size(total: int, tokens_each: int, device: torch.device) -> int:
-    """How many items of `tokens_each` tokens make a tile; all of them on a device that is not a CPU, or when
-    compiling."""
+    """How many of `total` items of `tokens_each` tokens make a tile: all of them on a GPU and when compiling."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return max(total, 1)
     return max(1, min(total, TILE_TOKENS // max(tokens_each, 1)))
@@ -33,8 +31,7 @@ def tiles(total: int, size: int) -> Iterator[slice]:
 
 def map_tiles(function: Callable[[Tensor], Tensor], x: Tensor, dim: int, size: int) -> Tensor:
     """Apply a shape-preserving function to tiles of `x` along `dim`."""
-    total = x.shape[dim]
-    if total <= size:
+    if x.shape[dim] <= size:
         return function(x)
     parts = (function(part) for part in x.split(size, dim))
     if torch.is_grad_enabled():

@@ -12,22 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from ovseg_fast.data.world import drawing as drawing
-from ovseg_fast.data.world.scenes import (
+from ovseg_fast.data.vocabularies import WORLD
+from ovseg_fast.data.world import drawing
+from ovseg_fast.data.world.classes import (
     ARTICLES,
+    COLOURS,
     FIRST_GROUND,
+    GROUND_COLOURS,
     GROUNDS,
+    MATERIALS,
     OBJECTS,
     ON,
+    PATTERNS,
     PREFIXES,
+    SHAPES,
     SUFFIXES,
     SYNONYMS,
-    WORLD,
-    Difficulty,
-    Scene,
-    World,
-    phrase,
 )
+from ovseg_fast.data.world.scenes import Difficulty, Scene, World, phrase
 
 CANONICAL = {synonym: word for word, synonyms in SYNONYMS.items() for synonym in synonyms}
 
@@ -63,7 +65,7 @@ def named(caption: str) -> set[int]:
         if words[0] in ARTICLES:
             assert words[0] == ARTICLES[words[1][0] in "aeiou"]
             name = [CANONICAL.get(word, word) for word in words[1:]]
-            name = [*sorted(name[:2], key=lambda word: word not in drawing.COLOURS), name[2]]
+            name = [*sorted(name[:2], key=lambda word: word not in COLOURS), name[2]]
             classes.add(OBJECTS.index(tuple(name)))
         else:
             name = [CANONICAL.get(word, word) for word in (words[0], " ".join(words[1:]))]
@@ -83,7 +85,7 @@ def test_same_seed_same_scene_whatever_was_made_before(rng: torch.Generator) -> 
 def test_same_scene_in_another_process(rng: torch.Generator) -> None:
     seed = draw_seed(rng)
     code = (
-        "import hashlib; from ovseg_fast.data.world import World; "
+        "import hashlib; from ovseg_fast.data import World; "
         f"s = World({seed}).scene(11); "
         "print(hashlib.sha256(s.image.tobytes() + s.labels.tobytes() + repr(s.captions).encode()).hexdigest())"
     )
@@ -188,7 +190,7 @@ def test_colours_are_drawn_where_the_labels_say(rng: torch.Generator) -> None:
             colour, pattern, _ = OBJECTS[label]
             if pattern == "plain":
                 mean = scene.image[scene.labels == label].mean(0)
-                nearest = min(drawing.COLOURS, key=lambda name: np.linalg.norm(mean - drawing.COLOURS[name]))
+                nearest = min(COLOURS, key=lambda name: np.linalg.norm(mean - COLOURS[name]))
                 assert nearest == colour
                 checked += 1
     assert checked > 20
@@ -199,13 +201,18 @@ def test_grounds_have_their_colour(rng: torch.Generator) -> None:
     for index in range(60):
         scene = world.scene(index, split="test")
         mean = scene.image[scene.labels == scene.ground].mean(0)
-        hues = {name: np.array(rgb) / np.linalg.norm(rgb) for name, rgb in drawing.GROUND_COLOURS.items()}
+        hues = {name: np.array(rgb) / np.linalg.norm(rgb) for name, rgb in GROUND_COLOURS.items()}
         nearest = max(hues, key=lambda name: float(hues[name] @ mean))
         assert nearest == GROUNDS[scene.ground - FIRST_GROUND][0]
 
 
-@pytest.mark.parametrize("shape", drawing.SHAPES)
-@pytest.mark.parametrize("pattern", drawing.PATTERNS)
+def test_every_word_is_drawn_in_one_way() -> None:
+    assert tuple(drawing.SHAPE_DISTANCES) == SHAPES and tuple(drawing.MATERIAL_BRIGHTNESS) == MATERIALS
+    assert tuple(drawing.PATTERN_TONES) == tuple(drawing.PERIODS) == PATTERNS
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_an_object_covers_its_mask_and_nothing_else(shape: str, pattern: str, rng: torch.Generator) -> None:
     canvas = np.full((120, 120, 3), -1000.0, np.float32)
     generator = np.random.default_rng(draw_seed(rng))
@@ -233,16 +240,16 @@ def _border(mask: np.ndarray) -> np.ndarray:
 def test_patterns_repeat_with_their_period() -> None:
     x = np.linspace(-40, 40, 161, dtype=np.float32)
     u, v = np.meshgrid(x, x)
-    for name, pattern in drawing.PATTERNS.items():
+    for name, pattern in drawing.PATTERN_TONES.items():
         value = pattern(u, v, 10.0)
         assert value.min() >= 0
         assert value.max() <= 1
         np.testing.assert_allclose(value, pattern(u + 10, v, 10.0), atol=1e-4)
         assert (value.mean() > 0.1) == (name != "plain")
-    stripes = drawing.PATTERNS["striped"](u, v, 10.0)
+    stripes = drawing.PATTERN_TONES["striped"](u, v, 10.0)
     assert (stripes == stripes[:1]).all()  # along one direction they do not change
-    checks = drawing.PATTERNS["checkered"](u, v, 10.0)
-    np.testing.assert_allclose(checks, 1 - drawing.PATTERNS["checkered"](u + 5, v, 10.0), atol=1e-4)
+    checks = drawing.PATTERN_TONES["checkered"](u, v, 10.0)
+    np.testing.assert_allclose(checks, 1 - drawing.PATTERN_TONES["checkered"](u + 5, v, 10.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [32, 96, 97, 200])

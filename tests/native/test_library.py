@@ -1,7 +1,7 @@
-"""The native library: one interface on both sides, what it exports and needs, and each way in which it may be unusable.
+"""The native library: the same interface on both sides, what it exports and needs, and each way it can be unusable.
 
-What cannot run says so in one sentence that holds the cure: as an error where the backend is forced, as a reason where
-another one takes over. Nothing here needs a GPU or nvcc; what looks at the built library is skipped without one.
+A backend that cannot run says why and how to fix it in one sentence: as an error if it is forced, as a reason if
+another one takes over. Nothing here needs a GPU or nvcc; tests of the built library are skipped without one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import emulated
 import ovseg_fast as ovs
 import samples
-from native_header import ABOUT_ITSELF, DECLARED, HEADER, OPERATOR_FUNCTIONS, defined
+from native import emulated
+from native.header import ABOUT_ITSELF, DECLARED, HEADER, OPERATOR_FUNCTIONS, STRUCTS, defined, name_of
 from ovseg_fast import backends, native
 from ovseg_fast.ops.spatial_aggregation import SHARED_MEMORY
 
 C_TYPES = {"int64_t": native.SIZE, "int": native.NUMBER, "float": native.REAL}
-AGAIN = "build it again with `pip install --force-reinstall --no-deps -e .`"
+REBUILD = "rebuild it with `pip install --force-reinstall --no-deps -e .`"
 
 
 def c_type(parameter: str) -> type:
@@ -60,13 +60,35 @@ def refused(call: samples.Call, words: str) -> None:
 def test_the_header_is_read_in_full() -> None:
     assert len(DECLARED) == len(re.findall("^OVSEG_API ", HEADER, re.MULTILINE))
     assert set(DECLARED) > ABOUT_ITSELF
+    assert len(STRUCTS) == len(re.findall("^typedef struct", HEADER, re.MULTILINE))
+    assert STRUCTS["ovseg_residual_mlp_params"][1] == "const void *y"
 
 
 def test_functions_are_declared_to_python_as_in_the_header() -> None:
     assert set(native.FUNCTIONS) == set(OPERATOR_FUNCTIONS)
     for name, parameters in OPERATOR_FUNCTIONS.items():
-        assert list(native.FUNCTIONS[name]) == [c_type(parameter) for parameter in parameters], name
+        types = native.FUNCTIONS[name]
+        struct = re.match(r"const (\w+_params) \*params", DECLARED[name][0])
+        if struct:
+            fields = [(name_of(field), c_type(field)) for field in STRUCTS[struct[1]]]
+            assert types[0]._fields_ == fields, name
+            types = (*(kind for _, kind in fields), *types[1:])
+        assert list(types) == [c_type(parameter) for parameter in parameters], name
         assert parameters[-3:] == ["int dtype", "int device", "void *stream"], name
+
+
+def test_functions_with_many_pointers_take_a_params_struct() -> None:
+    """Of more than ten, nobody keeps the order in mind."""
+    many = {name for name, parameters in DECLARED.items() if sum("*" in word for word in parameters) > 1 + 10}
+    assert many == set()
+    used = {word.split()[1] for parameters in DECLARED.values() for word in parameters if "_params" in word}
+    assert used == set(STRUCTS)
+
+
+@pytest.mark.parametrize("count", [0, 15, 17])
+def test_a_params_struct_takes_no_more_and_no_fewer_fields(count: int) -> None:
+    with pytest.raises(TypeError, match=f"ovseg_residual_mlp_bwd takes 16 arguments before the dtype, not {count}"):
+        native.packed("ovseg_residual_mlp_bwd", [0] * count)
 
 
 def test_functions_are_named_after_operators() -> None:
@@ -79,8 +101,8 @@ def test_functions_are_named_after_operators() -> None:
 
 def test_version_and_dtypes_are_those_of_the_header() -> None:
     assert defined("OVSEG_ABI_VERSION") == native.ABI_VERSION
-    assert set(native.DTYPES) == set(backends.DTYPES)
-    for dtype, number in native.DTYPES.items():
+    assert set(native.DTYPE_CODES) == set(backends.DTYPES)
+    for dtype, number in native.DTYPE_CODES.items():
         assert defined(f"OVSEG_{str(dtype).removeprefix('torch.').upper()}") == number
 
 
@@ -145,7 +167,7 @@ def test_missing_library(use_library: Callable, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(native, "path", lambda: tmp_path / "libovseg.so")
     native.library.cache_clear()
     native.problem.cache_clear()
-    refused(wide_call(), "is not built; `pip install -e .` builds it where nvcc is on PATH or in CUDA_HOME/bin")
+    refused(wide_call(), "is not built; `pip install -e .` builds it if nvcc is on PATH or in CUDA_HOME/bin")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library\n" * 100, b"\x7fELF", b"\x7fELF\x02\x01" + bytes(200)])
@@ -154,7 +176,7 @@ def test_file_that_is_no_library(use_library: Callable, tmp_path: Path, content:
     library.write_bytes(content)
     use_library(library)
     refused(wide_call(), f"text.so cannot be loaded ({library}: ")
-    refused(wide_call(), AGAIN)
+    refused(wide_call(), REBUILD)
 
 
 def test_folder_in_place_of_the_library(use_library: Callable, tmp_path: Path) -> None:
@@ -182,12 +204,12 @@ for size in {pieces}:
     said = result.stdout.splitlines()
     assert len(said) == len(pieces)
     for size, line in zip(pieces, said, strict=True):
-        assert line == f"the native library {size}.so cannot be loaded (it has {size} bytes of {len(whole)}); {AGAIN}"
+        assert line == f"the native library {size}.so cannot be loaded (it has {size} bytes of {len(whole)}); {REBUILD}"
 
 
 def test_library_of_another_version(use_library: Callable, tmp_path: Path) -> None:
     use_library(compiled(tmp_path, "int ovseg_abi_version(void) { return 999; }"))
-    words = f"libtiny.so has interface version 999, this package needs {native.ABI_VERSION}; {AGAIN}"
+    words = f"libtiny.so has interface version 999, not {native.ABI_VERSION}; {REBUILD}"
     refused(wide_call(), words)
 
 
@@ -195,7 +217,7 @@ def test_library_of_another_version(use_library: Callable, tmp_path: Path) -> No
 def test_library_without_a_function(use_library: Callable, tmp_path: Path, functions: str) -> None:
     use_library(compiled(tmp_path, functions.replace("%d", str(native.ABI_VERSION)) + "int other;"))
     refused(wide_call(), "undefined symbol: ovseg_")
-    refused(wide_call(), AGAIN)
+    refused(wide_call(), REBUILD)
 
 
 def test_library_with_too_few_functions(use_library: Callable, tmp_path: Path) -> None:
@@ -239,7 +261,7 @@ def test_architecture_that_was_not_built(
     name = "{}{}".format(*capability)
     reason = gpu(capability, *architectures).reasons["spatial_aggregation"]["cuda"]
     assert reason.startswith("the native library was built for GPUs of compute capability ")
-    assert reason.endswith(f"build it again with OVSEG_CUDA_ARCHS={name}")
+    assert reason.endswith(f"rebuild it with OVSEG_CUDA_ARCHS={name}")
     with ovs.backend("cuda"):
         assert ovs.explain("cuda:0").choices["spatial_aggregation"] is None
 
@@ -271,7 +293,7 @@ def test_gpus_with_too_little_shared_memory_for_float32(gpu: Callable, capabilit
     assert reason(torch.float32) == (
         None
         if capability in {(8, 0), (9, 0)}
-        else "its kernel takes 163 KB of shared memory in float32, this GPU has 99; float16 and bfloat16 need half"
+        else "its kernel needs 163 KB of shared memory in float32, this GPU has 99; float16 and bfloat16 need half"
     )
 
 

@@ -1,15 +1,12 @@
 """Registers, stack, shared memory and instructions of every CUDA C++ kernel, from the built library: no GPU is needed.
 
-    python tests/native_resources.py            prints the table
-    python tests/native_resources.py --write    and records it in tests/resources/native.json
+    python tests/native/resources.py            prints the table
 
-Shared memory is what the kernels declare, and on sm_90 and newer a kilobyte that the system takes; what the launches of
-each C function ask for beside it goes into tests/resources/native_shared_memory.json, as the emulator sees it.
+Shared memory is what a kernel declares, and on sm_90 and newer a kilobyte that the system reserves.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -19,11 +16,8 @@ from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "ovseg_fast" / "libovseg.so"
-RECORD = Path(__file__).with_name("resources") / "native.json"
-SHARED_RECORD = RECORD.with_name("native_shared_memory.json")
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 OPERATION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)")
 LOOKED_AT = re.compile(r"\w*MMA|STL|LDL")  # tensor cores and local memory
 
@@ -42,13 +36,6 @@ def disassembler() -> str | None:
 def name_reader() -> str | None:
     """A program that makes C++ names readable."""
     return next((found for name in ("cu++filt", "c++filt", "llvm-cxxfilt") if (found := shutil.which(name))), None)
-
-
-def compiler_version(library: Path) -> str:
-    """The nvcc that the library was built with."""
-    found = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", library.read_bytes())
-    assert found is not None
-    return found[1].decode()
 
 
 def readable(names: list[str]) -> dict[str, str]:
@@ -123,18 +110,3 @@ if __name__ == "__main__":
     for label, row in measured.items():
         for architecture, usage in row.items():
             print(f"{label:<64}{architecture:<8}" + "  ".join(f"{name} {value}" for name, value in usage.items()))
-    if "--write" in sys.argv:
-        if missing := {(label, name) for label, row in measured.items() for name in set(ARCHITECTURES) - set(row)}:
-            sys.exit(f"build all architectures first, without OVSEG_CUDA_ARCHS: {sorted(missing)[0]} is missing")
-        rows = ",\n".join(
-            f"  {json.dumps(label)}: {{\n"
-            + ",\n".join(f"   {json.dumps(name)}: {json.dumps(row[name])}" for name in ARCHITECTURES)
-            + "\n  }"
-            for label, row in measured.items()
-        )
-        version = compiler_version(LIBRARY)
-        RECORD.write_text(f'{{\n "nvcc": "{version}",\n "kernels": {{\n{rows}\n }}\n}}\n')
-        from emulated import build
-        from test_native_functions import shared_memory
-
-        SHARED_RECORD.write_text(json.dumps(shared_memory(build()), indent=1) + "\n")

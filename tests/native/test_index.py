@@ -1,6 +1,6 @@
 """Index arithmetic of the CUDA C++ kernels, tried exhaustively on the CPU, and the emulator, which must tell faults.
 
-`native/index.cpp` and `native/faults.cu` are compiled with the C++ compiler, from the same headers as the kernels.
+`index.cpp` and `faults.cu` are compiled with the C++ compiler, from the same headers as the kernels.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import emulated
+from native import emulated
 from ovseg_fast import native
 from ovseg_fast.ops.spatial_aggregation import REGION_MASK, window_layout
 
-SOURCES = Path(__file__).with_name("native")
+SOURCES = Path(__file__).parent
 CSRC = emulated.ROOT / "csrc"
 
 
@@ -263,7 +263,7 @@ def test_small_cases_of_every_kernel_are_clean_under_sanitizers() -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "CUDA_VISIBLE_DEVICES": "",
         "OVSEG_NATIVE_LIBRARY": str(emulated.build(sanitized=True)),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SOURCES.parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", SMALL_CASES]
