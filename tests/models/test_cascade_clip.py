@@ -78,15 +78,15 @@ def test_sliding_windows(model, text, goldens):
     positions = [(top, left) for top in (0, 88) for left in (0, 288)]
     crops = torch.cat([pixels[..., top : top + 512, left : left + 512] for top, left in positions])
     logits = torch.cat([model.decode(model.encode_pixels(crop), text) for crop in crops.split(1)])
-    arguments = {"window": (512, 512), "canvas": (600, 800), "offset": offset(goldens)}
-    assert goldens.error("slide.pred", ops.score_map(logits, positions, size=(600, 800), **arguments)[None]) <= (
-        GOLDEN_OUTPUT
-    )
-    rescaled = ops.score_map(logits, positions, size=(450, 600), **arguments)
+    placement = ops.Placement(positions, (512, 512), (600, 800), (600, 800))
+    scores = ops.score_map(logits, placement, offset=offset(goldens))
+    assert goldens.error("slide.pred", scores[None]) <= GOLDEN_OUTPUT
+    placement = placement._replace(size=(450, 600))
+    rescaled = ops.score_map(logits, placement, offset=offset(goldens))
     assert goldens.error("slide.pred_rescaled", rescaled[None]) <= GOLDEN_OUTPUT
     softmax = model.scores(rescaled)[None]
     assert goldens.error("slide.softmax", softmax) <= GOLDEN_OUTPUT
-    labels = ops.label_map(logits, positions, size=(450, 600), **arguments).numpy().reshape(-1)
+    labels = ops.label_map(logits, placement, offset=offset(goldens)).numpy().reshape(-1)
     assert (labels[goldens.store["slide.argmax.idx"]] == goldens.store["slide.argmax.val"]).mean() >= ARGMAX_AGREEMENT
 
 

@@ -72,7 +72,7 @@ def test_one_image(model, text, goldens, case):
         assert goldens.error(f"{case}.{name}", maps.permute(0, 3, 1, 2)) <= GOLDEN_OUTPUT
     assert goldens.error(f"{case}.logits", logits) <= GOLDEN_OUTPUT
     assert goldens.error(f"{case}.sigmoid", logits.sigmoid()) <= GOLDEN_OUTPUT
-    final = ops.score_map(logits, [(0, 0)], window=(96, 96), canvas=(96, 96), size=(out_height, out_width))
+    final = ops.score_map(logits, ops.Placement([(0, 0)], (96, 96), (96, 96), (out_height, out_width)))
     assert goldens.error(f"{case}.sem_seg", final) <= GOLDEN_OUTPUT
 
 
@@ -103,14 +103,8 @@ def test_slide_with_the_training_pooling(model, text, goldens):
     windows = model.windows(image, "slide")
     logits = torch.cat([model.decode(model.encode_pixels(one), text, 2) for one in windows.pixels.split(1)])
     assert goldens.error("slide_pool2.logits", logits) <= GOLDEN_OUTPUT
-    final = ops.score_map(
-        logits[:-1],
-        windows.positions,
-        window=windows.window,
-        canvas=windows.canvas,
-        size=(640, 640),
-        whole=logits[-1:],
-    )
+    placement = ops.Placement(windows.positions, windows.window, windows.canvas, (640, 640))
+    final = ops.score_map(logits[:-1], placement, whole=logits[-1:])
     assert goldens.error("slide_pool2.sem_seg", final) <= GOLDEN_OUTPUT
 
 
@@ -125,7 +119,7 @@ def test_vitl():
     )
     logits = model(images, text)
     assert goldens.error("padded.logits", logits) <= GOLDEN_OUTPUT
-    final = ops.score_map(logits, [(0, 0)], window=(96, 96), canvas=(96, 96), size=(427, 640))
+    final = ops.score_map(logits, ops.Placement([(0, 0)], (96, 96), (96, 96), (427, 640)))
     assert goldens.error("padded.sem_seg", final) <= GOLDEN_OUTPUT
 
 
