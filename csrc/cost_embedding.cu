@@ -4,13 +4,13 @@
 //
 // with the cosines of image and text embeddings as cost, and 0 outside the map.
 //
-// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: 16 classes with one
-// prompt each, else 16 prompts of a class after another. One product gives the costs of tile and halo, in shared memory.
-// Windows gathered from there are the rows of a second product, with the weights (P · K², C), whose columns are permuted
-// so that a lane's outputs are neighbours: see `column_of`.
+// A block takes a tile of the map that has, with its halo, up to 128 pixels, and 16 text embeddings: 16 classes with
+// one prompt each, else 16 prompts of a class after another. One product gives the costs of tile and halo, in shared
+// memory. Windows gathered from there are the rows of a second product, with the weights (P · K², C), whose columns are
+// permuted so that a lane's outputs are neighbours: see `column_of`.
 //
-// Padding never meets an infinite or NaN weight, as 0 · ∞ would spread it: products take the finite part of the weights,
-// `add_rest` the rest.
+// Padding never meets an infinite or NaN weight, as 0 · ∞ would spread it: products take the finite part of the
+// weights, `add_rest` the rest.
 
 #include "device/copies.cuh"
 #include "device/cosines.cuh"

@@ -5,8 +5,8 @@
 //
 // where g is 0 outside the map.
 //
-// A block takes a tile of up to 32 × 32 pixels of a map, kept as sums in registers, and computes z for a few rows of the
-// tile and its halo at a time. No pixel outside the map is read.
+// A block takes a tile of up to 32 × 32 pixels of a map, kept as sums in registers, and computes z for a few rows of
+// the tile and its halo at a time. No pixel outside the map is read.
 
 #include "device/cosines.cuh"
 #include "device/map_tiles.h"

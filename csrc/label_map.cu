@@ -5,11 +5,12 @@
 //     canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     where a map of the whole image is given
 //     scores = resize(canvas, size),   the best k classes of every pixel, or all of them
 //
-// A block owns a rectangle of output pixels, a thread one of them. It reads the low-resolution logits below its rectangle
-// from the cache and keeps the best k scores of each pixel in registers: nothing between logits and labels is stored.
-// First its warps find each class's largest logits below the rectangle, which bound its scores there. Classes are then
-// taken from the largest bound down, until none that is left can be among the best of any pixel: few in a photograph.
-// Everything is float32 whatever the logits are, and rounding is fixed: labels are those of the scores to the bit.
+// A block owns a rectangle of output pixels, a thread one of them. It reads the low-resolution logits below its
+// rectangle from the cache and keeps the best k scores of each pixel in registers: nothing between logits and labels is
+// stored. First its warps find each class's largest logits below the rectangle, which bound its scores there. Classes
+// are then taken from the largest bound down, until none that is left can be among the best of any pixel: few in a
+// photograph. Everything is float32 whatever the logits are, and rounding is fixed: labels are those of the scores to
+// the bit.
 //
 // Scores are compared as integers that order like them, NaN above everything, with the class in the lower half so that
 // the lower class wins among equals.
@@ -75,8 +76,8 @@ template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
     return maximum_over_lanes<32 / N, N>(x[0]);
 }
 
-// The key of a bound on the scores of a class in the block's rectangle, the largest key if it is unknown. A warp computes
-// it for BOUNDED classes `first`, `first` + `step`, ..., one for each of the first lanes.
+// The key of a bound on the scores of a class in the block's rectangle, the largest key if it is unknown. A warp
+// computes it for BOUNDED classes `first`, `first` + `step`, ..., one for each of the first lanes.
 template <typename T>
 DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
     float largest[2 * BOUNDED], spoilt[2 * BOUNDED] = {};  // of the windows' logits, of the whole image's

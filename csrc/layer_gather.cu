@@ -3,10 +3,10 @@
 //
 //     f_l = z / max(‖z‖, ε),  z = LN_l(LN_shared(h_l[patch])) · P_l;      out_l = f_l   or   out = Σ_l w_l f_l
 //
-// Eight warps own a tile of tokens with all columns of the projection, a strip of them each; the strips meet once, for a
-// token's length. Both norms are four numbers a token, found first; tokens are then normalised a few channels at a time,
-// as they enter the product. The projection streams through a ring of stages, from one layer to the next without a break.
-// No single layer's map is stored where they are summed.
+// Eight warps own a tile of tokens with all columns of the projection, a strip of them each; the strips meet once, for
+// a token's length. Both norms are four numbers a token, found first; tokens are then normalised a few channels at a
+// time, as they enter the product. The projection streams through a ring of stages, from one layer to the next without
+// a break. No single layer's map is stored where they are summed.
 
 #include "device/patch_tokens.cuh"
 #include "device/transformer.cuh"

@@ -9,8 +9,8 @@
 //     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
 //     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
 //
-// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's. In each kernel
-// a warp takes one token; the sums over tokens have a kernel of their own, a thread for each channel.
+// with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The three products are PyTorch's. In each
+// kernel a warp takes one token; the sums over tokens have a kernel of their own, a thread for each channel.
 
 #include "device/partial_sums.cuh"
 #include "device/patch_tokens.cuh"

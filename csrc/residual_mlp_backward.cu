@@ -2,9 +2,9 @@
 //
 //     a = W1 n + b1,   da = act'(a) ∘ (W2ᵀ g),   dn = W1ᵀ da,   dy = g + LN'(dn)
 //
-// a is computed again, 32 hidden units at a time, with W1 and W2 streaming through a ring of stages; dn stays in registers.
-// n, act(a) and da, for the weights' gradients by PyTorch's products, are written unless `normed` is null. Each block
-// writes its share of the sums over all rows, the gradients of norm weight, norm bias and b2.
+// a is computed again, 32 hidden units at a time, with W1 and W2 streaming through a ring of stages; dn stays in
+// registers. n, act(a) and da, for the weights' gradients by PyTorch's products, are written unless `normed` is null.
+// Each block writes its share of the sums over all rows, the gradients of norm weight, norm bias and b2.
 
 #include "device/copies.cuh"
 #include "device/products.cuh"

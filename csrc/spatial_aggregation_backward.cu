@@ -3,9 +3,9 @@
 //     P = softmax(q kᵀ / √d + mask),   δ = rowsum(da ∘ P v)
 //     dv = Pᵀ da,   dS = P ∘ (da vᵀ − δ) / √d,   dq = dS k,   dk = dSᵀ q
 //
-// A block takes one head of one window. Each of its nine warps owns 16 tokens, first as queries, then as keys: scores are
-// computed twice, so that no gradient is summed in memory. The softmax of the first pass waits in shared memory for the
-// second. The products with weights around it are PyTorch's.
+// A block takes one head of one window. Each of its nine warps owns 16 tokens, first as queries, then as keys: scores
+// are computed twice, so that no gradient is summed in memory. The softmax of the first pass waits in shared memory for
+// the second. The products with weights around it are PyTorch's.
 
 #include "device/window_attention.cuh"
 

@@ -3,16 +3,16 @@
 //     z = y + term,   x̂ = (z − mean) / s,   out = ReLU(w ⊙ x̂ + β),   s = √(variance + ε)
 //
 // with mean and variance over the positions and channels of a group, for each image and class; term is the same for all
-// classes, or absent. Moments are taken chunk by chunk, mean first and then centred squares, and combined as Chan, Golub
-// and LeVeque do, so that a mean far from zero costs no digits. Every sum has a fixed order.
+// classes, or absent. Moments are taken chunk by chunk, mean first and then centred squares, and combined as Chan,
+// Golub and LeVeque do, so that a mean far from zero costs no digits. Every sum has a fixed order.
 
 #include "device/group_norm.cuh"
 
 namespace ovseg {
 namespace {
 
-// Mean and centred squares of each slot of N channels over a chunk: `moments`, (maps, chunks, 2, channels), of which the
-// first channels / N numbers of a row are used.
+// Mean and centred squares of each slot of N channels over a chunk: `moments`, (maps, chunks, 2, channels), of which
+// the first channels / N numbers of a row are used.
 template <typename T, int N>
 __global__ void __launch_bounds__(THREADS, 3) take_moments(const T *y, const T *term, float *moments, const Sizes s) {
     float *const counts = reinterpret_cast<float *>(shared_memory());

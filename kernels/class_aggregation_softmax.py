@@ -98,7 +98,7 @@ def _queries(
 
     offset = row[:, None] * channels + c[None, :]
     if BACKWARD:
-        g = tl.load(grad + offset, mask=mask, key_row=0.0)
+        g = tl.load(grad + offset, mask=mask, other=0.0)
         delta = tl.sum(tl.where(mask, acc, 0.0) * g.to(tl.float32), 1)
         log_sum = row_max + tl.log(row_sum)
         stat_offset = (position * heads + head) * classes + t
@@ -150,10 +150,10 @@ def _keys(
         row = first_row + t.to(tl.int64) * positions
         mask = (t < classes)[:, None] & valid
         q = _part(projected, row, terms, t, mask, c, channels, 0)
-        g = tl.load(grad + row[:, None] * channels + c[None, :], mask=mask, key_row=0.0)
+        g = tl.load(grad + row[:, None] * channels + c[None, :], mask=mask, other=0.0)
         stat_offset = (position * heads + head) * classes + t
-        log_sum = tl.load(log_sums + stat_offset, mask=t < classes, key_row=float("inf"))
-        delta = tl.load(deltas + stat_offset, mask=t < classes, key_row=0.0)
+        log_sum = tl.load(log_sums + stat_offset, mask=t < classes, other=float("inf"))
+        delta = tl.load(deltas + stat_offset, mask=t < classes, other=0.0)
         p = tl.exp(_scores(q, k, u, classes, keys, scale, log_pads, TOKENS, PRECISION) - log_sum[:, None])
         dv = dot(tl.trans(rounded(p, dtype)), g, dv, PRECISION)
         ds = dot(g, tl.trans(v), tl.zeros((TOKENS, TOKENS), tl.float32), PRECISION) - delta[:, None]

@@ -80,8 +80,9 @@ template <int N, typename T> DEVICE void store_floats(T *address, const float (&
     }
 }
 
-// function(present, index, z) for the thread's positions of a chunk, BATCH at a time: how many there are, the index of the
-// first one among the maps, and z of their channels, 0 beyond the chunk. The second lies slot.rows · s.channels behind.
+// function(present, index, z) for the thread's positions of a chunk, BATCH at a time: how many there are, the index of
+// the first one among the maps, and z of their channels, 0 beyond the chunk. The second lies slot.rows · s.channels
+// behind.
 template <int N, typename T, typename Function>
 DEVICE void each_position(const Sizes &s, const Chunk &chunk, const Slot<N> &slot, const T *y, const T *term,
                           Function function) {

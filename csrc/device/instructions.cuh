@@ -1,5 +1,5 @@
-// Inline PTX, and launches; emulator/instructions.h has the same functions for CPUs. A word is a register: a float32, or
-// two 16-bit numbers, the first in the lower half.
+// Inline PTX, and launches; emulator/instructions.h has the same functions for CPUs. A word is a register: a float32,
+// or two 16-bit numbers, the first in the lower half.
 
 #pragma once
 

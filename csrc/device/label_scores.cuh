@@ -2,8 +2,8 @@
 // so that lanes are neighbours in memory.
 //
 // A resized result reads 2 × 2 pixels of the canvas, each of them up to 2 × 2 of a window's map and up to 4 × 4 of the
-// whole image's. Where these lie depends on a row and on a column, whose parts are computed once for all pairs. Beyond a
-// window's border the first row or column of its map is read and not counted.
+// whole image's. Where these lie depends on a row and on a column, whose parts are computed once for all pairs. Beyond
+// a window's border the first row or column of its map is read and not counted.
 
 #pragma once
 

@@ -2,7 +2,8 @@
 //
 //     x̂ = norm(x),  u = a · x̂ + c,  û = norm(u),  y = g_l · û + b_l
 //
-// with norm(x) = (x − mean(x)) / √(var(x) + eps). A warp reads a token of any length by vectors of 16 bytes, one a lane.
+// with norm(x) = (x − mean(x)) / √(var(x) + eps). A warp reads a token of any length by vectors of 16 bytes, one a
+// lane.
 
 #pragma once
 

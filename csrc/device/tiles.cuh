@@ -6,8 +6,8 @@
 
 namespace ovseg {
 
-// The byte offset of vector `vec` of row `row` in a tile with rows of BYTES bytes. ldmatrix reads eight rows of a column
-// of vectors at once, which have to lie in different banks: a row's vectors are permuted by the row's 128 bytes.
+// The byte offset of vector `vec` of row `row` in a tile with rows of BYTES bytes. ldmatrix reads eight rows of a
+// column of vectors at once, which have to lie in different banks: a row's vectors are permuted by the row's 128 bytes.
 template <int BYTES> __host__ __device__ constexpr int tile_offset(int row, int vec) {
     static_assert(BYTES >= 32 && (BYTES & (BYTES - 1)) == 0, "rows of 32 bytes or more, a power of two");
     return row * BYTES + (vec ^ (BYTES >= 128 ? row & 7 : row / (128 / BYTES) & (BYTES / 16 - 1))) * 16;

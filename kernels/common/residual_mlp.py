@@ -167,7 +167,8 @@ def _mlp_backward_weights(
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over `rows_each` rows of dW₁, db₁ and dW₂ᵀ of a chunk of hidden units: `fc1_part` and `fc2_part`,
-    (splits, M, C), `bias_part`, (splits, M). Hidden units are the rows of all products, so that none is transposed."""
+    (splits, M, C), `bias_part`, (splits, M). Hidden units are the rows of all products, so that activations go from one
+    to the next without a transpose."""
     chunks = tl.cdiv(hidden, HIDDEN)
     m = tl.program_id(0) % chunks * HIDDEN + tl.arange(0, HIDDEN)
     split = (tl.program_id(0) // chunks).to(tl.int64)
