@@ -190,7 +190,7 @@ FREE = {
         ("cost_volume", name, axis)
         for name, axis in (("image", 0), ("image", 1), ("image", 2), ("text", 0), ("text", 1))
     ),
-    *(("cost_embedding", name, axis) for name, axis in (("image", 1), ("image", 2), ("text", 1))),
+    *(("cost_embedding", name, axis) for name, axis in (("image", 0), ("image", 1), ("image", 2), ("text", 0))),
     *(("embed_volume", "volume", axis) for axis in range(4)),
     ("spatial_aggregation", "x", 1),
     *(("class_aggregation", "x", axis) for axis in (0, 2, 3)),
