@@ -224,10 +224,7 @@ class CascadeCLIP(SegmentationModel):
         config = config or CascadeCLIPConfig()
         super().__init__(config)
         self.training_classes, self.seen_offset = config.training_classes, config.seen_offset
-        if config.training_classes in (
-            "pascal-voc",
-            "world",
-        ):  # VOC as published; the made-up world because it is small
+        if config.training_classes in ("pascal-voc", "world"):  # VOC as published; the world because it is small
             self.templates = VOC_TEMPLATES
         clip = CLIP(config.clip, clip_pretrained)
         gathered = tuple(block for stage in config.stages for block in stage)
