@@ -14,6 +14,8 @@ the hidden units; each program writes partial sums over its rows, which are adde
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -231,7 +233,7 @@ def residual_mlp_backward(
     weights = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     hidden, channels = fc1_weight.shape
     rows = x.numel() // channels
-    constants = {"GELU": activation == "gelu", "PRECISION": precision()}
+    constants: dict[str, Any] = {"GELU": activation == "gelu", "PRECISION": precision()}
     x_grad = gain = offset = fc1_grad = fc1_bias_grad = fc2_grad = fc2_bias_grad = None
     if need_x or need_sums:
         tile, warps = _tile(x, "backward")
