@@ -296,7 +296,7 @@ def test_the_state_of_another_evaluation_is_refused(segmenter, tmp_path, change,
     with pytest.raises(StateError) as caught:
         run(other, photos, tmp_path / "result.json", **change)
     message = str(caught.value)
-    assert f"begun with other {word};" in message and "--restart" in message and "\n" not in message
+    assert f"of an evaluation with other {word};" in message and "--restart" in message and "\n" not in message
     assert (tmp_path / "result.partial.npz").read_bytes() == before
 
 
@@ -315,7 +315,10 @@ def test_a_damaged_state_is_refused(segmenter, photos, tmp_path, content):
         np.savez(partial, something=np.zeros(3))
     else:
         partial.write_bytes(content)
-    with pytest.raises(StateError, match=r"result.partial.npz' is no state .* restart=True \(--restart\)"):
+    with pytest.raises(
+        StateError,
+        match=r"result.partial.npz' is not the state of an evaluation, or is damaged; .* restart=True \(--restart\)",
+    ):
         run(segmenter, photos, tmp_path / "result.json")
     assert run(segmenter, photos, tmp_path / "result.json", restart=True).images == 3
 
@@ -365,7 +368,7 @@ def test_the_table(segmenter, photos):
     assert "…" in absent and absent.split()[1:] == ["-", "-", "0.00", "seen"]
     assert any(line.split() == ["mIoU", f"{100 * result.metrics['miou']:.2f}"] for line in lines)
     assert any(line.split() == ["hIoU", f"{100 * result.metrics['hiou']:.2f}"] for line in lines)
-    assert f"not counted, for the ground truth does not hold them: {'a' * 60}" in lines
+    assert f"not counted, being absent from the ground truth: {'a' * 60}" in lines
 
 
 @pytest.mark.parametrize(
