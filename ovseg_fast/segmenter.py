@@ -78,7 +78,7 @@ class Segmenter:
         self._text_version: tuple[Any, ...] = ()
         wanted, got = model.prompts_per_class, len(self.templates)
         if wanted not in (None, got):
-            raise ValueError(f"templates must hold as many prompts as the model takes a class, {wanted}, got {got}.")
+            raise ValueError(f"templates must hold as many prompts as the model takes per class, {wanted}, got {got}.")
 
     @property
     def device(self) -> torch.device:

@@ -191,8 +191,7 @@ def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
     No prompt describes "everything else", so a pixel counts as PASCAL VOC's background if it is given to any of a list
     of further names (PAS-20b; CAT-Seg, Cho et al., CVPR 2024).
 
-    Raises:
-        ValueError: a group is empty or of no class, or two classes share a name.
+    Raises ValueError if a group is empty or of no class, or two classes share a name.
     """
     for name, members in groups.items():
         if name not in classes:

@@ -118,7 +118,8 @@ class Scores:
     @property
     def pixel_accuracy(self) -> float:
         """Share of all counted pixels that are labelled correctly."""
-        return float(_ratio(self.correct.sum(keepdims=True), self.truth.sum(keepdims=True))[0])
+        pixels = self.truth.sum()
+        return float(self.correct.sum() / pixels) if pixels else float("nan")
 
     @property
     def mean_accuracy(self) -> float:

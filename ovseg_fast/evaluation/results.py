@@ -99,7 +99,7 @@ class Evaluation:
 
     def save(self, path: Path) -> Path | None:
         """Write the JSON, whole or not at all. An earlier file is kept under the time it was written; returns its path.
-        Raises OSError if nothing can be written; an earlier file is unchanged."""
+        Raises OSError if it cannot be written; an earlier file is then unchanged."""
         earlier = None
         if path.is_file():
             written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%dT%H-%M-%S.%f")

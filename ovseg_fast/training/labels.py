@@ -15,14 +15,11 @@ from ..ops.common.checks import check_tensors
 
 
 def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor:
-    """Labels for inductive training: seen classes renumbered 0..S-1 in order, −1 for no class and unseen ones.
+    """Labels for inductive training, int64: seen classes renumbered 0..S-1 in order, −1 for no class and unseen ones.
 
     Args:
         labels: (..., H, W) uint8, int32 or int64 indices of T classes; −1, or any other outside 0..T-1, is no class.
         classes: T. unseen: indices of the classes that are not trained on.
-
-    Returns:
-        int64 of the same shape.
 
     Raises:
         TypeError, ValueError: `labels` are not indices; else as `seen_classes`.

@@ -19,7 +19,7 @@ Schedule = Callable[[int], float]
 def with_clip_rate(settings: Hyperparameters, rate: float) -> Hyperparameters:
     """The same with another learning rate for CLIP's weights. Raises ValueError if the method has no CLIP."""
     if settings.clip is None:
-        raise ValueError(f"clip_learning_rate is for methods with their own CLIP, got {rate}.")
+        raise ValueError(f"clip_learning_rate is for methods with a CLIP of their own, got {rate}.")
     return replace(settings, factors={**settings.factors, settings.clip: rate / settings.learning_rate})
 
 
