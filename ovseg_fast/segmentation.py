@@ -20,8 +20,7 @@ class Segmentation:
     """A class for every pixel of an image.
 
     Args:
-        image: the photograph, H pixels high and W wide.
-        classes: T names.
+        image: the photograph, H pixels high and W wide. classes: T names.
         labels: (H, W) integers in 0..T-1; the attribute `labels` is int32.
         compute_scores: returns the scores, (T, H, W) in 0..1; called at most once, at the first use of `scores`.
         compute_top: returns what `top` does; by default `top` sorts the scores.
@@ -41,33 +40,27 @@ class Segmentation:
         self.image = image
         self.classes = list(classes)
         self.labels = visualize.check_label_map(labels, len(self.classes), image)
-        self._compute_scores: Callable[[], ArrayLike] | None = compute_scores
-        self._compute_top = compute_top
+        self._compute_scores, self._compute_top = compute_scores, compute_top
 
     @cached_property
     def scores(self) -> np.ndarray:
         """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed at first use, then kept."""
-        assert self._compute_scores is not None
         scores = np.asarray(self._compute_scores(), dtype=np.float32)
         expected = (len(self.classes), *self.labels.shape)
         if scores.shape != expected:
             raise ValueError(f"compute_scores must return an array of shape {expected} (T, H, W), got {scores.shape}.")
-        self._compute_scores = None  # frees what it holds
+        del self._compute_scores  # frees what it holds
         return scores
 
     def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best k classes of every pixel; `labels` are the first of them.
-
-        Args:
-            k: 1..min(T, 8).
+        """The best k classes of every pixel, computed at each call without holding all T maps.
 
         Returns:
             Labels (k, H, W) int32 and what they are ranked by, (k, H, W) float32, the best first: probabilities, less
-            the offset of seen classes (for Cascade-CLIP `scores` is their softmax over all classes). Computed at each
-            call, without holding all T maps.
+            the offset of seen classes (for Cascade-CLIP `scores` is their softmax over all classes).
 
         Raises:
-            ValueError: another k.
+            ValueError: k is not in 1..min(T, 8).
         """
         if self._compute_top is not None:
             return self._compute_top(k)
@@ -81,7 +74,7 @@ class Segmentation:
         return np.bincount(self.labels.ravel(), minlength=len(self.classes))
 
     def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
-        """The photograph under the colours of the classes, and a legend; see `visualize.overlay`."""
+        """See `visualize.overlay`."""
         return visualize.overlay(self.image, self.labels, self.classes, alpha, legend)
 
     def save(self, path: str | os.PathLike[str], *, alpha: float = 0.5, scores: bool = False) -> None:
@@ -93,8 +86,7 @@ class Segmentation:
             scores: add the array `scores` (T, H, W) float32 to an .npz file.
 
         Raises:
-            ValueError: another suffix, `alpha` outside 0..1, or `scores` for a picture.
-            OSError: the file cannot be written.
+            ValueError: another suffix, `alpha` outside 0..1, or `scores` for a picture. OSError: it cannot be written.
         """
         suffix = Path(path).suffix.lower()
         if suffix not in (".png", ".jpg", ".jpeg", ".npz"):
@@ -116,15 +108,10 @@ class Segmentation:
         write_whole(path, write)
 
     def save_labels(self, path: str | os.PathLike[str]) -> None:
-        """Write the labels as a .png file of indices into `classes`; see `visualize.label_image`.
-
-        Raises:
-            ValueError: another suffix. OSError: the file cannot be written.
-        """
+        """Write the labels as a .png file of indices into `classes`, see `visualize.label_image`. Errors as `save`."""
         if Path(path).suffix.lower() != ".png":
             raise ValueError(f"path must end in .png, got '{path}'; other formats would change the labels.")
-        image = visualize.label_image(self.labels, len(self.classes))
-        write_whole(path, lambda file: image.save(file))
+        write_whole(path, visualize.label_image(self.labels, len(self.classes)).save)
 
     def summary(self, most: int = 3) -> str:
         """The classes that fill most of the picture, as "cat 62 %, grass 30 %"."""

@@ -38,18 +38,16 @@ def load(
     """Load a model, ready to segment.
 
     Args:
-        name: a preset: `catseg-vitb`, `catseg-vitl`, `cascade-clip-vitb`, ... (`ovseg-fast info` lists them).
+        name: a preset, such as `catseg-vitb` (`ovseg-fast info` lists them).
         weights: `"published"` for those in this package (the tiny models) or, downloaded once, the authors'; a path for
-            a checkpoint in upstream's format or this package's own; None for random ones.
-        device: where to run; by default a GPU if there is one.
-        max_side: largest accepted side of an image in pixels.
+            a checkpoint in upstream's format or this package's; None for random ones.
+        device: where to run; by default a GPU if available. max_side: largest accepted side of an image in pixels.
         attention: `"sdpa"` or `"xformers"`, see `build`.
 
     Raises:
         ValueError: no such preset or attention, or it has no published weights. FileNotFoundError: no such file.
-        ImportError: xformers is not installed.
+        ImportError: xformers is not installed. RuntimeError: no such device here. OSError: the download failed.
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
-        RuntimeError: no such device here. OSError: the download failed.
     """
     target = _device(device)
     get_preset(name)
@@ -67,9 +65,8 @@ class Segmenter:
     """A model with everything around it: reading images, prompting, windows, labels.
 
     Args:
-        model: the model, on the device to run on.
-        templates: prompts for each class name, each with one `{}`; by default the method's published ones.
-        max_side: largest accepted side of an image in pixels.
+        model: on the device to run on. max_side: largest accepted side of an image in pixels.
+        templates: prompts for each class name, each with one `{}`; by default the published ones.
     """
 
     def __init__(
@@ -79,11 +76,9 @@ class Segmenter:
         self.templates = tuple(model.templates if templates is None else templates)
         self._prompt_embeddings: dict[str, Tensor] = {}
         self._text_version: tuple[Any, ...] = ()
-        if model.prompts_per_class not in (None, len(self.templates)):
-            raise ValueError(
-                f"templates must hold as many prompts as the model takes for a class, {model.prompts_per_class}, "
-                f"got {len(self.templates)}."
-            )
+        wanted, got = model.prompts_per_class, len(self.templates)
+        if wanted not in (None, got):
+            raise ValueError(f"templates must hold as many prompts as the model takes per class, {wanted}, got {got}.")
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +95,7 @@ class Segmenter:
         seen: Collection[str] | None = None,
         progress: bool = False,
     ) -> Segmentation | list[Segmentation]:
-        """Label every pixel with one of the classes.
+        """Label every pixel with one of the classes; a list of images gives a list of results.
 
         Args:
             image: a path, a PIL image or a uint8 array (H, W, 3); or a list of them.
@@ -110,9 +105,6 @@ class Segmenter:
             seen: the classes that a model with a `seen_offset` (Cascade-CLIP: 0.1) was trained on, from whose
                 probabilities it is subtracted; by default those of its training set. For others it must be None.
             progress: show progress bars over prompts and windows.
-
-        Returns:
-            A `Segmentation`, or a list of them for a list of images.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: an argument does not fit; the sentence says which and how.
@@ -179,9 +171,8 @@ class Segmenter:
         model = self.model
         if model.seen_offset is None:
             if seen is not None:
-                raise ValueError(
-                    f"seen must be None, as {type(model).__name__} treats all classes alike, got {seen!r}."
-                )
+                method = type(model).__name__
+                raise ValueError(f"seen must be None, as {method} treats all classes alike, got {seen!r}.")
             return None
         if seen is None:
             seen = model.trained_on
@@ -236,11 +227,10 @@ class EncodedImage:
             logits = torch.cat([model.decode(features, prompts.text, **windows.decode) for features in parts])
             if windows.cut is not None:
                 logits = logits[..., : windows.cut[0], : windows.cut[1]]
+            size = self.image.height, self.image.width
             arguments: dict[str, Any] = {
                 "logits": logits[:-1] if windows.has_whole else logits,
-                "placement": ops.Placement(
-                    windows.positions, windows.window, windows.canvas, (self.image.height, self.image.width)
-                ),
+                "placement": ops.Placement(windows.positions, windows.window, windows.canvas, size),
                 "whole": logits[-1:] if windows.has_whole else None,
                 "offset": prompts.offset,
             }

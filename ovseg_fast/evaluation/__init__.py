@@ -1,4 +1,1 @@
-"""Measuring a model on a dataset: confusion matrix, mIoU, seen, unseen and harmonic mean, resumable.
-
-Nothing is imported here: the command line loads parts of this at every start.
-"""
+"""Measuring a model on a dataset, resumable. Nothing is imported here: every start of the command line loads this."""

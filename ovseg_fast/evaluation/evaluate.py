@@ -55,24 +55,22 @@ def evaluate(
     """Segment every image of a dataset and compare with its ground truth, at the ground truth's size.
 
     Pixels of no class (-1) in the ground truth are not counted, nor are classes absent from it. An unusable pair (a
-    damaged image, a mask of another size, a label beyond the class list, too large for the memory) is left out, and
-    named in a warning and in the result.
+    damaged image, a mask that does not fit, too large for the memory) is left out, and named in a warning and in the
+    result.
 
     Args:
         segmenter: the model; it is not changed.
         dataset: from `data.open_dataset`, or anything with its `name`, `vocabulary` (`classes`, `unseen`,
             `background`), `pairs` (each with a `name`) and `read(index)`; an `image_folder` tells equal names apart.
-        out: a .json file for the result, or None. Progress is kept next to it, in `<name>.partial.npz`: called again
-            with the same arguments, a killed evaluation resumes and tries the images that were left out again. An
-            earlier result is kept under the time it was written.
-        mode: one of the model's, such as `"slide"`, in which all published numbers were made.
+        out: a .json file for the result. Progress is kept next to it, in `<name>.partial.npz`: called again with the
+            same arguments, a killed evaluation resumes and retries the images that were left out. An earlier result is
+            kept under the time it was written.
+        mode: as for `Segmenter.segment`.
         seen: those of the dataset's classes that the model was trained on. By default the scores are split as the
             dataset's vocabulary says, and the model's offset is subtracted as in `Segmenter.segment`.
         groups: class -> names that are prompted in its place and count as it. By default the background of the
-            vocabulary, if it has one, as for the published PAS-20b; `{}` for none.
-        progress: show a progress bar with the mIoU so far.
-        limit: only the first `limit` images.
-        restart: discard the progress of an earlier run.
+            vocabulary, if any, as for the published PAS-20b; `{}` for none.
+        limit: only the first `limit` images. restart: discard the progress of an earlier run.
         save_seconds: how often progress is saved, by default every 20 seconds.
 
     Raises:
@@ -87,8 +85,7 @@ def evaluate(
     fingerprint = task.fingerprint()
     state = None if partial is None or restart else State.load(partial, fingerprint)
     if state is None:
-        count = len(task.classes)
-        state = State(fingerprint, np.zeros((count, count), np.int64), np.zeros(len(task.pairs), bool))
+        state = State(fingerprint, np.zeros((len(task.classes),) * 2, np.int64), np.zeros(len(task.pairs), bool))
     else:
         logger.info("%s: resuming after %d of %d images", partial, state.done.sum(), len(task.pairs))
     if partial is not None:
@@ -98,10 +95,8 @@ def evaluate(
     if not state.done.any():
         if partial is not None:
             partial.unlink(missing_ok=True)
-        raise EvaluationError(
-            f"none of the {len(task.pairs)} images of {dataset.name} could be evaluated; the first, {skipped[0].name}: "
-            f"{skipped[0].reason}"
-        )
+        first = f"the first, {skipped[0].name}: {skipped[0].reason}"
+        raise EvaluationError(f"none of the {len(task.pairs)} images of {dataset.name} could be evaluated; {first}")
     settings = {**task.settings(), "limit": limit, "weights": fingerprint["weights"]}
     scores = Scores.of(state.matrix, task.split)
     result = Evaluation(task.classes, scores, int(state.done.sum()), skipped, settings, _versions(), state.seconds)
@@ -114,8 +109,8 @@ def evaluate(
 
 
 class _Task:
-    """What is evaluated; the arguments of `evaluate`, checked. T `names` are prompted, names[t] counts as class
-    class_of[t]; `split` are the indices of the seen classes, `offset` the argument `seen` of `Segmenter.segment`."""
+    """The arguments of `evaluate`, checked. T `names` are prompted, names[t] counts as class class_of[t]; `split` are
+    the indices of the seen classes, `offset` the argument `seen` of `Segmenter.segment`."""
 
     def __init__(
         self,
@@ -132,6 +127,8 @@ class _Task:
             raise ValueError(f"limit must be at least 1 image, got {limit}.")
         segmenter.check_mode(mode)
         self.segmenter, self.dataset, self.pairs, self.mode = segmenter, dataset, dataset.pairs[:limit], mode
+        folder = getattr(dataset, "image_folder", None)
+        self.folder = None if folder is None else os.path.abspath(folder)
         vocabulary = dataset.vocabulary
         self.classes = classes = list(vocabulary.classes)
         if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
@@ -150,24 +147,17 @@ class _Task:
         elif vocabulary.unseen:
             self.split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
 
-    @property
-    def folder(self) -> str | None:
-        folder = getattr(self.dataset, "image_folder", None)
-        return None if folder is None else os.path.abspath(folder)
-
     def fingerprint(self) -> dict[str, str]:
-        return fingerprint_of(
-            self.segmenter.model,
-            {
-                "templates": self.segmenter.templates,
-                "classes": [self.classes, self.names, self.class_of.tolist()],
-                "seen classes": [self.split, self.offset, self.segmenter.model.seen_offset],
-                "mode": self.mode,
-                "dataset": self.dataset.name,
-                "folder": str(self.folder),
-                "images": [pair.name for pair in self.pairs],
-            },
-        )
+        parts = {
+            "templates": self.segmenter.templates,
+            "classes": [self.classes, self.names, self.class_of.tolist()],
+            "seen classes": [self.split, self.offset, self.segmenter.model.seen_offset],
+            "mode": self.mode,
+            "dataset": self.dataset.name,
+            "folder": str(self.folder),
+            "images": [pair.name for pair in self.pairs],
+        }
+        return fingerprint_of(self.segmenter.model, parts)
 
     def settings(self) -> dict[str, Any]:
         """How the result was made."""
@@ -195,19 +185,13 @@ class _Task:
 
 
 def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], np.ndarray]:
-    """The names to prompt with, and which class each counts as.
+    """T names to prompt with, and (T,) int64 indices of the class that each counts as. `groups`: class -> names that
+    stand for it; others are prompted by their own name.
 
     No prompt describes "everything else", so a pixel counts as PASCAL VOC's background if it is given to any of a list
     of further names (PAS-20b; CAT-Seg, Cho et al., CVPR 2024).
 
-    Args:
-        classes: the evaluated classes. groups: class -> names that stand for it; others are prompted by their own name.
-
-    Returns:
-        T names, and (T,) int64 indices into `classes`.
-
-    Raises:
-        ValueError: a group is empty or of no class, or two classes share a name.
+    Raises ValueError if a group is empty or of no class, or two classes share a name.
     """
     for name, members in groups.items():
         if name not in classes:
@@ -232,8 +216,8 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
     text = segmenter.embed_text(task.names, progress=progress)
     left = np.flatnonzero(~state.done).tolist()
     skipped: list[Skipped] = []
-    count, hidden = len(task.pairs), None if progress else True  # None: only on a terminal
-    bar = tqdm(total=count, initial=count - len(left), unit="image", disable=hidden)
+    hidden = None if progress else True  # None: only on a terminal
+    bar = tqdm(total=len(state.done), initial=len(state.done) - len(left), unit="image", disable=hidden)
     began, before = time.monotonic(), state.seconds
     saved = began
 
@@ -288,9 +272,8 @@ def _check(image: Image.Image, labels: np.ndarray, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < NO_CLASS or high >= classes:
         wrong = high if high >= classes else low
-        raise ValueError(
-            f"its mask holds label {wrong} in {np.count_nonzero(labels == wrong)} pixels, beyond the {classes} classes."
-        )
+        pixels = np.count_nonzero(labels == wrong)
+        raise ValueError(f"its mask holds label {wrong} in {pixels} pixels, beyond the {classes} classes.")
 
 
 def _target(out: str | os.PathLike[str]) -> Path:

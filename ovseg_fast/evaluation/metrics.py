@@ -1,12 +1,6 @@
-"""A confusion matrix that grows image by image, and the scores that follow from it.
+"""A confusion matrix M, rows the ground truth and columns the prediction, and the scores that follow from it:
 
-Of M, rows the ground truth and columns the prediction, class c has
-
-    IoU(c) = M[c, c] / (sum of row c + sum of column c - M[c, c]),   accuracy(c) = M[c, c] / sum of row c.
-
-Pixels whose ground truth is -1 are in neither sum. The mean IoU is over the classes in the ground truth, as in
-detectron2 and CAT-Seg's published numbers; a second one, as in mmsegmentation and Cascade-CLIP's, includes classes that
-are only predicted, with IoU 0.
+IoU(c) = M[c, c] / (sum of row c + sum of column c - M[c, c]),   accuracy(c) = M[c, c] / sum of row c.
 """
 
 from __future__ import annotations
@@ -25,17 +19,7 @@ CHUNK = 2**24  # pixels counted at once; their int64 temporaries take some 500 M
 
 
 class ConfusionMatrix:
-    """Counts pixels by ground truth and prediction; keeps nothing else, whatever the number and size of the images.
-
-    Args:
-        classes: T, the number of classes. device: where to count.
-
-    Attributes:
-        matrix: (T, T) int64 on `device`, rows the ground truth, columns the prediction.
-
-    Raises:
-        ValueError: fewer than one class.
-    """
+    """Counts pixels of T `classes` in `matrix`, (T, T) int64 on `device`. Raises ValueError for less than one class."""
 
     def __init__(self, classes: int, device: str | torch.device = "cpu") -> None:
         if classes < 1:
@@ -59,9 +43,8 @@ class ConfusionMatrix:
             if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise TypeError(f"{name} must hold integers, got {labels.dtype}.")
         if predicted.shape != truth.shape:
-            raise ValueError(
-                f"predicted and truth must have the same shape, got {tuple(predicted.shape)} and {tuple(truth.shape)}."
-            )
+            shapes = f"{tuple(predicted.shape)} and {tuple(truth.shape)}"
+            raise ValueError(f"predicted and truth must have the same shape, got {shapes}.")
         counted = truth != NO_CLASS
         predicted, known = predicted[counted], truth[counted]
         for name, labels, lowest in (("truth", known, NO_CLASS), ("predicted", predicted, 0)):
@@ -80,11 +63,11 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of a confusion matrix. All ratios are in 0..1; NaN means that there is no such class.
+    """The scores of a confusion matrix. All ratios are in 0..1; NaN means that there is no such class. The means are
+    over the classes in the ground truth.
 
     Attributes:
-        correct: (T,) int64, pixels of each class that are labelled correctly.
-        truth, predicted: (T,) int64, pixels of each class, among those with a ground truth.
+        correct, truth, predicted: (T,) int64, pixels of each class, among those with a ground truth.
         seen: (T,) bool, the classes that were trained on, or None without such a split.
     """
 
@@ -95,11 +78,8 @@ class Scores:
 
     @classmethod
     def of(cls, matrix: ArrayLike, seen: Sequence[int] | None = None) -> Scores:
-        """Scores of a (T, T) integer matrix, rows the ground truth; `seen` are indices.
-
-        Raises:
-            ValueError: the matrix is not square, or `seen` holds an index outside 0..T-1.
-        """
+        """Scores of a (T, T) integer matrix, rows the ground truth; `seen` are indices. Raises ValueError if the matrix
+        is not square, or an index is outside 0..T-1."""
         counts = np.asarray(matrix)
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
             raise ValueError(f"matrix must be of shape (T, T), got {counts.shape}.")
@@ -127,12 +107,12 @@ class Scores:
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes in the ground truth (detectron2's practice)."""
+        """Mean IoU over the classes in the ground truth (as detectron2 and CAT-Seg's published numbers)."""
         return _mean(self.iou[self.present])
 
     @property
     def miou_nonzero_union(self) -> float:
-        """Mean IoU over the classes that are in the ground truth or predicted (mmsegmentation's practice)."""
+        """Mean IoU over the classes in the ground truth or predicted (as mmsegmentation and Cascade-CLIP's)."""
         return _mean(self.iou[self.truth + self.predicted > 0])
 
     @property
@@ -143,17 +123,17 @@ class Scores:
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean of `accuracy` over the classes in the ground truth."""
+        """Mean of `accuracy`."""
         return _mean(self.accuracy[self.present])
 
     @property
     def miou_seen(self) -> float:
-        """Mean IoU over the classes in the ground truth that were trained on; NaN without a split."""
+        """Mean IoU over the classes that were trained on; NaN without a split."""
         return _mean(self.iou[self.present & self.seen]) if self.seen is not None else float("nan")
 
     @property
     def miou_unseen(self) -> float:
-        """Mean IoU over the classes in the ground truth that were not trained on; NaN without a split."""
+        """Mean IoU over the classes that were not trained on; NaN without a split."""
         return _mean(self.iou[self.present & ~self.seen]) if self.seen is not None else float("nan")
 
     @property

@@ -42,8 +42,7 @@ class Evaluation:
     """The numbers of a model on a dataset.
 
     Attributes:
-        classes: C names. scores: see `metrics.Scores`; all ratios in 0..1.
-        images: how many were evaluated. skipped: those that were not, by name, and why.
+        images: how many were evaluated.
         settings: model, weights, dataset, mode, groups and whatever else the numbers depend on.
         versions: of the packages. seconds: the time the images took, reading included.
         finished: local time, ISO 8601.
@@ -60,8 +59,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The scores by name: `miou`, `miou_nonzero_union`, `pixel_accuracy`, `mean_accuracy`, and with a split
-        `miou_seen`, `miou_unseen`, `hiou`. NaN if no class counts."""
+        """The scores by the names in `SCORES`, of which `SPLIT` need a split. NaN if no class counts."""
         names = [name for name in SCORES if self.scores.seen is not None or name not in SPLIT]
         return {name: getattr(self.scores, name) for name in names}
 
@@ -100,14 +98,8 @@ class Evaluation:
         }
 
     def save(self, path: Path) -> Path | None:
-        """Write the JSON, whole or not at all. An earlier file is kept under the time it was written.
-
-        Returns:
-            Where the earlier file is now, or None.
-
-        Raises:
-            OSError: it cannot be written; an earlier file is unchanged.
-        """
+        """Write the JSON, whole or not at all. An earlier file is kept under the time it was written; returns its path.
+        Raises OSError if it cannot be written; an earlier file is then unchanged."""
         earlier = None
         if path.is_file():
             written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%dT%H-%M-%S.%f")
@@ -120,11 +112,9 @@ class Evaluation:
     def table(self) -> str:
         """Everything as plain text: percentages, one line per class."""
         scores, settings = self.scores, self.settings
-        lines = [
-            f"{settings['model']} on {settings['dataset']}, mode {settings['mode']}: {self.images} images"
-            + (f", {len(self.skipped)} skipped" if self.skipped else ""),
-            "",
-        ]
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        model, dataset, mode = (settings[name] for name in ("model", "dataset", "mode"))
+        lines = [f"{model} on {dataset}, mode {mode}: {self.images} images{skipped}", ""]
         width = max(min(len(name), 40) for name in ["class", *self.classes, *(title for title, _ in SCORES.values())])
         heads = ["IoU %", "accuracy %", "pixels %"] + ([] if scores.seen is None else ["split"])
         lines.append(_row("class", width, heads))
@@ -136,8 +126,7 @@ class Evaluation:
             if scores.seen is not None:
                 cells.append("seen" if scores.seen[i] else "unseen")
             lines.append(_row(name, width, cells))
-        lines.append("")
-        lines += [_row(SCORES[name][0], width, [_percent(value)]) for name, value in self.metrics.items()]
+        lines += ["", *(_row(SCORES[name][0], width, [_percent(value)]) for name, value in self.metrics.items())]
         lines += ["", f"means over {int(scores.present.sum())} of {len(self.classes)} classes"]
         if self.absent:
             lines.append(f"not counted, being absent from the ground truth: {', '.join(self.absent)}")

@@ -24,13 +24,8 @@ class StateError(ValueError):
 
 @dataclass
 class State:
-    """Counts so far.
-
-    Attributes:
-        fingerprint: everything that the numbers depend on, part by part; only a state with the same one is resumed.
-        matrix: (C, C) int64, the confusion matrix. done: (N,) bool, the images that are in it.
-        seconds: the time they took.
-    """
+    """The confusion matrix so far, (C, C) int64, of the images `done`, (N,) bool, which took `seconds`. Only a state
+    with the same fingerprint, see `fingerprint_of`, is resumed."""
 
     fingerprint: dict[str, str]
     matrix: np.ndarray
@@ -38,22 +33,14 @@ class State:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write it whole or not at all. Raises OSError."""
-        about = json.dumps({"fingerprint": self.fingerprint, "seconds": self.seconds})
-
-        def write(file: Path) -> None:
-            with open(file, "wb") as stream:
-                np.savez_compressed(stream, about=np.array(about), matrix=self.matrix, done=self.done)
-
-        write_whole(path, write)
+        """Write it to an .npz file, whole or not at all. Raises OSError."""
+        about = np.array(json.dumps({"fingerprint": self.fingerprint, "seconds": self.seconds}))
+        write_whole(path, lambda file: np.savez_compressed(file, about=about, matrix=self.matrix, done=self.done))
 
     @classmethod
     def load(cls, path: Path, fingerprint: dict[str, str]) -> State | None:
-        """The state in a file, or None if there is no file, or none of its images is done.
-
-        Raises:
-            StateError: it is damaged, or of an evaluation with another fingerprint.
-        """
+        """The state in a file, or None if it does not exist or holds no image. Raises StateError if it is damaged or
+        has another fingerprint."""
         if not path.exists():
             return None
         cure = "start over with restart=True (--restart), which discards it."
@@ -65,19 +52,17 @@ class State:
             raise StateError(f"'{path}' is not the state of an evaluation, or is damaged; {cure}") from error
         if not state.done.any():
             return None
-        if state.fingerprint != fingerprint:
-            keys = [*fingerprint, *(key for key in state.fingerprint if key not in fingerprint)]
-            other = [key for key in keys if state.fingerprint.get(key) != fingerprint.get(key)]
-            raise StateError(
-                f"'{path}' holds the state of an evaluation with other {', '.join(other)}; use the same, give another "
-                f"file for the result, or {cure}"
-            )
+        keys = fingerprint | state.fingerprint
+        other = [key for key in keys if state.fingerprint.get(key) != fingerprint.get(key)]
+        if other:
+            cure = f"use the same, give another file for the result, or {cure}"
+            raise StateError(f"'{path}' holds the state of an evaluation with other {', '.join(other)}; {cure}")
         return state
 
 
 def fingerprint_of(model: SegmentationModel, parts: Mapping[str, Any]) -> dict[str, str]:
-    """What the numbers depend on: the model, its weights, this package's version, and `parts` by name. Values other
-    than strings are digested as JSON."""
+    """What the numbers depend on: this package's version, the model, its weights, and `parts`, digested as JSON unless
+    they are strings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

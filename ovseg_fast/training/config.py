@@ -1,23 +1,4 @@
-"""The configuration of a training run, as a TOML file.
-
-    model = "catseg-vitb"
-    out = "runs/catseg"
-    clip_pretrained = "openai"
-    steps = 80000
-    batch = 4
-    precision = "bf16"
-
-    [data]
-    dataset = "coco-stuff"
-    root = "datasets"
-
-    [validation]
-    dataset = "ade20k-150"
-    root = "datasets"
-    limit = 200
-
-All but `model`, `out`, `steps` and `data` are optional and default to what the method published.
-"""
+"""The configuration of a training run, as a TOML file; docs/training.md has an example."""
 
 from __future__ import annotations
 
@@ -43,10 +24,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset: its name, `root`, `split` and `limit` as `data.open_dataset` takes them.
-
-    In files `layout` is an older spelling of `dataset`.
-    """
+    """What `data.open_dataset` takes. In files `layout` is an older spelling of `dataset`."""
 
     dataset: str
     root: str = "."
@@ -56,28 +34,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run.
+    """One training run. The first four are required; None stands for the published value, if any.
 
     Attributes:
         model: a preset's name. out: the folder for checkpoints, logs and pictures. steps: optimiser steps.
         data: the training data. validation: the evaluation data, if any.
         weights: a checkpoint to start from; or clip_pretrained: weights of CLIP alone, see `models.build`.
-        policy: the part of CLIP to train, see `finetuning.set_trainable`; by default as published.
-        seen_only: train only on the seen classes of a zero-shot split; by default as published (Cascade-CLIP: true).
+        policy: the part of CLIP to train, see `finetuning.set_trainable`.
+        seen_only: train only on the seen classes of a zero-shot split (published for Cascade-CLIP).
         transductive: from this share of the steps on, unseen pixels get pseudo-labels; None: never.
-        batch: images per step, over all processes and `accumulation` parts, each a forward pass of its own.
+        batch: images per step, over all processes and `accumulation` parts, each with its own forward pass.
         crop: side of a training crop in pixels; by default the model's.
-        scales: smallest and largest shorter side before the crop, in units of `crop`; by default as published.
-        distortion: whether colours are distorted, as published.
-        sample_classes: take, besides the classes in its images, only a random number of the others in each step, so
-            that the model learns lists of any length; published training takes all.
-        learning_rate: of the optimiser, by default as published; its groups keep their ratios.
-        clip_learning_rate: of CLIP's weights; by default as published, 1/100 of the rest for CAT-Seg and 1/10 for
-            Cascade-CLIP.
-        warmup: steps of linear warm-up; by default as published.
-        max_gradient_norm: the norm of all gradients is clipped to this; by default as published (0.01 for CAT-Seg,
-            none for Cascade-CLIP). Short trainings of Cascade-CLIP need it: its first gradients are so large that
-            AdamW, which remembers squares for a thousand steps, hardly moves afterwards.
+        scales: smallest and largest shorter side before the crop, in units of `crop`. distortion: of colours.
+        sample_classes: besides the classes in its images, each step takes only a random number of the others, so that
+            the model learns lists of any length; published training takes all.
+        learning_rate: of the optimiser; its groups keep their ratios. warmup: steps of linear warm-up.
+        clip_learning_rate: of CLIP's weights; as published 1/100 of the rest for CAT-Seg, 1/10 for Cascade-CLIP.
+        max_gradient_norm: the norm of all gradients is clipped to this (0.01 for CAT-Seg, none for Cascade-CLIP). Short
+            trainings of Cascade-CLIP need it: its first gradients are so large that AdamW, which remembers squares for
+            a thousand steps, hardly moves afterwards.
         precision: of autocast, `"fp32"`, `"bf16"` or `"fp16"`.
         seed: of random initial weights, order, augmentation and dropout.
         workers: processes that read images, per training process.
@@ -131,10 +106,7 @@ class TrainingConfig:
 
 
 def read_config(path: str | os.PathLike[str]) -> TrainingConfig:
-    """The configuration in a TOML file. Paths in it are relative to the folder where the command runs.
-
-    Raises: as `read_toml`.
-    """
+    """The configuration in a TOML file, with paths relative to the working folder. Errors as `read_toml`."""
     return read_toml(path, TrainingConfig)
 
 
@@ -142,9 +114,8 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
     """A dataclass from a TOML file whose keys are its fields.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError, TypeError: not TOML, an unknown or missing key, a value of another type or out of range; the
-            sentence names the file and the key.
+        FileNotFoundError: no such file. ValueError, TypeError: not TOML, or a key that is unknown, missing, of another
+            type or out of range; the sentence names the file and the key.
     """
     file = Path(path)
     if not file.is_file():
@@ -172,10 +143,8 @@ def check_resumable(saved: Mapping[str, Any], config: TrainingConfig) -> None:
     changed = [name for name in now if name not in FREE_ON_RESUME and saved.get(name) != now[name]]
     if changed:
         parts = ", ".join(f"{name} {saved.get(name)!r} is now {now[name]!r}" for name in changed)
-        raise ValueError(
-            f"out holds a run with another configuration ({parts}); change it back, choose another out, or start over "
-            "with --restart."
-        )
+        cure = "change it back, choose another out, or start over with --restart."
+        raise ValueError(f"out holds a run with another configuration ({parts}); {cure}")
 
 
 def _respell(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -200,7 +169,7 @@ def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _value(kind: Any, value: Any, name: str) -> Any:
-    kinds = tuple(each for each in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if each is not NoneType)
+    kinds = [each for each in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if each is not NoneType]
     if dataclasses.is_dataclass(kinds[0]):
         if not isinstance(value, dict):
             raise TypeError(f"{name} must be a table [{name}], got {value!r}.")
@@ -209,14 +178,10 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         parts = get_args(kinds[0])
         if not isinstance(value, list) or len(value) != len(parts):
             raise TypeError(f"{name} must be a list of {len(parts)} numbers, got {value!r}.")
-        return tuple(
-            _value(part, each, f"{name}[{i}]") for i, (part, each) in enumerate(zip(parts, value, strict=True))
-        )
+        return tuple(_value(parts[i], each, f"{name}[{i}]") for i, each in enumerate(value))
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) not in kinds:
-        wanted = " or ".join(
-            {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[k] for k in kinds
-        )
-        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+        words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise TypeError(f"{name} must be {' or '.join(words[each] for each in kinds)}, got {value!r}.")
     return value

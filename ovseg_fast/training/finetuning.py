@@ -19,17 +19,11 @@ from ..models.base import check_model
 
 
 def set_trainable(model: SegmentationModel, policy: str | None = None) -> list[str]:
-    """Let exactly the parameters of a policy require gradients.
+    """Let exactly the parameters of a policy, by default the published one, require gradients; returns their names.
 
     Some of these are never read, as published: queries and keys of CAT-Seg's last image block, whose attention is left
     out, and all of Cascade-CLIP's last decoder layers but their scores. They get no gradient, so distributed training
     needs `find_unused_parameters=True`.
-
-    Args:
-        policy: one of the method's, or "full" or "none"; by default the published one.
-
-    Returns:
-        Names of the trainable parameters, in the model's order.
 
     Raises:
         TypeError: `model` is something else. ValueError: the method has no such policy.

@@ -11,15 +11,13 @@ from ..data.augmentation import Augmentation
 
 
 def stream(*numbers: int) -> int:
-    """A seed of its own for each combination of numbers."""
+    """A different seed for each combination of numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class TrainingImages(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Position p of a run -> augmented image (3, s, s) uint8 and labels (s, s) int64, whoever asks and whenever.
-
-    Each pass over the dataset has an order of its own.
-    """
+    """Position in a run -> augmented image (3, s, s) uint8 and labels (s, s) int64, whoever asks and whenever. Each
+    pass over the dataset has another order."""
 
     def __init__(self, dataset: data.Dataset, augment: Augmentation, seed: int) -> None:
         self.dataset, self.augment, self.seed = dataset, augment, seed

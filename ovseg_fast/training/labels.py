@@ -1,7 +1,5 @@
-"""Labels of zero-shot training: classes that are never shown, and what a half-trained model takes them for.
-
-Cascade-CLIP, arXiv 2406.00670, section 4.1; the transductive phase is its "self-training".
-"""
+"""Labels of zero-shot training: Cascade-CLIP, arXiv 2406.00670, section 4.1, where the transductive phase is called
+"self-training"."""
 
 from __future__ import annotations
 
@@ -17,17 +15,14 @@ from ..ops.common.checks import check_tensors
 
 
 def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor:
-    """Labels among the seen classes only, for inductive training.
+    """Labels for inductive training, int64: seen classes renumbered 0..S-1 in order, −1 for no class and unseen ones.
 
     Args:
         labels: (..., H, W) uint8, int32 or int64 indices of T classes; −1, or any other outside 0..T-1, is no class.
         classes: T. unseen: indices of the classes that are not trained on.
 
-    Returns:
-        int64 of the same shape: seen classes renumbered 0..S-1 in order; −1 where there was no class or an unseen one.
-
     Raises:
-        TypeError, ValueError: `labels` are not indices, or `unseen` repeats a class, is out of range or holds all.
+        TypeError, ValueError: `labels` are not indices; else as `seen_classes`.
     """
     check_label_maps(labels)
     seen = seen_classes(classes, unseen)
@@ -38,38 +33,31 @@ def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor
 
 
 def seen_classes(classes: int, unseen: Collection[int]) -> list[int]:
-    """Indices of the classes trained on: the rows of the text embeddings that go with `seen_labels`.
-
-    Raises:
-        ValueError: `unseen` repeats a class, is outside 0..T-1, or leaves no class.
-    """
+    """Indices of the classes trained on, whose text embeddings go with `seen_labels`. Raises ValueError if `unseen`
+    repeats a class, is outside 0..T-1, or leaves no class."""
     if len(set(unseen)) < len(unseen) or not set(unseen) <= set(range(classes)) or len(unseen) == classes:
-        raise ValueError(
-            f"unseen must be different indices below {classes}, the number of classes, and leave one class to train "
-            f"on, got {tuple(unseen)}."
-        )
+        rule = f"different indices below {classes}, the number of classes, and leave one class to train on"
+        raise ValueError(f"unseen must be {rule}, got {tuple(unseen)}.")
     return [index for index in range(classes) if index not in unseen]
 
 
 @torch.no_grad()
 def pseudo_labels(logits: Tensor, labels: Tensor, unseen: Collection[int]) -> Tensor:
-    """Labels for transductive training: unseen pixels get the unseen class with the highest logit.
+    """Labels for transductive training: pixels of any unseen class get the unseen class with the highest logit, all
+    others keep their label.
 
-    Unseen pixels are those whose label is an unseen class; which one is not read. All others keep their label. The
-    published argmax of the sigmoid masks, with those of seen classes set to −1, is the argmax over the unseen logits.
-    It is computed tile by tile, so nothing of size (B, T, H, W) is held.
+    The published argmax of the sigmoid masks, with those of seen classes set to −1, is the argmax over the unseen
+    logits. It is computed tile by tile, so nothing of size (B, T, H, W) is held.
 
     Args:
-        logits: (B, T, h, w) mask logits of all T classes, at the encoder's grid (`decode`) or any other size; they are
-            resized bilinearly to the labels.
-        labels: (B, H, W) uint8, int32 or int64 indices of the T classes; −1, or any other outside 0..T-1, is no class.
-        unseen: indices of the classes whose annotations are hidden.
+        logits: (B, T, h, w) mask logits of all T classes, of any size; resized bilinearly to the labels.
+        labels: (B, H, W), as for `seen_labels`. unseen: indices of the classes whose annotations are hidden.
 
     Returns:
         (B, H, W) int64 labels among all T classes, −1 for no class.
 
     Raises:
-        TypeError, ValueError: logits or labels do not fit, or `unseen` repeats a class, is out of range or holds all.
+        TypeError, ValueError: logits or labels do not fit; else as `seen_classes`.
     """
     check_tensors("pseudo_labels", logits=(logits, "B T h w"))
     check_label_maps(labels, logits)

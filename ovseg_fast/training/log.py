@@ -22,14 +22,10 @@ GAP = 6  # between pictures, in pixels
 
 
 class Log:
-    """Losses and scores of a run, reported by its main process.
+    """Losses and scores of a run, reported by its main process; `out` is None in all others.
 
-    Losses are summed on their device and read only every `every` steps, since reading one waits for the GPU.
-
-    Args:
-        out: the run's folder; `None` in all but the main process.
-        accelerator: averages losses over the processes.
-    """
+    Losses are summed on their device and read only every `every` steps, since reading one waits for the GPU. The
+    accelerator averages them over the processes."""
 
     def __init__(self, out: Path | None, accelerator: Any, first: int, steps: int, every: int, progress: bool) -> None:
         self.out, self.accelerator, self.every = out, accelerator, every
@@ -40,10 +36,7 @@ class Log:
         if out is not None:
             _keep_until(out / "log.jsonl", first)
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
@@ -65,9 +58,8 @@ class Log:
         means = dict(zip(self.sums, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         self.count = 0
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(
-                f"the loss is {means} at step {step}: lower learning_rate, or use precision fp32 or bf16."
-            )
+            cure = "lower learning_rate, or use precision fp32 or bf16."
+            raise FloatingPointError(f"the loss is {means} at step {step}: {cure}")
         self.bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()})
         self.write(step, means if rate is None else means | {"learning_rate": rate}, "training")
 

@@ -17,23 +17,15 @@ Schedule = Callable[[int], float]
 
 
 def with_clip_rate(settings: Hyperparameters, rate: float) -> Hyperparameters:
-    """The same with another learning rate for CLIP's own weights.
-
-    Raises:
-        ValueError: the method has no CLIP.
-    """
+    """The same with another learning rate for CLIP's weights. Raises ValueError if the method has no CLIP."""
     if settings.clip is None:
         raise ValueError(f"clip_learning_rate is for methods with a CLIP of their own, got {rate}.")
     return replace(settings, factors={**settings.factors, settings.clip: rate / settings.learning_rate})
 
 
 def parameter_groups(model: SegmentationModel, settings: Hyperparameters | None = None) -> list[dict[str, Any]]:
-    """The parameters that require gradients (see `finetuning.set_trainable`), by learning rate and weight decay, as
-    `torch.optim.AdamW` takes them; `settings` defaults to the published ones.
-
-    Raises:
-        TypeError: `model` is something else. ValueError: no parameter requires gradients.
-    """
+    """The parameters that require gradients as groups for AdamW, by learning rate and weight decay; `settings` are the
+    published ones by default. Raises TypeError for another model, ValueError if no parameter requires gradients."""
     check_model(model)
     settings = settings or model.hyperparameters
     undecayed = set(_undecayed(model, settings.no_decay))
@@ -58,11 +50,8 @@ def build_optimizer(model: SegmentationModel, settings: Hyperparameters | None =
 def build_schedule(
     optimizer: torch.optim.Optimizer, settings: Hyperparameters, steps: int | None = None
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rates of all groups over `steps` optimiser steps, by default the published number.
-
-    Raises:
-        ValueError: as `cosine` and `poly`, or the settings name another schedule.
-    """
+    """The learning rates of all groups over `steps` optimiser steps, by default the published number. Raises
+    ValueError as `cosine` and `poly`, or if the settings name another schedule."""
     steps = settings.steps if steps is None else steps
     if settings.schedule not in ("cosine", "poly"):
         raise ValueError(f"schedule must be cosine or poly, got {settings.schedule!r}.")
@@ -72,11 +61,8 @@ def build_schedule(
 
 
 def cosine(steps: int) -> Schedule:
-    """Step -> factor of the learning rate: half a cosine from 1 at step 0 to 0 at `steps`, then 0.
-
-    Raises:
-        ValueError: `steps` is less than 1.
-    """
+    """Step -> factor of the learning rate: half a cosine from 1 at step 0 to 0 at `steps`, then 0. Raises ValueError if
+    `steps` is less than 1."""
     _check_steps(steps)
     return lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
@@ -87,8 +73,7 @@ def poly(steps: int, rate: float, settings: Hyperparameters) -> Schedule:
         decayed(step) = end + (rate − end) · (1 − step / steps)^power
         lr(step) = warmup_start + (decayed(step) − warmup_start) · step / warmup      for the first `warmup` steps
 
-    Raises:
-        ValueError: `steps` is less than 1, `rate` is not positive, or `warmup` is negative.
+    Raises ValueError if `steps` is less than 1, `rate` is not positive, or `warmup` is negative.
     """
     _check_steps(steps)
     if rate <= 0:

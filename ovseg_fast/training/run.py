@@ -1,9 +1,8 @@
 """The training loop: any number of processes, exact resumption, one folder for everything that a run writes.
 
-A step depends on earlier ones only through weights and optimiser: image order, augmentation and dropout follow from the
-seed and the step's number. So a checkpoint holds weights, optimiser and a number, and a killed run resumes without a
-trace: bit by bit if sums keep their order, as on a CPU with the same number of threads. Several processes share each
-global batch; up to rounding, the sum of their gradients is that of one process with the whole batch.
+Image order, augmentation and dropout follow from the seed and the step's number, so a killed run resumes without trace
+from weights, optimiser and a number: bit by bit if sums keep their order, as on a CPU with the same number of threads.
+Several processes share each global batch; up to rounding, their gradients sum up to those of one with the whole batch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,21 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig, *, restart: bool = False, progress: bool = True) -> Path:
-    """Train a model as `config` says; resumes the run in `config.out`, if there is one.
+    """Train a model as `config` says; resumes the run in `config.out`, if any, unless `restart`.
 
     Under `torchrun` or `accelerate launch`, every process makes the same call.
-
-    Args:
-        restart: start over if the folder holds a run.
-        progress: show a bar with the loss and the remaining time.
 
     Returns:
         The file of the trained weights, `out/model.safetensors`.
 
     Raises:
         ValueError, OSError: the configuration does not fit itself, the data, or the run that `out` holds.
-        FloatingPointError: the loss is no longer finite; the last checkpoint stays as it was.
-        ImportError: accelerate is not installed.
+        FloatingPointError: the loss is no longer finite; the last checkpoint stays. ImportError: accelerate is missing.
     """
     run = Run(config, progress=progress)
     run.prepare(restart)
@@ -67,9 +61,8 @@ class Objective(nn.Module):
     """A model with the texts of its classes: images and labels in, the published loss out.
 
     Args:
-        model: on its device. prompts: of all classes, as tokens (T, P, 77) if the text encoder is trained, else as
-            embeddings (T, P, E). unseen: indices of the classes that are not trained on.
-        sample_classes: see `TrainingConfig`.
+        prompts: of all classes, as tokens (T, P, 77) if the text encoder is trained, else as embeddings (T, P, E).
+        unseen: indices of the classes that are not trained on. sample_classes: see `TrainingConfig`.
     """
 
     def __init__(
@@ -106,10 +99,8 @@ class Objective(nn.Module):
 
 
 class Run:
-    """One process of a training run: `prepare`, then `go`. Arguments and errors as `train`.
-
-    `model` replaces the one that `config` would build.
-    """
+    """One process of a training run: `prepare`, then `go`. Arguments and errors as `train`; `model` replaces the one
+    that `config` would build."""
 
     def __init__(
         self, config: TrainingConfig, *, progress: bool = True, model: SegmentationModel | None = None
@@ -162,7 +153,7 @@ class Run:
         """All remaining steps."""
         config, accelerator = self.config, self.accelerator
         out = self.out if accelerator.is_main_process else None
-        with Log(out, accelerator, self.first, config.steps, config.log_every, self.progress) as log:
+        with closing(Log(out, accelerator, self.first, config.steps, config.log_every, self.progress)) as log:
             for step, parts in self._batches():
                 # The rates follow from the step, not from how often the schedule was asked.
                 rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
@@ -192,11 +183,10 @@ class Run:
             for step in steps
             for part in range(config.accumulation)
         ]  # fmt: skip
-        side = config.crop or self.model.config.image_size
-        recipe = self.model.augmentation
+        recipe = asdict(self.model.augmentation)
         if config.scales is not None:
-            recipe = replace(recipe, scales=config.scales)
-        augment = augmentation(side, **asdict(recipe), distortion=config.distortion)
+            recipe["scales"] = config.scales
+        augment = augmentation(config.crop or self.model.config.image_size, **recipe, distortion=config.distortion)
         images = TrainingImages(self.dataset, augment, config.seed)
         pin = accelerator.device.type == "cuda"
         parts = iter(DataLoader(images, batch_sampler=mine, num_workers=config.workers, pin_memory=pin))
@@ -209,16 +199,14 @@ class Run:
         share = self.config.transductive
         transductive = share is not None and step >= share * self.config.steps
         totals: dict[str, Tensor] = {}
-        for number, (images, labels) in enumerate(parts):
-            images, labels = (part.to(accelerator.device, non_blocking=True) for part in (images, labels))
+        for number, part in enumerate(parts):
+            images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in part)
             torch.manual_seed(stream(self.config.seed, step, number, accelerator.process_index))  # dropout
-            last = number + 1 == len(parts)
-            with nullcontext() if last else accelerator.no_sync(self.objective):
+            with nullcontext() if number + 1 == len(parts) else accelerator.no_sync(self.objective):
                 losses = self.objective(images, labels, transductive)
                 accelerator.backward(losses["loss"] / len(parts))
             for name, loss in losses.items():
-                part = loss.detach() / len(parts)
-                totals[name] = totals[name] + part if name in totals else part
+                totals[name] = totals.get(name, 0) + loss.detach() / len(parts)
         if self.settings.max_gradient_norm is not None:
             accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.max_gradient_norm)
         self.optimizer.step()

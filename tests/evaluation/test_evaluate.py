@@ -296,7 +296,7 @@ def test_the_state_of_another_evaluation_is_refused(segmenter, tmp_path, change,
     with pytest.raises(StateError) as caught:
         run(other, photos, tmp_path / "result.json", **change)
     message = str(caught.value)
-    assert f"an evaluation with other {word};" in message and "--restart" in message and "\n" not in message
+    assert f"of an evaluation with other {word};" in message and "--restart" in message and "\n" not in message
     assert (tmp_path / "result.partial.npz").read_bytes() == before
 
 
@@ -316,7 +316,8 @@ def test_a_damaged_state_is_refused(segmenter, photos, tmp_path, content):
     else:
         partial.write_bytes(content)
     with pytest.raises(
-        StateError, match=r"result.partial.npz' is not the state of an evaluation.* restart=True \(--restart\)"
+        StateError,
+        match=r"result.partial.npz' is not the state of an evaluation, or is damaged; .* restart=True \(--restart\)",
     ):
         run(segmenter, photos, tmp_path / "result.json")
     assert run(segmenter, photos, tmp_path / "result.json", restart=True).images == 3
