@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module, util
 from pkgutil import iter_modules
 from types import ModuleType
@@ -27,13 +27,13 @@ LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels"}
 LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
 CAPABILITY = (8, 0)  # of the oldest GPUs that kernels are compiled for
+TRITON_INSTALLED = util.find_spec("triton") is not None
 
 logger = logging.getLogger(__name__)
 
 _forced = threading.local()  # its `name`: the backend that this thread asks for, instead of the environment
 _default = os.environ.get("OVSEG_BACKEND") or "auto"
 _last: dict[str, str] = {}
-_said: set[str] = set()
 
 
 @contextmanager
@@ -84,7 +84,8 @@ def choose(
         reason = reason or refusal(operator, name, device.type, device.index, dtype, asked != "auto", needed)
         if reason is None:
             if not torch.compiler.is_compiling():
-                _say(operator, name, reasons)
+                others = "".join(f"; {other}: {reason}" for other, reason in reasons.items())
+                _say(f"{operator} runs on {name}{others}")
             if name == "torch":
                 _last[operator] = name
             return name
@@ -103,7 +104,7 @@ def refusal(
         return None
     if operator not in operators_with_kernels(name):
         return f"it has no {LANGUAGES[name]} kernel"
-    if name == "triton" and not _triton_installed():
+    if name == "triton" and not TRITON_INSTALLED:
         return "triton is not installed"
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -225,25 +226,18 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _say(operator: str, name: str, reasons: Mapping[str, str]) -> None:
-    line = f"{operator} runs on {name}" + "".join(f"; {other}: {reason}" for other, reason in reasons.items())
-    if line not in _said:
-        _said.add(line)
-        logger.info(line)
+@cache  # once
+def _say(line: str) -> None:
+    logger.info(line)
 
 
-@lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return util.find_spec("triton") is not None
-
-
-@lru_cache
+@cache
 def operators_with_kernels(backend: str = "triton") -> tuple[str, ...]:
     """Names of the operators with kernels in a backend, one module of launchers each."""
     return tuple(name for name in _modules(import_module(LAUNCHERS[backend]).__path__) if name in _operators())
 
 
-@lru_cache(maxsize=1)
+@cache
 def _operators() -> tuple[str, ...]:
     """Names of all operators, one module each in `ops`; found by path, because this module must not import `ops`."""
     return _modules([os.path.join(os.path.dirname(__file__), "ops")])

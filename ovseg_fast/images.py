@@ -167,8 +167,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _from_16_bit(image, name)
     try:
         if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"{name} is of PIL mode {image.mode}, which has no conversion to RGB.") from error

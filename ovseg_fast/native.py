@@ -110,7 +110,8 @@ def library() -> ctypes.CDLL:
     try:
         loaded.ovseg_error_string.restype = ctypes.c_char_p
         for name, types in FUNCTIONS.items():
-            getattr(loaded, name).argtypes = [ctypes.POINTER(kind) if _is_params(kind) else kind for kind in types]
+            first = ctypes.POINTER(types[0]) if issubclass(types[0], ctypes.Structure) else types[0]
+            getattr(loaded, name).argtypes = (first, *types[1:])
         loaded.ovseg_architectures.argtypes = (POINTER, NUMBER)
     except AttributeError as error:
         raise NativeLibraryError(f"the native library {file.name} lacks a function ({error}); {REBUILD}") from error
@@ -172,18 +173,14 @@ def refusal(device: str, capability: tuple[int, int] | None, shared_memory: int)
     return f"{built}, this one has {major}.{minor}; rebuild it with OVSEG_CUDA_ARCHS={major}{minor}"
 
 
-def _is_params(kind: Any) -> bool:
-    return issubclass(kind, ctypes.Structure)
-
-
 def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
     """A function's arguments up to the dtype as C takes them: the fields of a params struct packed into one.
 
-    Raises TypeError if a params struct has more or fewer fields.
+    Raises TypeError for a wrong number of fields.
     """
     values = [_value(argument) for argument in arguments]
     kind = FUNCTIONS[name][0]
-    if not _is_params(kind):
+    if not issubclass(kind, ctypes.Structure):
         return values
     if len(values) != len(kind._fields_):
         raise TypeError(f"{name} takes {len(kind._fields_)} arguments before the dtype, not {len(values)}")

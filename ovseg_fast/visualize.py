@@ -23,11 +23,7 @@ GRADIENT = ((24, 18, 62), (52, 60, 140), (28, 118, 158), (52, 170, 132), (164, 2
 
 
 def palette(n: int) -> np.ndarray:
-    """Colours of classes 0..n-1, (n, 3) uint8, all different. Class i has the same colour for every n.
-
-    Raises:
-        ValueError: n is negative.
-    """
+    """Colours of classes 0..n-1, (n, 3) uint8, all different; each is the same for every n. ValueError: n < 0."""
     if n < 0:
         raise ValueError(f"n must be the number of colours, at least 0, got {n}.")
     spread = _spread_colours()

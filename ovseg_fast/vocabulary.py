@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compat import ensure_importable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -158,11 +160,8 @@ def _warn_of_same_prompts(first: str, second: str) -> None:
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Any:
-    # Slow to import, and needs torchvision: only if there is something to tokenise.
-    from .compat import ensure_importable
-
     ensure_importable()
-    import open_clip
+    import open_clip  # slow, and needs torchvision: only if there is something to tokenise
 
     return open_clip.SimpleTokenizer()
 

@@ -144,16 +144,18 @@ def _seeded(
 ) -> tuple[Tensor, Tensor]:
     """Runs transforms, which know torch's global random state only, on the numbers of a generator."""
     if isinstance(image, Image.Image):
-        image = F.to_image(image.convert("RGB"))
+        pixels = F.to_image(image.convert("RGB"))
     elif not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
         form = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"image must be a PIL image or a uint8 tensor (3, H, W), got {form}.")
+    else:
+        pixels = tv_tensors.Image(image)
     classes = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
-    if classes.is_floating_point() or classes.shape != image.shape[-2:]:
+    if classes.is_floating_point() or classes.shape != pixels.shape[-2:]:
         got = f"{classes.dtype} of shape {tuple(classes.shape)}"
-        raise ValueError(f"labels must be whole numbers of the image's size {tuple(image.shape[-2:])}, got {got}.")
+        raise ValueError(f"labels must be whole numbers of the image's size {tuple(pixels.shape[-2:])}, got {got}.")
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU as well
-        pixels, classes = transforms(tv_tensors.Image(image), tv_tensors.Mask(classes.long()))
+        pixels, classes = transforms(pixels, tv_tensors.Mask(classes.long()))
     return pixels.as_subclass(Tensor).contiguous(), classes.as_subclass(Tensor).contiguous()

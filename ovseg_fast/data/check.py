@@ -77,10 +77,9 @@ def report(problems: Sequence[Problem]) -> str:
     if not problems:
         return "no problem found."
     counts = Counter(problem.kind for problem in problems)
-    lines = [f"{problem.name}: {problem.sentence}" for problem in problems]
     summary = ", ".join(f"{KINDS[kind]}: {counts[kind]}" for kind in KINDS if counts[kind])
     number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return "\n".join([*lines, f"{number} ({summary})."])
+    return "\n".join([*(f"{problem.name}: {problem.sentence}" for problem in problems), f"{number} ({summary})."])
 
 
 def _empty(dataset: SegmentationDataset, images: Files, masks: Files) -> Iterator[Problem]:

@@ -163,9 +163,8 @@ def _find(name: str, known: KnownDataset, root: Path, split: str) -> tuple[Path,
             continue
         images, masks, lists = convention.paths(split)
         for folder in (root / prefix for prefix in known.folders):
-            if all((folder / part).is_dir() for part in (images, masks[0])) and all(
-                (folder / part).is_file() for part in lists
-            ):
+            folders_exist = (folder / images).is_dir() and (folder / masks[0]).is_dir()
+            if folders_exist and all((folder / part).is_file() for part in lists):
                 return folder, convention
         wanted.append(" + ".join([images, masks[0], *lists]))
     below = " or in ".join(["it", *(f"'{prefix}'" for prefix in known.folders if prefix)])
@@ -202,13 +201,9 @@ def _numbered(file: Path) -> list[str] | None:
 
 def _listed(folder: Path, lists: tuple[str, ...]) -> list[str]:
     """Names from list files: the first word of each line, without folder and suffix."""
-    names: dict[str, None] = {}
-    for part in lists:
-        for line in (folder / part).read_text("utf-8").splitlines():
-            if words := line.split():
-                path = PurePosixPath(words[0])
-                names[path.stem if path.suffix.lower() in SUFFIXES else path.name] = None
-    return list(names)
+    lines = (line.split() for part in lists for line in (folder / part).read_text("utf-8").splitlines())
+    paths = (PurePosixPath(words[0]) for words in lines if words)
+    return list(dict.fromkeys(path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths))
 
 
 def files_by_name(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> Files:

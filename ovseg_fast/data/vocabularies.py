@@ -111,7 +111,5 @@ PASCAL_VOC_20B = Vocabulary(
 
 WORLD = Vocabulary("world", NAMES, UNSEEN)  # see `data.world`
 
-VOCABULARIES = {
-    vocabulary.name: vocabulary
-    for vocabulary in (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150, WORLD)
-}
+_ALL = (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150, WORLD)
+VOCABULARIES = {vocabulary.name: vocabulary for vocabulary in _ALL}

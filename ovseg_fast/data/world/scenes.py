@@ -227,11 +227,7 @@ class SceneName(NamedTuple):
 
 @dataclass(frozen=True)
 class WorldScenes:
-    """Scenes of a world as a dataset, read like a `datasets.SegmentationDataset`.
-
-    Args:
-        split: see `World.scene`. pairs: names of the scenes, in order. seed: of the world. size: side in pixels.
-    """
+    """Scenes of a world as a dataset, read like a `SegmentationDataset`. pairs: names in order; size: side in pixels."""
 
     split: str
     pairs: tuple[SceneName, ...]
