@@ -227,7 +227,7 @@ class SceneName(NamedTuple):
 
 @dataclass(frozen=True)
 class WorldScenes:
-    """Scenes of a world as a dataset, read like a `SegmentationDataset`. pairs: names in order; size: side in pixels."""
+    """Scenes of a world as a dataset, read like a `SegmentationDataset`. pairs: names in order; size: side (pixels)."""
 
     split: str
     pairs: tuple[SceneName, ...]
