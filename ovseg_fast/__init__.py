@@ -15,18 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Imported on first use, so that importing the package is quick and needs nothing that is not used.
-_LAZY = {
-    "EncodedImage": "segmenter",
-    "Segmentation": "segmentation",
-    "Segmenter": "segmenter",
-    "backend": "backends",
-    "build": "models",
-    "checkpoints": "checkpoints",
-    "explain": "backends",
-    "last_backend": "backends",
-    "load": "segmenter",
-    "ops": "ops",
-}
+_LAZY = {"Segmentation": "segmentation", "build": "models", "checkpoints": "checkpoints", "ops": "ops"}
+_LAZY |= dict.fromkeys(("EncodedImage", "Segmenter", "load"), "segmenter")
+_LAZY |= dict.fromkeys(("backend", "explain", "last_backend"), "backends")
 __all__ = [
     "EncodedImage",
     "Segmentation",

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module, util
 from pkgutil import iter_modules
 from types import ModuleType
@@ -27,23 +27,21 @@ LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels"}
 LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
 CAPABILITY = (8, 0)  # of the oldest GPUs that kernels are compiled for
+TRITON_INSTALLED = util.find_spec("triton") is not None
 
 logger = logging.getLogger(__name__)
-
 
 _forced = threading.local()  # its `name`: the backend that this thread asks for, instead of the environment
 _default = os.environ.get("OVSEG_BACKEND") or "auto"
 _last: dict[str, str] = {}
-_said: set[str] = set()
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend for this thread's operator calls: `with ovs.backend("torch"): ...`.
+    """Force one backend for this thread's operator calls, whatever OVSEG_BACKEND: `with ovs.backend("torch"): ...`.
 
     Args:
-        name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"`: the first of these that can run. Overrides the environment
-            variable OVSEG_BACKEND.
+        name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"`: the first of these that can run.
 
     Raises:
         ValueError: no such backend. Operators that the forced backend cannot run raise `RuntimeError`.
@@ -69,7 +67,6 @@ def choose(
     """The backend that runs `operator` on these tensors.
 
     Args:
-        operator: its name.
         tensors: its inputs, already checked: one device, one dtype (with autocast on, autocast's).
         refusals: by backend, why it cannot run this call (a size that its kernels do not take).
         shared_memory: KB that a block of its CUDA C++ kernel needs, by dtype, if not every GPU has them.
@@ -87,7 +84,8 @@ def choose(
         reason = reason or refusal(operator, name, device.type, device.index, dtype, asked != "auto", needed)
         if reason is None:
             if not torch.compiler.is_compiling():
-                _say(operator, name, reasons)
+                others = "".join(f"; {other}: {reason}" for other, reason in reasons.items())
+                _say(f"{operator} runs on {name}{others}")
             if name == "torch":
                 _last[operator] = name
             return name
@@ -96,20 +94,17 @@ def choose(
 
 
 def refusal(
-    operator: str,
-    name: str,
-    device: str,
-    index: int | None,
-    dtype: torch.dtype | None,
-    forced: bool,
-    shared_memory: int = 0,
+    operator: str, name: str, device: str, index: int | None, dtype: torch.dtype | None, forced: bool, memory: int = 0
 ) -> str | None:
-    """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None if it can."""
+    """Why backend `name` cannot run `operator` on tensors of this device and dtype, or None if it can.
+
+    `memory`: KB of shared memory that a block of a CUDA C++ kernel needs.
+    """
     if name == "torch":
         return None
     if operator not in operators_with_kernels(name):
         return f"it has no {LANGUAGES[name]} kernel"
-    if name == "triton" and not _triton_installed():
+    if name == "triton" and not TRITON_INSTALLED:
         return "triton is not installed"
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -117,7 +112,7 @@ def refusal(
     if capability is not None and capability < CAPABILITY:
         return "its kernels need compute capability {}.{}, this GPU has {}.{}".format(*CAPABILITY, *capability)
     if name == "cuda":
-        if reason := native.refusal(device, capability, shared_memory):
+        if reason := native.refusal(device, capability, memory):
             return reason
         if forced or (operator in native.VERIFIED and device != "cpu"):
             return None
@@ -138,21 +133,14 @@ refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(operator: str, name: str) -> ModuleType:
-    """The module with an operator's launchers, of a backend other than PyTorch; records that it ran.
-
-    `common.X` is a part that operators share.
-    """
+    """The module with the launchers of an operator, or of a part `common.X`; records that an operator ran."""
     if not operator.startswith("common."):
         _last[operator] = name
     return import_module(f"{LAUNCHERS[name]}.{operator}")
 
 
 def last_backend(operator: str) -> str | None:
-    """The backend that ran `operator` last in this process, or None if it has not run.
-
-    Raises:
-        ValueError: there is no such operator.
-    """
+    """The backend that ran `operator` last in this process, or None. Raises ValueError for an unknown operator."""
     if operator not in _operators():
         raise ValueError(f"there is no operator {operator!r}; there are {', '.join(_operators())}.")
     return _last.get(operator)
@@ -192,11 +180,9 @@ class Explanation:
 
 
 def explain(device: torch.device | str | None = None) -> Explanation:
-    """Which backend runs each operator on tensors of `device`, and why the others do not.
+    """Which backend runs each operator on tensors of `device` (by default the GPU if any), and why the others do not.
 
-    Args:
-        device: by default the GPU if there is one, else the CPU. Sizes and dtypes of a call may still rule a backend
-            out; `last_backend` tells what really ran.
+    Sizes and dtypes of a call may still rule a backend out; `last_backend` says what really ran.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     asked = requested()
@@ -240,25 +226,18 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _say(operator: str, name: str, reasons: Mapping[str, str]) -> None:
-    line = f"{operator} runs on {name}" + "".join(f"; {other}: {reason}" for other, reason in reasons.items())
-    if line not in _said:
-        _said.add(line)
-        logger.info(line)
+@cache  # once
+def _say(line: str) -> None:
+    logger.info(line)
 
 
-@lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return util.find_spec("triton") is not None
-
-
-@lru_cache
+@cache
 def operators_with_kernels(backend: str = "triton") -> tuple[str, ...]:
     """Names of the operators with kernels in a backend, one module of launchers each."""
     return tuple(name for name in _modules(import_module(LAUNCHERS[backend]).__path__) if name in _operators())
 
 
-@lru_cache(maxsize=1)
+@cache
 def _operators() -> tuple[str, ...]:
     """Names of all operators, one module each in `ops`; found by path, because this module must not import `ops`."""
     return _modules([os.path.join(os.path.dirname(__file__), "ops")])

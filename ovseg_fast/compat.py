@@ -1,8 +1,7 @@
-"""Makes `import torchvision` work if its compiled half does not load.
+"""Makes `import torchvision` work if its compiled half does not load. open_clip and timm use its Python half.
 
-open_clip and timm use its Python half (image transforms). A torchvision wheel that was compiled against another torch
-build still installs, silently skips its compiled half, and then fails on import, because it describes the operators
-`torchvision::nms` and `torchvision::qnms` that this half would have defined.
+A wheel that was compiled against another torch build silently skips its compiled half, and then fails on import,
+because it describes the operators `torchvision::nms` and `torchvision::qnms` that this half would have defined.
 """
 
 from __future__ import annotations

@@ -9,14 +9,11 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], writer: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever finds half of it.
-
-    The content goes to a temporary file in the same folder, which replaces `path` once it is complete. If anything
-    fails, an earlier file stays as it was and no temporary file is left.
+    """Write a file so that nobody ever finds half of it. If anything fails, an earlier file stays as it was.
 
     Args:
         path: the file to write. A symbolic link is followed.
-        writer: fills the file whose path it is given: empty, temporary, of the same suffix.
+        writer: fills the empty, temporary file in the same folder whose path it is given; this then replaces `path`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder of `path` does not exist or is not a folder.

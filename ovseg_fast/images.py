@@ -37,21 +37,19 @@ class MissingImageError(ImageError, FileNotFoundError):
 
 
 def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
-    """Read an image as RGB, eight bits a channel.
+    """Read an image, of several pages the first, as RGB with eight bits a channel.
 
-    Transparent parts become white. 16-bit grey levels (0..65535) are scaled to 0..255. The EXIF orientation is applied.
-    Of an animation or a file with several pages the first is taken.
+    Transparent parts become white, 16-bit grey levels are scaled to 0..255, and the EXIF orientation is applied.
 
     Args:
         source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB; it is left as it is.
         max_side: largest accepted side in pixels; the smallest is 2.
 
     Raises:
-        TypeError: `source` is of another type, a torch tensor for example.
-        MissingImageError: no such file; it is both an `ImageError` and a `FileNotFoundError`.
+        TypeError: `source` is of another type. ValueError: `max_side` is not a whole number of at least 2.
+        MissingImageError: no such file.
         ImageError: a folder, an empty, damaged or truncated file, not an image, too small, too large, or of a kind
             without an agreed conversion to RGB.
-        ValueError: `max_side` is not a whole number of at least 2.
     """
     if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
         raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
@@ -67,17 +65,14 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         with open_image(os.fsdecode(source)) as image:
             return _decode(image, f"image '{os.fsdecode(source)}'", max_side)
-    raise TypeError(
-        f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {type(source).__module__}."
-        f"{type(source).__qualname__}."
-    )
+    got = f"{type(source).__module__}.{type(source).__qualname__}"
+    raise TypeError(f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {got}.")
 
 
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Expand files and folders into image files.
+    """Expand files and folders into image files, without duplicates.
 
-    A folder stands for the files directly in it with a usual image suffix, sorted by name, without hidden ones. A file
-    is kept whatever its suffix. Duplicates are dropped.
+    A folder stands for the files directly in it with a usual image suffix, sorted by name, without hidden ones.
 
     Raises:
         MissingImageError: a path does not exist.
@@ -101,19 +96,15 @@ def _images_in(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise ImageError(f"folder '{folder}' cannot be read: {error.strerror or error}.") from error
-    entries = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".")]
-    files = [entry for entry in entries if not entry.is_dir()]  # not is_file: a broken link is reported as missing
+    named = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".")]
+    files = [entry for entry in named if not entry.is_dir()]  # not is_file: a broken link is reported as missing
     if not files:
         raise ImageError(f"folder '{folder}' holds no image, that is, no file named {', '.join(SUFFIXES)}.")
     return files
 
 
 def open_image(path: str, what: str = "image") -> ImageFile.ImageFile:
-    """An image file, opened but not decoded; `what` it is called in errors.
-
-    Raises:
-        MissingImageError, ImageError: as `load_image`.
-    """
+    """An image file, opened but not decoded; `what` it is called in errors, which are those of `load_image`."""
     name = f"{what} '{path}'"
     try:
         status = os.stat(path)
@@ -176,8 +167,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _from_16_bit(image, name)
     try:
         if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"{name} is of PIL mode {image.mode}, which has no conversion to RGB.") from error

@@ -1,7 +1,6 @@
-"""Finds, loads and checks the native library, `libovseg.so`, and calls its functions.
+"""Finds, loads (when first needed) and checks the native library, `libovseg.so`, and calls its functions.
 
-Installing the package builds the library from csrc if nvcc is found. It is loaded when it is first needed, never on
-import. `FUNCTIONS` and the params structs repeat what ovseg.h declares; a test compares the two.
+Installing the package builds it from csrc if nvcc is found. `FUNCTIONS` and the params structs repeat ovseg.h.
 """
 
 from __future__ import annotations
@@ -91,11 +90,7 @@ def path() -> Path:
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The library, loaded and checked, with the types of its functions.
-
-    Raises:
-        NativeLibraryError: it does not exist, cannot be loaded, or has another version.
-    """
+    """The library, loaded and checked, with the types of its functions; raises NativeLibraryError."""
     file = path()
     if not file.exists():
         if os.environ.get("OVSEG_NATIVE_LIBRARY"):
@@ -110,13 +105,13 @@ def library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NativeLibraryError(f"the native library {file.name} cannot be loaded ({error}); {REBUILD}") from error
     if version != ABI_VERSION:
-        raise NativeLibraryError(
-            f"the native library {file.name} has interface version {version}, not {ABI_VERSION}; {REBUILD}"
-        )
+        found = f"has interface version {version}, not {ABI_VERSION}"
+        raise NativeLibraryError(f"the native library {file.name} {found}; {REBUILD}")
     try:
         loaded.ovseg_error_string.restype = ctypes.c_char_p
         for name, types in FUNCTIONS.items():
-            getattr(loaded, name).argtypes = [ctypes.POINTER(kind) if _is_params(kind) else kind for kind in types]
+            first = ctypes.POINTER(types[0]) if issubclass(types[0], ctypes.Structure) else types[0]
+            getattr(loaded, name).argtypes = (first, *types[1:])
         loaded.ovseg_architectures.argtypes = (POINTER, NUMBER)
     except AttributeError as error:
         raise NativeLibraryError(f"the native library {file.name} lacks a function ({error}); {REBUILD}") from error
@@ -159,8 +154,7 @@ def capabilities() -> str:
 
 
 def refusal(device: str, capability: tuple[int, int] | None, shared_memory: int) -> str | None:
-    """Why kernels of the library that need `shared_memory` KB a block cannot run on this kind of device; None if they
-    can."""
+    """Why kernels that need `shared_memory` KB a block cannot run on this kind of device, or None if they can."""
     if reason := problem():
         return reason
     if not architectures():
@@ -171,33 +165,22 @@ def refusal(device: str, capability: tuple[int, int] | None, shared_memory: int)
         return f"its kernels run on CUDA tensors, not on {device}"
     major, minor = capability
     # Machine code runs on GPUs with the same major number and at least the same minor number.
-    if any(built // 10 == major and built % 10 <= minor for built in architectures()):
+    if any(number // 10 == major and number % 10 <= minor for number in architectures()):
         there = SHARED_MEMORY_OF.get(capability, 99)
-        if shared_memory <= there:
-            return None
-        return (
-            f"its kernel needs {shared_memory} KB of shared memory in float32, this GPU has {there}; "
-            "float16 and bfloat16 need half"
-        )
-    return (
-        f"the native library was built for GPUs of compute capability {capabilities()}, this one has {major}.{minor}; "
-        f"rebuild it with OVSEG_CUDA_ARCHS={major}{minor}"
-    )
-
-
-def _is_params(kind: Any) -> bool:
-    return issubclass(kind, ctypes.Structure)
+        needs = f"its kernel needs {shared_memory} KB of shared memory in float32, this GPU has {there}"
+        return f"{needs}; float16 and bfloat16 need half" if shared_memory > there else None
+    built = f"the native library was built for GPUs of compute capability {capabilities()}"
+    return f"{built}, this one has {major}.{minor}; rebuild it with OVSEG_CUDA_ARCHS={major}{minor}"
 
 
 def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
     """A function's arguments up to the dtype as C takes them: the fields of a params struct packed into one.
 
-    Raises:
-        TypeError: a params struct has more or fewer fields.
+    Raises TypeError for a wrong number of fields.
     """
     values = [_value(argument) for argument in arguments]
     kind = FUNCTIONS[name][0]
-    if not _is_params(kind):
+    if not issubclass(kind, ctypes.Structure):
         return values
     if len(values) != len(kind._fields_):
         raise TypeError(f"{name} takes {len(kind._fields_)} arguments before the dtype, not {len(values)}")
@@ -205,12 +188,11 @@ def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
 
 
 def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None) -> None:
-    """Queue a function's kernels on the current stream of the tensors' device, without waiting.
+    """Queue the kernels of `FUNCTIONS[name]` on the current stream of the tensors' device, without waiting.
 
     Args:
-        name: the function, a key of `FUNCTIONS`.
-        arguments: its arguments up to the dtype, the fields of a params struct one by one; tensors are contiguous and
-            of one dtype and device, None is a null pointer, a list of tensors a pointer to their pointers.
+        arguments: those up to the dtype, the fields of a params struct one by one; tensors are contiguous and of one
+            dtype and device, None is a null pointer, a list of tensors a pointer to their pointers.
 
     Raises:
         RuntimeError: the library refuses the call or the launch fails.

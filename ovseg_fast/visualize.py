@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
@@ -22,11 +23,7 @@ GRADIENT = ((24, 18, 62), (52, 60, 140), (28, 118, 158), (52, 170, 132), (164, 2
 
 
 def palette(n: int) -> np.ndarray:
-    """Colours of classes 0..n-1, (n, 3) uint8, all different. Class i has the same colour for every n.
-
-    Raises:
-        ValueError: n is negative.
-    """
+    """Colours of classes 0..n-1, (n, 3) uint8, all different; each is the same for every n. ValueError: n < 0."""
     if n < 0:
         raise ValueError(f"n must be the number of colours, at least 0, got {n}.")
     spread = _spread_colours()
@@ -41,16 +38,13 @@ def palette(n: int) -> np.ndarray:
 def overlay(
     image: Image.Image, labels: ArrayLike, classes: Sequence[str], alpha: float = 0.5, legend: bool = True
 ) -> Image.Image:
-    """Lay the colours of the labels over the photograph.
+    """Lay the colours of the labels over the photograph; gives an RGB image, without a legend of the size of `image`.
 
     Args:
         image: the photograph. labels: (H, W) integers in 0..T-1, of its size. classes: T names.
         alpha: opacity of the colours, 0..1.
         legend: add a legend beside or below: colour, name and share of each class in the picture, largest first. A
             picture smaller than 320 pixels is then enlarged.
-
-    Returns:
-        An RGB image, without a legend of the size of `image`.
 
     Raises:
         ValueError, TypeError: labels that do not fit `image` or `classes`, or `alpha` outside 0..1.
@@ -71,19 +65,16 @@ def overlay(
     if not legend:
         return picture
     largest = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]]
-    return _add_legend(
-        picture, [_Entry(tuple(colours[i].tolist()), " ".join(classes[i].split()), float(shares[i])) for i in largest]
-    )
+    names = [" ".join(name.split()) for name in classes]
+    return _add_legend(picture, [_Entry(tuple(colours[i].tolist()), names[i], float(shares[i])) for i in largest])
 
 
 def label_image(labels: ArrayLike, n: int) -> Image.Image:
     """An image whose pixel values are the class indices.
 
     Args:
-        labels: (H, W) integers in 0..n-1. n: number of classes, at most 65536.
-
-    Returns:
-        Up to 256 classes an image of PIL mode P with the colours of `palette`, else 16-bit grey levels (I;16).
+        labels: (H, W) integers in 0..n-1. n: number of classes, at most 65536; up to 256 give an image of PIL mode P
+            with the colours of `palette`, more 16-bit grey levels (I;16).
 
     Raises:
         ValueError, TypeError: labels that do not fit `n`, or too many classes.
@@ -98,15 +89,12 @@ def label_image(labels: ArrayLike, n: int) -> Image.Image:
 
 
 def cost_map(values: ArrayLike, low: float | None = None, high: float | None = None) -> Image.Image:
-    """A map of numbers, such as the costs or scores of a class, in colours from dark blue to light yellow.
+    """An RGB image (H, W) of numbers, such as the costs or scores of a class, in colours from dark blue to yellow.
 
     Args:
         values: (H, W) finite numbers.
-        low, high: values of the first and the last colour; by default the least and the greatest. Maps with the same
-            two can be compared.
-
-    Returns:
-        An RGB image, W pixels wide and H high. Values outside low..high get the colour of the nearer end.
+        low, high: values of the first and the last colour, which those beyond also get; by default the least and the
+            greatest.
 
     Raises:
         ValueError: `values` is not two-dimensional, empty or not finite, or `low` is above `high`.
@@ -126,8 +114,7 @@ def cost_map(values: ArrayLike, low: float | None = None, high: float | None = N
 
 
 class Panel(NamedTuple):
-    """A picture on a page: scaled to the panel size, with two lines above it, a note below it, and a small square of
-    `colour`, if there is one, before the title."""
+    """A picture on a page, with two lines above it, a note below it and a small square of `colour` at its title."""
 
     image: Image.Image
     title: str = ""
@@ -141,11 +128,8 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
 
     Args:
         rows: at least one panel in all. Rows may differ in length; one without titles moves up to the row above.
-        title, subtitle: two lines at the top of the page.
+        title, subtitle: two lines at the top of the page. Text that is too wide is cut with an ellipsis.
         side: longer side of a panel in pixels. The first image sets the aspect ratio.
-
-    Returns:
-        An RGB image. Text wider than its panel is cut with an ellipsis.
 
     Raises:
         ValueError: there is no panel, or `side` is under 32.
@@ -188,15 +172,15 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
             _write(draw, left + indent, title_top + line // 2, panel.title, font, width - indent)
             _write(draw, left, subtitle_top + line // 2, panel.subtitle, font, width, FAINT)
             _write(draw, left, image_top + height + line // 2, panel.note, font, width, FAINT)
-            page.paste(_scale(panel.image, width, height), (left, image_top))
+            # Whole multiples keep pixels and borders sharp.
+            sharp = width % panel.image.width == 0 and height % panel.image.height == 0
+            method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
+            page.paste(panel.image.convert("RGB").resize((width, height), method), (left, image_top))
     return page
 
 
 def key(entries: Sequence[tuple[tuple[int, ...], str]], width: int, height: int) -> Image.Image:
-    """Colours and their names, one per line, as a picture of that size in pixels.
-
-    Long names are cut with an ellipsis; entries that do not fit are counted.
-    """
+    """Colours and their names, one per line, as a picture of that size in pixels; what does not fit is counted."""
     size = max(11, round(max(width, height) / 15))
     font, line, indent = ImageFont.load_default(size), round(1.45 * size), round(1.5 * size)
     image = Image.new("RGB", (width, height), PAPER)
@@ -278,8 +262,8 @@ def _add_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
 
 
 def _swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, size: int, colour: tuple[int, ...] | None) -> None:
-    top = middle - size // 2
     if colour:
+        top = middle - size // 2
         draw.rectangle((left, top, left + size - 1, top + size - 1), colour)
 
 
@@ -294,17 +278,11 @@ def _fit(text: str, font: Font, width: float) -> str:
     """The text, cut with an ellipsis if it is wider."""
     if font.getlength(text) <= width:
         return text
-    low, high = 0, len(text)  # the cut of length low fits, that of length high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = font.getlength(text[:middle].rstrip() + "…") <= width
-        low, high = (middle, high) if fits else (low, middle)
-    return text[:low].rstrip() + "…"
 
+    def cut(length: int) -> str:
+        return text[:length].rstrip() + "…"
 
-def _scale(image: Image.Image, width: int, height: int) -> Image.Image:
-    sharp = width % image.width == 0 and height % image.height == 0  # whole multiples keep pixels and borders sharp
-    return image.convert("RGB").resize((width, height), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
+    return cut(bisect(range(1, len(text)), width, key=lambda length: font.getlength(cut(length))))
 
 
 def _borders(labels: np.ndarray, width: int) -> np.ndarray:
@@ -318,10 +296,7 @@ def _borders(labels: np.ndarray, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _spread_colours() -> np.ndarray:
-    """(SPREAD, 3) uint8 colours, each as far as possible from those before it in OKLab, where distances look equal.
-
-    None is nearly black, white or grey: they must stand out from a photograph.
-    """
+    """(SPREAD, 3) uint8 colours, none nearly grey, each as far as possible in OKLab from those before it."""
     levels = np.linspace(0, 255, 24).round()
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _oklab(candidates)

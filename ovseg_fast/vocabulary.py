@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compat import ensure_importable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,24 +22,20 @@ logger = logging.getLogger(__name__)
 
 
 def parse_classes(text: str) -> list[str]:
-    """Class names from one line: `"cat, grass, sky"`; if it has semicolons, these separate the classes and commas
-    synonyms: `"door, double door; cat"`.
+    """Class names from one line, `"cat, grass, sky"`, or with synonyms, `"door, double door; cat"`.
 
     Raises:
         TypeError, ValueError: as `check_classes`.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string of class names such as 'cat, grass, sky', got {type(text).__name__}.")
-    if not text.strip():
-        return check_classes([])
-    return check_classes(text.split(";" if ";" in text else ","))
+    return check_classes(text.split(";" if ";" in text else ",") if text.strip() else [])
 
 
 def read_classes(path: str | os.PathLike[str]) -> list[str]:
-    """Class names from a file, in UTF-8 with or without a byte order mark.
+    """Class names from a UTF-8 file: a .json array of names, or text with one class per line.
 
-    A .json file holds an array of names, as the published lists do. Any other is a text file with one class per line;
-    blank lines and lines that begin with # are ignored.
+    Blank lines of a text and lines that begin with # are ignored.
 
     Raises:
         FileNotFoundError: no such file.
@@ -64,17 +62,14 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
 
 
 def check_classes(names: Sequence[str]) -> list[str]:
-    """Class names with tidied white space.
-
-    Two classes with the same first synonym get the same prompts; that is allowed, with one warning.
+    """Class names with tidied white space; one warning if two share their first synonym, and so their prompts.
 
     Args:
         names: a list or tuple of T names, at least one. A name can be a list of synonyms, as `"door, double door"`.
 
     Raises:
         TypeError: not a list or tuple of strings.
-        ValueError: no name, an empty one, one with control characters, or a repeated one (ignoring case). Positions in
-            messages count from 1.
+        ValueError: no name, an empty one, one with control characters, or a repeated one (ignoring case).
     """
     if isinstance(names, str):
         cure = "write ['cat', 'grass'], or split a string with parse_classes('cat, grass')"
@@ -86,7 +81,7 @@ def check_classes(names: Sequence[str]) -> list[str]:
 
     tidy: list[str] = []
     positions: dict[str, int] = {}
-    prompted: dict[str, int] = {}
+    prompted: dict[str, str] = {}  # first synonym -> first class that has it
     for position, entry in enumerate(names, 1):
         at = f"at position {position}"
         if not isinstance(entry, str):
@@ -98,14 +93,12 @@ def check_classes(names: Sequence[str]) -> list[str]:
             raise ValueError(f"a class must not begin with an empty synonym, got {_short(name)} {at}.")
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise ValueError(f"class names must not hold control characters, got {_short(ascii(name))} {at}.")
-        key = _same(name)
+        key, synonym = _same(name), _same(prompt_name(name))
         if key in positions:
             raise ValueError(f"classes must differ, got {_short(name)} {at} and before at {positions[key]}.")
-        synonym = _same(prompt_name(name))
-        if synonym in prompted:
-            _warn_of_same_prompts(tidy[prompted[synonym] - 1], name)
         positions[key] = position
-        prompted.setdefault(synonym, position)
+        if (first := prompted.setdefault(synonym, name)) != name:
+            _warn_of_same_prompts(first, name)
         tidy.append(name)
     return tidy
 
@@ -135,11 +128,9 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[
 def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
     """T lists of P prompts -> (T, P, 77) int64 tokens: byte-pair encoding between a start and an end token, then zeros.
 
-    Unlike open_clip's function it never truncates a prompt.
-
     Raises:
-        ValueError: a prompt is longer than 77 tokens or spells out a special token, there is none, or the lists differ
-            in length.
+        ValueError: a prompt exceeds 77 tokens or spells out a special token, there is none, or the lists differ in
+            length.
     """
     import torch
 
@@ -153,9 +144,8 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
         for p, prompt in enumerate(row):
             words = tokenizer.encode(prompt)
             if (count := len(words) + 2) > CONTEXT_LENGTH:
-                raise ValueError(
-                    f"a prompt must fit into CLIP's {CONTEXT_LENGTH} tokens, got {count} for {_short(prompt)}."
-                )
+                limit = f"CLIP's {CONTEXT_LENGTH} tokens"
+                raise ValueError(f"a prompt must fit into {limit}, got {count} for {_short(prompt)}.")
             if start in words or end in words:
                 raise ValueError(f"a prompt must not spell out CLIP's special tokens, got {_short(prompt)}.")
             tokens[t, p, :count] = torch.tensor([start, *words, end])
@@ -170,11 +160,8 @@ def _warn_of_same_prompts(first: str, second: str) -> None:
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Any:
-    # Slow to import, and needs torchvision: only if there is something to tokenise.
-    from .compat import ensure_importable
-
     ensure_importable()
-    import open_clip
+    import open_clip  # slow, and needs torchvision: only if there is something to tokenise
 
     return open_clip.SimpleTokenizer()
 

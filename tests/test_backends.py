@@ -127,8 +127,8 @@ def test_bad_input_is_refused_before_the_choice() -> None:
             ovs.ops.cost_volume(torch.randn(1, 2, 3, 16), torch.randn(0, 1, 16))
 
 
-def test_each_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(backends, "_said", set())
+def test_each_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    backends._say.cache_clear()
     with caplog.at_level(logging.INFO, "ovseg_fast"), ovs.backend("auto"):
         for dtype in (torch.float32, torch.float32, torch.float64):
             volume(dtype)

@@ -1,7 +1,4 @@
-"""Datasets for training and evaluation: class lists, images with masks on disk, the procedural world.
-
-Not imported here, but on use: `data.augmentation`, which needs torchvision, and the code that draws the world.
-"""
+"""Datasets: class lists, images with masks on disk, and the procedural world, whose drawing code is imported on use."""
 
 from __future__ import annotations
 

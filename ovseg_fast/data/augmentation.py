@@ -1,12 +1,10 @@
-"""What a training image goes through, together with its label map, before it becomes part of a batch.
-
-Resize the shorter side, crop at random, flip, distort colours as SSD does. What differs between methods are arguments.
-"""
+"""Augmentation of a training image and its labels: resize, crop at random, flip, distort colours as SSD does."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,19 +39,17 @@ def augmentation(
     """The augmentation of a method; the arguments but the first and the last are its `AugmentationSettings`.
 
     Args:
-        size: side of the crop in pixels.
+        size: side of the crop in pixels. fill: grey level of the padding.
         scales: smallest and largest shorter side before the crop, in units of `size`.
         longest: largest longer side, in units of the drawn shorter side.
         largest_share: largest share of a crop's labelled pixels that one class may have.
-        fill: grey level of the padding.
         flip_first: whether the flip comes before the colour distortion.
         distortion: whether colours are distorted; without it colours keep their names.
 
     Returns:
         A function of an image (PIL, or uint8 (3, H, W)), its labels (H, W) (array or tensor of indices, -1 for no
-        class) and a CPU generator. It gives a uint8 tensor (3, size, size) and int64 labels (size, size). What is drawn
-        depends on the generator alone, and the global random state is unchanged, so that loader processes and a resumed
-        training draw the same. It raises ValueError for an image or labels of another form or size.
+        class) and a CPU generator, which alone decides what is drawn. It gives a uint8 tensor (3, size, size) and int64
+        labels (size, size), and raises ValueError for an image or labels of another form or size.
 
     Raises:
         ValueError: size is not a whole number of at least 2, or scales are not two ascending numbers above 0.
@@ -65,12 +61,11 @@ def augmentation(
     flip, colours = [v2.RandomHorizontalFlip()], _distortion() if distortion else []
     last = [*flip, *colours] if flip_first else [*colours, *flip]
     steps = [ShorterSide(size, scales, longest), Crop(size, largest_share), *last, Pad(size, fill)]
-    return _Seeded(v2.Compose(steps))
+    return partial(_seeded, v2.Compose(steps))
 
 
 class ShorterSide(v2.Transform):
-    """Resize so that the shorter side becomes `size` times a random factor, the longer one at most `longer` times
-    that."""
+    """Resize the shorter side to `size` times a random factor, but the longer side to at most `longer` times that."""
 
     def __init__(self, size: int, factors: tuple[float, float] = (1.0, 1.0), longer: float = math.inf) -> None:
         super().__init__()
@@ -88,12 +83,8 @@ class ShorterSide(v2.Transform):
 
 
 class Crop(v2.Transform):
-    """A random crop of at most `size` x `size`; up to ten are drawn until none of its categories covers too much.
-
-    Args:
-        size: side in pixels; smaller images stay as they are.
-        most: largest share of the labelled pixels that one category may have.
-    """
+    """A random crop of at most `size` x `size` pixels; up to ten are drawn until no class covers more than `most` of
+    its labelled pixels."""
 
     def __init__(self, size: int, most: float) -> None:
         super().__init__()
@@ -148,31 +139,23 @@ def _distortion() -> list[v2.Transform]:
     return [brightness, v2.RandomChoice([v2.Compose([contrast, *colour]), v2.Compose([*colour, contrast])])]
 
 
-class _Seeded:
+def _seeded(
+    transforms: v2.Transform, image: Image.Image | Tensor, labels: Any, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Runs transforms, which know torch's global random state only, on the numbers of a generator."""
-
-    def __init__(self, transforms: v2.Transform) -> None:
-        self.transforms = transforms
-
-    def __call__(self, image: Image.Image | Tensor, labels: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        pixels = _pixels(image)
-        classes = torch.as_tensor(np.asarray(labels) if not isinstance(labels, Tensor) else labels)
-        if classes.is_floating_point() or tuple(classes.shape) != tuple(pixels.shape[-2:]):
-            raise ValueError(
-                f"labels must be whole numbers of the image's size {tuple(pixels.shape[-2:])}, got {classes.dtype} of "
-                f"shape {tuple(classes.shape)}."
-            )
-        seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU as well
-            pixels, classes = self.transforms(pixels, tv_tensors.Mask(classes.long()))
-        return pixels.as_subclass(Tensor).contiguous(), classes.as_subclass(Tensor).contiguous()
-
-
-def _pixels(image: Image.Image | Tensor) -> tv_tensors.Image:
     if isinstance(image, Image.Image):
-        return F.to_image(image.convert("RGB"))
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+        pixels = F.to_image(image.convert("RGB"))
+    elif not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
         form = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"image must be a PIL image or a uint8 tensor (3, H, W), got {form}.")
-    return tv_tensors.Image(image)
+    else:
+        pixels = tv_tensors.Image(image)
+    classes = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    if classes.is_floating_point() or classes.shape != pixels.shape[-2:]:
+        got = f"{classes.dtype} of shape {tuple(classes.shape)}"
+        raise ValueError(f"labels must be whole numbers of the image's size {tuple(pixels.shape[-2:])}, got {got}.")
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU as well
+        pixels, classes = transforms(pixels, tv_tensors.Mask(classes.long()))
+    return pixels.as_subclass(Tensor).contiguous(), classes.as_subclass(Tensor).contiguous()

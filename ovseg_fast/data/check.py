@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..images import ImageError, MissingImageError, load_image
-from .datasets import Dataset, Pair, SegmentationDataset, fit, image_files, mask_files
+from ..images import SUFFIXES, ImageError, MissingImageError, load_image
+from .datasets import Dataset, Files, Pair, SegmentationDataset, files_by_name, fit
 from .masks import DataError, read_mask
 
 Result = TypeVar("Result")
@@ -41,26 +41,25 @@ def check_dataset(dataset: Dataset, *, progress: bool = False, workers: int | No
     """Read every pair of a dataset and report what is broken or does not fit.
 
     Args:
-        dataset: from `open_dataset`.
-        progress: show a progress bar.
+        dataset: from `open_dataset`. progress: show a progress bar.
         workers: threads that read; by default one per core.
 
     Returns:
-        The problems in the order of the pairs; a pair can have several. An empty list means that every pair can be
-        read.
+        The problems in the order of the pairs; a pair can have several.
 
     Raises:
         ValueError: the dataset is drawn, so there are no files to check.
     """
     if not isinstance(dataset, SegmentationDataset):
         raise ValueError(f"{dataset.name} is drawn from a seed, it has no files to check.")
-    if problems := list(_empty(dataset)):
-        return problems
     from tqdm import tqdm
 
-    listed = _Names(dataset)
-    problems = [problem for pair in dataset.pairs for problem in listed.problems(pair)]
-    complete = [pair for pair in dataset.pairs if not listed.is_incomplete(pair)]
+    images = files_by_name((dataset.image_folder,), SUFFIXES)
+    masks = files_by_name(dataset.mask_folders, dataset.mask_suffixes)
+    if problems := list(_empty(dataset, images, masks)):
+        return problems
+    problems = list(_names(dataset, images, masks))
+    complete = [pair for pair in dataset.pairs if pair.name in images and pair.name in masks]
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         # map keeps the order and reads ahead of the bar; decoding releases Python's lock.
@@ -78,17 +77,16 @@ def report(problems: Sequence[Problem]) -> str:
     if not problems:
         return "no problem found."
     counts = Counter(problem.kind for problem in problems)
-    lines = [f"{problem.name}: {problem.sentence}" for problem in problems]
     summary = ", ".join(f"{KINDS[kind]}: {counts[kind]}" for kind in KINDS if counts[kind])
     number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return "\n".join([*lines, f"{number} ({summary})."])
+    return "\n".join([*(f"{problem.name}: {problem.sentence}" for problem in problems), f"{number} ({summary})."])
 
 
-def _empty(dataset: SegmentationDataset) -> Iterator[Problem]:
+def _empty(dataset: SegmentationDataset, images: Files, masks: Files) -> Iterator[Problem]:
     """A folder without a single usable file is one problem, not one for each pair."""
-    if not image_files(dataset.image_folder):
+    if not images:
         yield Problem(str(dataset.image_folder), "empty", f"folder '{dataset.image_folder}' holds no image.")
-    if not mask_files(dataset.mask_folders, dataset.mask_suffixes):
+    if not masks:
         folders = " and ".join(f"'{folder}'" for folder in dataset.mask_folders)
         sentence = f"folder {folders} holds no mask, that is, no file *{' or '.join(dataset.mask_suffixes)}."
         yield Problem(str(dataset.mask_folders[0]), "empty", sentence)
@@ -96,34 +94,26 @@ def _empty(dataset: SegmentationDataset) -> Iterator[Problem]:
         yield Problem(dataset.name, "empty", f"the list of this split of {dataset.name} names no pair.")
 
 
-class _Names:
-    """The problems that show in file names alone, from one listing of each folder."""
-
-    def __init__(self, dataset: SegmentationDataset) -> None:
-        self.images = image_files(dataset.image_folder)
-        self.masks = mask_files(dataset.mask_folders, dataset.mask_suffixes)
-        # What really exists, by name in lower case.
-        self.image_twins = {name.casefold(): files[0] for name, files in self.images.items()}
-        self.mask_twins = {name.casefold(): files[0] for name, files in self.masks.items()}
-        self.count = Counter(pair.name.casefold() for pair in dataset.pairs)
-        self.reported: set[str] = set()
-
-    def is_incomplete(self, pair: Pair) -> bool:
-        return pair.name not in self.images or pair.name not in self.masks
-
-    def problems(self, pair: Pair) -> Iterator[Problem]:
-        image, mask = self.images.get(pair.name, []), self.masks.get(pair.name, [])
-        key = pair.name.casefold()
+def _names(dataset: SegmentationDataset, images: Files, masks: Files) -> Iterator[Problem]:
+    """The problems that show in file names alone."""
+    # What really exists, by name in lower case.
+    image_twins, mask_twins = (
+        {name.casefold(): files[0] for name, files in found.items()} for found in (images, masks)
+    )
+    count = Counter(pair.name.casefold() for pair in dataset.pairs)
+    reported: set[str] = set()
+    for pair in dataset.pairs:
+        image, mask, key = images.get(pair.name, []), masks.get(pair.name, []), pair.name.casefold()
         for what, files in (("image", image), ("mask", mask)):
             if len(files) > 1:
                 listed = ", ".join(f"'{file.name}'" for file in files)
                 sentence = f"{what}s {listed} in '{files[0].parent}' share a name; the first is used."
                 yield Problem(pair.name, "duplicate", sentence)
         # Names that differ in case are two pairs; one sentence covers both.
-        if self.is_incomplete(pair) and key in self.image_twins and key in self.mask_twins:
+        if not (image and mask) and key in image_twins and key in mask_twins:
             sentence = (
-                f"image '{self.image_twins[key]}', mask '{self.mask_twins[key]}' and the pair's name {pair.name!r} "
-                "differ in upper and lower case; expected one spelling."
+                f"image '{image_twins[key]}', mask '{mask_twins[key]}' and the pair's name {pair.name!r} differ in "
+                "upper and lower case; expected one spelling."
             )
         else:
             if not image:
@@ -131,14 +121,14 @@ class _Names:
                 yield Problem(pair.name, "missing-image", f"there is no image '{pair.image}'; {reason}.")
             if not mask:
                 yield Problem(pair.name, "missing-mask", f"there is no mask '{pair.mask}' for image '{pair.image}'.")
-            if self.is_incomplete(pair) or self.count[key] == 1:
-                return
+            if not (image and mask) or count[key] == 1:
+                continue
             sentence = (
                 f"another pair's name differs from {pair.name!r} only in upper and lower case, which many file systems "
                 "take for the same file."
             )
-        if key not in self.reported:
-            self.reported.add(key)
+        if key not in reported:
+            reported.add(key)
             yield Problem(pair.name, "case", sentence)
 
 

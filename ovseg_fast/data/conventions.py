@@ -17,9 +17,8 @@ class Convention:
     """One way to store a dataset. `{split}` in a path stands for the value that `splits` gives.
 
     Args:
-        images: folder of the images.
-        masks: folders of the masks; a mask is taken from the first one that has it.
-        values: the class of value 0, 1, 2, ... in a mask file, -1 for no class, see `MaskValues`.
+        images: folder of the images. masks: folders of the masks; a mask is taken from the first one that has it.
+        values: the class of value 0, 1, 2, ... in a mask file, see `MaskValues`.
         mask_suffixes: endings of mask files, after the image's name.
         lists: text files with the names of the split's pairs, one per line; without them the folders decide.
         by_masks: the image folder holds other splits too, so only the masks name the pairs.
@@ -48,10 +47,8 @@ class KnownDataset:
     """A dataset and the conventions that it is stored in.
 
     Args:
-        classes: its class list; if the list is read from a file, the number of classes (None: any number).
-        folders: the folders below the root that may hold it.
-        conventions: tried in this order.
-        class_files: files of class names, if the list is read from one.
+        classes: its class list, or if that is read from one of the `class_files`, its length (None: any).
+        folders: the folders below the root that may hold it. conventions: tried in this order.
     """
 
     classes: Vocabulary | int | None
@@ -62,11 +59,6 @@ class KnownDataset:
 
 def _same(count: int) -> tuple[int, ...]:
     return tuple(range(count))
-
-
-def _shifted(count: int) -> tuple[int, ...]:
-    """0 is no class, 1 is class 0, ..."""
-    return (-1, *range(count))
 
 
 def _voc(values: tuple[int, ...]) -> tuple[Convention, ...]:
@@ -113,7 +105,7 @@ DATASETS = {
         ADE20K_150,
         ("", "ADEChallengeData2016", "ade/ADEChallengeData2016"),
         (
-            Convention("images/{split}", _ANNOTATIONS, _shifted(150), splits=ADE_SPLITS),
+            Convention("images/{split}", _ANNOTATIONS, (-1, *range(150)), splits=ADE_SPLITS),
             Convention("images/{split}", _DETECTRON2, _same(150), splits=ADE_SPLITS),
         ),
     ),
@@ -124,7 +116,7 @@ DATASETS = {
         class_files=("ade847.json", "classes.json", "classes.txt"),
     ),
     "pascal-voc": KnownDataset(
-        PASCAL_VOC, _VOC2012, (*_voc(_shifted(20)), *_voc_converted("annotations_detectron2", _same(20)))
+        PASCAL_VOC, _VOC2012, (*_voc((-1, *range(20))), *_voc_converted("annotations_detectron2", _same(20)))
     ),
     "pascal-voc-20b": KnownDataset(
         PASCAL_VOC_20B,

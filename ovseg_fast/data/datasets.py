@@ -37,12 +37,11 @@ class SegmentationDataset:
     """Pairs of an image and a mask on disk.
 
     Args:
-        name: of the dataset, "ade20k-150" for example. split: which part of it.
-        vocabulary: the classes that label maps index, and which of them are unseen.
+        name: a key of `DATASETS`. split: which part of it.
+        vocabulary: the classes that label maps index.
         pairs: in the order of the split's list, or sorted by name; may be empty.
         values: the meaning of the values in the mask files.
-        image_folder, mask_folders: where the files are.
-        mask_suffixes: endings of mask files.
+        image_folder, mask_folders, mask_suffixes: where the files are, and the endings of mask files.
     """
 
     name: str
@@ -65,12 +64,12 @@ class SegmentationDataset:
             DataError: the mask is missing, unreadable, of another size, or holds a label beyond the list of classes.
         """
         pair = self.pairs[index]
-        image = load_image(pair.image)
-        values = read_mask(pair.mask)
+        image, values = load_image(pair.image), read_mask(pair.mask)
         return fit(pair, image, values), self.values.labels(values, pair.mask)
 
 
 Dataset: TypeAlias = "SegmentationDataset | WorldScenes"
+Files: TypeAlias = dict[str, list[Path]]
 
 
 def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
@@ -85,11 +84,8 @@ def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
             if stored.size == (width, height):
                 image = stored.convert("RGB")
     if image.size != (width, height):
-        raise DataError(
-            "size",
-            f"mask '{pair.mask}' is {width} x {height} pixels, its image '{pair.image}' "
-            f"{image.size[0]} x {image.size[1]}; expected the same size.",
-        )
+        sizes = f"is {width} x {height} pixels, its image '{pair.image}' {image.width} x {image.height}"
+        raise DataError("size", f"mask '{pair.mask}' {sizes}; expected the same size.")
     return image
 
 
@@ -114,19 +110,17 @@ def open_dataset(
             world needs none.
         split: `val`, `train`; PASCAL VOC also has `trainaug`. A `folder` has `images/val` with `masks/val` and so on,
             otherwise every split is the whole folder. The world has `train`, `test` (which `val` means) and `all`.
-        limit: only the first images.
-        seed: of the world.
-        endless: number of the world's scenes if there is no limit.
+        limit: only the first images. seed: of the world. endless: number of the world's scenes without a limit.
 
     Returns:
-        The dataset. The class names of `ade20k-847` and `pascal-context-459` are not in this package: they are read
-        from the dataset's folder or from `root`, from `ade847.json` or `pc459.json` as the authors of CAT-Seg publish
-        them, or from `classes.json` or `classes.txt`; for PASCAL Context also from its own `labels.txt`.
+        The dataset. The class names of `ade20k-847` and `pascal-context-459` are read from the dataset's folder or from
+        `root`: from CAT-Seg's `ade847.json` or `pc459.json`, or from `classes.json` or `classes.txt`; for PASCAL
+        Context also from its own `labels.txt`.
 
     Raises:
         FileNotFoundError: `root` does not exist, or there is no file of class names.
-        ValueError: no such dataset or split, none of the expected folders, a wrong number of class names, `limit` is
-            under 1, or `seed` is negative.
+        ValueError: no such dataset or split, none of the expected folders, a wrong number of class names, or a bad
+            `limit` or `seed`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, got {limit}.")
@@ -169,9 +163,8 @@ def _find(name: str, known: KnownDataset, root: Path, split: str) -> tuple[Path,
             continue
         images, masks, lists = convention.paths(split)
         for folder in (root / prefix for prefix in known.folders):
-            if all((folder / part).is_dir() for part in (images, masks[0])) and all(
-                (folder / part).is_file() for part in lists
-            ):
+            folders_exist = (folder / images).is_dir() and (folder / masks[0]).is_dir()
+            if folders_exist and all((folder / part).is_file() for part in lists):
                 return folder, convention
         wanted.append(" + ".join([images, masks[0], *lists]))
     below = " or in ".join(["it", *(f"'{prefix}'" for prefix in known.folders if prefix)])
@@ -182,9 +175,8 @@ def _find(name: str, known: KnownDataset, root: Path, split: str) -> tuple[Path,
 def _vocabulary(name: str, known: KnownDataset, root: Path, folder: Path) -> Vocabulary:
     if isinstance(known.classes, Vocabulary):
         return known.classes
-    file = next(
-        (place / file for place in (folder, root) for file in known.class_files if (place / file).is_file()), None
-    )
+    places = (place / file for place in (folder, root) for file in known.class_files)
+    file = next((place for place in places if place.is_file()), None)
     if file is None:
         files = ", ".join(known.class_files)
         raise FileNotFoundError(
@@ -209,41 +201,29 @@ def _numbered(file: Path) -> list[str] | None:
 
 def _listed(folder: Path, lists: tuple[str, ...]) -> list[str]:
     """Names from list files: the first word of each line, without folder and suffix."""
-    names: dict[str, None] = {}
-    for part in lists:
-        for line in (folder / part).read_text("utf-8").splitlines():
-            if words := line.split():
-                path = PurePosixPath(words[0])
-                names[path.stem if path.suffix.lower() in SUFFIXES else path.name] = None
-    return list(names)
+    lines = (line.split() for part in lists for line in (folder / part).read_text("utf-8").splitlines())
+    paths = (PurePosixPath(words[0]) for words in lines if words)
+    return list(dict.fromkeys(path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths))
 
 
-def image_files(folder: Path) -> dict[str, list[Path]]:
-    """Image files of a folder by name without suffix; several if an image comes in several formats."""
-    return _by_stem(folder, SUFFIXES)
-
-
-def mask_files(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Mask files by the name of their image, each from the first folder that has it."""
-    masks: dict[str, list[Path]] = {}
+def files_by_name(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> Files:
+    """Files by name without suffix, each name from the first folder that has it; several if in several formats."""
+    found: Files = {}
     for folder in folders:
-        masks = _by_stem(folder, suffixes) | masks
-    return masks
-
-
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        suffix = next((end for end in suffixes if name.lower().endswith(end.lower())), None)
-        if suffix is not None and not name.startswith(".") and len(name) > len(suffix):
-            files.setdefault(name[: -len(suffix)], []).append(folder / name)
-    return files
+        files: Files = {}
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            suffix = next((end for end in suffixes if name.lower().endswith(end.lower())), None)
+            if suffix is not None and not name.startswith(".") and len(name) > len(suffix):
+                files.setdefault(name[: -len(suffix)], []).append(folder / name)
+        found = files | found
+    return found
 
 
 def _pairs(
     convention: Convention, image_folder: Path, mask_folders: tuple[Path, ...], names: list[str] | None
 ) -> list[Pair]:
-    images, masks = image_files(image_folder), mask_files(mask_folders, convention.mask_suffixes)
+    images = files_by_name((image_folder,), SUFFIXES)
+    masks = files_by_name(mask_folders, convention.mask_suffixes)
     if names is None:
         names = sorted(masks if convention.by_masks else images | masks)
     # A missing file gets the name that it should have.

@@ -29,10 +29,7 @@ class DataError(ValueError):
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The values in a mask file: grey levels of 1 to 16 bits, or the indices into a palette.
-
-    Returns:
-        (H, W) int32.
+    """The values (H, W) int32 in a mask file: grey levels of 1 to 16 bits, or the indices into a palette.
 
     Raises:
         DataError: `missing-mask`: no such file; `unreadable-mask`: a folder, empty, damaged, truncated, or in colour.
@@ -47,19 +44,17 @@ def read_mask(path: Path) -> np.ndarray:
         kind = "missing-mask" if isinstance(error, MissingImageError) else "unreadable-mask"
         raise DataError(kind, str(error)) from error
     if values.ndim != 2 or values.dtype.kind not in "bui":
-        raise DataError(
-            "unreadable-mask", f"mask '{path}' is of PIL mode {mode}, expected one class index per pixel (greyscale)."
-        )
+        expected = "expected one class index per pixel (greyscale)"
+        raise DataError("unreadable-mask", f"mask '{path}' is of PIL mode {mode}, {expected}.")
     if isinstance(packing, (tuple, list)):
         packing = packing[0] if packing else None
     return values.astype(np.int32) // _SPREAD.get(str(packing), 1)
 
 
 class MaskValues:
-    """The meaning of the values in a dataset's mask files.
+    """The meaning of the values in mask files: `classes` holds the class of value 0, 1, 2, ..., -1 for no class.
 
-    Args:
-        classes: the class of value 0, 1, 2, ..., -1 for no class. 255 and 65535 mean no class if beyond this list.
+    255 and 65535 mean no class if they are beyond this list.
     """
 
     def __init__(self, classes: Sequence[int]) -> None:
@@ -80,9 +75,7 @@ class MaskValues:
         if labels.size and labels.min() == _BEYOND:
             beyond = np.unique(values[labels == _BEYOND])
             listed = ", ".join(map(str, beyond[:5])) + (", ..." if len(beyond) > 5 else "")
-            raise DataError(
-                "label",
-                f"mask '{path}' holds {'labels' if len(beyond) > 1 else 'label'} {listed}, beyond the list of classes; "
-                f"expected 0..{self.count - 1}, or {' or '.join(map(str, self.no_class))} for no class.",
-            )
+            what = f"{'labels' if len(beyond) > 1 else 'label'} {listed}, beyond the list of classes"
+            expected = f"0..{self.count - 1}, or {' or '.join(map(str, self.no_class))} for no class"
+            raise DataError("label", f"mask '{path}' holds {what}; expected {expected}.")
         return labels

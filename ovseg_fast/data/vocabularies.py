@@ -16,8 +16,7 @@ class Vocabulary:
     """Class names and a zero-shot split of them.
 
     Args:
-        name: its key in `VOCABULARIES` and in configurations.
-        classes: T names; a label map holds indices into them.
+        name: its key in `VOCABULARIES`. classes: T names, which label maps index.
         unseen: indices of the classes that are never trained on.
         background: names to prompt with if class 0 is "everything else", which no prompt describes; else empty.
 
@@ -32,9 +31,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if len(set(self.unseen)) < len(self.unseen) or not set(self.unseen) <= set(range(len(self.classes))):
-            raise ValueError(
-                f"unseen must be different indices below {len(self.classes)}, the number of classes, got {self.unseen}."
-            )
+            limit = f"{len(self.classes)}, the number of classes"
+            raise ValueError(f"unseen must be different indices below {limit}, got {self.unseen}.")
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -113,7 +111,5 @@ PASCAL_VOC_20B = Vocabulary(
 
 WORLD = Vocabulary("world", NAMES, UNSEEN)  # see `data.world`
 
-VOCABULARIES = {
-    vocabulary.name: vocabulary
-    for vocabulary in (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150, WORLD)
-}
+_ALL = (PASCAL_VOC, PASCAL_VOC_20B, PASCAL_CONTEXT, COCO_STUFF, ADE20K_150, WORLD)
+VOCABULARIES = {vocabulary.name: vocabulary for vocabulary in _ALL}

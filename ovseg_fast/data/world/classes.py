@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import chain, product
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 35),
@@ -48,14 +48,7 @@ SUFFIXES = ("", "", "", " in the scene", ".")
 ON = ("on", "over", "in front of")
 ARTICLES = ("a", "an")
 CAPTION_PARTS = (  # everything that captions are made of
-    *(
-        *COLOURS,
-        *GROUND_COLOURS,
-        *PATTERNS,
-        *SHAPES,
-        *MATERIALS,
-        *(word for words in SYNONYMS.values() for word in words),
-    ),
+    *(*COLOURS, *GROUND_COLOURS, *PATTERNS, *SHAPES, *MATERIALS, *chain(*SYNONYMS.values())),
     *(*ARTICLES, *PREFIXES, *SUFFIXES, *ON, "and", "a, a"),
 )
 

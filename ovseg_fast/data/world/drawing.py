@@ -1,12 +1,12 @@
 """How the procedural world looks: patterns, shapes and materials, drawn from signed distances.
 
-Edges are anti-aliased: a pixel's coverage is its distance to the edge, clipped to half a pixel on both sides. Lengths
-are in pixels; `unit` is one pixel of a 96 × 96 image, so that a larger image shows the same scene, larger.
+A pixel's coverage is its distance to the edge, clipped to half a pixel on both sides. Lengths are in pixels; `unit` is
+one pixel of a 96 × 96 image, so that a larger image shows the same scene, larger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .classes import COLOURS, GROUND_COLOURS
 
 Field = NDArray[np.floating[Any]]
+Random = np.random.Generator
 Plane = Callable[[Field, Field, float], Field]
 
 # ---- shapes: coordinates (u, v) from the centre, circumscribed radius r -> signed distance, negative inside ----
@@ -45,39 +46,20 @@ SHAPE_DISTANCES: dict[str, Plane] = {
 
 # ---- patterns: coordinates from the centre and a period -> share of the second tone, 0..1 ----
 
-
-def _dotted(u: Field, v: Field, period: float) -> Field:
-    u, v = u % period - period / 2, v % period - period / 2
-    return _edge(0.3 * period - np.hypot(u, v))
-
-
-def _checkered(u: Field, v: Field, period: float) -> Field:
-    waves = np.sin(u * (2 * np.pi / period)) * np.sin(v * (2 * np.pi / period))
-    return _edge(waves * (period / (2 * np.pi)))
-
-
 PATTERN_TONES: dict[str, Plane] = {
     "plain": lambda u, v, period: np.zeros_like(u),
     "striped": lambda u, v, period: _edge(np.cos(u * (2 * np.pi / period)) * (period / (2 * np.pi))),
-    "dotted": _dotted,
-    "checkered": _checkered,
+    "dotted": lambda u, v, period: _edge(0.3 * period - np.hypot(u % period - period / 2, v % period - period / 2)),
+    "checkered": lambda u, v, period: _edge(
+        np.sin(u * (2 * np.pi / period)) * np.sin(v * (2 * np.pi / period)) * (period / (2 * np.pi))
+    ),
 }
 PERIODS = {"plain": 1.0, "striped": 9.0, "dotted": 10.0, "checkered": 13.0}
 
 # ---- materials: pixel coordinates and random numbers -> brightness around 1 ----
 
 
-def _grass(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
-    """Short upright blades."""
-    return 1 + 0.2 * _noise(x.shape, (5 * unit, 1.3 * unit), rng)
-
-
-def _sand(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
-    """Grains and faint dunes."""
-    return 1 + 0.12 * _noise(x.shape, (unit, unit), rng) + 0.05 * np.sin((x + 2 * y) / (9 * unit))
-
-
-def _bricks(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
+def _bricks(x: Field, y: Field, unit: float, rng: Random) -> Field:
     """Courses of bricks, every second one shifted by half a brick, with light mortar."""
     height, width = 8 * unit, 16 * unit
     course = np.floor(y / height)
@@ -88,27 +70,27 @@ def _bricks(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
     return 0.9 + brick + 0.4 * _edge(0.8 * unit - joint)
 
 
-def _wood(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
-    """Horizontal planks with dark gaps and a grain along them."""
-    return 1 + 0.12 * _noise(x.shape, (1.2 * unit, 14 * unit), rng) - 0.5 * _edge(0.8 * unit - _to_line(y, 13 * unit))
-
-
-def _water(x: Field, y: Field, unit: float, rng: np.random.Generator) -> Field:
+def _water(x: Field, y: Field, unit: float, rng: Random) -> Field:
     """Smooth horizontal waves."""
     bend = 2.2 * unit * np.sin(x / (rng.uniform(4, 6) * unit))
     return 1 + 0.26 * np.sin((y + bend) * (2 * np.pi / (9 * unit)))
 
 
-MATERIAL_BRIGHTNESS: dict[str, Callable[[Field, Field, float, np.random.Generator], Field]] = {
-    "grass": _grass,
-    "sand": _sand,
+MATERIAL_BRIGHTNESS: dict[str, Callable[[Field, Field, float, Random], Field]] = {
+    # Short upright blades; grains and faint dunes; bricks; planks with dark gaps and a grain along them.
+    "grass": lambda x, y, unit, rng: 1 + 0.2 * _noise(x.shape, (5 * unit, 1.3 * unit), rng),
+    "sand": lambda x, y, unit, rng: (
+        1 + 0.12 * _noise(x.shape, (unit, unit), rng) + 0.05 * np.sin((x + 2 * y) / (9 * unit))
+    ),
     "brick wall": _bricks,
-    "wooden floor": _wood,
+    "wooden floor": lambda x, y, unit, rng: (
+        1 + 0.12 * _noise(x.shape, (1.2 * unit, 14 * unit), rng) - 0.5 * _edge(0.8 * unit - _to_line(y, 13 * unit))
+    ),
     "water": _water,
 }
 
 
-def draw_ground(size: int, colour: str, material: str, unit: float, jitter: float, rng: np.random.Generator) -> Field:
+def draw_ground(size: int, colour: str, material: str, unit: float, jitter: float, rng: Random) -> Field:
     """An image (size, size, 3) in 0..255 of one ground."""
     y, x = np.ogrid[:size, :size]
     shift = rng.uniform(0, 100, 2) * unit
@@ -119,22 +101,12 @@ def draw_ground(size: int, colour: str, material: str, unit: float, jitter: floa
 
 
 def draw_object(
-    canvas: Field,
-    centre: tuple[float, float],
-    radius: float,
-    words: tuple[str, str, str],
-    unit: float,
-    jitter: float,
-    rng: np.random.Generator,
+    canvas: Field, centre: Sequence[float], radius: float, words: Sequence[str], unit: float, jitter: float, rng: Random
 ) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
-    """Draw an object into an image (H, W, 3) in 0..255.
-
-    Args:
-        centre: (x, y) in pixels. radius: of the circumscribed circle. words: colour, pattern and shape.
+    """Draw an object with these words (colour, pattern, shape) and circumscribed circle into an image (H, W, 3).
 
     Returns:
-        the window of the image that the object can reach, and in this window (h, w) the pixels that it covers by more
-        than half.
+        The window (h, w) of the image that the object can reach, and the pixels in it that it covers by more than half.
     """
     colour, pattern, shape = words
     height, width = canvas.shape[:2]
@@ -161,9 +133,7 @@ def draw_object(
     return window, cover > 0.5
 
 
-def light(
-    canvas: Field, lighting: float, noise: float, rng: np.random.Generator, grain: np.random.Generator
-) -> NDArray[np.uint8]:
+def light(canvas: Field, lighting: float, noise: float, rng: Random, grain: Random) -> NDArray[np.uint8]:
     """The image (H, W, 3) in 0..255 under light that falls off to one side, with camera noise."""
     height, width = canvas.shape[:2]
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, lighting)
@@ -174,7 +144,7 @@ def light(
     return np.clip(lit + 0.5, 0, 255).astype(np.uint8)
 
 
-def _tone(colour: tuple[int, int, int], jitter: float, rng: np.random.Generator) -> Field:
+def _tone(colour: tuple[int, int, int], jitter: float, rng: Random) -> Field:
     return (np.asarray(colour) + rng.uniform(-jitter, jitter, 3)).astype(np.float32)
 
 
@@ -193,7 +163,7 @@ def _to_line(position: Field, spacing: float) -> Field:
     return np.abs((position + spacing / 2) % spacing - spacing / 2)
 
 
-def _noise(shape: tuple[int, ...], grain: tuple[float, float], rng: np.random.Generator) -> Field:
+def _noise(shape: tuple[int, ...], grain: tuple[float, float], rng: Random) -> Field:
     """White noise of unit variance with grains of (height, width) pixels, at a random offset."""
     rows, columns = (
         ((np.arange(side) + rng.uniform(0, size)) / max(size, 1)).astype(np.int32)

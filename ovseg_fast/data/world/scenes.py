@@ -1,15 +1,15 @@
 """Endless scenes of patterned shapes on grounds, with masks and captions, all from a seed.
 
 Three words describe an object, colour × pattern × shape ("red striped circle"), and two a ground, colour × material
-("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*: training scenes never
-show them, though each of their words, and each pair of an object's words, occurs in seen ones. A model that finds them
-has not memorised them. The split is a fixed rule, whatever the seed.
+("grey brick wall"): 120 + 20 classes by combination. A quarter of the combinations is *unseen*, whatever the seed:
+training scenes never show them, though each of their words, and each pair of an object's words, occurs in seen ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..vocabularies import WORLD
 from .classes import ARTICLES, CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, ON, PREFIXES, SUFFIXES, SYNONYMS
-from .drawing import draw_ground, draw_object, light
+from .drawing import Random, draw_ground, draw_object, light
 
 BASE_SIZE = 96  # pixels; lengths of `Difficulty` are at this size
 SPLITS = ("train", "test", "all")
@@ -89,8 +89,7 @@ class World:
 
         Args:
             index: 0, 1, 2, ... without end. size: side in pixels.
-            split: `"train"`, seen combinations only; `"test"`, all of them; `"all"`, all too, to train on captions.
-                They share no scene.
+            split: `"train"`: seen combinations only; `"test"`, or `"all"` to train on captions: all. None share scenes.
 
         Raises:
             ValueError: `index` is negative, `size` is under 32, or there is no such split.
@@ -125,9 +124,7 @@ class World:
                 return scene
         raise ValueError(f"{len(objects)} objects are too many to be seen together in a scene.")
 
-    def _draw(
-        self, ground: int, objects: list[int], size: int, rng: np.random.Generator, grain: np.random.Generator
-    ) -> Scene:
+    def _draw(self, ground: int, objects: list[int], size: int, rng: Random, grain: Random) -> Scene:
         unit, hard = size / BASE_SIZE, self.difficulty
         canvas = draw_ground(size, *GROUNDS[ground - FIRST_GROUND], unit, hard.jitter, grain)
         labels = np.full((size, size), ground, np.int32)
@@ -139,7 +136,7 @@ class World:
         regions = _visible(labels, objects, unit)
         return Scene(image, labels, WORLD.classes, ground, regions, _captions(ground, regions, rng))
 
-    def _contents(self, split: str, rng: np.random.Generator) -> tuple[int, list[int]]:
+    def _contents(self, split: str, rng: Random) -> tuple[int, list[int]]:
         pool = [index for index in range(len(CLASS_WORDS)) if split != "train" or index not in _UNSEEN]
         ground = int(rng.choice([index for index in pool if index >= FIRST_GROUND]))
         colour = GROUNDS[ground - FIRST_GROUND][0]  # nothing lies on a ground of its own colour
@@ -149,12 +146,13 @@ class World:
         for _ in range(int(rng.integers(least, most + 1))):
             candidates = allowed
             if objects and rng.random() < self.difficulty.siblings:
-                candidates = [index for index in allowed if _shared_words(index, objects[-1]) == 2]
+                before = OBJECTS[objects[-1]]
+                candidates = [index for index in allowed if sum(map(eq, OBJECTS[index], before)) == 2]
             candidates = [index for index in candidates if index not in objects] or allowed
             objects.append(int(candidates[rng.integers(len(candidates))]))
         return ground, objects
 
-    def _places(self, count: int, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    def _places(self, count: int, rng: Random) -> list[tuple[float, float, float]]:
         """Up to `count` circles (x, y, radius) that overlap no more than allowed; those without room are left out."""
         places: list[tuple[float, float, float]] = []
         smallest, largest = self.difficulty.diameter
@@ -175,9 +173,11 @@ def _check_number(index: int, size: int) -> None:
         raise ValueError(f"size must be at least 32 pixels, got {size}.")
 
 
-def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:
+def phrase(label: int, rng: Random, article: bool = True) -> str:
     """A class in other words: synonyms; for objects an article and either order of colour and pattern."""
-    words = [_say(word, rng) for word in CLASS_WORDS[label]]
+    words = [
+        _pick(SYNONYMS[word], rng) if word in SYNONYMS and rng.random() < 0.3 else word for word in CLASS_WORDS[label]
+    ]
     if label < FIRST_GROUND:
         if rng.random() < 0.3:
             words[0], words[1] = words[1], words[0]
@@ -186,7 +186,7 @@ def phrase(label: int, rng: np.random.Generator, article: bool = True) -> str:
     return " ".join(words)
 
 
-def describe(labels: list[int], rng: np.random.Generator) -> str:
+def describe(labels: list[int], rng: Random) -> str:
     """A caption of one or several classes; a ground comes last."""
     objects = [phrase(label, rng) for label in labels if label < FIRST_GROUND]
     grounds = [phrase(label, rng) for label in labels if label >= FIRST_GROUND]
@@ -196,14 +196,13 @@ def describe(labels: list[int], rng: np.random.Generator) -> str:
     return _pick(PREFIXES, rng) + text + _pick(SUFFIXES, rng)
 
 
-def _captions(ground: int, regions: tuple[Region, ...], rng: np.random.Generator) -> tuple[str, ...]:
+def _captions(ground: int, regions: tuple[Region, ...], rng: Random) -> tuple[str, ...]:
     objects = [region.label for region in regions]
     rng.shuffle(objects)
     part = objects[: int(rng.integers(1, len(objects) + 1))] if objects else []
     one = objects[:1] or [ground]
-    return tuple(
-        describe(labels, rng) for labels in ([*objects, ground], part + [ground] * (rng.random() < 0.5) or one, one)
-    )
+    described = ([*objects, ground], part + [ground] * (rng.random() < 0.5) or one, one)
+    return tuple(describe(labels, rng) for labels in described)
 
 
 def _visible(labels: NDArray[np.int32], objects: list[int], unit: float) -> tuple[Region, ...]:
@@ -216,17 +215,7 @@ def _visible(labels: NDArray[np.int32], objects: list[int], unit: float) -> tupl
     return tuple(regions)
 
 
-def _shared_words(first: int, second: int) -> int:
-    return sum(a == b for a, b in zip(OBJECTS[first], OBJECTS[second], strict=True))
-
-
-def _say(word: str, rng: np.random.Generator) -> str:
-    """The word itself more often than a synonym."""
-    synonyms = SYNONYMS.get(word, ())
-    return _pick(synonyms, rng) if synonyms and rng.random() < 0.3 else word
-
-
-def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
+def _pick(options: tuple[str, ...], rng: Random) -> str:
     return options[int(rng.integers(len(options)))]
 
 
@@ -235,18 +224,10 @@ class SceneName(NamedTuple):
 
     name: str
 
-    @property
-    def number(self) -> int:
-        return int(self.name.rpartition("-")[2])
-
 
 @dataclass(frozen=True)
 class WorldScenes:
-    """Scenes of a world as a dataset, read like a `datasets.SegmentationDataset`.
-
-    Args:
-        split: see `World.scene`. pairs: names of the scenes, in order. seed: of the world. size: side in pixels.
-    """
+    """Scenes of a world as a dataset, read like a `SegmentationDataset`. pairs: names in order; size: side (pixels)."""
 
     split: str
     pairs: tuple[SceneName, ...]
@@ -265,5 +246,6 @@ class WorldScenes:
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.int32]]:
         """An RGB image and its labels (H, W)."""
-        scene = World(self.seed).scene(self.pairs[index].number, self.size, self.split)
+        number = int(self.pairs[index].name.rpartition("-")[2])
+        scene = World(self.seed).scene(number, self.size, self.split)
         return Image.fromarray(scene.image), scene.labels
