@@ -13,11 +13,11 @@ from . import options
 
 
 @click.command("segment")
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=options.PATH)
 @click.option("-c", "--classes", help='Class names, separated by commas: "cat, grass, sky".')
 @click.option(
     "--classes-file",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Class names from a text file, one per line, or a JSON array. The first synonym on a line is used.",
 )
 @options.model("catseg-vitb")
@@ -39,15 +39,13 @@ def segment_command(
     inputs: tuple[Path, ...],
     classes: str | None,
     classes_file: Path | None,
-    preset: str,
-    weights: str,
     out: Path,
     mode: str,
     kinds: tuple[str, ...],
     alpha: float,
-    device: str | None,
     max_side: int | None,
     quiet: bool,
+    **model: Any,
 ) -> None:
     """Segment images, or all images of a folder, into the classes you name.
 
@@ -57,7 +55,7 @@ def segment_command(
 
     A broken image is reported and skipped; the exit code is then 1.
     """
-    # Heavy imports come late, so that --help and typing mistakes are answered at once.
+    # Heavy imports come late in all commands, so that --help and typing mistakes are answered at once.
     from tqdm import tqdm
 
     from ..images import MAX_SIDE, list_images
@@ -69,7 +67,7 @@ def segment_command(
         names = check_classes(parse_classes(classes) if classes is not None else read_classes(Path(str(classes_file))))
         images = list_images(inputs)
         options.check_folder(out)
-        segmenter = options.load_model(preset, weights, device, max_side=MAX_SIDE if max_side is None else max_side)
+        segmenter = options.load_model(**model, max_side=max_side or MAX_SIDE)
         segmenter.embed_text(names, progress=not quiet)
 
     failures = 0
