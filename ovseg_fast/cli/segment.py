@@ -11,6 +11,8 @@ import click
 
 from . import options
 
+ENDINGS = {"overlay": "overlay.png", "labels": "labels.png", "npz": "labels.npz"}
+
 
 @click.command("segment")
 @click.argument("inputs", nargs=-1, required=True, type=options.PATH)
@@ -26,7 +28,7 @@ from . import options
 @click.option(
     "--save",
     "kinds",
-    type=click.Choice(["overlay", "labels", "npz"]),
+    type=click.Choice(list(ENDINGS)),
     multiple=True,
     default=("overlay", "labels"),
     show_default=True,
@@ -76,13 +78,19 @@ def segment_command(
     for path in bar:
         try:
             result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
-            written = _write(result, out, stems[path], kinds, alpha)
+            out.mkdir(parents=True, exist_ok=True)
+            written = {kind: out / f"{stems[path]}_{ENDINGS[kind]}" for kind in kinds}
+            for kind, target in written.items():
+                if kind == "labels":
+                    result.save_labels(target)
+                else:
+                    result.save(target, alpha=alpha)
         except options.EXPECTED as error:
             failures += 1
             bar.write(options.message(error), file=sys.stderr)
             continue
         if not quiet:
-            bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written))}", file=sys.stdout)
+            bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written.values()))}", file=sys.stdout)
     if failures:
         if len(images) > 1:
             click.echo(f"ovseg-fast: {failures} of {len(images)} images failed.", err=True)
@@ -100,15 +108,3 @@ def _output_stems(images: list[Path]) -> dict[Path, str]:
         if repeated[stem] > 1:
             stems[path] = f"{stem}_{seen[stem]}"
     return stems
-
-
-def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: float) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    endings = {"overlay": "overlay.png", "labels": "labels.png", "npz": "labels.npz"}
-    paths = {kind: out / f"{stem}_{endings[kind]}" for kind in kinds}
-    for kind, path in paths.items():
-        if kind == "labels":
-            result.save_labels(path)
-        else:
-            result.save(path, alpha=alpha)
-    return list(paths.values())

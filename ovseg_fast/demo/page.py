@@ -74,14 +74,12 @@ def page(
     for start in range(0, len(shown), COLUMNS):
         rows += [[], []]
         for i in shown[start : start + COLUMNS]:
-            maps, scores, note = costs[i], result.scores[i], _range("cosine", costs[i])
+            maps, scores = costs[i], result.scores[i]
+            note = f"cosine {maps.min():.2f} to {maps.max():.2f}"
             rows[-2].append(Panel(cost_map(maps, low, high), result.classes[i], notes[i], note, colours[i]))
-            rows[-1].append(Panel(cost_map(scores, 0, 1), note=_range("score", scores)))
+            note = f"score {scores.min():.2f} to {scores.max():.2f}"
+            rows[-1].append(Panel(cost_map(scores, 0, 1), note=note))
     return panels(rows, title, subtitle, side)
-
-
-def _range(what: str, values: NDArray[np.float32]) -> str:
-    return f"{what} {values.min():.2f} to {values.max():.2f}"
 
 
 def _coloured(image: Image.Image, labels: NDArray[np.int32], names: Sequence[str]) -> Image.Image:

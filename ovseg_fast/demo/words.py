@@ -90,10 +90,8 @@ def understand_scene(text: str, rng: np.random.Generator) -> tuple[list[str], li
         ValueError: a thing is not a class of the world or occurs twice, there are two grounds, or no object.
     """
     separator = r",|;|\band\b|" + "|".join(rf"\b{word}\b" for word in ON)
-    things = (
-        re.sub(r"^(an?|the)\s+", "", thing.strip(" ."), flags=re.I) for thing in re.split(separator, text, flags=re.I)
-    )
-    names = check_classes([thing for thing in things if thing])
+    things = (thing.strip(" .\t\n") for thing in re.split(separator, text, flags=re.I))
+    names = check_classes([re.sub(r"^(an?|the)\s+", "", thing, flags=re.I) for thing in things if thing])
     meant = meanings(names)
     for name, classes in zip(names, meant, strict=True):
         if not classes:
@@ -117,12 +115,11 @@ def understand_scene(text: str, rng: np.random.Generator) -> tuple[list[str], li
     colours = {OBJECTS[label][0] for label in chosen.values()}
     allowed = meant[names.index(grounds[0])] if grounds else range(FIRST_GROUND, len(WORLD.classes))
     other = [label for label in allowed if GROUNDS[label - FIRST_GROUND][0] not in colours]
-    ground = _choose(other or list(allowed), rng)
+    ground = _choose(other or allowed, rng)
     labels = [chosen.get(name, ground) for name in names]
     return names, labels if grounds else [*labels, ground]
 
 
 def _choose(labels: Sequence[int], rng: np.random.Generator) -> int:
-    unseen = [label for label in labels if label in WORLD.unseen]
-    options = unseen or list(labels)
+    options = [label for label in labels if label in WORLD.unseen] or labels
     return options[int(rng.integers(len(options)))]
