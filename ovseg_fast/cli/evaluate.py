@@ -14,12 +14,12 @@ from . import options
 @click.argument("preset", metavar="MODEL")
 @options.run_options
 @click.option(
-    "-d", "--dataset", "name", required=True, help="Such as ade20k-150; `folder` for yours, `world` for the procedural."
+    "-d", "--dataset", "name", required=True, help="Such as ade20k-150; `folder` for your own, `world` is procedural."
 )
 @click.option("--root", type=options.PATH, help="The folder that the dataset lies in; `world` has none.")
 @click.option("--split", default="val", show_default=True, help="Part of the dataset.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the procedural world.")
-@click.option("-o", "--out", type=options.PATH, help="A .json file.  [default: out/MODEL_DATASET_SPLIT_MODE.json]")
+@click.option("-o", "--out", type=options.PATH, help="Result (.json).  [default: out/MODEL_DATASET_SPLIT_MODE.json]")
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),

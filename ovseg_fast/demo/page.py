@@ -47,7 +47,7 @@ def page(
         notes: a few words on each name. shown: indices of the names whose maps are shown.
 
     Returns:
-        an RGB image: first `COLUMNS`, then each shown name's costs, on a common scale, and its scores, from 0 to 1.
+        an RGB image: the row listed at `COLUMNS`, then each shown name's costs, on one scale, and scores, from 0 to 1.
     """
     colours = [tuple(colour) for colour in palette(len(result.classes)).tolist()]
     longest = max(result.image.size)

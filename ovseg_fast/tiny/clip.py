@@ -171,10 +171,8 @@ class Batches(torch.utils.data.Dataset[Batch]):
         scenes = [self.world.scene(step * count + i, split=self.config.split) for i in range(count)]
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
         crops = object_crops(scenes, self.config.crops, self.config.crop_size, rng)
-        text, phrases = (
-            self.known.forget(self.known.encode(captions), self.config.forget, rng)
-            for captions in ([scene.captions[0] for scene in scenes], class_captions(rng))
-        )
+        captions = [scene.captions[0] for scene in scenes], class_captions(rng)
+        text, phrases = (self.known.forget(self.known.encode(each), self.config.forget, rng) for each in captions)
         return Batch(pixels, text, shown_classes(scenes), *crops, phrases)
 
 

@@ -21,8 +21,8 @@ LAST_WORDS = tuple(
 
 
 def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """At most `most` crops around single objects and pieces of ground, (B, 3, size, size) uint8, and their classes, (B,)
-    int64, all different."""
+    """At most `most` crops around single objects and pieces of ground, (B, 3, size, size) uint8, and their classes,
+    (B,) int64, all different."""
     boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
     for scene in scenes:
         for region in scene.regions:

@@ -65,7 +65,9 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
     plan = replace(plan, steps=max(1, round(share * plan.steps)), warmup=round(share * plan.warmup))
     pretrain(plan, folder / "clip", workers=workers)
     clip = folder / "clip" / CLIP_WEIGHTS
-    pack_clip(clip, weights / "clip-tiny.safetensors")
+    state, _ = checkpoints.read(clip)
+    packed = compact({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()})
+    write_whole(weights / "clip-tiny.safetensors", lambda path: path.write_bytes(save(packed)))
     for name in MODELS:
         config = read_config(PACKAGED / f"{name}.toml")
         config = replace(config, out=str(folder / name), clip_pretrained=str(clip), workers=workers)
@@ -74,13 +76,6 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
         checkpoints.load(model, trained)
         checkpoints.save(model, weights / f"{name}.safetensors", checkpoints.classes(trained), half=True)
     return weights
-
-
-def pack_clip(source: Path, target: Path) -> None:
-    """open_clip's weights of the tiny CLIP, in float16 and without the repetition in the token table."""
-    state, _ = checkpoints.read(source)
-    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    write_whole(target, lambda path: path.write_bytes(save(compact(half))))
 
 
 @torch.inference_mode()
