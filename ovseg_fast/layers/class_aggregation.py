@@ -37,6 +37,6 @@ class ClassAggregation(nn.Module):
         """(B, T, H, W, C) and text guidance (T, G) or (B, T, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.norm2, self.fc1, self.fc2)
         tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        weights = ops.ClassAggregationWeights(*tensors, self.padding_token, self.padding_guidance)
+        weights = ops.ClassAggregationWeights(*(*tensors, self.padding_token, self.padding_guidance))
         options: dict[str, Any] = {"heads": self.heads, "pooling": pooling, "pad_length": self.pad_length}
         return ops.class_aggregation(x, guidance, weights, **options, attention=self.attention, prepare=self.prepared)

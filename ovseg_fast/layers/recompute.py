@@ -40,7 +40,7 @@ def recomputed(owner: nn.Module, method: Callable[..., Tensor], *tensors: Tensor
         return method(*tensors)
     requested = backends.requested()
     call = _Call(owner, method)
-    parameters = dict(call.named_parameters())  # the caller may itself have lent them for the forward pass only
+    parameters: dict[str, Tensor] = dict(call.named_parameters())  # perhaps lent for the forward pass only
 
     def run(*tensors: Tensor) -> Tensor:
         return functional_call(call, parameters, tensors)

@@ -31,7 +31,8 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
             boxes.setdefault(region.label, (scene, _square(left + right, top + bottom, side, scene)))
         for _ in range(4):
             side = rng.uniform(20, 48)
-            box = _square(*rng.uniform(0, 2 * scene.labels.shape[0], 2), side, scene)
+            x, y = rng.uniform(0, 2 * scene.labels.shape[0], 2)
+            box = _square(x, y, side, scene)
             left, top, right, bottom = (round(edge) for edge in box)
             if (scene.labels[top:bottom, left:right] == scene.ground).mean() > 0.85:
                 boxes.setdefault(scene.ground, (scene, box))
