@@ -1,5 +1,3 @@
 """The command line: one file a command, `main` puts them together."""
 
-from .main import main
-
-__all__ = ["main"]
+from .main import main as main

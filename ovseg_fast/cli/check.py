@@ -12,7 +12,7 @@ from . import options
 
 @click.command("check")
 @click.argument("name", metavar="DATASET")
-@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("root", type=options.PATH)
 @click.option("--split", default="val", show_default=True, help="Part of the dataset.")
 @options.quiet()
 def check_command(name: str, root: Path, split: str, quiet: bool) -> None:

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from . import options
-
-MAX_SIZE = 1536  # pixels
 
 
 @click.command("demo")
 @click.option("-c", "--classes", help='Your own words: "violet spotted plus, striped red square, planks".')
 @click.option("--scene", "wish", help='What to show: "violet spotted plus and red star on water".')
 @click.option("--seed", type=click.IntRange(min=0), default=2, show_default=True, help="Another seed, another scene.")
-@click.option(
-    "--size", type=click.IntRange(32, MAX_SIZE), default=192, show_default=True, help="Side of the scene in pixels."
-)
+@click.option("--size", type=click.IntRange(32, 1536), default=192, show_default=True, help="Side in pixels.")
 @options.model("catseg-tiny")
 @options.run_options
 @options.out("out/demo")
 def demo_command(
-    classes: str | None,
-    wish: str | None,
-    seed: int,
-    size: int,
-    preset: str,
-    weights: str,
-    out: Path,
-    mode: str,
-    device: str | None,
+    classes: str | None, wish: str | None, seed: int, size: int, out: Path, mode: str, **model: Any
 ) -> None:
     """Draw a scene with things never trained on, segment it by words, and measure the result.
 
@@ -44,22 +33,20 @@ def demo_command(
     combination of words is not in the training scenes. Without --classes the names are those of everything in the
     scene, and of some things that differ from them in one word.
     """
-    # Heavy imports come late, so that --help and typing mistakes are answered at once.
     from ..vocabulary import parse_classes
 
     with options.exit_on_error(options.BAD_INPUT):
         typed = None if classes is None else parse_classes(classes)
         options.check_folder(out)
         from ..demo.run import ask, run
-        from ..models.presets import get_preset
 
-        get_preset(preset)
         asked = ask(wish, typed, seed, size)
-        segmenter = options.load_model(preset, weights, device)
+        segmenter = options.load_model(**model)
         segmenter.embed_text(asked.names)
+    random = model["weights"] == "random"
     with options.exit_on_error(options.FAILED):
-        name = f"{preset} with random weights" if weights == "random" else preset
+        name = model["preset"] + (" with random weights" if random else "")
         lines, files = run(segmenter, asked, mode, out, name)
     click.echo("\n".join([*lines, "", *map(str, files)]))
-    if weights == "random":
+    if random:
         click.echo("The weights of this model are random: everything runs, but pictures and numbers mean nothing.")

@@ -14,33 +14,20 @@ from . import options
 @click.argument("preset", metavar="MODEL")
 @options.run_options
 @click.option(
-    "-d",
-    "--dataset",
-    "name",
-    required=True,
-    help="The dataset's name, such as ade20k-150; `folder` for your own, `world` for the procedural world.",
+    "-d", "--dataset", "name", required=True, help="Such as ade20k-150; `folder` for your own, `world` is procedural."
 )
-@click.option("--root", type=click.Path(path_type=Path), help="The folder that the dataset lies in; `world` has none.")
+@click.option("--root", type=options.PATH, help="The folder that the dataset lies in; `world` has none.")
 @click.option("--split", default="val", show_default=True, help="Part of the dataset.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the procedural world.")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="A .json file for the result.  [default: out/MODEL_DATASET_SPLIT_MODE.json]",
-)
+@click.option("-o", "--out", type=options.PATH, help="Result (.json).  [default: out/MODEL_DATASET_SPLIT_MODE.json]")
 @click.option(
     "--seen-offset",
     type=click.FloatRange(0, 1),
-    help="What the model subtracts from the probabilities of seen classes (Cascade-CLIP: 0.1 as published, 0 after "
-    "transductive training).  [default: the model's]",
+    help="Subtracted from seen classes' probabilities (Cascade-CLIP: 0.1, transductive 0).  [default: the model's]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first images, this many.")
 @click.option(
-    "--resume/--restart",
-    default=True,
-    show_default=True,
-    help="Resume a run that was stopped or killed, or discard it.",
+    "--resume/--restart", default=True, show_default=True, help="Resume or discard a run that was stopped or killed."
 )
 @options.quiet("No progress bar and no table.")
 def evaluate_command(
@@ -82,16 +69,10 @@ def evaluate_command(
         if seen_offset is not None:
             segmenter.model.seen_offset = seen_offset
         target = Path("out", f"{preset}_{name}_{dataset.split}_{mode}.json") if out is None else out
+        seen = _trained_on(weights, dataset.vocabulary.classes)
         try:
             result = evaluate(
-                segmenter,
-                dataset,
-                target,
-                mode=mode,
-                seen=_trained_on(weights, dataset.vocabulary.classes),
-                progress=not quiet,
-                limit=limit,
-                restart=not resume,
+                segmenter, dataset, target, mode=mode, seen=seen, progress=not quiet, limit=limit, restart=not resume
             )
         except EvaluationError as error:
             options.fail(error, options.FAILED)
@@ -105,12 +86,10 @@ def evaluate_command(
 
 def _trained_on(weights: str, classes: tuple[str, ...]) -> list[str] | None:
     """The classes that a checkpoint of this package says it was trained on; None if it does not say."""
-    if not Path(weights).is_file():
-        return None
     from .. import checkpoints
     from ..vocabulary import prompt_name
 
-    trained = checkpoints.classes(weights)
+    trained = checkpoints.classes(weights) if Path(weights).is_file() else None
     if trained is None:
         return None
     known = {prompt_name(name).casefold() for name in trained}

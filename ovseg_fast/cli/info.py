@@ -10,15 +10,14 @@ import torch
 from .. import __version__, backends, native
 from ..models.presets import PRESETS, Preset
 
-_PACKAGES = ("open_clip_torch", "torchvision", "numpy", "pillow", "safetensors", "huggingface_hub")
-_OPTIONAL = ("triton", "xformers")
+_PACKAGES = "open_clip_torch", "torchvision", "numpy", "pillow", "safetensors", "huggingface_hub", "triton", "xformers"
 
 
 def report() -> str:
     """Versions, devices, operators and models as plain text. Initialises and builds nothing."""
     sections = {
         "ovseg-fast": [("version", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-        + [(name, _version(name)) for name in (*_PACKAGES, *_OPTIONAL)],
+        + [(name, _version(name)) for name in _PACKAGES],
         "devices": _devices(),
         "native library": [("libovseg", native_library())],
         "models": [(preset.name, f"{preset.note}; {_weights(preset)}") for preset in PRESETS.values()],

@@ -17,13 +17,14 @@ FAILED = 1  # exit code: some or all of the work could not be done
 BAD_INPUT = 2  # exit code: an argument does not fit, nothing was started
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)  # errors reported in one line
 
+PATH = click.Path(path_type=Path)
+
 _weights = click.option(
     "-w",
     "--weights",
     default="published",
     show_default=True,
-    help="A checkpoint file (upstream's or this package's), `published` (downloaded; for the tiny models, part of this "
-    "package), or `random`.",
+    help="A checkpoint file, upstream's or ours; `published` (downloaded; the tiny ones are packaged); or `random`.",
 )
 _mode = click.option(
     "--mode",
@@ -45,8 +46,7 @@ def model(default: str) -> Any:
 
 
 def out(default: str) -> Any:
-    path = click.Path(path_type=Path)
-    return click.option("-o", "--out", type=path, default=default, show_default=True, help="Folder for the results.")
+    return click.option("-o", "--out", type=PATH, default=default, show_default=True, help="Folder for the results.")
 
 
 def quiet(help: str = "No progress bar.") -> Any:
@@ -54,14 +54,14 @@ def quiet(help: str = "No progress bar.") -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError if the folder of results cannot be made, because it or a parent is a file."""
+    """Raises ValueError if the folder or a parent is a file."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--out must be a folder, {existing} is a file.")
 
 
 def load_model(preset: str, weights: str, device: str | None, **options: Any) -> Segmenter:
-    """The model, once the backend asked for is known to run on its device. Imports PyTorch."""
+    """The model, once its device is known to run the backend asked for. Imports PyTorch."""
     from .. import backends
     from ..segmenter import load
 

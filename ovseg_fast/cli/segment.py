@@ -11,13 +11,15 @@ import click
 
 from . import options
 
+ENDINGS = {"overlay": "overlay.png", "labels": "labels.png", "npz": "labels.npz"}
+
 
 @click.command("segment")
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=options.PATH)
 @click.option("-c", "--classes", help='Class names, separated by commas: "cat, grass, sky".')
 @click.option(
     "--classes-file",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Class names from a text file, one per line, or a JSON array. The first synonym on a line is used.",
 )
 @options.model("catseg-vitb")
@@ -26,7 +28,7 @@ from . import options
 @click.option(
     "--save",
     "kinds",
-    type=click.Choice(["overlay", "labels", "npz"]),
+    type=click.Choice(list(ENDINGS)),
     multiple=True,
     default=("overlay", "labels"),
     show_default=True,
@@ -39,15 +41,13 @@ def segment_command(
     inputs: tuple[Path, ...],
     classes: str | None,
     classes_file: Path | None,
-    preset: str,
-    weights: str,
     out: Path,
     mode: str,
     kinds: tuple[str, ...],
     alpha: float,
-    device: str | None,
     max_side: int | None,
     quiet: bool,
+    **model: Any,
 ) -> None:
     """Segment images, or all images of a folder, into the classes you name.
 
@@ -57,7 +57,7 @@ def segment_command(
 
     A broken image is reported and skipped; the exit code is then 1.
     """
-    # Heavy imports come late, so that --help and typing mistakes are answered at once.
+    # Heavy imports come late in all commands, so that --help and typing mistakes are answered at once.
     from tqdm import tqdm
 
     from ..images import MAX_SIDE, list_images
@@ -69,7 +69,7 @@ def segment_command(
         names = check_classes(parse_classes(classes) if classes is not None else read_classes(Path(str(classes_file))))
         images = list_images(inputs)
         options.check_folder(out)
-        segmenter = options.load_model(preset, weights, device, max_side=MAX_SIDE if max_side is None else max_side)
+        segmenter = options.load_model(**model, max_side=max_side or MAX_SIDE)
         segmenter.embed_text(names, progress=not quiet)
 
     failures = 0
@@ -78,13 +78,19 @@ def segment_command(
     for path in bar:
         try:
             result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
-            written = _write(result, out, stems[path], kinds, alpha)
+            out.mkdir(parents=True, exist_ok=True)
+            written = {kind: out / f"{stems[path]}_{ENDINGS[kind]}" for kind in kinds}
+            for kind, target in written.items():
+                if kind == "labels":
+                    result.save_labels(target)
+                else:
+                    result.save(target, alpha=alpha)
         except options.EXPECTED as error:
             failures += 1
             bar.write(options.message(error), file=sys.stderr)
             continue
         if not quiet:
-            bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written))}", file=sys.stdout)
+            bar.write(f"{path}: {result.summary(4)} -> {', '.join(map(str, written.values()))}", file=sys.stdout)
     if failures:
         if len(images) > 1:
             click.echo(f"ovseg-fast: {failures} of {len(images)} images failed.", err=True)
@@ -102,15 +108,3 @@ def _output_stems(images: list[Path]) -> dict[Path, str]:
         if repeated[stem] > 1:
             stems[path] = f"{stem}_{seen[stem]}"
     return stems
-
-
-def _write(result: Any, out: Path, stem: str, kinds: tuple[str, ...], alpha: float) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    endings = {"overlay": "overlay.png", "labels": "labels.png", "npz": "labels.npz"}
-    paths = {kind: out / f"{stem}_{endings[kind]}" for kind in kinds}
-    for kind, path in paths.items():
-        if kind == "labels":
-            result.save_labels(path)
-        else:
-            result.save(path, alpha=alpha)
-    return list(paths.values())

@@ -10,7 +10,7 @@ from . import options
 
 
 @click.command("train")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=options.PATH)
 @click.option("--restart", is_flag=True, help="Start over if the folder holds a run, instead of resuming it.")
 @options.quiet()
 def train_command(config: Path, restart: bool, quiet: bool) -> None:

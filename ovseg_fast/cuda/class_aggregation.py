@@ -10,15 +10,7 @@ from torch import Tensor
 
 from .. import native
 from .common.layer_norm import EPS, layer_norm_backward
-from .common.residual_mlp import residual_mlp_backward
-
-__all__ = [
-    "class_aggregation",
-    "class_attention_backward",
-    "residual_mlp_backward",
-    "resize_backward",
-    "tokens_backward",
-]
+from .common.residual_mlp import residual_mlp_backward as residual_mlp_backward
 
 
 def class_aggregation(x: Tensor, terms: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

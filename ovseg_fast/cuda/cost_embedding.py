@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .cost_volume import cost_volume, cost_volume_backward
-
-# The last four for the backward in `ovseg_fast/ops/cost_embedding.py`.
-__all__ = ["cost_embedding", "cost_gradient", "cost_volume", "cost_volume_backward", "weight_gradient"]
+from .cost_volume import cost_volume as cost_volume
+from .cost_volume import cost_volume_backward as cost_volume_backward
 
 SHARES = 264  # blocks, about, that share the sum of the weight's gradient: two for each processor of an H100
 SHARE = 192  # tokens, about, that are worth a block

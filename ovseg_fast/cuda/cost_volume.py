@@ -25,10 +25,10 @@ def cost_volume_backward(
     image_grad = text_grad = None
     if needs[0]:
         units = _through_norm(None, text).flatten(0, 1)
-        image_grad = _through_norm(grad.transpose(1, 2) @ units, image)
+        image_grad = _through_norm(native.aligned(grad.transpose(1, 2) @ units), image)
     if needs[1]:
         units = _through_norm(None, image).flatten(1, 2)
-        text_grad = _through_norm(torch.einsum("bks,bse->ke", grad, units), text)
+        text_grad = _through_norm(native.aligned(torch.einsum("bks,bse->ke", grad, units)), text)
     return [image_grad, text_grad]
 
 
@@ -36,6 +36,5 @@ def _through_norm(products: Tensor | None, x: Tensor) -> Tensor:
     """The gradient of x from that of its rows scaled to length 1; the scaled rows themselves if it is None."""
     out = torch.empty_like(x)
     channels = x.shape[-1]
-    products = None if products is None else native.aligned(products)
     native.call("ovseg_cost_volume_norm_bwd", products, x, out, x.numel() // channels, channels)
     return out

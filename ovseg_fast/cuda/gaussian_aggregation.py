@@ -21,12 +21,11 @@ def gaussian_aggregation_backward(
     grad: Tensor, features: Tensor, weights: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of features and weights."""
-    need_features, need_weights = needs
     layers, size = len(features), grad.numel()
     count = PARTIAL_SUMS * -(-size * grad.element_size() // BLOCK)
-    features_grad = torch.empty_like(features) if need_features else None
-    weights_grad = torch.empty_like(weights) if need_weights else None
-    sums = features.new_empty(layers, count, dtype=torch.float32) if need_weights else None
+    features_grad = torch.empty_like(features) if needs[0] else None
+    weights_grad = torch.empty_like(weights) if needs[1] else None
+    sums = features.new_empty(layers, count, dtype=torch.float32) if needs[1] else None
     native.call(
         "ovseg_gaussian_aggregation_bwd", grad, features, weights, features_grad, weights_grad, sums,
         layers, size, count,

@@ -31,8 +31,7 @@ def projection_backward(
     grad: Tensor, hidden: Sequence[Tensor], patches: int, norms: Sequence[Tensor], shared_eps: float, norm_eps: float,
     projection: Tensor, weights: Tensor | None, need_normed: bool, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradient of the product with the projection, what it multiplies, its rows' statistics, the weights'
-    gradient."""
+    """The gradient of the product with the projection, what it multiplies, its rows' statistics, weights' gradient."""
     like, layers = hidden[0], len(hidden)
     batch, tokens, channels = like.shape
     rows = batch * patches

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .. import native
 from .common.layer_norm import EPS, layer_norm_backward
-from .common.residual_mlp import residual_mlp_backward
-
-__all__ = ["norm_backward", "residual_mlp_backward", "spatial_aggregation", "window_attention_backward"]
+from .common.residual_mlp import residual_mlp_backward as residual_mlp_backward
 
 
 def spatial_aggregation(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

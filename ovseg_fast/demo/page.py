@@ -20,13 +20,9 @@ UNNAMED = "no name was typed"
 
 
 def cost_maps(segmenter: Segmenter, image: Image.Image, names: Sequence[str]) -> NDArray[np.float32]:
-    """Cosines of the dense image embeddings with the names' text embeddings: what the model starts from.
+    """Cosines of dense image and text embeddings, (T, H, W) in −1..1, resized to the image, encoded in one pass.
 
-    For CAT-Seg that is the cost volume that is aggregated (section 3.2); for Cascade-CLIP the embeddings are those of
-    the last stage. The whole image is encoded in one pass, whatever the mode.
-
-    Returns:
-        (T, H, W) in −1..1, resized to the image.
+    They are what the model starts from: the cost volume of CAT-Seg (section 3.2), the last stage of Cascade-CLIP.
     """
     model = segmenter.model.eval()
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(segmenter.device, model.pixel_mean.dtype)
@@ -51,8 +47,7 @@ def page(
         notes: a few words on each name. shown: indices of the names whose maps are shown.
 
     Returns:
-        an RGB image: in the first row scene, truth, prediction, wrong pixels and key; then for each shown name its
-        costs, on a common scale, and its scores, on the scale 0..1, with their ranges.
+        an RGB image: the row listed at `COLUMNS`, then each shown name's costs, on one scale, and scores, from 0 to 1.
     """
     colours = [tuple(colour) for colour in palette(len(result.classes)).tolist()]
     longest = max(result.image.size)
@@ -67,28 +62,24 @@ def page(
     entries = [(colours[index], result.classes[index]) for index in present]
     if not counted.all():
         entries.append((HATCH, UNNAMED))
-    rows = [
-        [
-            Panel(result.image, "Scene"),
-            Panel(_coloured(result.image, truth, result.classes), "Truth"),
-            Panel(_coloured(result.image, result.labels, result.classes), "Prediction"),
-            Panel(_errors(result.image, wrong, counted), "Wrong pixels", note=share),
-            Panel(key(entries, width, height), "Names"),
-        ]
+    first = [
+        Panel(result.image, "Scene"),
+        Panel(_coloured(result.image, truth, result.classes), "Truth"),
+        Panel(_coloured(result.image, result.labels, result.classes), "Prediction"),
+        Panel(_errors(result.image, wrong, counted), "Wrong pixels", note=share),
+        Panel(key(entries, width, height), "Names"),
     ]
+    rows = [first]
     low, high = float(costs[list(shown)].min()), float(costs[list(shown)].max())
     for start in range(0, len(shown), COLUMNS):
         rows += [[], []]
         for i in shown[start : start + COLUMNS]:
             maps, scores = costs[i], result.scores[i]
-            cosines = Panel(cost_map(maps, low, high), result.classes[i], notes[i], _range("cosine", maps), colours[i])
-            rows[-2].append(cosines)
-            rows[-1].append(Panel(cost_map(scores, 0, 1), note=_range("score", scores)))
+            note = f"cosine {maps.min():.2f} to {maps.max():.2f}"
+            rows[-2].append(Panel(cost_map(maps, low, high), result.classes[i], notes[i], note, colours[i]))
+            note = f"score {scores.min():.2f} to {scores.max():.2f}"
+            rows[-1].append(Panel(cost_map(scores, 0, 1), note=note))
     return panels(rows, title, subtitle, side)
-
-
-def _range(what: str, values: NDArray[np.float32]) -> str:
-    return f"{what} {values.min():.2f} to {values.max():.2f}"
 
 
 def _coloured(image: Image.Image, labels: NDArray[np.int32], names: Sequence[str]) -> Image.Image:

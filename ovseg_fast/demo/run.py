@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,25 +32,15 @@ class Asked(NamedTuple):
     meant: list[tuple[int, ...]]
 
 
-class _Row(NamedTuple):
-    """A row of the table; the IoU of a name that is not in the scene is NaN."""
-
-    name: str
-    split: str
-    iou: float
-    remark: str
-
-
 def ask(wish: str | None, typed: list[str] | None, seed: int, size: int) -> Asked:
     """A scene and names for it.
 
     Args:
-        wish: a description of the scene; by default the first one of the seed with two unseen objects.
+        wish: describes the scene; by default it is the seed's first with two unseen objects. size: side in pixels.
         typed: the names; by default those of everything visible in the scene, and distractors.
-        seed: of the world. size: side in pixels.
 
     Raises:
-        ValueError: there is no such scene, or two names mean the same.
+        ValueError: such a scene does not exist, or two names mean the same.
     """
     world, rng = World(seed), np.random.default_rng(seed)
     if wish is not None:
@@ -108,19 +97,22 @@ def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) ->
     matrix.update(result.labels, right)
     scores = matrix.scores(seen=[index for index, flag in enumerate(unseen) if not flag])
 
-    rows = []
+    rows, notes = [("class", "split", "IoU", "")], []
     for name, classes, here, flag, iou in zip(names, meant, shown, unseen, scores.iou, strict=True):
         said = [WORLD.classes[label] for label in here or (classes if len(classes) == 1 else ())]
         text = name if not said or said == [name] else f"{name} ({', '.join(said)})"
         remark = "" if here else "not in the scene" if classes else "not of this world"
-        rows.append(_Row(text, "-" if not classes else "unseen" if flag else "seen", iou if here else np.nan, remark))
-    notes = [row.remark or f"{row.split}, IoU {100 * row.iou:.0f} %" for row in rows]
+        split = "-" if not classes else "unseen" if flag else "seen"
+        rows.append((text, split, _percent(iou) if here else "-", remark))
+        notes.append(remark or f"{split}, IoU {100 * iou:.0f} %")
     means = f"mIoU {_percent(scores.miou)}"
     if np.isfinite(scores.hiou):
         means += f"  (unseen {_percent(scores.miou_unseen)}, seen {_percent(scores.miou_seen)})"
     largest = np.argsort(-(scores.truth + scores.predicted), kind="stable")[:PANELS]
     costs = cost_maps(segmenter, image, names)
-    sheet = page(result, right, costs, notes, sorted(largest.tolist()), f"{model}: {means}", _describe(asked))
+    things = ", ".join(scene.classes[region.label] for region in scene.regions)
+    description = f"{asked.where}: {things} on {scene.classes[scene.ground]}"
+    sheet = page(result, right, costs, notes, sorted(largest.tolist()), f"{model}: {means}", description)
     overlay, labels = result.overlay(), label_image(result.labels, len(names))
     out.mkdir(parents=True, exist_ok=True)
     pictures = {"demo": sheet, "demo_scene": image, "demo_overlay": overlay, "demo_labels": labels}
@@ -130,27 +122,16 @@ def run(segmenter: Segmenter, asked: Asked, mode: str, out: Path, model: str) ->
 
     if not scores.present.any():
         means = "There is no mIoU: none of the names is in the scene. --scene draws one from your own words."
-    lines = [_describe(asked), "", *_table(rows), "", means]
+    width = max(len(name) for name, *_ in rows)
+    table = [f"{name:<{width}}  {split:<6}  {iou:>7}  {remark}".rstrip() for name, split, iou, remark in rows]
+    lines = [description, "", *table, "", means]
     left_out = [label for label in np.unique(scene.labels).tolist() if not any(label in classes for classes in meant)]
     if left_out:
-        things = ", ".join(WORLD.classes[label] for label in left_out)
-        share = 100 * float((right < 0).mean())
-        lines.append(f"Not counted, because no name means it: {things} ({share:.1f} % of the picture).")
+        things, share = ", ".join(WORLD.classes[label] for label in left_out), _percent((right < 0).mean())
+        lines.append(f"Not counted, because no name means it: {things} ({share} of the picture).")
     if len(names) > PANELS:
         lines.append(f"The picture shows the maps of {PANELS} of the {len(names)} names, those with the most pixels.")
     return lines, files
-
-
-def _describe(asked: Asked) -> str:
-    scene = asked.scene
-    things = ", ".join(scene.classes[region.label] for region in scene.regions)
-    return f"{asked.where}: {things} on {scene.classes[scene.ground]}"
-
-
-def _table(rows: Sequence[_Row]) -> list[str]:
-    cells = [("class", "split", "IoU", ""), *((row.name, row.split, _percent(row.iou), row.remark) for row in rows)]
-    width = max(len(name) for name, *_ in cells)
-    return [f"{name:<{width}}  {split:<6}  {iou:>7}  {remark}".rstrip() for name, split, iou, remark in cells]
 
 
 def _percent(ratio: float) -> str:

@@ -19,11 +19,10 @@ _CLASS_WORDS = tuple(frozenset(name.split()) for name in WORLD.classes)
 
 
 def matching(name: str) -> tuple[int, ...]:
-    """Indices of the classes that have all words of a name.
+    """Indices of the classes that have all words of a name; none if one of its words is unknown.
 
-    Synonyms, articles, case and word order do not matter: "a Spotted violet plus" is the class "purple dotted cross". A
-    name with fewer words means every class that fits: "water" is water of any colour. A name with an unknown word means
-    none.
+    Synonyms, articles, case and order do not matter: "a Spotted violet plus" is the class "purple dotted cross". Fewer
+    words mean every class that fits: "water" is water of any colour.
     """
     words = set(re.findall(r"\w+", prompt_name(name).casefold())) - _ARTICLES
     known = frozenset().union(*(_MEANS.get(word, {word}) for word in words))
@@ -46,24 +45,22 @@ def meanings(names: Sequence[str]) -> list[tuple[int, ...]]:
 
 
 def truth(labels: NDArray[np.int32], meant: Sequence[Collection[int]]) -> NDArray[np.int32]:
-    """The right name for every pixel: the most specific one that means its class.
+    """The right name for every pixel: the most specific one that means its class, of equals the first.
 
     Args:
-        labels: (H, W) class indices of a scene. meant: the classes that each of T names means, see `meanings`.
+        labels: (H, W) class indices of a scene. meant: the classes that each name means, see `meanings`.
 
     Returns:
         (H, W) int32 indices into the names; −1 where no name means the class.
     """
     table = np.full(len(WORLD.classes), -1, np.int32)
-    # The most specific name comes last; of equals the first.
     for index in sorted(range(len(meant)), key=lambda index: (len(meant[index]), index), reverse=True):
         table[list(meant[index])] = index
     return table[labels]
 
 
 def distractors(labels: Sequence[int], count: int, rng: np.random.Generator, known: Collection[int] = ()) -> list[int]:
-    """Up to `count` classes outside `labels` and `known` that differ in one word from one of `labels`, which take
-    turns."""
+    """Up to `count` classes outside `labels` and `known`, each one word away from one of `labels`, which take turns."""
     found: list[int] = []
     for turn in range(count):
         label = labels[turn % len(labels)]
@@ -83,8 +80,8 @@ def understand_scene(text: str, rng: np.random.Generator) -> tuple[list[str], li
     """The classes that "a violet spotted plus and a red star on water" describes.
 
     Things are separated by commas or "and"; the ground follows "on", "over" or "in front of", or is one of the things.
-    Missing words, such as the star's pattern and the water's colour, are chosen to give combinations that are never
-    trained on, and a ground of another colour than the objects. Without a ground, one is chosen.
+    Missing words, such as the water's colour, and a missing ground are chosen: combinations that are never trained on,
+    and a ground of another colour than the objects.
 
     Returns:
         the names as written, without articles; the class index of each, then that of a chosen ground.
@@ -93,10 +90,8 @@ def understand_scene(text: str, rng: np.random.Generator) -> tuple[list[str], li
         ValueError: a thing is not a class of the world or occurs twice, there are two grounds, or no object.
     """
     separator = r",|;|\band\b|" + "|".join(rf"\b{word}\b" for word in ON)
-    things = (
-        re.sub(r"^(an?|the)\s+", "", thing.strip(" ."), flags=re.I) for thing in re.split(separator, text, flags=re.I)
-    )
-    names = check_classes([thing for thing in things if thing])
+    things = (thing.strip(" .\t\n") for thing in re.split(separator, text, flags=re.I))
+    names = check_classes([re.sub(r"^(an?|the)\s+", "", thing, flags=re.I) for thing in things if thing])
     meant = meanings(names)
     for name, classes in zip(names, meant, strict=True):
         if not classes:
@@ -120,12 +115,11 @@ def understand_scene(text: str, rng: np.random.Generator) -> tuple[list[str], li
     colours = {OBJECTS[label][0] for label in chosen.values()}
     allowed = meant[names.index(grounds[0])] if grounds else range(FIRST_GROUND, len(WORLD.classes))
     other = [label for label in allowed if GROUNDS[label - FIRST_GROUND][0] not in colours]
-    ground = _choose(other or list(allowed), rng)
+    ground = _choose(other or allowed, rng)
     labels = [chosen.get(name, ground) for name in names]
     return names, labels if grounds else [*labels, ground]
 
 
 def _choose(labels: Sequence[int], rng: np.random.Generator) -> int:
-    unseen = [label for label in labels if label in WORLD.unseen]
-    options = unseen or list(labels)
+    options = [label for label in labels if label in WORLD.unseen] or labels
     return options[int(rng.integers(len(options)))]

@@ -18,10 +18,9 @@ class UnusedParts(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("self_attn_in_proj_weight", torch.zeros(3 * channels, channels))
-        self.register_buffer("self_attn_in_proj_bias", torch.zeros(3 * channels))
-        self.register_buffer("self_attn_out_proj_weight", torch.zeros(channels, channels))
-        self.register_buffer("self_attn_out_proj_bias", torch.zeros(channels))
+        for name, width in (("in", 3 * channels), ("out", channels)):
+            self.register_buffer(f"self_attn_{name}_proj_weight", torch.zeros(width, channels))
+            self.register_buffer(f"self_attn_{name}_proj_bias", torch.zeros(width))
         self.register_buffer("norm1_weight", torch.ones(channels))
         self.register_buffer("norm1_bias", torch.zeros(channels))
 
@@ -31,20 +30,14 @@ class DecoderLayer(nn.Module):
 
     Args:
         channels: D of queries and memory; heads: attention heads; hidden: feed-forward width; dropout: probability.
-
-    Attributes:
-        attention: what the PyTorch form of mask attention attends with, `"sdpa"` or `"xformers"`.
     """
 
-    attention = "sdpa"
+    attention = "sdpa"  # or "xformers": what the PyTorch form of mask attention calls
 
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.q = nn.Linear(channels, channels)
-        self.k = nn.Linear(channels, channels)
-        self.v = nn.Linear(channels, channels)
-        self.proj = nn.Linear(channels, channels)
+        self.q, self.k, self.v, self.proj = (nn.Linear(channels, channels) for _ in range(4))
         self.norm2 = nn.LayerNorm(channels)
         self.linear1 = nn.Linear(channels, hidden)
         self.linear2 = nn.Linear(hidden, channels)
@@ -53,14 +46,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """(B, T, D) and (B, S, D) -> (B, T, D)."""
-        parts = (self.q, self.k, self.v, self.proj)
+        weights = (tensor for part in (self.q, self.k, self.v, self.proj) for tensor in (part.weight, part.bias))
+        dropout = self.dropout if self.training else 0.0
         attended = ops.mask_attention(
-            queries,
-            memory,
-            *(tensor for part in parts for tensor in (part.weight, part.bias)),
-            heads=self.heads,
-            dropout=self.dropout if self.training else 0.0,
-            attention=self.attention,
+            queries, memory, *weights, heads=self.heads, dropout=dropout, attention=self.attention
         )
         queries = self.norm2(queries + self._drop(attended))
         updated = self.linear2(self._drop(F.relu(self.linear1(queries))))
@@ -109,26 +98,19 @@ class CascadeHead(nn.Module):
     def aggregate(self, features: Tensor) -> list[Tensor]:
         """(L, B, S, E) features of all gathered layers -> the stages' maps, each (B, S, E).
 
-        For features that exist already; the model gathers each stage in one call, `ops.layer_gather` with weights.
+        The model gathers each stage in one call instead, `ops.layer_gather` with weights.
         """
         *parts, last = features.split([*map(len, self.stage_weights), 1])
         return [*map(ops.gaussian_aggregation, parts, self.stage_weights), last[0]]
 
     def forward(self, stages: Sequence[Tensor], global_embedding: Tensor, text: Tensor) -> Tensor:
-        """Sum of the stages' mask logits.
+        """Sum of the stages' mask logits, (B, T, S).
 
         Args:
             stages: one map (B, S, E) per stage, as `aggregate` returns them.
-            global_embedding: (B, E) unit-length image embedding.
-            text: (T, E) unit-length text embeddings.
-
-        Returns:
-            (B, T, S).
+            global_embedding, text: (B, E) of the image and (T, E), unit length.
         """
         text = text.expand(global_embedding.shape[0], -1, -1)
         relation = torch.cat([global_embedding.unsqueeze(1) * text, text], -1)
-        masks = [
-            decoder(project(relation), memory)
-            for decoder, project, memory in zip(self.decoders, self.query_projections, stages, strict=True)
-        ]
-        return torch.stack(masks).sum(0)
+        parts = zip(self.decoders, self.query_projections, stages, strict=True)
+        return torch.stack([decoder(project(relation), memory) for decoder, project, memory in parts]).sum(0)

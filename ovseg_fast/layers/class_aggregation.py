@@ -24,8 +24,7 @@ class ClassAggregation(nn.Module):
         super().__init__()
         self.heads, self.pad_length, self.attention = heads, pad_length, attention
         self.norm1 = nn.LayerNorm(channels)
-        self.q = nn.Linear(channels + guidance, channels)
-        self.k = nn.Linear(channels + guidance, channels)
+        self.q, self.k = (nn.Linear(channels + guidance, channels) for _ in range(2))
         self.v = nn.Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.fc1 = nn.Linear(channels, 4 * channels)
@@ -38,7 +37,6 @@ class ClassAggregation(nn.Module):
         """(B, T, H, W, C) and text guidance (T, G) or (B, T, G) -> (B, T, H, W, C)."""
         parts = (self.norm1, self.q, self.k, self.v, self.norm2, self.fc1, self.fc2)
         tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        tensors += [self.padding_token, self.padding_guidance]
+        weights = ops.ClassAggregationWeights(*(*tensors, self.padding_token, self.padding_guidance))
         options: dict[str, Any] = {"heads": self.heads, "pooling": pooling, "pad_length": self.pad_length}
-        options |= {"attention": self.attention, "prepare": self.prepared}
-        return ops.class_aggregation(x, guidance, ops.ClassAggregationWeights(*tensors), **options)
+        return ops.class_aggregation(x, guidance, weights, **options, attention=self.attention, prepare=self.prepared)

@@ -38,12 +38,11 @@ class CostAggregator(nn.Module):
     """Cost volume, its embedding, N aggregation layers and the upsampling decoder (CAT-Seg, sections 3.2 to 3.4).
 
     Args:
-        embed_dim: E of image and text embeddings.
-        prompts: P, prompts a class.
+        embed_dim: E of image and text embeddings; prompts: P, prompts a class.
         channels: C of the cost embedding; guidance: G of projected appearance and text guidance.
         layers, heads, window: N aggregation layers, attention heads, side of a window in tokens.
         pad_length: the class block's fixed list length. More classes than this: the best of each image go on.
-        class_attention: of the class block, `"linear"` or `"full"`.
+        class_attention: `"linear"` or `"full"`, of the class block.
         decoder_appearance, decoder_guidance, decoder_channels: see `UpsamplingDecoder`.
     """
 
@@ -78,8 +77,7 @@ class CostAggregator(nn.Module):
         """Logits of every class.
 
         Args:
-            image: (B, H, W, E) dense image embeddings, not normalised.
-            text: (T, P, E) text embeddings.
+            image: (B, H, W, E) dense image embeddings, not normalised. text: (T, P, E) text embeddings.
             appearance: guidance maps of the decoder, (B, 2H, 2W, G₁) and (B, 4H, 4W, G₂).
             pooling: side of the class block's average pooling (2 in training, 1 in the published evaluation).
 
@@ -88,24 +86,21 @@ class CostAggregator(nn.Module):
             `pad_length` highest are computed, image by image; all others get the logit −100.
         """
         classes = text.shape[0]
+        weights = self.cost_embedding.weight, cast(Tensor, self.cost_embedding.bias)
         if classes <= self.pad_length:
-            x = ops.cost_embedding(image, text, *self._cost_weights())
+            x = ops.cost_embedding(image, text, *weights)
             return self._aggregate(x, image, text, appearance, pooling)
         volume = ops.cost_volume(image, text)
         kept = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
         images = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
-        x = ops.embed_volume(volume[images, kept], *self._cost_weights())
+        x = ops.embed_volume(volume[images, kept], *weights)
         logits = self._aggregate(x, image, F.normalize(text, dim=-1)[kept], appearance, pooling)
         full = logits.new_full((kept.shape[0], classes, *logits.shape[-2:]), DROPPED_LOGIT)
         return full.index_put((images, kept), logits)
 
-    def _cost_weights(self) -> tuple[Tensor, Tensor]:
-        return self.cost_embedding.weight, cast(Tensor, self.cost_embedding.bias)
-
     def _aggregate(self, x: Tensor, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
         guidance = F.relu(self.appearance_projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        shared = text.dim() == 3  # else each image has its own classes, and the next one others
-        prepare = self.prepared if shared else prepare_now
+        prepare = self.prepared if text.dim() == 3 else prepare_now  # not if each image has its own classes
         text_guidance = prepare(self._text_guidance, text, *self.text_projection.parameters())
         for layer in self.layers:
             x = layer(x, guidance, text_guidance, pooling)

@@ -17,9 +17,9 @@ class Prepared(nn.Module):
     autocast and inference mode; on a CPU the contents are compared too. On a GPU a write through `.data`, which does
     not raise a tensor's version, goes unnoticed: call `train()` or `eval()` after it.
 
-    Nothing is remembered if a gradient is needed through a tensor, for a compiler's or tracer's tensors, inside
-    `torch.func` or forward-mode transforms, during CUDA graph capture, or for inference tensors on a GPU, which have
-    no version. `train`, `eval`, `load_state_dict`, `to` and the like forget all; copies and pickles start empty.
+    Nothing is remembered if a gradient is needed, while compiling, tracing or capturing a CUDA graph, in `torch.func`
+    or forward-mode transforms, or for inference tensors on a GPU, which have no version. `train`, `eval`,
+    `load_state_dict`, `to` and the like forget all; copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,7 @@ class Prepared(nn.Module):
     def forward(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         if not _may_remember(tensors):
             return function(*tensors)
-        on_cpu = tensors[0].device.type == "cpu"
-        key = _key(tensors)
+        on_cpu, key = tensors[0].device.type == "cpu", _key(tensors)
         old_key, kept, result = self.entries.get(function, (None, [], tensors[0]))
         if key == old_key and not (on_cpu and any(not torch.equal(*pair) for pair in zip(tensors, kept, strict=True))):
             return result
@@ -59,9 +58,8 @@ def _may_remember(tensors: tuple[Tensor, ...]) -> bool:
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return False
     traced = torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
-    if traced or forward_ad._current_level >= 0:
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if traced or needs_grad or forward_ad._current_level >= 0:
         return False
     if tensors[0].is_cuda:
         return not (torch.cuda.is_current_stream_capturing() or any(tensor.is_inference() for tensor in tensors))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,11 @@ def recomputed(owner: nn.Module, method: Callable[..., Tensor], *tensors: Tensor
         return method(*tensors)
     requested = backends.requested()
     call = _Call(owner, method)
-    # torch.func.functional_call may have lent these to the module for the forward pass only.
-    parameters: dict[str, Tensor] = dict(call.named_parameters())
+    parameters: dict[str, Tensor] = dict(call.named_parameters())  # perhaps lent for the forward pass only
 
     def run(*tensors: Tensor) -> Tensor:
         return functional_call(call, parameters, tensors)
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), backends.backend(requested)  # the backward pass may run outside the caller's choice
-
-    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    # The backward pass may run outside the caller's choice of a backend.
+    options: dict[str, Any] = {"context_fn": lambda: (nullcontext(), backends.backend(requested))}
+    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False, **options)

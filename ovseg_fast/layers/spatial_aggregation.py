@@ -24,10 +24,8 @@ class SpatialBlock(nn.Module):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.norm1 = nn.LayerNorm(channels)
-        self.q = nn.Linear(channels + guidance, channels)
-        self.k = nn.Linear(channels + guidance, channels)
-        self.v = nn.Linear(channels, channels)
-        self.proj = nn.Linear(channels, channels)
+        self.q, self.k = (nn.Linear(channels + guidance, channels) for _ in range(2))
+        self.v, self.proj = (nn.Linear(channels, channels) for _ in range(2))
         self.norm2 = nn.LayerNorm(channels)
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)

@@ -50,10 +50,8 @@ class UpsamplingDecoder(nn.Module):
     """Two guided stages and a convolution to one logit (CAT-Seg, section 3.4).
 
     Args:
-        channels: C of the aggregated cost tokens.
-        appearance: channels of the guidance maps as the encoder gives them, one a stage.
-        guidance: channels to which they are projected.
-        out: channels after each stage.
+        channels: C of the aggregated cost tokens; out: channels after each stage.
+        appearance, guidance: channels of each stage's guidance map, as the encoder gives it and projected.
     """
 
     def __init__(self, channels: int, appearance: Sequence[int], guidance: Sequence[int], out: Sequence[int]) -> None:
@@ -66,15 +64,7 @@ class UpsamplingDecoder(nn.Module):
         self.head = nn.Conv2d(out[-1], 1, 3, padding=1)
 
     def forward(self, x: Tensor, appearance: Sequence[Tensor]) -> Tensor:
-        """Decode every class.
-
-        Args:
-            x: (B, T, H, W, C).
-            appearance: guidance maps, (B, 2H, 2W, G₁) and (B, 4H, 4W, G₂).
-
-        Returns:
-            (B, T, 4H, 4W) logits.
-        """
+        """(B, T, H, W, C) and guidance maps, (B, 2H, 2W, G₁) and (B, 4H, 4W, G₂) -> logits (B, T, 4H, 4W)."""
         shared: list[Tensor] = []
         for stage, project, maps in zip(self.stages, self.guidance_projections, appearance, strict=True):
             guidance = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
@@ -84,7 +74,7 @@ class UpsamplingDecoder(nn.Module):
         return torch.cat([recomputed(self, self._decode, tile, *shared) for tile in tiles], 1)
 
     def _decode(self, x: Tensor, *shared: Tensor) -> Tensor:
-        """Logits (B, t, 4H, 4W) of a tile of classes; `shared` are each stage's guidance term and joint weight."""
+        """Logits (B, t, 4H, 4W) of a tile of classes; `shared` is that of all stages."""
         for stage, term, joint_weight in zip(self.stages, shared[::2], shared[1::2], strict=True):
             x = stage(x, term, joint_weight)
         maps = self.head(x.flatten(0, 1).permute(0, 3, 1, 2))

@@ -2,16 +2,12 @@
 
     python -m ovseg_fast.tiny.clip --out build/clip --steps 40000
 
-Each step draws scenes with their captions, crops around single things, at most one per class, and a caption of every
-class alone; classes that differ in one word are each other's hard negatives.
-
-Two contrastive losses are added: CLIP's (Radford et al., 2021, arXiv 2103.00020), of class tokens and captions, and a
-patch-aligned one after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), which averages the dense features that
-segmentation reads by how well each patch fits a text. It compares captions of single things with the crops, with the
-whole scenes, where several may be right, and there once more with those that differ only in the last word. Masks and
-positions of things serve only to cut the crops.
-
-All random numbers follow from the seed and the step, so a resumed run gives the same weights.
+Each step draws scenes with their captions, crops around single things, and a caption of every class. Two contrastive
+losses are added: CLIP's (Radford et al., 2021, arXiv 2103.00020), of class tokens and captions, and a patch-aligned one
+after PACL (Mukhoti et al., CVPR 2023, arXiv 2212.04994), which averages the dense features that segmentation reads by
+how well each patch fits a text. It compares captions of single things with the crops, with the scenes, and there once
+more with those that differ only in the last word. Masks serve only to cut the crops. All random numbers follow from the
+seed and the step.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -56,8 +53,7 @@ class PretrainingConfig:
 
     Attributes:
         seed: of the world, the initial weights and everything else. steps: of the optimiser.
-        split: of the world, see `World.scene`. Both methods expect a CLIP that has read about everything; `"train"`
-            makes one that has read about the seen combinations only.
+        split: see `World.scene`. Both methods expect a CLIP that has read about everything, not the seen classes only.
         scenes: whole scenes per step. crops: most crops per step, cut from these scenes. crop_size: their side.
         lr: peak learning rate, reached after `warmup` steps, then a cosine to zero. weight_decay: of matrices.
         dense_weight: of the patch-aligned loss, relative to the plain one.
@@ -89,16 +85,12 @@ def pretrain(
     device: str = "cpu",
     workers: int = 0,
 ) -> CLIP:
-    """Train, or resume training.
+    """Train, or resume training; returns the CLIP with the whole token table.
 
     Args:
         out: folder, made if missing. It gets `checkpoint.pt`, from which the same call resumes, and at the end
             `clip.safetensors`, in open_clip's format, for `ovseg_fast.build(..., clip_pretrained=...)`.
-        clip_config: an open_clip model configuration; `TINY_WORLD` by default.
-        device: to train on. workers: processes that draw scenes ahead; they do not change the result.
-
-    Returns:
-        the trained CLIP, with the whole token table.
+        clip_config: of open_clip; `TINY_WORLD` by default. workers: processes that draw scenes ahead.
 
     Raises:
         ValueError: the checkpoint in `out` was made with other settings.
@@ -110,15 +102,12 @@ def pretrain(
     model = _small_model(settings, known, config.seed).to(device)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
-    step, history = _resume(folder / CHECKPOINT, config, settings, model, optimizer, schedule)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    free = ("checkpoint_every", "evaluate_every", "evaluation_scenes")  # may change between the parts of a run
+    wanted = {name: value for name, value in asdict(config).items() if name not in free} | {"clip": settings}
+    step, history = _resume(folder / CHECKPOINT, wanted, parts)
     started, first = time.monotonic(), step
     losses: list[float] = []
-
-    def checkpoint() -> None:
-        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "config": _resumable(config, settings), "history": history}
-        write_whole(folder / CHECKPOINT, lambda path: torch.save(state, path))
 
     batches = torch.utils.data.DataLoader(
         Batches(config), batch_size=None, sampler=range(step, config.steps), num_workers=workers
@@ -145,21 +134,21 @@ def pretrain(
             left = (config.steps - step) * pace / 3600
             logger.info("step %d  loss %.3f  %.2f s per step  %.1f h left", step, np.mean(losses[-50:]), pace, left)
         if step % config.checkpoint_every == 0 or last:
-            checkpoint()
-    model.text.token_embedding = torch.nn.Embedding.from_pretrained(
-        expand_embedding(known.ids, model.text.token_embedding.weight.detach()), freeze=False
-    )
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "config": wanted, "history": history}
+            write_whole(folder / CHECKPOINT, partial(torch.save, state))
+    table = expand_embedding(known.ids, model.text.token_embedding.weight.detach())
+    model.text.token_embedding = torch.nn.Embedding.from_pretrained(table, freeze=False)
     write_whole(folder / WEIGHTS, lambda path: path.write_bytes(save(to_open_clip(model))))
     return model
 
 
 class Batch(NamedTuple):
-    """Training data of one step.
+    """Training data of one step; texts are rows of the small token table.
 
     Attributes:
-        scenes: (S, 3, 96, 96) uint8, whole scenes. text: (S, 77) tokens of their captions, as rows of the small table.
-        shown: (S, T) bool, the classes in each scene.
-        crops: (B, 3, h, h) uint8. labels: (B,) the class of each. phrases: (T, 77) tokens of a caption of each class.
+        scenes: (S, 3, 96, 96) uint8. text: (S, 77) their captions. shown: (S, T) bool, the classes in each.
+        crops: (B, 3, h, h) uint8. labels: (B,) the class of each. phrases: (T, 77) a caption of each class.
     """
 
     scenes: Tensor
@@ -182,10 +171,8 @@ class Batches(torch.utils.data.Dataset[Batch]):
         scenes = [self.world.scene(step * count + i, split=self.config.split) for i in range(count)]
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
         crops = object_crops(scenes, self.config.crops, self.config.crop_size, rng)
-        text, phrases = (
-            self.known.forget(self.known.encode(captions), self.config.forget, rng)
-            for captions in ([scene.captions[0] for scene in scenes], class_captions(rng))
-        )
+        captions = [scene.captions[0] for scene in scenes], class_captions(rng)
+        text, phrases = (self.known.forget(self.known.encode(each), self.config.forget, rng) for each in captions)
         return Batch(pixels, text, shown_classes(scenes), *crops, phrases)
 
 
@@ -210,15 +197,8 @@ def batch_loss(model: CLIP, batch: Batch, config: PretrainingConfig) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None = None) -> dict[str, float]:
-    """Accuracy of finding the class of a fresh crop, and zero-shot segmentation of fresh scenes.
-
-    Args:
-        known: for a model in training, whose token table is still small.
-
-    Returns:
-        `retrieval` by class token and `dense_retrieval` by patches: accuracy of crops among captions of all classes;
-        `seen` and `unseen`: mIoU over all classes of the world, by cosine alone.
-    """
+    """Accuracy of fresh crops among captions of all classes, `retrieval` by class token and `dense_retrieval` by
+    patches; mIoU of fresh scenes, `seen` and `unseen`, by cosine. `known` if the model's token table is still small."""
     model.eval()
     fresh, device = World(config.seed + 1_000_003), model.visual.proj.device
     scenes = [fresh.scene(index) for index in range(2 * config.scenes)]
@@ -231,13 +211,10 @@ def evaluate(model: CLIP, config: PretrainingConfig, known: KnownTokens | None =
 
     text, right = embed(class_captions(rng)), labels.to(device)
     whole, dense = encode(model.visual, crops.to(device))
-    by_token, by_patches = (
-        (similarity.argmax(1) == right).float().mean().item()
-        for similarity in (whole @ text.t(), patch_aligned(dense, text))
-    )
+    similarities = {"retrieval": whole @ text.t(), "dense_retrieval": patch_aligned(dense, text)}
+    retrieval = {name: (best.argmax(1) == right).float().mean().item() for name, best in similarities.items()}
     class_text = embed([prompt for (prompt,) in fill_templates(WORLD.classes, TEMPLATES)])
     scores = zero_shot_scores(model.visual, class_text, WorldScenes.first(config.evaluation_scenes, "test", fresh.seed))
-    retrieval = {"retrieval": by_token, "dense_retrieval": by_patches}
     return retrieval | {"seen": scores.miou_seen, "unseen": scores.miou_unseen}
 
 
@@ -253,8 +230,7 @@ def zero_shot_scores(visual: ImageEncoder, text: Tensor, dataset: WorldScenes) -
 @torch.no_grad()
 def zero_shot(visual: ImageEncoder, image: np.ndarray[Any, Any], text: Tensor) -> np.ndarray[Any, Any]:
     """The baseline: per pixel the class of highest cosine. (H, W, 3) uint8 and (T, E) -> (H, W) int64."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    _, dense = encode(visual, pixels.to(text.device))
+    _, dense = encode(visual, torch.from_numpy(image).permute(2, 0, 1)[None].to(text.device))
     grid = (image.shape[0] // visual.patch, image.shape[1] // visual.patch)
     maps = (dense @ text.t()).transpose(1, 2).unflatten(2, grid)
     maps = F.interpolate(maps, image.shape[:2], mode="bilinear", align_corners=False)
@@ -295,24 +271,14 @@ def _learning_rate(step: int, config: PretrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _resumable(config: PretrainingConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """What must not change between the parts of a run."""
-    free = ("checkpoint_every", "evaluate_every", "evaluation_scenes")
-    return {name: value for name, value in asdict(config).items() if name not in free} | {"clip": settings}
-
-
-def _resume(
-    path: Path, config: PretrainingConfig, settings: dict[str, Any], model: CLIP, optimizer: Any, schedule: Any
-) -> tuple[int, list[dict[str, float]]]:
+def _resume(path: Path, wanted: dict[str, Any], parts: dict[str, Any]) -> tuple[int, list[dict[str, float]]]:
     if not path.exists():
         return 0, []
     state = torch.load(path, map_location="cpu", weights_only=True)
-    wanted = _resumable(config, settings)
     if names := ", ".join(name for name in wanted if state["config"].get(name) != wanted[name]):
-        raise ValueError(
-            f"'{path}' was made with another {names}; resume with the same settings, or use another folder."
-        )
-    for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+        again = "resume with the same settings, or use another folder"
+        raise ValueError(f"'{path}' was made with another {names}; {again}.")
+    for name, part in parts.items():
         part.load_state_dict(state[name])
     logger.info("resuming after step %d of '%s'", state["step"], path)
     return state["step"], state["history"]

@@ -47,9 +47,8 @@ def soft_contrast(logits: Tensor, right: Tensor) -> Tensor:
 
 
 def near_contrast(logits: Tensor, right: Tensor, near: Tensor) -> Tensor:
-    """Each right text of an image against the wrong ones that nearly say the same.
-
-    In whole scenes the other terms rarely need the last word of a class: few scenes show the same colour and pattern.
+    """Each right text of an image against the wrong ones that nearly say the same. In scenes `soft_contrast` rarely
+    needs the last word of a class: few show the same colour and pattern.
 
     Args:
         logits: (S, T). right: (S, T) bool. near: (T, N) indices of each text's neighbours, itself first.

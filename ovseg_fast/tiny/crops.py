@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from PIL import Image
@@ -22,15 +20,9 @@ LAST_WORDS = tuple(
 )
 
 
-class Crops(NamedTuple):
-    """Images of single things (B, 3, size, size) uint8, and their classes (B,) int64."""
-
-    pictures: Tensor
-    labels: Tensor
-
-
-def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> Crops:
-    """At most `most` crops around single objects and pieces of ground, all of different classes."""
+def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """At most `most` crops around single objects and pieces of ground, (B, 3, size, size) uint8, and their classes,
+    (B,) int64, all different."""
     boxes: dict[int, tuple[Scene, tuple[float, float, float, float]]] = {}
     for scene in scenes:
         for region in scene.regions:
@@ -48,11 +40,9 @@ def object_crops(scenes: list[Scene], most: int, size: int, rng: np.random.Gener
     labels = list(boxes)
     rng.shuffle(labels)
     pictures = []
-    for label in labels[:most]:
-        scene, box = boxes[label]
-        crop = Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-        pictures.append(np.asarray(crop))
-    return Crops(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(labels[:most]))
+    for scene, box in (boxes[label] for label in labels[:most]):
+        pictures.append(np.asarray(Image.fromarray(scene.image).resize((size, size), Image.Resampling.BICUBIC, box)))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(labels[:most])
 
 
 def class_captions(rng: np.random.Generator) -> list[str]:

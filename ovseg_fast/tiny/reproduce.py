@@ -2,9 +2,8 @@
 
     python -m ovseg_fast.tiny.reproduce --out build/reproduce
 
-First the tiny CLIP, on image-caption pairs of the procedural world; then, starting from it, `catseg-tiny` and
-`cascade-clip-tiny`, on scenes of seen combinations. The settings are in `ovseg_fast/weights/*.toml`. The weights are
-rounded to float16 and measured on fresh scenes with all classes, beside the zero-shot baseline. Stopped parts resume.
+First the tiny CLIP, on image-caption pairs of the procedural world; then from it the others, on scenes of seen
+combinations, as `ovseg_fast/weights/*.toml` says. The weights are rounded to float16. Stopped parts resume.
 """
 
 from __future__ import annotations
@@ -47,15 +46,14 @@ logger = logging.getLogger(__name__)
 
 
 def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
-    """Train all three models.
+    """Train all three models; returns `weights` in the folder `out`, with the files as in `ovseg_fast/weights`.
 
     Args:
-        out: folder for the runs; its subfolder `weights` gets the files as in `ovseg_fast/weights`.
-        share: of each training's steps, above 0; a small one only shows that everything runs.
+        share: of each training's steps; a small one only shows that everything runs.
         workers: processes that draw scenes ahead.
 
-    Returns:
-        the folder of the weights.
+    Raises:
+        ValueError: `share` is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}.")
@@ -63,34 +61,21 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
     weights = folder / "weights"
     weights.mkdir(parents=True, exist_ok=True)
 
-    def steps(config: Any) -> int:
-        return max(1, round(share * config.steps))
-
     plan = read_toml(PACKAGED / "clip-tiny.toml", PretrainingConfig)
-    plan = replace(plan, steps=steps(plan), warmup=round(share * plan.warmup))
+    plan = replace(plan, steps=max(1, round(share * plan.steps)), warmup=round(share * plan.warmup))
     pretrain(plan, folder / "clip", workers=workers)
     clip = folder / "clip" / CLIP_WEIGHTS
-    pack_clip(clip, weights / "clip-tiny.safetensors")
+    state, _ = checkpoints.read(clip)
+    packed = compact({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()})
+    write_whole(weights / "clip-tiny.safetensors", lambda path: path.write_bytes(save(packed)))
     for name in MODELS:
         config = read_config(PACKAGED / f"{name}.toml")
-        config = replace(config, out=str(folder / name), clip_pretrained=str(clip))
-        trained = train(replace(config, steps=steps(config), workers=workers))
-        pack_model(name, trained, weights / f"{name}.safetensors")
+        config = replace(config, out=str(folder / name), clip_pretrained=str(clip), workers=workers)
+        trained = train(replace(config, steps=max(1, round(share * config.steps))))
+        model = build(name)
+        checkpoints.load(model, trained)
+        checkpoints.save(model, weights / f"{name}.safetensors", checkpoints.classes(trained), half=True)
     return weights
-
-
-def pack_clip(source: Path, target: Path) -> None:
-    """open_clip's weights of the tiny CLIP, in float16 and without the repetition in the token table."""
-    state, _ = checkpoints.read(source)
-    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    write_whole(target, lambda path: path.write_bytes(save(compact(half))))
-
-
-def pack_model(name: str, source: Path, target: Path) -> None:
-    """A trained model in float16."""
-    model = build(name)
-    checkpoints.load(model, source)
-    checkpoints.save(model, target, checkpoints.classes(source), half=True)
 
 
 @torch.inference_mode()
@@ -105,14 +90,11 @@ def baseline(clip: CLIP, dataset: WorldScenes) -> dict[str, float]:
 def measure(
     weights: Path = PACKAGED, clip: str | Path = TINY_CLIP, seeds: Sequence[int] = SEEDS, scenes: int = SCENES
 ) -> dict[str, Any]:
-    """Scores on fresh scenes of all combinations.
+    """Scores of the models and the baseline: `scenes`, `seeds` and `scores`, model -> a dict of `MEASURED` a seed.
 
     Args:
         weights: folder with the models' weights. clip: the tiny CLIP, as `models.clip.CLIP` takes it.
         seeds: of worlds not used in training. scenes: of each.
-
-    Returns:
-        `scenes`, `seeds` and `scores`: model -> a dict of `MEASURED` for each seed.
     """
     tiny = CLIP(TINY_WORLD, clip).eval()
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in (BASELINE, *MODELS)}
@@ -129,20 +111,18 @@ def table(results: Mapping[str, Any]) -> str:
     """The results of `measure` as a Markdown table: percent, mean and standard deviation over the seeds."""
     rows = ["| model | seen mIoU | unseen mIoU | hIoU | pixel accuracy |", "|---|---|---|---|---|"]
     for name, runs in results["scores"].items():
-        cells = []
+        row = f"| {name} |"
         for key in MEASURED:
             values = [100 * run[key] for run in runs]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+            row += f" {mean(values):.1f}{spread} |"
+        rows.append(row)
     return "\n".join(rows)
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("build/reproduce"))
-@click.option(
-    "--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of each training's steps."
-)
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of the steps.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that draw scenes ahead.")
 @click.option("--packaged", is_flag=True, help="Only measure the packaged weights.")
 @click.option("--scenes", type=click.IntRange(min=1), default=SCENES, show_default=True, help="Per seed.")

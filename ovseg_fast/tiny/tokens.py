@@ -12,12 +12,10 @@ from .crops import TEMPLATES
 
 
 class KnownTokens:
-    """The few CLIP tokens that the world's captions are made of; all others share one row, the unknown token.
+    """The few CLIP tokens that the world's captions are made of; see `models.token_table`.
 
-    A table of 49,408 rows would be nine tenths of a tiny model. CLIP's tokenizer stays in use, and the tokens keep
-    their order, so that the end token is still the largest.
-
-    Attributes: `ids` (K,) int64, ascending; row i + 1 of the small table belongs to `ids[i]`, row 0 to all others.
+    Attributes: `ids` (K,) int64, ascending, so that the end token is still the largest; row i + 1 of the small table
+    belongs to `ids[i]`, row 0 to all others, the unknown token.
     """
 
     def __init__(self) -> None:

@@ -11,17 +11,12 @@ EPS = 1e-5  # torch.nn.functional.layer_norm
 def layer_norm_backward(
     grad: Tensor, rows: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of rows (N, C), weight and bias, from that of the result; None if not needed.
-
-    Args:
-        mean, scale: (N, 1), as `torch.native_layer_norm` gives them.
-        needs: which of the three are needed.
-    """
+    """Gradients of rows (N, C), weight and bias, from that of the result; None if not needed. `mean` and `scale` are
+    those of `torch.native_layer_norm`, (N, 1)."""
     grads: list[Tensor | None] = [None] * 3
     if needs[0]:
-        only_rows = [True, False, False]
         grads[0] = torch.ops.aten.native_layer_norm_backward(
-            grad, rows, rows.shape[1:], mean, scale, weight, bias, only_rows
+            grad, rows, rows.shape[1:], mean, scale, weight, bias, [True, False, False]
         )[0]
     # PyTorch's own sums over the rows are bfloat16 on a CPU.
     if needs[1]:
