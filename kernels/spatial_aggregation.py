@@ -101,8 +101,8 @@ def _attend(
 
 
 def spatial_aggregation(x: Tensor, q_term: Tensor, k_term: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """(B, T, H, W, C) -> the same, and y, empty unless `keep`; terms (B, H · W, C). `others`: weights of the norm and of
-    q, k and v (3C, C), v's bias, weights of the projection (C, C) and of the MLP, heads, window, shift, keep."""
+    """(B, T, H, W, C) -> the same, and y, empty unless `keep`; terms (B, H · W, C). `others`: the norm's weights, those
+    of q, k and v (3C, C), v's bias, weights of the projection (C, C) and of the MLP, heads, window, shift, keep."""
     *qkv, proj_weight, proj_bias = others[:6]
     *mlp, heads, window, shift, keep = others[6:]
     batch, classes, height, width, channels = x.shape
