@@ -8,8 +8,7 @@ class as one more key with the weight `pads`:
     y_t = average-pool(x)_t + m + a_t,   a_t = (q_t · S − ε m) / e_t,   e_t = q_t · z + ε
 
 where N = T + pads, ε = 1e-6 / N, and w_t = 1 / N, or pads / N for the padding class. Dividing by N keeps S in float16's
-range for any number of classes. Subtracting the mean m keeps the differences of the values precise, which are all that
-the gradients of queries and keys depend on.
+range. Subtracting m keeps the values' differences precise, all that the gradients of queries and keys depend on.
 
 Backward, from the gradient g_t of y_t, and with r_t = g_t / e_t:
 
@@ -18,8 +17,8 @@ Backward, from the gradient g_t of y_t, and with r_t = g_t / e_t:
     dq'_t = dq_t · φ'(q'),  dk'_t likewise,      φ' = min(φ, 1),  ' marking what φ is applied to
     dn_t = W_qᵀ dq'_t + W_kᵀ dk'_t + W_vᵀ dv_t   dx = pooling's share of (g + LayerNorm's gradient from dn)
 
-PyTorch takes the weights' gradients, the products of dq', dk', dv with n, and those of g, h, b, their sums. Pooling and
-LayerNorm are in `class_aggregation_tokens`, full attention in `class_aggregation_softmax`, the resize at the end in
+PyTorch takes the gradients of the weights, products of dq', dk', dv with n, and of g, h, b, their sums. Pooling and
+LayerNorm are in `class_aggregation_tokens`, full attention in `class_aggregation_softmax`, the last resize in
 `class_aggregation_resize`.
 """
 
@@ -33,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .class_aggregation_resize import resize_add, resize_backward
-from .class_aggregation_softmax import attend, attend_backward
+from .class_aggregation_softmax import attend
 from .class_aggregation_tokens import normed_tokens, pooled, tokens_backward
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
@@ -72,12 +71,9 @@ def _head_sums(x, head, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _query(
-    normed, row, row_mask, terms, t, weight, c, valid, channels,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _query(normed, row, row_mask, terms, t, weight, c, valid, channels, SLICE: tl.constexpr, PRECISION: tl.constexpr):
     """φ(q') of one tile (TOKENS, GROUP)."""
-    acc = tl.zeros((TOKENS, GROUP), tl.float32)
+    acc = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
     for start in range(0, channels, SLICE):
         s = start + tl.arange(0, SLICE)
         slice_mask = (s < channels)[None, :]
@@ -91,12 +87,11 @@ def _query(
 
 @triton.jit
 def _key_value(
-    normed, row, row_mask, terms, t, weight, v_bias, c, valid, channels,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    normed, row, row_mask, terms, t, weight, v_bias, c, valid, channels, SLICE: tl.constexpr, PRECISION: tl.constexpr
+):
     """φ(k') and v of one tile, both (TOKENS, GROUP)."""
-    k = tl.zeros((TOKENS, GROUP), tl.float32)
-    v = tl.zeros((TOKENS, GROUP), tl.float32)
+    k = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
+    v = tl.zeros((t.shape[0], c.shape[0]), tl.float32)
     for start in range(0, channels, SLICE):
         s = start + tl.arange(0, SLICE)
         slice_mask = (s < channels)[None, :]
@@ -117,10 +112,9 @@ def _key_value(
 @triton.jit
 def _linear(
     normed, x, terms, weight, v_bias, grad, out, pad_out,
-    classes, positions, pads, height, width, channels, pooling, terms_stride, padding_row,
-    head_channels, group_channels,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    classes, positions, pads, height, width, channels, pooling, terms_stride, padding_row, head_channels,
+    group_channels, HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One position and one group of heads. Forward: out is y, (tokens, C). Backward: out is (dq', dk', dv),
     (tokens, 3C), and pad_out the (dk', dv) of the padding class at this position."""
@@ -146,9 +140,8 @@ def _linear(
         t = start + tl.arange(0, TOKENS)
         row = tl.where(t < classes, first_row + t.to(tl.int64) * positions, padding_row)
         k, v = _key_value(
-            normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels,
-            TOKENS, GROUP, SLICE, PRECISION,
-        )  # fmt: skip
+            normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels, SLICE, PRECISION
+        )
         key_weight = (tl.where(t < classes, 1, pads).to(tl.float32) * inverse_count)[:, None]
         k = rounded(k * key_weight, dtype)
         v = rounded(v, dtype)
@@ -164,7 +157,7 @@ def _linear(
         row = first_row + t.to(tl.int64) * positions
         row_mask = (t < classes)[:, None]
         mask = row_mask & valid[None, :]
-        q = _query(normed, row, row_mask, terms, t, weight, c, valid, channels, TOKENS, GROUP, SLICE, PRECISION)
+        q = _query(normed, row, row_mask, terms, t, weight, c, valid, channels, SLICE, PRECISION)
         q = rounded(q, dtype)
         queries = q.to(tl.float32)
         normaliser = _head_sums(queries * k_sum[None, :], head, HEADS) + NORMALISER_EPS * inverse_count
@@ -190,9 +183,8 @@ def _linear(
             t = start + tl.arange(0, TOKENS)
             row = tl.where(t < classes, first_row + t.to(tl.int64) * positions, padding_row)
             k, v = _key_value(
-                normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels,
-                TOKENS, GROUP, SLICE, PRECISION,
-            )  # fmt: skip
+                normed, row, (t < keys)[:, None], terms, t, weight, v_bias, c, valid, channels, SLICE, PRECISION
+            )
             count = tl.where(t < classes, 1, pads).to(tl.float32)[:, None]
             v = rounded(rounded(v, dtype).to(tl.float32) - v_mean[None, :], dtype)
             dk = dot(v, tl.trans(kv_grad), tl.zeros((TOKENS, GROUP), tl.float32), PRECISION)
@@ -208,32 +200,24 @@ def _linear(
             tl.store(pointers + channels, dv, mask=mask)
 
 
-def _group_tile(x: Tensor, keys: int, heads: int) -> tuple[int, dict[str, int]]:
-    """Channels of a program's heads, and the tile."""
-    tile, channels = sizes(TILES, x), x.shape[-1]
-    head_channels = channels // heads
-    together = max(1, min(heads, tile["GROUP"] // head_channels, GROUP_HEADS))
-    return together * head_channels, {
-        "HEADS": together,
-        "TOKENS": block(keys, 16, tile["TOKENS"]),
-        "GROUP": block(together * head_channels, 16),
-        "SLICE": block(channels, 16, tile["SLICE"]),
-    }
-
-
-def _linear_attention(
+def _attention(
     normed: Tensor, x: Tensor, terms: Tensor, weight: Tensor, v_bias: Tensor, grad: Tensor, out: Tensor,
-    pad_out: Tensor, pads: int, heads: int, pooling: int, backward: bool,
+    pad_out: Tensor, pads: int, heads: int, pooling: int, full: bool, backward: bool,
 ) -> None:  # fmt: skip
+    if full:
+        projected = torch.mm(normed, weight.t())
+        return attend(projected, x, terms, v_bias, grad, out, pad_out, pads, heads, pooling, backward)
     batch, classes, height, width, channels = x.shape
     positions = (height // pooling) * (width // pooling)
-    group_channels, tile = _group_tile(x, classes + (pads > 0), heads)
+    tile, head_channels = sizes(TILES, x), channels // heads
+    together = max(1, min(heads, tile["GROUP"] // head_channels, GROUP_HEADS))  # heads of a program
+    group_channels = together * head_channels
     launch(
         _linear, (batch * positions * cdiv(channels, group_channels),),
-        normed, x, terms, weight, v_bias, grad, out, pad_out,
-        classes, positions, pads, height, width, channels, pooling,
-        terms.stride(0) if len(terms) > 1 else 0, batch * classes * positions, channels // heads, group_channels,
-        **tile, PRECISION=precision(), BACKWARD=backward, warps=8,
+        normed, x, terms, weight, v_bias, grad, out, pad_out, classes, positions, pads, height, width, channels,
+        pooling, terms.stride(0) if len(terms) > 1 else 0, batch * classes * positions, head_channels, group_channels,
+        HEADS=together, TOKENS=block(classes + (pads > 0), 16, tile["TOKENS"]), GROUP=block(group_channels, 16),
+        SLICE=block(channels, 16, tile["SLICE"]), PRECISION=precision(), BACKWARD=backward, warps=8,
     )  # fmt: skip
 
 
@@ -247,10 +231,7 @@ def class_aggregation(
     batch, classes, height, width, channels = x.shape
     middle = x.new_empty(batch, classes, height // pooling, width // pooling, channels)
     normed = normed_tokens(x, padding_token, norm_weight, norm_bias, pads, pooling)
-    if full:
-        attend(torch.mm(normed, weight.t()), x, terms, v_bias, middle, pads, heads, pooling)
-    else:
-        _linear_attention(normed, x, terms, weight, v_bias, x, middle, x, pads, heads, pooling, False)
+    _attention(normed, x, terms, weight, v_bias, x, middle, x, pads, heads, pooling, full, False)
     y = residual_mlp(middle, *mlp, activation="relu")
     return x + y if pooling == 1 else resize_add(x, y), middle if keep else x.new_empty(0)
 
@@ -265,9 +246,5 @@ def class_attention_backward(
     tokens_grad = x.new_empty(len(normed), 3 * x.shape[-1])
     positions = grad.shape[2] * grad.shape[3]
     pad_grads = x.new_empty(len(x), positions if pads else 0, 2 * x.shape[-1], dtype=torch.float32)
-    if full:
-        projected = torch.mm(normed, weight.t())
-        attend_backward(projected, x, grad, terms, v_bias, tokens_grad, pad_grads, pads, heads, pooling)
-    else:
-        _linear_attention(normed, x, terms, weight, v_bias, grad, tokens_grad, pad_grads, pads, heads, pooling, True)
+    _attention(normed, x, terms, weight, v_bias, grad, tokens_grad, pad_grads, pads, heads, pooling, full, True)
     return tokens_grad, pad_grads, normed, None

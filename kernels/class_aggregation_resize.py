@@ -97,9 +97,8 @@ def resize_add(x: Tensor, y: Tensor) -> Tensor:
     """(B, T, H, W, C) and (B, T, h, w, C) -> (B, T, H, W, C)."""
     *_, height, width, channels = x.shape
     low_height, low_width = y.shape[2:4]
-    rows = x.shape[0] * x.shape[1] * height * width
-    out = x.new_empty(x.shape)
-    tile = row_tile(x)
+    rows = x.numel() // channels
+    out, tile = x.new_empty(x.shape), row_tile(x)
     launch(
         _resize_add, (cdiv(rows, tile["ROWS"]),),
         x, y, out, rows, height, width, low_height, low_width, channels,
@@ -112,8 +111,7 @@ def resize_backward(grad: Tensor, low_height: int, low_width: int) -> Tensor:
     """Gradient of y; that of x is `grad` itself."""
     batch, classes, height, width, channels = grad.shape
     rows = batch * classes * low_height * low_width
-    out = grad.new_empty(batch, classes, low_height, low_width, channels)
-    tile = row_tile(grad)
+    out, tile = grad.new_empty(batch, classes, low_height, low_width, channels), row_tile(grad)
     launch(
         _resize_backward, (cdiv(rows, tile["ROWS"]),),
         grad, out, rows, height, width, low_height, low_width, channels,

@@ -6,8 +6,7 @@ With q', k', v' the weights' products with n, without guidance and biases, at ea
     s_tu = q_t · k_u / √d,   and log(pads) more where u is the padding class
     p_tu = exp(s_tu) / Σ_u exp(s_tu),   a_t = Σ_u p_tu v_u,   y_t = average-pool(x)_t + a_t
 
-The padding classes are all alike: one key with the logarithm of their number added to its score. Backward, from the
-gradient g_t of y_t:
+The padding classes are all alike: one key. Backward, from the gradient g_t of y_t:
 
     ds_tu = p_tu (g_t · v_u − g_t · a_t)
     dq_t = Σ_u ds_tu k_u / √d,   dk_u = Σ_t ds_tu q_t / √d,   dv_u = Σ_t p_tu g_t
@@ -18,7 +17,6 @@ One kernel computes y or dq, another, with the logarithms of the sums and g_t ·
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -29,8 +27,7 @@ from .class_aggregation_tokens import pooled
 from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot, rounded
 
-# Classes per tile and warps, by bytes of an element. Without TF32, float32 products do not run on tensor cores, and
-# their unrolled form needs the registers.
+# Classes per tile and warps, by bytes of an element. Float32 products without TF32 are unrolled, which takes registers.
 TILES = {2: {"TOKENS": 64, "warps": 4}, 4: {"TOKENS": 32, "warps": 8}}
 
 
@@ -58,12 +55,10 @@ def _scores(q, k, u, classes, keys, scale, log_pads, TOKENS: tl.constexpr, PRECI
 @triton.jit
 def _queries(
     projected, terms, v_bias, x, grad, out, log_sums, deltas,
-    classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads,
-    height, width, pooling,
-    TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
+    classes, keys, positions, channels, heads, head_channels, terms_stride, padding_row, scale, log_pads, height, width,
+    pooling, TOKENS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One position, head and tile of classes. Forward: writes y. Backward: writes dq' into (dq', dk', dv), the
-    logarithm of each class's sum, and g · a."""
+    """One position, head and tile of classes. Writes y; backward, dq', the logarithm of each class's sum, and g · a."""
     dtype = projected.dtype.element_ty
     tiles = tl.cdiv(classes, TOKENS)
     tile = tl.program_id(0) % tiles
@@ -168,47 +163,31 @@ def _keys(
     tl.store(pointers + channels, dv, mask=mask)
 
 
-def _arguments(x: Tensor, terms: Tensor, pads: int, heads: int, pooling: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of all kernels: sizes, and the tile with its warps."""
+def attend(
+    projected: Tensor, x: Tensor, terms: Tensor, v_bias: Tensor, grad: Tensor, out: Tensor, pad_out: Tensor,
+    pads: int, heads: int, pooling: int, backward: bool,
+) -> None:  # fmt: skip
+    """Writes y, (B, T, h, w, C), from projected (tokens and the padding class, 3C) and x, (B, T, H, W, C). Backward:
+    (dq', dk', dv) of the tokens, (tokens, 3C), and (dk', dv) of the padding class at each position."""
     batch, classes, height, width, channels = x.shape
     positions = (height // pooling) * (width // pooling)
-    keys = classes + (pads > 0)
+    keys, lines = classes + (pads > 0), batch * positions * heads
     numbers = (
         classes, keys, positions, channels, heads, channels // heads, terms.stride(0) if len(terms) > 1 else 0,
         batch * classes * positions, (channels // heads) ** -0.5, math.log(max(pads, 1)),
     )  # fmt: skip
     tile = sizes(TILES, x)
     tokens = block(keys, 16, tile["TOKENS"])
-    return numbers, tile | {"TOKENS": tokens, "HEAD": block(channels // heads, 16), "PRECISION": precision()}
-
-
-def attend(
-    projected: Tensor, x: Tensor, terms: Tensor, v_bias: Tensor, out: Tensor, pads: int, heads: int, pooling: int
-) -> None:
-    """Writes y, (B, T, h, w, C), from projected (tokens and the padding class, 3C) and x, (B, T, H, W, C)."""
-    numbers, tile = _arguments(x, terms, pads, heads, pooling)
+    tile = tile | {"TOKENS": tokens, "HEAD": block(channels // heads, 16), "PRECISION": precision()}
+    log_sums = deltas = out
+    if backward:
+        log_sums, deltas = (x.new_empty(lines * classes, dtype=torch.float32) for _ in range(2))
     launch(
-        _queries, (out.shape[0] * out.shape[2] * out.shape[3] * heads * cdiv(x.shape[1], tile["TOKENS"]),),
-        projected, terms, v_bias, x, x, out, out, out, *numbers, *x.shape[2:4], pooling, **tile, BACKWARD=False,
+        _queries, (lines * cdiv(classes, tokens),), projected, terms, v_bias, x, grad, out, log_sums, deltas,
+        *numbers, height, width, pooling, **tile, BACKWARD=backward,
     )  # fmt: skip
-
-
-def attend_backward(
-    projected: Tensor, x: Tensor, grad: Tensor, terms: Tensor, v_bias: Tensor, out: Tensor, pad_out: Tensor,
-    pads: int, heads: int, pooling: int,
-) -> None:  # fmt: skip
-    """Writes (dq', dk', dv) of the tokens, (tokens, 3C), and (dk', dv) of the padding class at each position."""
-    numbers, tile = _arguments(x, terms, pads, heads, pooling)
-    classes, keys, positions = numbers[:3]
-    lines = x.shape[0] * positions * heads
-    log_sums = x.new_empty(lines * classes, dtype=torch.float32)
-    deltas = torch.empty_like(log_sums)
-    launch(
-        _queries, (lines * cdiv(classes, tile["TOKENS"]),),
-        projected, terms, v_bias, x, grad, out, log_sums, deltas, *numbers, *x.shape[2:4], pooling,
-        **tile, BACKWARD=True,
-    )  # fmt: skip
-    launch(
-        _keys, (lines * cdiv(keys, tile["TOKENS"]),),
-        projected, terms, v_bias, grad, out, pad_out, log_sums, deltas, *numbers, **tile,
-    )  # fmt: skip
+    if backward:
+        launch(
+            _keys, (lines * cdiv(keys, tokens),), projected, terms, v_bias, grad, out, pad_out, log_sums, deltas,
+            *numbers, **tile,
+        )  # fmt: skip

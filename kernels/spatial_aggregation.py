@@ -7,9 +7,8 @@ Three kernels: `_project` normalises x and gives q, k and v of each token; `_att
 map, so that nothing is rolled or partitioned; `_output` projects and adds the residual.
 
 A window of n = window² tokens is a tile of the largest power of two up to n and a second one for the rest: the
-published 144 are 128 + 16; one tile of 256 would waste 44 %. Slots beyond the map score −∞ and are never written; pairs
-of tokens that only the shift brought together get −100 added, as published. A token whose scores are all −∞ attends to
-nothing, as in PyTorch.
+published 144 are 128 + 16; one of 256 would waste 44 %. Slots beyond the map score −∞ and are never written; pairs that
+only the shift brought together get −100, as published. If all scores are −∞, a token attends to nothing, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -101,30 +100,25 @@ def _attend(
         tl.store(attended + query[:, None] * channels + d, rounded(acc, dtype), mask=query_mask)
 
 
-def spatial_aggregation(
-    x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    v_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, *others: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(B, T, H, W, C) -> the same, and y, empty unless `keep`; terms (B, H · W, C), qkv_weight (3C, C), proj_weight
-    (C, C); `others`: the MLP's weights, heads, window, shift, keep."""
-    *mlp, heads, window, shift, keep = others
+def spatial_aggregation(x: Tensor, q_term: Tensor, k_term: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """(B, T, H, W, C) -> the same, and y, empty unless `keep`; terms (B, H · W, C). `others`: the norm's weights, those
+    of q, k and v (3C, C), v's bias, weights of the projection (C, C) and of the MLP, heads, window, shift, keep."""
+    *qkv, proj_weight, proj_bias = others[:6]
+    *mlp, heads, window, shift, keep = others[6:]
     batch, classes, height, width, channels = x.shape
     rows = batch * classes * height * width
-    tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
+    tokens = project(x, q_term, k_term, *qkv)
     attended = x.new_empty(rows, channels)
-    queries = dict(sizes(QUERIES, x))
-    warps = queries.pop("warps")
     launch(
         _attend, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),
         tokens, attended, height, width, channels, heads, channels // heads, window**2, (channels // heads) ** -0.5,
-        **window_tiles(height, width, window, shift), **queries, WIDTH=block(channels // heads, most=1 << 16),
-        PRECISION=precision(), warps=warps, stages=1,
+        **window_tiles(height, width, window, shift), **sizes(QUERIES, x), PRECISION=precision(),
+        WIDTH=block(channels // heads, most=1 << 16), stages=1,
     )  # fmt: skip
     middle = torch.empty_like(x)
-    tile, warps = projection_tile(x)
+    tile = projection_tile(x)
     launch(
         _output, (cdiv(rows, tile["ROWS"]) * cdiv(channels, tile["COLUMNS"]),),
-        x, attended, proj_weight, proj_bias, middle, rows, channels, **tile, PRECISION=precision(), warps=warps,
+        x, attended, proj_weight, proj_bias, middle, rows, channels, **tile, PRECISION=precision(),
     )  # fmt: skip
-    out = residual_mlp(middle, *mlp, activation="gelu")
-    return out, middle if keep else x.new_empty(0)
+    return residual_mlp(middle, *mlp, activation="gelu"), middle if keep else x.new_empty(0)

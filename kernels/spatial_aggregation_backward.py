@@ -5,11 +5,12 @@ With q, k, v recomputed from x, the probabilities P = softmax(q · kᵀ / √d +
     da = W_oᵀ g;   dv = Pᵀ · da;   dP = da · vᵀ;   dS = P ∘ (dP − rowsum(P ∘ dP)) / √d;   dq = dS · k;   dk = dSᵀ · q
     dn = W_qᵀ dq + W_kᵀ dk + W_vᵀ dv;   dx = g + LN'(dn);   dW_qkv = Σ [dq dk dv]ᵀ n,   dW_o = Σ gᵀ a
 
-dq and dk, summed over the classes, are the gradients of the guidance's terms. PyTorch takes the products with weights;
-two kernels do the rest.
+dq and dk, summed over the classes, are the gradients of the guidance's terms. PyTorch takes products with weights.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -30,8 +31,7 @@ BLOCK = 4096  # elements of a normalisation tile
 def _attend_backward(
     tokens, grad_attended, grad_tokens, attended, height, width, channels, heads, head_width, size, origin, scale,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    NEED_ATTENDED: tl.constexpr,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, NEED_ATTENDED: tl.constexpr,
 ):  # fmt: skip
     """One head of one window of one class. Blocks of scores are (keys, queries); `origin` is 0, but not known to be."""
     windows = tl.cdiv(height, WINDOW) * tl.cdiv(width, WINDOW)
@@ -118,8 +118,7 @@ def _attend_backward(
 
 @triton.jit
 def _norm_backward(
-    x, grad_normed, grad, norm_weight, norm_bias, x_grad, normed, weight_sums, bias_sums,
-    rows, channels, eps, tiles,
+    x, grad_normed, grad, norm_weight, norm_bias, x_grad, normed, weight_sums, bias_sums, rows, channels, eps, tiles,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, NEED_X: tl.constexpr, NEED_NORMED: tl.constexpr,
     NEED_SUMS: tl.constexpr,
 ):  # fmt: skip
@@ -153,23 +152,19 @@ def _norm_backward(
         tl.store(bias_sums + offset, bias_sum, mask=c < channels)
 
 
-def window_attention_backward(
-    grad: Tensor, x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    qkv_weight: Tensor, v_bias: Tensor, heads: int, window: int, shift: int, need_attended: bool,
-) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """From da, (rows, C): (dq, dk, dv) of each token, (rows, 3C); a, if needed; no statistics of the norm."""
+def window_attention_backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, None]:
+    """From da, (rows, C): (dq, dk, dv) of each token, (rows, 3C); a, if needed; no statistics of the norm. `others`:
+    what `project` takes with x, heads, window, shift, and whether a is needed."""
+    *terms_and_weights, heads, window, shift, need_attended = others
     batch, classes, height, width, channels = x.shape
-    tokens = project(x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias)
+    tokens = project(x, *terms_and_weights)
     tokens_grad = torch.empty_like(tokens)
     attended = torch.empty_like(grad) if need_attended else x.new_empty(0)
-    queries = dict(sizes(QUERIES, x))
-    warps = queries.pop("warps")
     launch(
         _attend_backward, (batch * classes * cdiv(height, window) * cdiv(width, window) * heads,),
-        tokens, grad, tokens_grad, attended, height, width, channels, heads,
-        channels // heads, window**2, 0, (channels // heads) ** -0.5,
-        **window_tiles(height, width, window, shift), **queries, WIDTH=block(channels // heads, most=1 << 16),
-        PRECISION=precision(), NEED_ATTENDED=need_attended, warps=warps, stages=1,
+        tokens, grad, tokens_grad, attended, height, width, channels, heads, channels // heads, window**2, 0,
+        (channels // heads) ** -0.5, **window_tiles(height, width, window, shift), **sizes(QUERIES, x),
+        WIDTH=block(channels // heads, most=1 << 16), PRECISION=precision(), NEED_ATTENDED=need_attended, stages=1,
     )  # fmt: skip
     return tokens_grad, attended, None
 
@@ -192,9 +187,8 @@ def norm_backward(
     weight_sums, bias_sums = (x.new_empty(programs * need_sums, channels, dtype=torch.float32) for _ in range(2))
     launch(
         _norm_backward, (programs,),
-        x, normed_grad, grad, norm_weight, norm_bias, x_grad, normed, weight_sums, bias_sums,
-        rows, channels, EPS, tiles,
-        ROWS=tile, CHANNELS=wide, NEED_X=need_x, NEED_NORMED=need_normed, NEED_SUMS=need_sums,
+        x, normed_grad, grad, norm_weight, norm_bias, x_grad, normed, weight_sums, bias_sums, rows, channels, EPS,
+        tiles, ROWS=tile, CHANNELS=wide, NEED_X=need_x, NEED_NORMED=need_normed, NEED_SUMS=need_sums,
     )  # fmt: skip
     gain, offset = (sums.sum(0).to(x.dtype) if need_sums else None for sums in (weight_sums, bias_sums))
     return x_grad, gain, offset, normed

@@ -13,8 +13,8 @@ EPS = 1e-5  # torch.nn.functional.layer_norm
 LOG2E = tl.constexpr(1.4426950408889634)  # scores are in units of log 2: the hardware's exponential has base two
 REGION_MASK = tl.constexpr(-100.0 * 1.4426950408889634)
 
-# Rows and columns of a projection's tile, channels per step and warps, by bytes of an element. Without TF32, float32
-# products do not run on tensor cores, and their unrolled form needs the registers.
+# Tile of a projection, channels per step and warps, by bytes of an element. Float32 products without TF32 are unrolled,
+# which takes registers.
 TILES = {
     2: {"ROWS": 128, "COLUMNS": 128, "CHANNELS": 64, "warps": 8},
     4: {"ROWS": 32, "COLUMNS": 32, "CHANNELS": 32, "warps": 4},
@@ -41,8 +41,7 @@ def _statistics(x, row, inside, channels, eps, ROWS: tl.constexpr, CHANNELS: tl.
 
 @triton.jit
 def _project(
-    x, q_term, k_term, norm_weight, norm_bias, weight, v_bias, tokens,
-    rows, classes, positions, channels, eps,
+    x, q_term, k_term, norm_weight, norm_bias, weight, v_bias, tokens, rows, classes, positions, channels, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of q, k or v (`part` 0, 1 or 2); tokens (rows, 3 · channels)."""
@@ -79,8 +78,8 @@ def _project(
 
 @triton.jit
 def slots(start, window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr):
-    """`COUNT` slots of a window from `start` on: positions on the map, and regions, −1 beyond the map. After the shift,
-    the last windows of an axis join the map's end and its beginning, which are different regions."""
+    """`COUNT` slots of a window from `start` on: positions on the map, and regions, −1 beyond the map. A shift joins
+    the map's end and its beginning, which are different regions, in the last windows of an axis."""
     rows, columns = tl.cdiv(height, WINDOW), tl.cdiv(width, WINDOW)
     slot = start + tl.arange(0, COUNT)
     y = window // columns * WINDOW + slot // WINDOW
@@ -110,27 +109,21 @@ def window_tiles(height: int, width: int, window: int, shift: int) -> dict[str, 
     return {"WINDOW": window, "SHIFT": shift, "MAIN": main, "TAIL": tail, "FULL": full}
 
 
-def project(
-    x: Tensor, q_term: Tensor, k_term: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    v_bias: Tensor,
-) -> Tensor:  # fmt: skip
-    """q, k and v of each token: (B · T · H · W, 3 C)."""
+def project(x: Tensor, q_term: Tensor, k_term: Tensor, *weights: Tensor) -> Tensor:
+    """q, k and v of each token: (B · T · H · W, 3 C), by the weights of the norm, of all three and v's bias."""
     batch, classes, height, width, channels = x.shape
     rows = batch * classes * height * width
     tokens = x.new_empty(rows, 3 * channels)
-    tile, warps = projection_tile(x)
+    tile = projection_tile(x)
     launch(
         _project, (cdiv(rows, tile["ROWS"]) * 3 * cdiv(channels, tile["COLUMNS"]),),
-        x, q_term, k_term, norm_weight, norm_bias, qkv_weight, v_bias, tokens,
-        rows, classes, height * width, channels, EPS, **tile, PRECISION=precision(), warps=warps,
+        x, q_term, k_term, *weights, tokens, rows, classes, height * width, channels, EPS,
+        **tile, PRECISION=precision(),
     )  # fmt: skip
     return tokens
 
 
-def projection_tile(x: Tensor) -> tuple[dict[str, int], int]:
+def projection_tile(x: Tensor) -> dict[str, int]:
     """Tile sizes of a projection, no wider than the channels, and the warps of a program."""
-    tile = dict(sizes(TILES, x))
-    warps = tile.pop("warps")
-    for name in ("COLUMNS", "CHANNELS"):
-        tile[name] = block(x.shape[-1], most=tile[name])
-    return tile, warps
+    tile = sizes(TILES, x)
+    return tile | {name: block(x.shape[-1], most=tile[name]) for name in ("COLUMNS", "CHANNELS")}

@@ -29,8 +29,7 @@ CHANNELS = 256  # the widest rows that a program holds
 
 # Rows and hidden units per tile, and warps, by bytes of an element and by kernel, for up to 128 channels. Two programs
 # of 16-bit elements share a multiprocessor: one's activations overlap the other's products. mma.sync keeps operands and
-# sums in registers, which twice the warps hold without spills. Without TF32, float32 products do not run on tensor
-# cores; unrolled they need small tiles.
+# sums in registers: twice the warps avoid spills. Float32 products without TF32 are unrolled and need small tiles.
 TILES = {
     2: {"forward": (64, 64, 4), "backward": (64, 32, 4), "weights": (32, 64, 4)},
     (2, 80): {"forward": (64, 64, 8), "backward": (32, 64, 8), "weights": (64, 32, 8)},
@@ -78,8 +77,7 @@ def _load_weights(fc1_weight, fc2_weight, m, c, hidden, channels):
     """W₁ and W₂ᵀ of the hidden units m, (HIDDEN, CHANNELS) both."""
     mask = (m < hidden)[:, None] & (c < channels)[None, :]
     weight1 = tl.load(fc1_weight + m[:, None] * channels + c[None, :], mask=mask, other=0.0)
-    weight2 = tl.load(fc2_weight + c[None, :] * hidden + m[:, None], mask=mask, other=0.0)
-    return weight1, weight2
+    return weight1, tl.load(fc2_weight + c[None, :] * hidden + m[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -168,9 +166,8 @@ def _mlp_backward_weights(
     rows, channels, hidden, rows_each,
     ROWS: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over `rows_each` rows of dW₁, db₁ and dW₂ᵀ of a chunk of hidden units: `fc1_part` and `fc2_part`,
-    (splits, M, C), `bias_part`, (splits, M). Hidden units are the rows of all products, so that activations go from one
-    to the next without a transpose."""
+    """Partial sums over `rows_each` rows of dW₁, db₁, dW₂ᵀ of a chunk of hidden units: (splits, M, C) or (splits, M).
+    Hidden units are the rows of all products, so that activations go from one to the next without a transpose."""
     chunks = tl.cdiv(hidden, HIDDEN)
     m = tl.program_id(0) % chunks * HIDDEN + tl.arange(0, HIDDEN)
     split = (tl.program_id(0) // chunks).to(tl.int64)
@@ -202,13 +199,13 @@ def _mlp_backward_weights(
     tl.store(bias_part + split * hidden + m, bias1_grad, mask=m < hidden)
 
 
-def _tile(x: Tensor, kernel: str) -> tuple[dict[str, int], int]:
+def _tile(x: Tensor, kernel: str) -> dict[str, int]:
     """Block sizes and warps."""
     channels = block(x.shape[-1], most=CHANNELS)
     rows, hidden, warps = sizes(TILES, x)[kernel]
     if channels > 128:
         rows, hidden = max(rows // 2, 16), max(hidden // 2, 16)
-    return {"ROWS": rows, "HIDDEN": hidden, "CHANNELS": channels}, warps
+    return {"ROWS": rows, "HIDDEN": hidden, "CHANNELS": channels, "warps": warps}
 
 
 def residual_mlp(x: Tensor, *weights: Tensor, activation: str) -> Tensor:
@@ -216,10 +213,10 @@ def residual_mlp(x: Tensor, *weights: Tensor, activation: str) -> Tensor:
     out = x.new_empty(x.shape)
     hidden, channels = weights[2].shape
     rows = x.numel() // channels
-    tile, warps = _tile(x, "forward")
+    tile = _tile(x, "forward")
     launch(
         _mlp, (cdiv(rows, tile["ROWS"]),), x, *weights, out, rows, channels, hidden,
-        **tile, WHOLE=hidden % tile["HIDDEN"] == 0, GELU=activation == "gelu", PRECISION=precision(), warps=warps,
+        **tile, WHOLE=hidden % tile["HIDDEN"] == 0, GELU=activation == "gelu", PRECISION=precision(),
     )  # fmt: skip
     return out
 
@@ -236,18 +233,18 @@ def residual_mlp_backward(
     constants: dict[str, Any] = {"GELU": activation == "gelu", "PRECISION": precision()}
     x_grad = gain = offset = fc1_grad = fc1_bias_grad = fc2_grad = fc2_bias_grad = None
     if need_x or need_sums:
-        tile, warps = _tile(x, "backward")
+        tile = _tile(x, "backward")
         programs = cdiv(rows, tile["ROWS"])
         x_grad = x.new_empty(x.shape)
         sums = x.new_empty(programs if need_sums else 0, 3, channels, dtype=torch.float32)
         launch(
             _mlp_backward, (programs,), grad, x, *weights, x_grad, sums, rows, channels, hidden,
-            **tile, **constants, WHOLE=hidden % tile["HIDDEN"] == 0, SUMS=need_sums, warps=warps,
+            **tile, **constants, WHOLE=hidden % tile["HIDDEN"] == 0, SUMS=need_sums,
         )  # fmt: skip
         if need_sums:
             gain, offset, fc2_bias_grad = (part.sum(0).to(x.dtype) for part in sums.unbind(1))
     if need_weights:
-        tile, warps = _tile(x, "weights")
+        tile = _tile(x, "weights")
         chunks = cdiv(hidden, tile["HIDDEN"])
         splits = min(cdiv(rows, tile["ROWS"]), max(PROGRAMS // max(chunks, 1), 1))
         rows_each = cdiv(cdiv(rows, tile["ROWS"]), max(splits, 1)) * tile["ROWS"]
@@ -255,7 +252,7 @@ def residual_mlp_backward(
         bias_part = x.new_empty(splits, hidden, dtype=torch.float32)
         launch(
             _mlp_backward_weights, (chunks * splits,), grad, x, *weights, fc1_part, bias_part, fc2_part,
-            rows, channels, hidden, rows_each, **tile, **constants, warps=warps,
+            rows, channels, hidden, rows_each, **tile, **constants,
         )  # fmt: skip
         fc1_grad, fc1_bias_grad = fc1_part.sum(0).to(x.dtype), bias_part.sum(0).to(x.dtype)
         fc2_grad = fc2_part.sum(0).t().to(x.dtype)

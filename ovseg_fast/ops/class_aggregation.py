@@ -7,9 +7,9 @@
     y ← y + W₂ · ReLU(W₁ LN₂(y) + b₁) + b₂
     out = x + upsample(y)
 
-Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the guidance's term computed once for all positions; and the classes that
-pad a short list are all alike, so they enter both sums as a constant times their number instead of as tokens, and the
-softmax as one key with the logarithm of their number added to its score.
+Exact rewrites: W [n ; g] = Wₙ n + W_g g, with the guidance's term computed once for all positions. The classes that pad
+a short list are all alike: they enter both sums as one times their number, the softmax as one key with its logarithm
+added to the score.
 """
 
 from __future__ import annotations
@@ -70,11 +70,9 @@ def class_aggregation(
         guidance: (T, G) text guidance that all images share, or (B, T, G).
         heads: attention heads; divides C.
         pooling: side of the average pooling before the layer; its result is resized back bilinearly (corners aligned).
-        pad_length: list length up to which the padding class fills the list; 0 pads nothing. As published it takes
-            part as a key and value like any other class, so results for T < `pad_length` depend on it.
+        pad_length: length up to which the padding class, a key and value like any other as published, fills the list.
         attention: `"linear"` (as in the released models), or `"full"` for a softmax over the classes.
-        prepare: computes what depends on weights and guidance alone: `prepare(function, *tensors)` gives
-            `function(*tensors)`.
+        prepare: `prepare(function, *tensors)` gives `function(*tensors)` of weights and guidance alone.
 
     Returns:
         (B, T, H, W, C): x plus the layer's output, which holds its own residual (as published).
@@ -110,17 +108,15 @@ def class_aggregation(
     tensors = registration.autocast(
         x, terms, *norm1, weight, weights.v_bias, weights.padding_token, *mlp_weights(weights)
     )
-    keep = need_gradient(*tensors)
-    return torch.ops.ovseg_fast.class_aggregation(*tensors, pads, heads, pooling, full, keep, backend)[0]
+    options = (pads, heads, pooling, full, need_gradient(*tensors))
+    return torch.ops.ovseg_fast.class_aggregation(*tensors, *options, backend)[0]
 
 
 def guidance_terms(
     guidance: Tensor, q_weight: Tensor, k_weight: Tensor, q_bias: Tensor, k_bias: Tensor, *padding: Tensor
 ) -> Tensor:
-    """What guidance, (T, G) or (B, T, G), and biases add to queries and keys: (B or 1, T, 2C).
-
-    With `padding`, the guidance of the padding class, (B or 1, T + 1, 2C).
-    """
+    """What guidance, (T, G) or (B, T, G), and biases add to queries and keys: (B or 1, T, 2C). With the guidance of the
+    padding class as `padding`, (B or 1, T + 1, 2C)."""
     guidance = guidance if guidance.dim() == 3 else guidance.unsqueeze(0)
     for row in padding:
         guidance = torch.cat([guidance, row.expand(len(guidance), 1, -1)], 1)
@@ -193,12 +189,11 @@ def average_pool(x: Tensor, pooling: int) -> Tensor:
 
 def resize_aligned(x: Tensor, height: int, width: int) -> Tensor:
     """(B, T, h, w, C) -> (B, T, height, width, C), bilinear with aligned corners."""
-    batch, classes, *size, _ = x.shape
-    if tuple(size) == (height, width):
+    if tuple(x.shape[2:4]) == (height, width):
         return x
     maps = x.flatten(0, 1).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, (height, width), mode="bilinear", align_corners=True)
-    return maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
+    return maps.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
 def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: int, attention: str) -> str | None:
@@ -242,17 +237,9 @@ def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> li
         tokens_grad[tokens, :channels] = 0
         tokens_grad[tokens, channels:] = pad_sums.sum(0)
     parameters = any(needs[1:7])
+    n_grad = tokens_grad @ weight
     x_grad, gain, offset, padding_grad = kernels.tokens_backward(
-        tokens_grad @ weight,
-        middle_grad,
-        x,
-        padding_token,
-        norm_weight,
-        norm_bias,
-        statistics,
-        pads,
-        pooling,
-        parameters,
+        n_grad, middle_grad, x, padding_token, norm_weight, norm_bias, statistics, pads, pooling, parameters
     )
     if needs[0]:
         x_grad = x_grad + grad
@@ -265,8 +252,8 @@ def _backward(kernels: Any, grad: Tensor, middle: Tensor, *arguments: Any) -> li
         terms_grad = torch.cat([terms_grad, F.pad(pad_sums[:, None, :channels], (channels, 0))], 1)
     if len(terms) == 1:
         terms_grad = terms_grad.sum(0, keepdim=True)
-    terms_grad, v_bias_grad = terms_grad.to(x.dtype), v_bias_grad.to(x.dtype)
-    return [x_grad, terms_grad, gain, offset, tokens_grad.t() @ normed, v_bias_grad, padding_grad, *mlp_grads]
+    grads = [x_grad, terms_grad.to(x.dtype), gain, offset, tokens_grad.t() @ normed, v_bias_grad.to(x.dtype)]
+    return [*grads, padding_grad, *mlp_grads]
 
 
 # Terms are (B or 1, T, or T + 1 if there are pads, 2C), weight (3C, C). The second output is what the attention half

@@ -52,8 +52,8 @@ class Placement(NamedTuple):
             raise ValueError(f"{operator}: positions must cover the whole {canvas} canvas, got pixels in no window.")
 
     def _cover(self) -> bool:
-        """Whether every pixel lies in a window. The topmost one of a column that does not is in the first row or where
-        a window has just ended, and the leftmost one of such a row too: only these are checked."""
+        """Whether every pixel lies in a window. The first one of a row or column that does not is at its beginning or
+        where a window has just ended: only these are checked."""
         positions, (height, width), canvas, _ = self
         for row in {0, *(top + height for top, _ in positions if top + height < canvas[0])}:
             lefts = {left for top, left in positions if top <= row < top + height}
@@ -156,10 +156,8 @@ def torch_form(
 
 
 def _keep_best(best: Tensor, labels: Tensor, scores: Tensor, start: int) -> None:
-    """Merge scores (t, r, W) of classes `start`, `start` + 1, ... into the best of those before them, (k, r, W).
-
-    As argmax has it: the first of equals, and NaN above everything.
-    """
+    """Merge scores (t, r, W) of classes from `start` on into the best (k, r, W) of those before them: as argmax has it,
+    the first of equals, and NaN above everything."""
     if len(best) == 1:
         score, label = scores.max(0, keepdim=True)
         better = (score > best) | (score.isnan() & ~best.isnan())
@@ -207,8 +205,7 @@ def _resize_rows(maps: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
     """Rows of the (T, H, W) bilinear resizing of maps (T, h, w)."""
     if (rows.start, rows.stop) == (0, size[0]):
         return _resize(maps.unsqueeze(0), size)[0]
-    height = maps.shape[1]
-    if height == size[0]:
+    if (height := maps.shape[1]) == size[0]:
         return _resize(maps[:, rows].unsqueeze(0), (rows.stop - rows.start, size[1]))[0]
     # Interpolate vertically by hand, with source rows in at least float32 as PyTorch has them, then horizontally.
     precision = torch.promote_types(maps.dtype, torch.float32)
@@ -230,5 +227,5 @@ registration.define(
         logits.new_empty((k or logits.shape[1], *sizes[4:]) if need_scores else 0),
         logits.new_empty((k, *sizes[4:]), dtype=torch.int32),
     ),
-    differentiable=0,
+    differentiable=False,
 )

@@ -51,7 +51,7 @@ def layer_gather(
         single layer's map.
 
     Raises:
-        TypeError, ValueError: a tensor does not fit, there is no block, or `patches` is not in 1..N.
+        TypeError, ValueError: a tensor or `patches` does not fit, or there is no block.
     """
     if not isinstance(hidden, Sequence):
         raise TypeError(f"layer_gather: hidden must be a list of tensors (B, N, D), got {type(hidden).__name__}.")
@@ -67,22 +67,17 @@ def layer_gather(
         projection=(projection, "L D E"),
         **({} if weights is None else {"weights": (weights, "L")}),
     )
-    layers, tokens_each = len(hidden), hidden[0].shape[1]
-    if norm_weight.shape[0] != layers:
+    if (layers := len(hidden)) != norm_weight.shape[0]:
         raise ValueError(f"layer_gather: norm_weight must have one row per block, {layers}, got {len(norm_weight)}.")
-    if not 1 <= patches <= tokens_each:
-        raise ValueError(f"layer_gather: patches must be in 1..N = {tokens_each}, got {patches}.")
-    tensors = (*hidden, shared_weight, shared_bias, norm_weight, norm_bias, projection)
-    tensors = tensors if weights is None else (*tensors, weights)
+    if not 1 <= patches <= hidden[0].shape[1]:
+        raise ValueError(f"layer_gather: patches must be in 1..N = {hidden[0].shape[1]}, got {patches}.")
+    parameters = (shared_weight, shared_bias, norm_weight, norm_bias, projection, weights)
+    tensors = [tensor for tensor in (*hidden, *parameters) if tensor is not None]
     backend = backends.choose("layer_gather", *tensors, refusals=_refusals(*projection.shape))
     if backend == "torch":
-        parameters = (shared_weight, shared_bias, norm_weight, norm_bias, projection)
-        return torch_form(hidden, patches, *parameters, weights, shared_eps, norm_eps)
-    tensors = registration.autocast(*tensors)
-    hidden, rest = list(tensors[:layers]), tensors[layers:]
-    return torch.ops.ovseg_fast.layer_gather(
-        hidden, patches, *rest[:5], rest[5] if weights is not None else None, shared_eps, norm_eps, backend
-    )
+        return torch_form(hidden, patches, *parameters, shared_eps, norm_eps)
+    hidden, cast = list(registration.autocast(*hidden)), registration.autocast(*parameters)
+    return torch.ops.ovseg_fast.layer_gather(hidden, patches, *cast, shared_eps, norm_eps, backend)
 
 
 def _refusals(layers: int, channels: int, width: int) -> dict[str, str | None]:
@@ -92,19 +87,9 @@ def _refusals(layers: int, channels: int, width: int) -> dict[str, str | None]:
     return {"triton": wide, "cuda": wide or many}
 
 
-def torch_form(
-    hidden: Sequence[Tensor],
-    patches: int,
-    shared_weight: Tensor,
-    shared_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    projection: Tensor,
-    weights: Tensor | None,
-    shared_eps: float,
-    norm_eps: float,
-) -> Tensor:
-    """As `layer_gather`."""
+def torch_form(hidden: Sequence[Tensor], patches: int, *rest: Any) -> Tensor:
+    """As `layer_gather`, whose other arguments are `rest`, in its order."""
+    shared_weight, shared_bias, norm_weight, norm_bias, projection, weights, shared_eps, norm_eps = rest
     width = (hidden[0].shape[-1],)
     features = []
     for tokens, weight, bias, proj in zip(hidden, norm_weight, norm_bias, projection, strict=True):
@@ -124,21 +109,16 @@ def _fake(hidden: Sequence[Tensor], patches: int, *rest: Any) -> Tensor:
     return hidden[0].new_empty(shape if weights is not None else (len(hidden), *shape))
 
 
-def _forward(kernels: Any, hidden: Sequence[Tensor], *rest: Any) -> Tensor:
-    return kernels.layer_gather(_uniform(hidden), *rest)
-
-
 def _backward(kernels: Any, grad: Tensor, hidden: Sequence[Tensor], patches: int, *rest: Any) -> list[Tensor | None]:
     """The products with the projection, and the sums, between two launchers.
 
-    With y the normalised tokens (L, B · S, D) and z = y · P: `projection_backward` gives the gradient of z, y where the
-    projection's gradient needs it, statistics for the second launcher, and the gradient of the weights;
-    `norms_backward` gives the gradient of the hidden states (L, B, N, D), and float32 parts (L, parts, 4, D) of the
-    gradients of the shared weight and bias and of each layer's.
+    With y the normalised tokens (L, B · S, D) and z = y · P: `projection_backward` gives the gradient of z, y if the
+    projection's gradient needs it, statistics, and the gradient of the weights; `norms_backward` that of the hidden
+    states (L, B, N, D), and float32 parts (L, parts, 4, D) of those of the shared weight and bias and each layer's.
     """
     *norms, projection, weights, shared_eps, norm_eps, needs = rest
     need_hidden, *need_norms, need_projection, need_weights = needs
-    tokens = (_uniform(hidden), patches, norms, shared_eps, norm_eps)
+    tokens = (hidden, patches, norms, shared_eps, norm_eps)
     z_grad, y, statistics, weights_grad = kernels.projection_backward(
         grad, *tokens, projection, weights, need_projection, need_weights
     )
@@ -153,19 +133,10 @@ def _backward(kernels: Any, grad: Tensor, hidden: Sequence[Tensor], patches: int
     return [hidden_grad, *norm_grads, projection_grad, weights_grad]
 
 
-def _uniform(hidden: Sequence[Tensor]) -> list[Tensor]:
-    """The hidden states with equal strides, unit stride over D and 16-byte alignment: themselves, or copies."""
-    first = hidden[0].stride()
-    if first[-1] == 1 and all(tokens.stride() == first and tokens.data_ptr() % 16 == 0 for tokens in hidden):
-        return list(hidden)
-    return [registration.readable(tokens) for tokens in hidden]
-
-
 registration.define(
     "layer_gather(Tensor[] hidden, SymInt patches, Tensor shared_weight, Tensor shared_bias, Tensor norm_weight, "
     "Tensor norm_bias, Tensor projection, Tensor? weights, float shared_eps, float norm_eps) -> Tensor",
     "layer_gather",
     _fake,
-    forward=_forward,
     backward=_backward,
 )

@@ -4,8 +4,7 @@
     output = W_o · softmax(q_h · k_hᵀ / √d) v_h + b_o               mask_attention
     scores = (1 / heads) Σ_h q_h · k_hᵀ / √d                        mask_scores, before the softmax
 
-Exact rewrite: the mean over heads of per-head dot products is one dot product over the full width,
-q · kᵀ / (heads · √d).
+Exact rewrite: the mean of the heads' dot products is one over the full width, q · kᵀ / (heads · √d).
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def mask_attention(
         (B, T, D).
 
     Raises:
-        TypeError, ValueError: a tensor, `heads`, `dropout` or `attention` does not fit. ImportError, RuntimeError:
-            xformers is asked for but is not installed, or has no operator for these tensors.
+        TypeError, ValueError: an argument does not fit. ImportError, RuntimeError: as `plain_attention`.
     """
     linears = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     linears |= {"v_weight": v_weight, "v_bias": v_bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
@@ -66,11 +64,8 @@ def mask_attention(
     elif queries.shape[2] > HEAD_WIDTH * heads:
         refusal = f"its kernels take heads of at most {HEAD_WIDTH} channels"
     backend = backends.choose("mask_attention", queries, refusals={"triton": refusal})
-    q, k, v = (
-        F.linear(queries, q_weight, q_bias),
-        F.linear(memory, k_weight, k_bias),
-        F.linear(memory, v_weight, v_bias),
-    )
+    q, k = F.linear(queries, q_weight, q_bias), F.linear(memory, k_weight, k_bias)
+    v = F.linear(memory, v_weight, v_bias)
     if backend == "torch":
         attended = torch_form(q, k, v, heads, dropout, attention)
     else:
@@ -88,10 +83,7 @@ def mask_scores(
     *,
     heads: int = 8,
 ) -> Tensor:
-    """Head-averaged scores (B, T, S) of `mask_attention` before the softmax: the masks that a decoder predicts.
-
-    Args, Raises: as `mask_attention`.
-    """
+    """Head-averaged scores (B, T, S) of `mask_attention` before the softmax: the masks. Same arguments and errors."""
     linears = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     _check("mask_scores", queries, memory, heads, linears)
     backend = backends.choose("mask_attention", queries)

@@ -7,8 +7,8 @@ With x = resize(logits, (H, W)), p = sigmoid(x), the target y = [label = t], and
     dice  = 1/N Σ_bt present · Σ |p − y| / (Σ p + Σ y + 1)                   sums over pixels
 
 and |p − y| is sigmoid(z), so dice is 1 − (2 Σ p·y + 1) / (Σ p + Σ y + 1) without the cancellation. A class is present
-in an image that has a pixel of it; N is the number of such pairs, at least 1. Exact rewrite: targets need no one-hot
-form, and the sums over pixels are gathered map by map, so nothing of size (T, H, W) is stored; the backward recomputes.
+in an image that has a pixel of it; N is the number of such pairs, at least 1. Exact rewrite: sums are gathered map by
+map without one-hot targets, so nothing of size (T, H, W) is stored; the backward recomputes.
 """
 
 from __future__ import annotations
@@ -39,17 +39,16 @@ def mask_losses(logits: Tensor, labels: Tensor, *, terms: Sequence[str] = ("bce"
 
     Args:
         logits: (B, T, h, w), one map per class, resized bilinearly (corners not aligned) to the size of the labels.
-        labels: (B, H, W) class indices in uint8, int32 or int64. Any other number than 0..T-1 is no class: the target
-            of that pixel is 0 for every class, and it still counts, as published.
+        labels: (B, H, W) class indices in uint8, int32 or int64. A pixel with another number than 0..T-1 has the target
+            0 for every class, and still counts, as published.
         terms: which losses, of "bce", "focal" and "dice".
 
     Returns:
-        The losses by name, in the order of `terms`: scalars in float32, or float64 for float64 logits. Sums are kept in
-        that precision, under autocast too. All are 0 if there is no image.
+        The losses by name, in the order of `terms`: scalars, computed under autocast too, in float32, or float64 for
+        float64 logits. All are 0 if there is no image.
 
     Raises:
-        TypeError, ValueError: dtype, device, rank or batch sizes do not fit, there is no class or pixel, or a term is
-            unknown.
+        TypeError, ValueError: a tensor does not fit, there is no class or pixel, or a term is unknown.
     """
     check_tensors("mask_losses", ("labels",), logits=(logits, "B T h w"), labels=(labels, "B H W"))
     _, classes, *low = logits.shape
@@ -78,20 +77,15 @@ def _refusal(logits: Tensor, low: Sequence[int], size: Sequence[int]) -> str | N
 
 def _compose(sums: Tensor, terms: Sequence[str], pixels: int) -> dict[str, Tensor]:
     """Losses from the sums (B, T, SUMS) over an image's pixels."""
-    batch, classes, _ = sums.shape
     bce, focal, difference, probability, count = sums.unbind(-1)
     present = count > 0
     pairs = present.sum().clamp(min=1)
-    losses = {}
-    for name in terms:
-        if name == "bce":
-            losses[name] = bce.sum() / max(batch * classes * pixels, 1)
-        elif name == "focal":
-            losses[name] = focal.sum() / pixels / pairs
-        else:
-            share = difference / (probability + count + 1)
-            losses[name] = torch.where(present, share, 0).sum() / pairs
-    return losses
+    losses = {
+        "bce": bce.sum() / max(bce.numel() * pixels, 1),
+        "focal": focal.sum() / pixels / pairs,
+        "dice": torch.where(present, difference / (probability + count + 1), 0).sum() / pairs,
+    }
+    return {name: losses[name] for name in terms}
 
 
 def torch_form(logits: Tensor, labels: Tensor, bce: bool, focal: bool, dice: bool) -> Tensor:

@@ -66,7 +66,7 @@ def spatial_aggregation(
         heads: attention heads; divides C.
         window: side of a square window in tokens, at most min(H, W).
         shift: cyclic displacement of the windows, up and left, in 0..window-1; 0 or half a window as published.
-        prepare: computes what depends on weights alone: `prepare(function, *tensors)` gives `function(*tensors)`.
+        prepare: `prepare(function, *tensors)` gives `function(*tensors)` of weights alone.
 
     Returns:
         (B, T, H, W, C). If H or W is not a multiple of the window, the map is padded to whole windows at the bottom
@@ -78,10 +78,8 @@ def spatial_aggregation(
     check_block("spatial_aggregation", SpatialAggregationWeights, x, guidance, "B H W G", weights, heads)
     height, width, channels = x.shape[2:]
     if window < 1 or not 0 <= shift < window:
-        raise ValueError(
-            f"spatial_aggregation: window must be positive and shift in 0..window-1, "
-            f"got window = {window}, shift = {shift}."
-        )
+        limits = "window must be positive and shift in 0..window-1"
+        raise ValueError(f"spatial_aggregation: {limits}, got window = {window}, shift = {shift}.")
     if window > min(height, width):
         raise ValueError(f"spatial_aggregation: window must be at most min(H, W) = {min(height, width)}, got {window}.")
     too_wide = f"window {window} is larger than {WIDEST_WINDOW}" if window > WIDEST_WINDOW else None
@@ -89,9 +87,8 @@ def spatial_aggregation(
         "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
         "cuda": _cuda_refusal(channels, heads, window, weights.fc1_weight.shape[0]),
     }
-    backend = backends.choose(
-        "spatial_aggregation", x, guidance, *weights, refusals=refusals, shared_memory=SHARED_MEMORY
-    )
+    inputs = (x, guidance, *weights)
+    backend = backends.choose("spatial_aggregation", *inputs, refusals=refusals, shared_memory=SHARED_MEMORY)
     guidance = guidance.flatten(1, 2)
     q_term = F.linear(guidance, weights.q_weight[:, channels:], weights.q_bias)
     k_term = F.linear(guidance, weights.k_weight[:, channels:], weights.k_bias)
@@ -100,25 +97,18 @@ def spatial_aggregation(
     qkv_weight = prepare(joint_weight, weights.q_weight, weights.k_weight, weights.v_weight)
     norm1, proj = (weights.norm1_weight, weights.norm1_bias), (weights.proj_weight, weights.proj_bias)
     tensors = registration.autocast(x, q_term, k_term, *norm1, qkv_weight, weights.v_bias, *proj, *mlp_weights(weights))
-    keep = need_gradient(*tensors)
-    return torch.ops.ovseg_fast.spatial_aggregation(*tensors, heads, window, shift, keep, backend)[0]
+    return torch.ops.ovseg_fast.spatial_aggregation(*tensors, heads, window, shift, need_gradient(*tensors), backend)[0]
 
 
 def torch_form(
-    x: Tensor,
-    q_term: Tensor,
-    k_term: Tensor,
-    weights: SpatialAggregationWeights,
-    heads: int,
-    window: int,
-    shift: int,
+    x: Tensor, q_term: Tensor, k_term: Tensor, weights: SpatialAggregationWeights, heads: int, window: int, shift: int
 ) -> Tensor:
     """The block with what guidance adds to queries and keys, (B, H · W, C) each."""
     batch, classes, height, width, channels = x.shape
     # A tracer's tensors must neither meet cached ones nor be cached.
     plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    window_map = window_layout if plain else window_layout.__wrapped__
-    order, inverse, mask = window_map(height, width, window, shift, x.device, x.dtype)
+    layout = window_layout if plain else window_layout.__wrapped__
+    order, inverse, mask = layout(height, width, window, shift, x.device, x.dtype)
     windows = order.numel() // window**2
     if mask is not None:
         mask = mask.repeat_interleave(heads, 0).unsqueeze(0)
@@ -132,8 +122,7 @@ def torch_form(
         slots = tokens.index_select(dim, order)
         return slots if beyond is None else slots.masked_fill(beyond, 0)
 
-    q_guidance = to_windows(q_term, 1).unsqueeze(1)
-    k_guidance = to_windows(k_term, 1).unsqueeze(1)
+    q_guidance, k_guidance = (to_windows(term, 1).unsqueeze(1) for term in (q_term, k_term))
 
     def split(tokens: Tensor) -> Tensor:
         """(B, t, window², windows, C) -> (B·t, windows·heads, window², C / heads), without a copy."""
@@ -168,13 +157,9 @@ def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | 
 def window_layout(
     height: int, width: int, window: int, shift: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where each window's tokens are on the map, and which of them may see each other.
-
-    Returns:
-        order: (window² · windows,) the flat map position of each token, window index fastest; 0 beyond the map.
-        inverse: (H · W,) the slot of each map position.
-        mask: (windows, window², window²), added to the scores; None if every token of a window sees every other.
-    """
+    """Where each window's tokens lie: `order`, (window² · windows,), the flat map position of each slot, window index
+    fastest, 0 beyond the map; `inverse`, (H · W,), the slot of each position; and `mask`, (windows, window², window²),
+    added to the scores, or None if all tokens of a window see each other."""
     rows, columns = -(-height // window), -(-width // window)
     # Slot (r, c, i, j) is row (r·window + i + shift) of the map padded to whole windows, cyclically.
     y = torch.arange(rows * window, device=device)

@@ -5,9 +5,9 @@
 
 Exact rewrites:
   * W₁ ∗ [up(x) ; g] = W₁ₓ ∗ up(x) + W₁g ∗ g, and g is the same for all classes: its share is computed once an image.
-  * up and W₁ₓ follow each other without a non-linearity, so both together are one transposed convolution 4 × 4 with
-    stride 2 and padding 1, which halves the arithmetic of the two. up's bias does not reach beyond the border while
-    W₁ₓ's window does, so its share is a map, not a constant; it joins the guidance's share.
+  * up and W₁ₓ follow each other without a non-linearity: one transposed convolution 4 × 4 with stride 2 and padding 1
+    does both in half the arithmetic. up's bias ends at the border but W₁ₓ's window does not, so its share is a map,
+    which joins the guidance's.
 """
 
 from __future__ import annotations
@@ -37,12 +37,8 @@ def guidance_term(guidance: Tensor, up_bias: Tensor, conv1_weight: Tensor) -> Te
     Raises:
         TypeError, ValueError: dtype, device, rank or widths do not fit.
     """
-    check_tensors(
-        "guidance_term",
-        guidance=(guidance, "B 2H 2W G"),
-        up_bias=(up_bias, "U"),
-        conv1_weight=(conv1_weight, "D U+G 3 3"),
-    )
+    shapes = {"guidance": (guidance, "B 2H 2W G"), "up_bias": (up_bias, "U")}
+    check_tensors("guidance_term", **shapes, conv1_weight=(conv1_weight, "D U+G 3 3"))
     channels, given = up_bias.shape[0] + guidance.shape[-1], conv1_weight.shape[1]
     if given != channels:
         raise ValueError(f"guidance_term: conv1_weight must have U + G = {channels} input channels, got {given}.")

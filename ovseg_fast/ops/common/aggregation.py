@@ -27,11 +27,7 @@ SHAPES = {
 def check_block(
     operator: str, kind: Any, x: Tensor, guidance: Tensor, guidance_shape: str, weights: Any, heads: int
 ) -> None:
-    """Check what both blocks take: x (B, T, H, W, C), guidance and the weights, a NamedTuple of type `kind`.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-    """
+    """Check what both blocks take: x (B, T, H, W, C), guidance and the weights, a NamedTuple of type `kind`."""
     if not isinstance(weights, kind):
         raise TypeError(f"{operator}: weights must be {kind.__name__}, got {type(weights).__name__}.")
     named = {name: (tensor, SHAPES[name]) for name, tensor in zip(kind._fields, weights, strict=True)}

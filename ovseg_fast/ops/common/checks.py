@@ -11,9 +11,9 @@ LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
 def check_tensors(operator: str, labels: tuple[str, ...] = (), /, **arguments: tuple[Tensor, str]) -> None:
     """Check dtype, device and shape of an operator's tensors before any work.
 
-    Each keyword is `name=(tensor, shape)`, the shape in words such as `"B T H W C"`; its word count is the rank. Words
-    that are integers are sizes that must match; equal words must have equal sizes throughout the call. All tensors are
-    floating-point numbers of one dtype, except those named in `labels`, which have any of `LABEL_DTYPES`.
+    Each keyword is `name=(tensor, shape)`, the shape in words such as `"B T H W C"`: one per axis, integers are sizes,
+    and equal words stand for equal sizes throughout the call. All tensors are floating-point numbers of one dtype, but
+    those named in `labels` have any of `LABEL_DTYPES`.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.

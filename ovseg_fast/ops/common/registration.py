@@ -19,26 +19,23 @@ def define(
     operator: str,
     fake: Callable[..., Any],
     *,
-    forward: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
-    differentiable: int = 1,
+    differentiable: bool = True,
     saved: Sequence[int] = (),
 ) -> None:
     """Register `ovseg_fast::name`, whose last argument names the backend, and `ovseg_fast::name_backward`.
 
-    The backward takes the gradients of the differentiable outputs, the saved outputs, all inputs of the forward, and
-    `needs`: for each tensor argument whether its gradient is needed. It gives one gradient per tensor argument, like
-    that argument. A list of tensors counts as one argument; its gradient is stacked. A `Tensor?` may be None.
+    The backward takes the gradient of the first output, the saved outputs, all inputs of the forward, and `needs`: for
+    each tensor argument whether its gradient is needed. It gives one gradient per tensor argument, like that argument.
+    A list of tensors counts as one argument; its gradient is stacked. A `Tensor?` may be None.
 
     Args:
         schema: `"name(Tensor x, ..., int heads) -> Tensor"`, without the backend.
         operator: names the kernel module, and what `last_backend` reports.
         fake: empty outputs for inputs of a shape; same arguments.
-        forward, backward: called with the kernel module before their arguments; by default its functions `name` and
-            `name_backward`. Tensors reach them contiguous and aligned to 16 bytes, lists of tensors as they are. What
-            the backward gives where no gradient is needed is dropped, and may be None.
-        differentiable: the number of leading outputs that have gradients. With several, those not used come as None.
-            0: no backward.
+        backward: called with the kernel module before its arguments; by default the module's `name_backward`. What it
+            gives where no gradient is needed is dropped, and may be None.
+        differentiable: whether the first output has a gradient; no other has one.
         saved: indices of the outputs that the backward reads.
     """
     name, _, rest = schema.partition("(")
@@ -47,7 +44,7 @@ def define(
 
     def run_forward(*values: Any) -> Any:
         *inputs, backend = values
-        return _run(forward, name, operator, backend, inputs)
+        return _run(None, name, operator, backend, inputs)
 
     _register(f"{name}({arguments}, str backend) ->{outputs}", run_forward, lambda *inputs: fake(*inputs[:-1]))
     if not differentiable:
@@ -68,20 +65,13 @@ def define(
         first = _first_tensor(inputs)
         return [_like(value) if need else first.new_empty(0) for value, need in zip(tensors, needs, strict=True)]
 
-    grads = [f"Tensor{'?' if differentiable > 1 else ''} grad{index}" for index in range(differentiable)]
-    kept = [f"Tensor output{index}" for index in saved]
-    _register(
-        f"{name}_backward({', '.join([*grads, *kept, arguments])}, bool[] needs, str backend) -> Tensor[]",
-        run_backward,
-        backward_fake,
-    )
+    given = ", ".join(["Tensor grad", *(f"Tensor output{index}" for index in saved), arguments])
+    _register(f"{name}_backward({given}, bool[] needs, str backend) -> Tensor[]", run_backward, backward_fake)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *values, ctx.backend = inputs
         results = output if isinstance(output, tuple) else (output,)
-        if differentiable > 1:
-            ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*results[differentiable:])
+        ctx.mark_non_differentiable(*results[1:])
         tensors = [results[index] for index in saved]
         ctx.inputs = list(values)  # options stay, tensors are replaced by how many they are
         for position, value in enumerate(values):
@@ -91,7 +81,7 @@ def define(
                 tensors += value if is_list else [value]
         ctx.save_for_backward(*tensors)
 
-    def run_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def run_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         tensors = list(ctx.saved_tensors)
         results = [tensors.pop(0) for _ in saved]
         inputs = list(ctx.inputs)
@@ -101,7 +91,7 @@ def define(
         needed = [need for need, tensor in zip(ctx.needs_input_grad, is_tensor, strict=False) if tensor]
         needs = [any(need) if isinstance(need, (list, tuple)) else need for need in needed]
         call = getattr(torch.ops.ovseg_fast, f"{name}_backward")
-        gradients = iter(call(*grads[:differentiable], *results, *inputs, needs, ctx.backend))
+        gradients = iter(call(grad, *results, *inputs, needs, ctx.backend))
         return *(
             _wanted(next(gradients), need) if tensor else None
             for need, tensor in zip(ctx.needs_input_grad, is_tensor, strict=False)
@@ -117,11 +107,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
-
-
-def tensor_arguments(weights: type) -> str:
-    """The fields of a NamedTuple of tensors, as a schema lists them."""
-    return ", ".join(f"Tensor {field}" for field in weights._fields)  # type: ignore[attr-defined]
 
 
 def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -140,16 +125,21 @@ def _run(function: Callable[..., Any] | None, name: str, operator: str, backend:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         kernels = backends.implementation(operator, backend)
-        inputs = [readable(value) for value in inputs]
+        inputs = [_readable(value) for value in inputs]
         return function(kernels, *inputs) if function else getattr(kernels, name)(*inputs)
 
 
-def readable(value: Any) -> Any:
-    """A tensor contiguous and beginning at a multiple of 16 bytes, as kernels read it: itself, or a copy."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.contiguous()
-    return value.clone() if value.data_ptr() % 16 else value
+def _readable(value: Any) -> Any:
+    """As kernels read it, copied if need be: a tensor contiguous and beginning at a multiple of 16 bytes; those of a
+    list alike, or with equal strides and unit stride over the last axis."""
+    if isinstance(value, Tensor):
+        value = value.contiguous()
+        return value.clone() if value.data_ptr() % 16 else value
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        first = value[0].stride()
+        if first[-1] != 1 or any(part.stride() != first or part.data_ptr() % 16 for part in value):
+            return [_readable(part) for part in value]
+    return value
 
 
 def _first_tensor(arguments: Sequence[Any]) -> Tensor:

@@ -11,18 +11,9 @@ from torch import Tensor
 KERNEL_CHANNELS = 256  # a kernel's program holds whole rows
 
 
-def residual_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    *,
-    activation: str,
-) -> Tensor:
-    """The PyTorch form, (..., C) -> the same; `activation` is `"gelu"` (exact) or `"relu"`."""
+def residual_mlp(x: Tensor, *weights: Tensor, activation: str) -> Tensor:
+    """The PyTorch form, (..., C) -> the same: weight and bias of LN, W₁ and W₂; activation "gelu" (exact) or "relu"."""
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     normed = F.layer_norm(x, (x.shape[-1],), norm_weight, norm_bias)
     return x + F.linear(getattr(F, activation)(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
