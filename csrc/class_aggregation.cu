@@ -176,8 +176,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         project(acc, normed, Tile<T, C>{weight}, lane);
         guide(acc, guidance + head * WIDTH, first);
         Query query;
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) query.frag_a[k] = chained<T>(acc, k);
+        unrolled<WIDTH / K<T>>([&](int k) { query.frag_a[k] = chained<T>(acc, k); });
         return query;
     };
 
@@ -192,11 +191,9 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         const auto frag_a = [&](int k) { return query.frag_a[k]; };
         Acc acc[WIDTH / 8] = {}, total = {};
         multiply<T, WIDTH / K<T>>(acc, outer_of(index), lane, frag_a);
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) mma<T>(total, query.frag_a[k], repeated_column<T>(z, k, lane));
+        unrolled<WIDTH / K<T>>([&](int k) { mma<T>(total, query.frag_a[k], repeated_column<T>(z, k, lane)); });
         float normaliser[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
+        unrolled<2>([&](int i) { normaliser[i] = fast_reciprocal(total.value[2 * i] + eps); });
         // The heads move up, so that no register is indexed by a number known at run time only.
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) {
@@ -284,8 +281,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
                 stage_keys(normed, head, (turn * WARPS<T> + warp) * 16);
                 __syncthreads();
                 Quarter quarter;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[0][i];
+                unrolled<8>([&](int i) { quarter.outer[i] = outers[0][i]; });
                 if (warp < QUARTERS) {
                     quarter.add(keys, values, warp, turn * WARPS<T> * 16, WARPS<T> * 16, classes, lane);
                     quarter.store_vectors(z_of(head), turn > 0, warp, lane);
@@ -303,12 +299,10 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
 #pragma unroll
             for (int head = 0; head < HEADS; ++head) {
                 Quarter quarter;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[head][i];
+                unrolled<8>([&](int i) { quarter.outer[i] = outers[head][i]; });
                 quarter.load_vectors(z_of(head), warp, lane);
                 Kept<T> pairs[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) pairs[i] = quarter.pair<T>(i);
+                unrolled<4>([&](int i) { pairs[i] = quarter.pair<T>(i); });
                 store_quarter(outer_of(head), pairs, warp, lane);
             }
         }

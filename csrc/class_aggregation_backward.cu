@@ -44,13 +44,11 @@ template <typename T> DEVICE void add_outer(Acc (&matrix)[ACCS], Tile<T, WIDTH> 
 #pragma unroll
     for (int k = 0; k < 16 / K<T>; ++k) {
         FragA frag_a[WIDTH / 16];
-#pragma unroll
-        for (int m = 0; m < WIDTH / 16; ++m) frag_a[m] = load_a_by_rows(left, k, m, lane);
+        unrolled<WIDTH / 16>([&](int m) { frag_a[m] = load_a_by_rows(left, k, m, lane); });
 #pragma unroll
         for (int n = 0; n < WIDTH / 16; ++n) {
             const FragB2 frag_b = load_b_by_rows(right, k, n, lane);
-#pragma unroll
-            for (int m = 0; m < WIDTH / 16; ++m) mma<T>(matrix + 4 * m + 2 * n, frag_a[m], frag_b);
+            unrolled<WIDTH / 16>([&](int m) { mma<T>(matrix + 4 * m + 2 * n, frag_a[m], frag_b); });
         }
     }
 }
@@ -85,13 +83,11 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         const Vec<T> vec = load_vec((key < classes.count ? tokens + key * pitch : padding) + column);
         const Vec<T> term =
             load_vec(part == 2 ? a.v_bias + channel + Rows::column(lane) : terms + int64_t(key) * (2 * C) + column);
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) values[i] = to_float(vec.value[i]) + to_float(term.value[i]);
+        unrolled<VEC<T>>([&](int i) { values[i] = to_float(vec.value[i]) + to_float(term.value[i]); });
     };
     // function(vector, key) for a lane's vectors of a warp's tile.
     const auto each_vec = [&](int tile, auto function) {
-#pragma unroll
-        for (int i = 0; i < Rows::COUNT; ++i) function(i, tile * 16 + i * Rows::AT_ONCE + Rows::row(lane));
+        unrolled<Rows::COUNT>([&](int i) { function(i, tile * 16 + i * Rows::AT_ONCE + Rows::row(lane)); });
     };
     const auto store_part = [&](Tile<T, WIDTH> tile, int part, int tile_first) {
         copy_out(tile, a.grad_tokens + first * (3 * C) + channel + part * C + tile_first * pitch, pitch,
@@ -102,14 +98,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         __syncthreads();
         if (int(threadIdx.x) < count) {
             float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; ++i) sum += parts[i].vectors[threadIdx.x];
+            unrolled<WARPS>([&](int i) { sum += parts[i].vectors[threadIdx.x]; });
             vectors[threadIdx.x] = sum * scale;
         }
         each_value<ACCS / WARPS>([&](int acc, int j) {
             float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; ++i) sum += parts[i].matrix[warp * (ACCS / WARPS) + acc][lane].value[j];
+            unrolled<WARPS>([&](int i) { sum += parts[i].matrix[warp * (ACCS / WARPS) + acc][lane].value[j]; });
             sums[acc].value[j] = sum * scale;
         });
         __syncthreads();
@@ -135,15 +129,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
                 const float times = classes.times(key) * share;  // 0 beyond the list
                 float values[VEC<T>];
                 load_part(values, 1, key);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]) * times;
+                unrolled<VEC<T>>([&](int j) { values[j] = feature(values[j]) * times; });
                 const Vec<T> k = rounded<T>(values);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) totals[j] += to_float(k.value[j]);
+                unrolled<VEC<T>>([&](int j) { totals[j] += to_float(k.value[j]); });
                 store(Rows::address(left, 0, i, lane), k);
                 load_part(values, 2, key);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) means[j] += values[j] * times;
+                unrolled<VEC<T>>([&](int j) { means[j] += values[j] * times; });
                 store(Rows::address(right, 0, i, lane), rounded<T>(values));
             });
             __syncwarp();
@@ -178,8 +169,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             each_vec(tile, [&](int i, int key) {
                 float values[VEC<T>];
                 load_part(values, 0, key);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]);
+                unrolled<VEC<T>>([&](int j) { values[j] = feature(values[j]); });
                 store(Rows::address(left, 0, i, lane), rounded<T>(values));
                 // The padding asks nothing, and a row beyond the list, which holds the last key once more, neither.
                 const int64_t token = first + int64_t(key) * a.positions;
@@ -196,8 +186,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             }
             multiply<T, STEPS>(attended, outer, lane, [&](int k) { return q[k]; });
             float normaliser[2], along[2] = {};
-#pragma unroll
-            for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
+            unrolled<2>([&](int i) { normaliser[i] = fast_reciprocal(total.value[2 * i] + eps); });
             Acc ratio[WIDTH / 8], q_grad[WIDTH / 8];
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
@@ -217,15 +206,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
                     }
                 }
             }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) along[i] = -normaliser[i] * sum_over_lanes<4>(along[i]);
+            unrolled<2>([&](int i) { along[i] = -normaliser[i] * sum_over_lanes<4>(along[i]); });
             __syncwarp();
             add_outer(matrix, left, right, lane);
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
                 const Pair<float> pair = load<float, 2>(z + 8 * n + acc_col(lane, 0));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) q_grad[n].value[i] = pair.value[i % 2] * along[i / 2];
+                unrolled<4>([&](int i) { q_grad[n].value[i] = pair.value[i % 2] * along[i / 2]; });
             }
             multiply_transposed<T, STEPS>(q_grad, outer, lane, [&](int k) { return chained<T>(ratio, k); });
             __syncwarp();
@@ -262,25 +249,21 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         each_vec(tile, [&](int i, int key) {
             float values[VEC<T>];
             load_part(values, 1, key);
-#pragma unroll
-            for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]);
+            unrolled<VEC<T>>([&](int j) { values[j] = feature(values[j]); });
             store(Rows::address(left, 0, i, lane), rounded<T>(values));
             load_part(values, 2, key);
             const Vec<T> v = rounded<T>(values);
-#pragma unroll
-            for (int j = 0; j < VEC<T>; ++j) values[j] = to_float(v.value[j]) - m[Rows::column(lane) + j];
+            unrolled<VEC<T>>([&](int j) { values[j] = to_float(v.value[j]) - m[Rows::column(lane) + j]; });
             store(Rows::address(right, 0, i, lane), rounded<T>(values));
         });
         __syncwarp();
         FragA keys[STEPS];
         Acc k_grad[WIDTH / 8], v_grad[WIDTH / 8] = {};
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) keys[k] = load_a_chained(left, k, lane);
+        unrolled<STEPS>([&](int k) { keys[k] = load_a_chained(left, k, lane); });
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) {
             const Pair<float> pair = load<float, 2>(z_grad + 8 * n + acc_col(lane, 0));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) k_grad[n].value[i] = pair.value[i % 2];
+            unrolled<4>([&](int i) { k_grad[n].value[i] = pair.value[i % 2]; });
         }
         multiply_transposed<T, STEPS>(k_grad, outer_grad, lane, [&](int k) { return load_a_chained(right, k, lane); });
         multiply<T, STEPS>(v_grad, outer_grad, lane, [&](int k) { return keys[k]; });

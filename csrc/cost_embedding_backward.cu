@@ -103,8 +103,7 @@ template <typename T> struct GradientsAndTaps {
                 element += rows_of_window() * size;
             }
         }
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) pixels[i] += step_by;
+        unrolled<COUNT>([&](int i) { pixels[i] += step_by; });
     }
 };
 

@@ -79,8 +79,7 @@ template <typename T> struct Gradients {
         const int bottom = a.height - tile.top, right = a.width - tile.left, left = a.outputs - column;
         constexpr int COUNT = ROWS / AT_ONCE;
         int sources[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) sources[i] = pixels[pixel + i * AT_ONCE];
+        unrolled<COUNT>([&](int i) { sources[i] = pixels[pixel + i * AT_ONCE]; });
         with_constant(whole_vecs<T>(a.outputs), [&](auto whole) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
@@ -202,8 +201,7 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (warp || i >= size) return;
     sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i) sum += sums[i][lane];
+    unrolled<WARPS>([&](int i) { sum += sums[i][lane]; });
     const int64_t map = i / (area + 1);  // of the weight: output and prompt
     const int element = int(i - map * (area + 1));
     if (element < area) {

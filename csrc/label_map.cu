@@ -81,15 +81,12 @@ template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
 template <typename T>
 DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
     float largest[2 * BOUNDED], spoilt[2 * BOUNDED] = {};  // of the windows' logits, of the whole image's
-#pragma unroll
-    for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = -INFINITY;
+    unrolled<2 * BOUNDED>([&](int i) { largest[i] = -INFINITY; });
     int64_t maps[BOUNDED];
-#pragma unroll
-    for (int i = 0; i < BOUNDED; ++i) maps[i] = a.at(0, min(first + i * step, a.classes - 1));
+    unrolled<BOUNDED>([&](int i) { maps[i] = a.at(0, min(first + i * step, a.classes - 1)); });
     const auto search = [&](const T *start, Rectangle r, int kind) {
         const T *starts[BOUNDED];
-#pragma unroll
-        for (int i = 0; i < BOUNDED; ++i) starts[i] = start + maps[i];
+        unrolled<BOUNDED>([&](int i) { starts[i] = start + maps[i]; });
 #pragma unroll 1
         for (int y = r.top + lane / PATCH_COLUMNS; y <= r.bottom; y += PATCH_ROWS) {
 #pragma unroll 1
@@ -107,8 +104,7 @@ DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, i
 #pragma unroll 1
     for (int n = 0; n < windows.count; ++n) search(a.logits + windows.list[n].start, windows.list[n].logits, 0);
     if (a.whole) search(a.whole, windows.whole, 1);
-#pragma unroll
-    for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = spoilt[i] == 0.0f ? largest[i] : INFINITY;
+    unrolled<2 * BOUNDED>([&](int i) { largest[i] = spoilt[i] == 0.0f ? largest[i] : INFINITY; });
     const float logit = shared_maximum(largest, lane);
     float bound = logit < INFINITY ? sigmoid(logit) : INFINITY;
     const float certain = __shfl_xor_sync(ALL_LANES, bound, BOUNDED);
@@ -138,8 +134,7 @@ template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K
 
     const Pixel pixel(target, a.from_canvas);
     int64_t best[K];
-#pragma unroll
-    for (int r = 0; r < K; ++r) best[r] = INT64_MIN;
+    unrolled<K>([&](int r) { best[r] = INT64_MIN; });
 #pragma unroll 1
     for (int turn = 0;; turn ^= 1) {
         // The part with the largest bound of those that are left, and the lowest of the pixels' k-th scores.
@@ -149,8 +144,7 @@ template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K
             const int key = shared.bounds[part];
             if (key > choice.key) choice.key = key, choice.part = part;
         }
-#pragma unroll
-        for (int r = 0; r < K; ++r) choice.last = r < a.k ? key_of(best[r]) : choice.last;
+        unrolled<K>([&](int r) { choice.last = r < a.k ? key_of(best[r]) : choice.last; });
         choice = choice_of_warp(choice);
         if (lane == 0) shared.choices[turn][warp] = choice;
         __syncthreads();

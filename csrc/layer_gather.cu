@@ -115,8 +115,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         {
             const T *tokens[WARP_ROWS];
             Statistics found[WARP_ROWS];
-#pragma unroll
-            for (int i = 0; i < WARP_ROWS; ++i) tokens[i] = token(layer, warp * WARP_ROWS + i);
+            unrolled<WARP_ROWS>([&](int i) { tokens[i] = token(layer, warp * WARP_ROWS + i); });
             with_constant(a.hidden.whole,
                           [&](auto whole) { find_statistics(found, tokens, a.norms, channels, whole, lane); });
 #pragma unroll
@@ -162,8 +161,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
 #pragma unroll
                 for (int n = 0; n < COUNT / 2; ++n) {
                     const FragB2 frag_b = load_b_by_rows(projection, 0, strip / 16 + n, lane);
-#pragma unroll
-                    for (int i = 0; i < ROW_TILES; ++i) mma<T>(acc[i] + 2 * n, frag_a[i], frag_b);
+                    unrolled<ROW_TILES>([&](int i) { mma<T>(acc[i] + 2 * n, frag_a[i], frag_b); });
                 }
             }
         } while (++chunk < chunks);
@@ -184,8 +182,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
             const float *const parts = squares + (i / 2 * 16 + acc_row(lane, i % 2 * 2)) * WARPS;
             float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < WARPS; ++j) sum += parts[j];
+            unrolled<WARPS>([&](int j) { sum += parts[j]; });
             const float scale = weight / length_of(sum);
             unrolled<COUNT, 2>([&](int n, int j) {
                 float &z = acc[i / 2][n].value[i % 2 * 2 + j];

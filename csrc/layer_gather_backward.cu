@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(THREADS)
             const Floats<T> zs = floats(load_vec(z, column, width, whole));
             const Floats<T> ds = floats(load_vec(d, column, width, whole));
             Vec<T> dz;
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i]));
+            unrolled<VEC<T>>([&](int i) { dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i])); });
             store_vec(z, column, width, whole, dz);
         });
     });
@@ -185,8 +184,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     float *const target = sums + int64_t(chunk) * 4 * channels + channel;
     const float all[4] = {a_sum, c_sum, g_sum, b_sum};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) target[int64_t(i) * channels] = all[i];
+    unrolled<4>([&](int i) { target[int64_t(i) * channels] = all[i]; });
 }
 
 }  // namespace

@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
     if (a.normed) copy_out(smem_normed, a.normed + first * C, C, count, lane);
 
     Acc normed_grad[C / 8];
-#pragma unroll
-    for (int n = 0; n < C / 8; ++n) normed_grad[n] = {};
+    unrolled<C / 8>([&](int n) { normed_grad[n] = {}; });
     {
         const RowFrags<T, C> rows(smem_normed, lane);
         int unit = 0;
@@ -138,19 +137,16 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const Pair<T> pair = load<T, 2>(acc_address(smem_normed, n, lane) + i / 2 * (8 * C));
-#pragma unroll
-            for (int j = 0; j < 2; ++j) mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]);
+            unrolled<2>([&](int j) { mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]); });
         }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) mean[i] = sum_over_lanes<4>(mean[i]) / C;
+    unrolled<2>([&](int i) { mean[i] = sum_over_lanes<4>(mean[i]) / C; });
     each_value<C / 8>([&](int n, int i) {
         float &x = standardised[n].value[i];
         x -= mean[i / 2];
         scale[i / 2] += x * x;
     });
-#pragma unroll
-    for (int i = 0; i < 2; ++i) scale[i] = rsqrtf(sum_over_lanes<4>(scale[i]) / C + LAYER_NORM_EPS);
+    unrolled<2>([&](int i) { scale[i] = rsqrtf(sum_over_lanes<4>(scale[i]) / C + LAYER_NORM_EPS); });
     float along[2] = {}, mean_grad[2] = {};
     __syncthreads();  // all are done with the stages, whose memory the warps' sums reuse
     float *const sums = reinterpret_cast<float *>(stage_memory) + warp * 3 * C;

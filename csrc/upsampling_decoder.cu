@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(THREADS, 3) take_moments(const T *y, const T *
         each_position(s, chunk, slot, y, term, [&](int present, int64_t, const float (&z)[BATCH][N]) {
             const float added = float(present * N);  // a power of two
             float sum = 0.0f, centred = 0.0f;
-#pragma unroll
-            for (int i = 0; i < BATCH * N; ++i) sum += z[i / N][i % N];
+            unrolled<BATCH * N>([&](int i) { sum += z[i / N][i % N]; });
             const float batch_mean = sum * (present == BATCH ? 1.0f / (BATCH * N) : 1.0f / N);
 #pragma unroll
             for (int i = 0; i < BATCH * N; ++i) {

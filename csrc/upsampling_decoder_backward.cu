@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                 along[i] += h * (z[b][i] - group.value[0]);
             });
         });
-#pragma unroll
-        for (int i = 0; i < N; ++i) along[i] *= group.value[1];
+        unrolled<N>([&](int i) { along[i] *= group.value[1]; });
         store_floats(shared + thread * N, passed);
         store_floats(shared + (THREADS + thread) * N, along);
     }

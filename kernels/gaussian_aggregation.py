@@ -1,9 +1,6 @@
-"""Neighbourhood Gaussian aggregation.
+"""Neighbourhood Gaussian aggregation: out = Σ_l w_l · f_l
 
-    out = Σ_l w_l · f_l
-
-Backward, from the gradient d of out: df_l = w_l · d and dw_l = Σ d · f_l, summed per block of elements first, then over
-the blocks.
+Backward, from the gradient d of out: df_l = w_l · d and dw_l = Σ d · f_l, summed per block first, then over the blocks.
 """
 
 from __future__ import annotations

@@ -107,8 +107,7 @@ template <typename T, typename Stages> DEVICE void cosines(Acc (&acc)[TEXTS / 8]
         }
     }
     float of_pixel[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) of_pixel[i] = fast_reciprocal(length_of(pixels.of_row(i, lane)));
+    unrolled<2>([&](int i) { of_pixel[i] = fast_reciprocal(length_of(pixels.of_row(i, lane))); });
 #pragma unroll
     for (int n = 0; n < TEXTS / 8; ++n) {
         const float of_row = fast_reciprocal(length_of(texts.of_row(n, lane)));

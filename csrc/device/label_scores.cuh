@@ -150,10 +150,8 @@ DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, c
                          const int (&rows)[SIDE], const int (&columns)[SIDE]) {
     int64_t maps[N];
     float counts[SIDE][SIDE] = {};
-#pragma unroll
-    for (int i = 0; i < N; ++i) maps[i] = a.at(0, min(first + i, a.classes - 1));
-#pragma unroll
-    for (int pixel = 0; pixel < SIDE * SIDE * N; ++pixel) scores[pixel / N / SIDE][pixel / N % SIDE][pixel % N] = 0.0f;
+    unrolled<N>([&](int i) { maps[i] = a.at(0, min(first + i, a.classes - 1)); });
+    unrolled<SIDE * SIDE * N>([&](int pixel) { scores[pixel / N / SIDE][pixel / N % SIDE][pixel % N] = 0.0f; });
 #pragma unroll 1
     for (int n = 0; n < windows.count; ++n) {
         const WindowBelow &window = windows.list[n];
@@ -216,8 +214,7 @@ DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, c
                     certain[i] = fmaf(weight, p, certain[i]);
                 }
             }
-#pragma unroll
-            for (int i = 0; i < N; ++i) scores[r][c][i] = (scores[r][c][i] + certain[i]) * 0.5f;
+            unrolled<N>([&](int i) { scores[r][c][i] = (scores[r][c][i] + certain[i]) * 0.5f; });
         }
     }
 }
@@ -236,8 +233,7 @@ struct Pixel {
         if (!a.from_canvas.needed) {
             float scores[1][1][N];
             score_canvas<1>(scores, a, windows, first, {y.low}, {x.low});
-#pragma unroll
-            for (int i = 0; i < N; ++i) total[i] = scores[0][0][i];
+            unrolled<N>([&](int i) { total[i] = scores[0][0][i]; });
             return;
         }
         float scores[2][2][N];

@@ -145,8 +145,7 @@ DEVICE Split split(uint32_t word) {
 // A frag_a that is split again in each turn of a loop, see `recomputed(int)`.
 template <typename T> DEVICE FragA recomputed(FragA frag_a) {
     if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) frag_a.word[i] = recomputed(frag_a.word[i]);
+        unrolled<4>([&](int i) { frag_a.word[i] = recomputed(frag_a.word[i]); });
     }
     return frag_a;
 }

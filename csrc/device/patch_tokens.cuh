@@ -53,18 +53,15 @@ DEVICE void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[RO
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
             const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) sums[row] += x.value[i];
+            unrolled<VEC<T>>([&](int i) { sums[row] += x.value[i]; });
         }
     });
     float squares[ROWS] = {}, along[ROWS] = {}, offset = 0.0f;
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) found[row].x_mean = sum_over_lanes<32>(sums[row]) * share;
+    unrolled<ROWS>([&](int row) { found[row].x_mean = sum_over_lanes<32>(sums[row]) * share; });
     each_column([&](int column) {
         const Floats<T> a = floats(load_vec(norms.shared_weight, column, channels, whole));
         const Floats<T> c = floats(load_vec(norms.shared_bias, column, channels, whole));
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) offset += c.value[i];
+        unrolled<VEC<T>>([&](int i) { offset += c.value[i]; });
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
             const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));

@@ -14,8 +14,7 @@ DEVICE void multiply(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, Frag frag_a
 #pragma unroll(UNROLLED)
     for (int k = 0; k < STEPS; ++k) {
         const FragA a = frag_a(k);
-#pragma unroll
-        for (int n = 0; n < N / 2; ++n) mma<T>(acc + 2 * n, a, load_b_by_rows(matrix, k, n, lane));
+        unrolled<N / 2>([&](int n) { mma<T>(acc + 2 * n, a, load_b_by_rows(matrix, k, n, lane)); });
     }
 }
 
@@ -25,8 +24,7 @@ DEVICE void multiply_transposed(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, 
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
         const FragA a = frag_a(k);
-#pragma unroll
-        for (int n = 0; n < N / 2; ++n) mma<T>(acc + 2 * n, a, load_b_chained(matrix.rows_from(16 * n), k, lane));
+        unrolled<N / 2>([&](int n) { mma<T>(acc + 2 * n, a, load_b_chained(matrix.rows_from(16 * n), k, lane)); });
     }
 }
 

@@ -22,8 +22,7 @@ template <typename T> DEVICE Floats<T> floats(const Vec<T> &vec) {
             numbers.value[2 * i + 1] = __uint_as_float(words.value[i] & 0xffff0000u);
         }
     } else {
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) numbers.value[i] = to_float(vec.value[i]);
+        unrolled<VEC<T>>([&](int i) { numbers.value[i] = to_float(vec.value[i]); });
     }
     return numbers;
 }

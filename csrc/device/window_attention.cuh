@@ -92,8 +92,7 @@ DEVICE Softmax attend(Acc (&acc)[WIDTH / 8], const FragA (&q)[WIDTH / K<T>], Til
     constexpr int COUNT = AT_ONCE<T> / 8;
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     Softmax softmax;
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) acc[n] = {};
+    unrolled<WIDTH / 8>([&](int n) { acc[n] = {}; });
 #pragma unroll 1
     for (int first = 0; first < TOKENS; first += AT_ONCE<T>) {
         lane = recomputed(lane);
