@@ -41,16 +41,14 @@ template <typename T> struct Shared {
 
 // matrix += leftᵀ · right for 16 rows of both.
 template <typename T> DEVICE void add_outer(Acc (&matrix)[ACCS], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
-#pragma unroll
-    for (int k = 0; k < 16 / K<T>; ++k) {
+    unrolled<16 / K<T>>([&](int k) {
         FragA frag_a[WIDTH / 16];
         unrolled<WIDTH / 16>([&](int m) { frag_a[m] = load_a_by_rows(left, k, m, lane); });
-#pragma unroll
-        for (int n = 0; n < WIDTH / 16; ++n) {
+        unrolled<WIDTH / 16>([&](int n) {
             const FragB2 frag_b = load_b_by_rows(right, k, n, lane);
             unrolled<WIDTH / 16>([&](int m) { mma<T>(matrix + 4 * m + 2 * n, frag_a[m], frag_b); });
-        }
-    }
+        });
+    });
 }
 
 template <typename T>
@@ -109,11 +107,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         __syncthreads();
     };
     const auto store_matrix = [&](const Acc(&matrix)[ACCS]) {
-#pragma unroll
-        for (int i = 0; i < ACCS; ++i) {
+        unrolled<ACCS>([&](int i) {
             const float (&v)[4] = matrix[i].value;
             parts[warp].matrix[i][lane] = {{v[0], v[1], v[2], v[3]}};
-        }
+        });
     };
     // Row and column of value i of an acc that `sum_parts` gives.
     const auto row_of = [&](int acc, int i) { return (warp * (ACCS / WARPS) + acc) / 4 * 16 + acc_row(lane, i); };
@@ -142,15 +139,14 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             __syncwarp();
         }
         store_matrix(matrix);
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) {
+        unrolled<VEC<T>>([&](int i) {
             totals[i] = sum_over_lanes<32 / LANES, LANES>(totals[i]);
             means[i] = sum_over_lanes<32 / LANES, LANES>(means[i]);
             if (lane < LANES) {
                 parts[warp].vectors[lane * VEC<T> + i] = totals[i];
                 parts[warp].vectors[WIDTH + lane * VEC<T> + i] = means[i];
             }
-        }
+        });
         Acc sums[ACCS / WARPS];
         sum_parts(sums, z, 2 * WIDTH, 1.0f);
         each_value<ACCS / WARPS>([&](int acc, int i) {
@@ -179,11 +175,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             __syncwarp();
             FragA q[STEPS];
             Acc attended[WIDTH / 8] = {}, total = {};
-#pragma unroll
-            for (int k = 0; k < STEPS; ++k) {
+            unrolled<STEPS>([&](int k) {
                 q[k] = load_a_chained(left, k, lane);
                 mma<T>(total, q[k], repeated_column<T>(z, k, lane));
-            }
+            });
             multiply<T, STEPS>(attended, outer, lane, [&](int k) { return q[k]; });
             float normaliser[2], along[2] = {};
             unrolled<2>([&](int i) { normaliser[i] = fast_reciprocal(total.value[2 * i] + eps); });
@@ -198,32 +193,29 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
                     const Pair<T> pair = rounded_pair<T>(to_float(grad.value[0]) * normaliser[i],
                                                          to_float(grad.value[1]) * normaliser[i]);
                     store(address, pair);
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
+                    unrolled<2>([&](int j) {
                         const float number = to_float(pair.value[j]);
                         ratio[n].value[2 * i + j] = number;
                         along[i] += (attended[n].value[2 * i + j] - eps * mean.value[j]) * number;
-                    }
+                    });
                 }
             }
             unrolled<2>([&](int i) { along[i] = -normaliser[i] * sum_over_lanes<4>(along[i]); });
             __syncwarp();
             add_outer(matrix, left, right, lane);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
+            unrolled<WIDTH / 8>([&](int n) {
                 const Pair<float> pair = load<float, 2>(z + 8 * n + acc_col(lane, 0));
                 unrolled<4>([&](int i) { q_grad[n].value[i] = pair.value[i % 2] * along[i / 2]; });
-            }
+            });
             multiply_transposed<T, STEPS>(q_grad, outer, lane, [&](int k) { return chained<T>(ratio, k); });
             __syncwarp();
             unrolled<WIDTH / 8, 2>([&](int n, int i) {
                 const Pair<float> pair = chained_pair<T>(q, n, i);
                 float grad[2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
+                unrolled<2>([&](int j) {
                     totals[n].value[j] += pair.value[j] * along[i];
                     grad[j] = q_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f);
-                }
+                });
                 store(acc_address(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
             });
             __syncwarp();
@@ -260,11 +252,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         FragA keys[STEPS];
         Acc k_grad[WIDTH / 8], v_grad[WIDTH / 8] = {};
         unrolled<STEPS>([&](int k) { keys[k] = load_a_chained(left, k, lane); });
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
+        unrolled<WIDTH / 8>([&](int n) {
             const Pair<float> pair = load<float, 2>(z_grad + 8 * n + acc_col(lane, 0));
             unrolled<4>([&](int i) { k_grad[n].value[i] = pair.value[i % 2]; });
-        }
+        });
         multiply_transposed<T, STEPS>(k_grad, outer_grad, lane, [&](int k) { return load_a_chained(right, k, lane); });
         multiply<T, STEPS>(v_grad, outer_grad, lane, [&](int k) { return keys[k]; });
         __syncwarp();
@@ -277,11 +268,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             for (int n = 0; n < WIDTH / 8; ++n) {
                 const Pair<float> pair = chained_pair<T>(keys, n, i);
                 Pair<float> of_key, of_value;
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
+                unrolled<2>([&](int j) {
                     of_key.value[j] = k_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f) * times;
                     of_value.value[j] = v_grad[n].value[2 * i + j] * times;
-                }
+                });
                 const int below = i * (8 * WIDTH);
                 store(acc_address(left, n, lane) + below, rounded_pair<T>(of_key.value[0], of_key.value[1]));
                 store(acc_address(right, n, lane) + below, rounded_pair<T>(of_value.value[0], of_value.value[1]));

@@ -139,8 +139,7 @@ template <typename T> struct Windows16 {
 
     DEVICE Windows16(const Block<T> &block, int first, int lane) : block(block) {
         const int pixels = block.a.tiles.height * block.a.tiles.width;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
             const int item = first + acc_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
             corners[i] = 0, tokens[i] = -1;
             if (item < block.items()) {
@@ -148,7 +147,7 @@ template <typename T> struct Windows16 {
                 corners[i] = which * PITCH + block.shared.corners[pixel];
                 if (position >= 0) tokens[i] = which * (block.a.height * block.a.width) + position;
             }
-        }
+        });
     }
 
     DEVICE FragA at(int k, int lane) const {
@@ -265,11 +264,10 @@ template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed
                     if (k * K<T> >= taps) continue;
                     multiply<T, M>(acc, frag_a[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                 }
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
+                unrolled<M>([&](int m) {
                     if (shared.not_finite) windows[m].add_rest(acc[m], output + c, 0, 0, taps, lane);
                     windows[m].store_outputs(acc[m], output, c, lane);
-                }
+                });
             }
         }
     }

@@ -44,20 +44,18 @@ __global__ void __launch_bounds__(THREADS)
     for (int layer = 0; layer < layers; ++layer) {
         if (features_grad) {
             const float weight = to_float(weights[layer]);
-#pragma unroll
-            for (int j = 0; j < VECS; ++j) {
+            unrolled<VECS>([&](int j) {
                 Vec<T> result;
                 unrolled<VEC<T>>([&](int i) { result.value[i] = rounded<T>(weight * to_float(d[j].value[i])); });
                 store_vec(features_grad + layer * size, first + j * 32 * VEC<T>, size, whole, result);
-            }
+            });
         }
         if (shares) {
             float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < VECS; ++j) {
+            unrolled<VECS>([&](int j) {
                 const Vec<T> f = load_vec(features + layer * size, first + j * 32 * VEC<T>, size, whole);
                 unrolled<VEC<T>>([&](int i) { sum += to_float(d[j].value[i]) * to_float(f.value[i]); });
-            }
+            });
             sum = sum_over_lanes<32>(sum);
             if (lane == 0) shares[(int64_t(layer) * gridDim.x + blockIdx.x) * WARPS + warp] = sum;
         }

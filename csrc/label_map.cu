@@ -67,11 +67,10 @@ template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
 #pragma unroll
     for (int half = N / 2; half; half /= 2) {  // a lane gives away those of its partner
         const bool upper = lane & half;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
+        unrolled<half>([&](int i) {
             const float received = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + half], half);
             x[i] = fmaxf(upper ? x[i + half] : x[i], received);
-        }
+        });
     }
     return maximum_over_lanes<32 / N, N>(x[0]);
 }
@@ -92,12 +91,11 @@ DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, i
 #pragma unroll 1
             for (int x = r.left + lane % PATCH_COLUMNS; x <= r.right; x += PATCH_COLUMNS) {
                 const uint32_t offset = y * a.from_maps.x.size + x;
-#pragma unroll
-                for (int i = 0; i < BOUNDED; ++i) {
+                unrolled<BOUNDED>([&](int i) {
                     const float logit = to_float(starts[i][offset]);
                     largest[kind * BOUNDED + i] = fmaxf(largest[kind * BOUNDED + i], logit);
                     spoilt[kind * BOUNDED + i] = fmaf(logit, 0.0f, spoilt[kind * BOUNDED + i]);  // NaN if not finite
-                }
+                });
             }
         }
     };
@@ -157,12 +155,11 @@ template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K
             float found[1];
             pixel.score(found, a, shared.windows, c);
             int64_t candidate = order(key(found[0]), c);
-#pragma unroll
-            for (int r = 0; r < K; ++r) {
+            unrolled<K>([&](int r) {
                 const int64_t better = max(best[r], candidate);
                 candidate = min(best[r], candidate);
                 best[r] = better;
-            }
+            });
         }
     }
     if (!target.inside()) return;
@@ -187,11 +184,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 3) score_map(co
     for (int c = first; c < end; c += TOGETHER) {
         float found[TOGETHER];
         pixel.score(found, a, shared.windows, c);
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
+        unrolled<TOGETHER>([&](int i) {
             const int64_t index = target.index() + int64_t(a.out_height) * a.out_width * (c + i);
             if (c + i < end && target.inside()) a.scores[index] = rounded<T>(found[i]);
-        }
+        });
     }
 }
 

@@ -119,10 +119,8 @@ DEVICE void multiply(WarpAcc &acc, Tile<T, C> rows, Stream<T> &stream, Weight<T>
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
             FragA frag_a[TILES];
-#pragma unroll
-            for (int m = 0; m < TILES; ++m) {
-                frag_a[m] = load_a(rows.rows_from(16 * m), 2 * slice + step, thread.lane());
-            }
+            unrolled<TILES>(
+                [&](int m) { frag_a[m] = load_a(rows.rows_from(16 * m), 2 * slice + step, thread.lane()); });
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n += 2) {
                 const FragB2 frag_b = load_b(columns.rows_from(8 * n), step, thread.lane());

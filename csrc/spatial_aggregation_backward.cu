@@ -97,11 +97,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS) spatial_attenti
             const T *const grad = smem_grad.at(row + acc_row(lane, i), 8 * n + acc_col(lane, i));
             delta[i / 2] += acc[n].value[i] * to_float(*grad);
         });
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
             delta[i] = sum_over_lanes<4>(delta[i]);
             if (lane % 4 == 0) queries[row + acc_row(lane, 2 * i)] = {softmax.base[i], softmax.scale[i], delta[i]};
-        }
+        });
         unrolled<WIDTH / 8>([&](int n) { acc[n] = {}; });
 #pragma unroll 1
         for (int first = 0; first < TOKENS; first += CHUNK<T>) {

@@ -26,10 +26,7 @@ COST_TILES = {
     4: {"PIXELS": 32, "HALO": 128, "CHANNELS": 32, "TAPS": 64},
 }
 # Of dweight: tokens per step, channels and elements of the window of a program.
-WEIGHT_TILES = {
-    2: {"ITEMS": 32, "CHANNELS": 128, "TAPS": 64},
-    4: {"ITEMS": 32, "CHANNELS": 32, "TAPS": 32},
-}
+WEIGHT_TILES = {2: {"ITEMS": 32, "CHANNELS": 128, "TAPS": 64}, 4: {"ITEMS": 32, "CHANNELS": 32, "TAPS": 32}}
 PARTS = 256  # programs, about, that each take a partial sum of dweight
 
 

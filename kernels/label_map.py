@@ -10,8 +10,8 @@ from the cache and keeps the best k scores of each pixel in registers; nothing e
 largest logits below the tile rule them out; the most promising ones come first, so in a photograph it skips most.
 Sums and products are float32. There is no backward: labels have no gradient.
 
-Scores are compared as int64 keys that sort like them, NaN above everything, with the class in the lower half so that
-the lower class wins among equals:  key(score) · 2³² + (2³¹ − 1 − class).
+Scores are compared as int64 keys that sort like them, NaN first, the lower class first among equals:
+key(score) · 2³² + (2³¹ − 1 − class).
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ TILES = {"CLASSES": 8, "ROWS": 8, "COLUMNS": 32}
 WARPS = 8
 PLACES = 8  # positions that one launch of `_place` writes
 
-# Logits read at a time for the maximum, a rectangle too; and how far rounding may lift a score above its bound.
-PATCH_ROWS = tl.constexpr(4)
+PATCH_ROWS = tl.constexpr(4)  # of the logits that are read at a time for the maximum
 PATCH_COLUMNS = tl.constexpr(16)
-SLACK = tl.constexpr(1e-5)
-
+SLACK = tl.constexpr(1e-5)  # how far rounding may lift a score above its bound
 LOWEST = tl.constexpr(-(2**63))
 LAST = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
@@ -102,7 +100,7 @@ def _corner(corner, y, x, scale_y, scale_x, height, width, RESIZE: tl.constexpr)
 
 
 @triton.jit
-def _overlap(place, canvas_width, window_height, window_width, top, left, bottom, right):
+def _window(place, canvas_width, window_height, window_width, top, left, bottom, right):
     """Row and column of the window at `place`, and whether it meets the rectangle of the canvas."""
     y = (tl.load(place) // canvas_width).to(tl.int32)
     x = (tl.load(place) % canvas_width).to(tl.int32)
@@ -122,9 +120,7 @@ def _canvas(
     acc = tl.zeros((k.shape[0], y.shape[0]), tl.float32)
     count = tl.zeros((y.shape[0],), tl.float32)
     for n in range(windows):
-        from_y, from_x, meets = _overlap(
-            places + n, canvas_width, window_height, window_width, top, left, bottom, right
-        )
+        from_y, from_x, meets = _window(places + n, canvas_width, window_height, window_width, top, left, bottom, right)
         if meets:
             row = y - from_y
             col = x - from_x
@@ -180,16 +176,14 @@ def _bound(
     map_scale_y, map_scale_x, whole_scale_y, whole_scale_x,
     RESIZE_MAPS: tl.constexpr, RESIZE_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Upper bound of the scores of classes `start + k` in the rectangle of the canvas, as no average exceeds the
-    largest of its terms; infinity where it is unknown, −infinity beyond the last class."""
+    """Upper bound of the scores of classes `start + k` in the rectangle of the canvas, from the largest terms of their
+    averages; infinity where it is unknown, −infinity beyond the last class."""
     valid = (start + k < classes)[:, None]
     area = height * width
     lowest = tl.full((k.shape[0], PATCH_ROWS * PATCH_COLUMNS), -INFINITY, tl.float32)
     found = lowest
     for n in range(windows):
-        from_y, from_x, meets = _overlap(
-            places + n, canvas_width, window_height, window_width, top, left, bottom, right
-        )
+        from_y, from_x, meets = _window(places + n, canvas_width, window_height, window_width, top, left, bottom, right)
         if meets:
             found = _max_logits(
                 found, logits + ((n * classes + start + k).to(tl.int64) * area)[:, None], valid,

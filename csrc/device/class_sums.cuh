@@ -61,15 +61,14 @@ struct Quarter {
         unrolled<8>([&](int i) { outer[i] = of_outer[i / 4].value[i % 4]; });
         const int pad = classes.count - first;
         const bool padded = classes.pads > 1 && pad >= 0 && pad < rows;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
             mean[i] = of_mean[i / 2].value[i % 2];
             if (padded) {
                 const int column = which % 2 * 16 + i / 2 * 8 + acc_col(lane, i % 2);
                 mean[i] += float(classes.pads - 1) * to_float(*values.at(pad, column));
             }
             mean[i] *= classes.share;
-        }
+        });
         unrolled<2>([&](int i) { total[i] = of_total.value[2 * i]; });
     }
 
@@ -105,11 +104,10 @@ struct Quarter {
 };
 
 template <typename T> DEVICE void store_quarter(Tile<T, WIDTH> outer, const Kept<T> (&pairs)[4], int which, int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    unrolled<4>([&](int i) {
         T *const address = acc_address(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);
         store(address + i % 2 * (8 * WIDTH), pairs[i].pair());
-    }
+    });
 }
 
 }  // namespace ovseg

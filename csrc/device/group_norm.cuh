@@ -90,11 +90,10 @@ DEVICE void each_position(const Sizes &s, const Chunk &chunk, const Slot<N> &slo
 #pragma unroll 1
     for (int left = chunk.end - chunk.first - slot.row; left > 0; left -= BATCH * slot.rows) {
         float z[BATCH][N], terms[BATCH][N];
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
+        unrolled<BATCH>([&](int b) {
             load_floats(z[b], y + index + b * step, b * slot.rows < left);
             load_floats(terms[b], term + to_term + index + b * step, term != nullptr && b * slot.rows < left);
-        }
+        });
         unrolled<BATCH, N>([&](int b, int i) { z[b][i] += terms[b][i]; });
         static_assert(BATCH == 2);
         function(left > slot.rows ? 2 : 1, index, z);

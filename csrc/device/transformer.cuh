@@ -38,18 +38,16 @@ template <int LANES, typename T> DEVICE Vec<T> normalised(const Vec<T> &vec, con
     float sum = 0.0f, squares = 0.0f;
     unrolled<VEC<T>>([&](int i) { sum += to_float(vec.value[i]); });
     const float mean = sum_over_lanes<LANES>(sum) * SHARE;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) {
+    unrolled<VEC<T>>([&](int i) {
         const float centred = to_float(vec.value[i]) - mean;
         squares += centred * centred;
-    }
+    });
     const float scale = rsqrtf(sum_over_lanes<LANES>(squares) * SHARE + LAYER_NORM_EPS);
     Vec<T> result;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) {
+    unrolled<VEC<T>>([&](int i) {
         const float x = (to_float(vec.value[i]) - mean) * scale;
         result.value[i] = rounded<T>(x * to_float(weight.value[i]) + to_float(bias.value[i]));
-    }
+    });
     return result;
 }
 
