@@ -67,10 +67,11 @@ template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
 #pragma unroll
     for (int half = N / 2; half; half /= 2) {  // a lane gives away those of its partner
         const bool upper = lane & half;
-        unrolled<half>([&](int i) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
             const float received = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + half], half);
             x[i] = fmaxf(upper ? x[i + half] : x[i], received);
-        });
+        }
     }
     return maximum_over_lanes<32 / N, N>(x[0]);
 }
