@@ -124,20 +124,17 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
 
     // acc = φ(acc + guidance) for 16 classes from `first` on, the last key again beyond the list; terms: class 0's.
     const auto guide = [&](Acc(&acc)[WIDTH / 8], const T *terms, int first) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
             const int key = min(first + acc_row(lane, 2 * i), classes.keys() - 1);
             const T *const row = terms + int64_t(key) * (2 * C) + acc_col(lane, 0);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
+            unrolled<WIDTH / 8>([&](int n) {
                 const Pair<T> term = load<T, 2>(row + 8 * n);
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
+                unrolled<2>([&](int j) {
                     float &value = acc[n].value[2 * i + j];
                     value = feature(value + to_float(term.value[j]));
-                }
-            }
-        }
+                });
+            });
+        });
     };
 
     // The warp's rows of keys and values; a barrier has to follow.
@@ -145,27 +142,23 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         Acc acc[WIDTH / 8];
         project(acc, normed, Tile<T, C>{stages.next()}, lane);
         guide(acc, guidance + C + head * WIDTH, first);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
             const float times = classes.share * classes.times(first + acc_row(lane, 2 * i));  // 0 beyond the list
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
+            unrolled<WIDTH / 8>([&](int n) {
                 store_pair(acc_address(warp_keys, n, lane) + i * (8 * WIDTH), acc[n].value[2 * i] * times,
                            acc[n].value[2 * i + 1] * times);
-            }
-        }
+            });
+        });
         project(acc, normed, Tile<T, C>{stages.next()}, lane);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
+        unrolled<WIDTH / 8>([&](int n) {
             const Pair<T> bias = load<T, 2>(a.v_bias + head * WIDTH + 8 * n + acc_col(lane, 0));
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
+            unrolled<2>([&](int i) {
                 const bool present = first + acc_row(lane, 2 * i) < classes.keys();
                 const Kept<T> pair = Kept<T>::of(acc[n].value[2 * i] + to_float(bias.value[0]),
                                                  acc[n].value[2 * i + 1] + to_float(bias.value[1]));
                 store(acc_address(warp_values, n, lane) + i * (8 * WIDTH), (present ? pair : Kept<T>{}).pair());
-            }
-        }
+            });
+        });
     };
 
     struct Query {  // rounded before its products, so that what should cancel does
@@ -176,8 +169,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         project(acc, normed, Tile<T, C>{weight}, lane);
         guide(acc, guidance + head * WIDTH, first);
         Query query;
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) query.frag_a[k] = chained<T>(acc, k);
+        unrolled<WIDTH / K<T>>([&](int k) { query.frag_a[k] = chained<T>(acc, k); });
         return query;
     };
 
@@ -192,11 +184,9 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         const auto frag_a = [&](int k) { return query.frag_a[k]; };
         Acc acc[WIDTH / 8] = {}, total = {};
         multiply<T, WIDTH / K<T>>(acc, outer_of(index), lane, frag_a);
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) mma<T>(total, query.frag_a[k], repeated_column<T>(z, k, lane));
+        unrolled<WIDTH / K<T>>([&](int k) { mma<T>(total, query.frag_a[k], repeated_column<T>(z, k, lane)); });
         float normaliser[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
+        unrolled<2>([&](int i) { normaliser[i] = fast_reciprocal(total.value[2 * i] + eps); });
         // The heads move up, so that no register is indexed by a number known at run time only.
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; ++n) {
@@ -284,8 +274,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
                 stage_keys(normed, head, (turn * WARPS<T> + warp) * 16);
                 __syncthreads();
                 Quarter quarter;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[0][i];
+                unrolled<8>([&](int i) { quarter.outer[i] = outers[0][i]; });
                 if (warp < QUARTERS) {
                     quarter.add(keys, values, warp, turn * WARPS<T> * 16, WARPS<T> * 16, classes, lane);
                     quarter.store_vectors(z_of(head), turn > 0, warp, lane);
@@ -300,17 +289,14 @@ __global__ void __launch_bounds__(THREADS<T>, 1) class_aggregation(const Argumen
         }
         __syncthreads();
         if (warp < QUARTERS) {
-#pragma unroll
-            for (int head = 0; head < HEADS; ++head) {
+            unrolled<HEADS>([&](int head) {
                 Quarter quarter;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) quarter.outer[i] = outers[head][i];
+                unrolled<8>([&](int i) { quarter.outer[i] = outers[head][i]; });
                 quarter.load_vectors(z_of(head), warp, lane);
                 Kept<T> pairs[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) pairs[i] = quarter.pair<T>(i);
+                unrolled<4>([&](int i) { pairs[i] = quarter.pair<T>(i); });
                 store_quarter(outer_of(head), pairs, warp, lane);
-            }
+            });
         }
 #pragma unroll 1
         for (int first = warp * 16; first < a.together * WARPS<T> * 16; first += WARPS<T> * 16) {

@@ -41,18 +41,14 @@ template <typename T> struct Shared {
 
 // matrix += leftᵀ · right for 16 rows of both.
 template <typename T> DEVICE void add_outer(Acc (&matrix)[ACCS], Tile<T, WIDTH> left, Tile<T, WIDTH> right, int lane) {
-#pragma unroll
-    for (int k = 0; k < 16 / K<T>; ++k) {
+    unrolled<16 / K<T>>([&](int k) {
         FragA frag_a[WIDTH / 16];
-#pragma unroll
-        for (int m = 0; m < WIDTH / 16; ++m) frag_a[m] = load_a_by_rows(left, k, m, lane);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 16; ++n) {
+        unrolled<WIDTH / 16>([&](int m) { frag_a[m] = load_a_by_rows(left, k, m, lane); });
+        unrolled<WIDTH / 16>([&](int n) {
             const FragB2 frag_b = load_b_by_rows(right, k, n, lane);
-#pragma unroll
-            for (int m = 0; m < WIDTH / 16; ++m) mma<T>(matrix + 4 * m + 2 * n, frag_a[m], frag_b);
-        }
-    }
+            unrolled<WIDTH / 16>([&](int m) { mma<T>(matrix + 4 * m + 2 * n, frag_a[m], frag_b); });
+        });
+    });
 }
 
 template <typename T>
@@ -85,13 +81,11 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         const Vec<T> vec = load_vec((key < classes.count ? tokens + key * pitch : padding) + column);
         const Vec<T> term =
             load_vec(part == 2 ? a.v_bias + channel + Rows::column(lane) : terms + int64_t(key) * (2 * C) + column);
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) values[i] = to_float(vec.value[i]) + to_float(term.value[i]);
+        unrolled<VEC<T>>([&](int i) { values[i] = to_float(vec.value[i]) + to_float(term.value[i]); });
     };
     // function(vector, key) for a lane's vectors of a warp's tile.
     const auto each_vec = [&](int tile, auto function) {
-#pragma unroll
-        for (int i = 0; i < Rows::COUNT; ++i) function(i, tile * 16 + i * Rows::AT_ONCE + Rows::row(lane));
+        unrolled<Rows::COUNT>([&](int i) { function(i, tile * 16 + i * Rows::AT_ONCE + Rows::row(lane)); });
     };
     const auto store_part = [&](Tile<T, WIDTH> tile, int part, int tile_first) {
         copy_out(tile, a.grad_tokens + first * (3 * C) + channel + part * C + tile_first * pitch, pitch,
@@ -102,24 +96,21 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         __syncthreads();
         if (int(threadIdx.x) < count) {
             float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; ++i) sum += parts[i].vectors[threadIdx.x];
+            unrolled<WARPS>([&](int i) { sum += parts[i].vectors[threadIdx.x]; });
             vectors[threadIdx.x] = sum * scale;
         }
         each_value<ACCS / WARPS>([&](int acc, int j) {
             float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < WARPS; ++i) sum += parts[i].matrix[warp * (ACCS / WARPS) + acc][lane].value[j];
+            unrolled<WARPS>([&](int i) { sum += parts[i].matrix[warp * (ACCS / WARPS) + acc][lane].value[j]; });
             sums[acc].value[j] = sum * scale;
         });
         __syncthreads();
     };
     const auto store_matrix = [&](const Acc(&matrix)[ACCS]) {
-#pragma unroll
-        for (int i = 0; i < ACCS; ++i) {
+        unrolled<ACCS>([&](int i) {
             const float (&v)[4] = matrix[i].value;
             parts[warp].matrix[i][lane] = {{v[0], v[1], v[2], v[3]}};
-        }
+        });
     };
     // Row and column of value i of an acc that `sum_parts` gives.
     const auto row_of = [&](int acc, int i) { return (warp * (ACCS / WARPS) + acc) / 4 * 16 + acc_row(lane, i); };
@@ -135,15 +126,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
                 const float times = classes.times(key) * share;  // 0 beyond the list
                 float values[VEC<T>];
                 load_part(values, 1, key);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]) * times;
+                unrolled<VEC<T>>([&](int j) { values[j] = feature(values[j]) * times; });
                 const Vec<T> k = rounded<T>(values);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) totals[j] += to_float(k.value[j]);
+                unrolled<VEC<T>>([&](int j) { totals[j] += to_float(k.value[j]); });
                 store(Rows::address(left, 0, i, lane), k);
                 load_part(values, 2, key);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) means[j] += values[j] * times;
+                unrolled<VEC<T>>([&](int j) { means[j] += values[j] * times; });
                 store(Rows::address(right, 0, i, lane), rounded<T>(values));
             });
             __syncwarp();
@@ -151,15 +139,14 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             __syncwarp();
         }
         store_matrix(matrix);
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) {
+        unrolled<VEC<T>>([&](int i) {
             totals[i] = sum_over_lanes<32 / LANES, LANES>(totals[i]);
             means[i] = sum_over_lanes<32 / LANES, LANES>(means[i]);
             if (lane < LANES) {
                 parts[warp].vectors[lane * VEC<T> + i] = totals[i];
                 parts[warp].vectors[WIDTH + lane * VEC<T> + i] = means[i];
             }
-        }
+        });
         Acc sums[ACCS / WARPS];
         sum_parts(sums, z, 2 * WIDTH, 1.0f);
         each_value<ACCS / WARPS>([&](int acc, int i) {
@@ -178,8 +165,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             each_vec(tile, [&](int i, int key) {
                 float values[VEC<T>];
                 load_part(values, 0, key);
-#pragma unroll
-                for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]);
+                unrolled<VEC<T>>([&](int j) { values[j] = feature(values[j]); });
                 store(Rows::address(left, 0, i, lane), rounded<T>(values));
                 // The padding asks nothing, and a row beyond the list, which holds the last key once more, neither.
                 const int64_t token = first + int64_t(key) * a.positions;
@@ -189,15 +175,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             __syncwarp();
             FragA q[STEPS];
             Acc attended[WIDTH / 8] = {}, total = {};
-#pragma unroll
-            for (int k = 0; k < STEPS; ++k) {
+            unrolled<STEPS>([&](int k) {
                 q[k] = load_a_chained(left, k, lane);
                 mma<T>(total, q[k], repeated_column<T>(z, k, lane));
-            }
+            });
             multiply<T, STEPS>(attended, outer, lane, [&](int k) { return q[k]; });
             float normaliser[2], along[2] = {};
-#pragma unroll
-            for (int i = 0; i < 2; ++i) normaliser[i] = fast_reciprocal(total.value[2 * i] + eps);
+            unrolled<2>([&](int i) { normaliser[i] = fast_reciprocal(total.value[2 * i] + eps); });
             Acc ratio[WIDTH / 8], q_grad[WIDTH / 8];
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n) {
@@ -209,34 +193,29 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
                     const Pair<T> pair = rounded_pair<T>(to_float(grad.value[0]) * normaliser[i],
                                                          to_float(grad.value[1]) * normaliser[i]);
                     store(address, pair);
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
+                    unrolled<2>([&](int j) {
                         const float number = to_float(pair.value[j]);
                         ratio[n].value[2 * i + j] = number;
                         along[i] += (attended[n].value[2 * i + j] - eps * mean.value[j]) * number;
-                    }
+                    });
                 }
             }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) along[i] = -normaliser[i] * sum_over_lanes<4>(along[i]);
+            unrolled<2>([&](int i) { along[i] = -normaliser[i] * sum_over_lanes<4>(along[i]); });
             __syncwarp();
             add_outer(matrix, left, right, lane);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) {
+            unrolled<WIDTH / 8>([&](int n) {
                 const Pair<float> pair = load<float, 2>(z + 8 * n + acc_col(lane, 0));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) q_grad[n].value[i] = pair.value[i % 2] * along[i / 2];
-            }
+                unrolled<4>([&](int i) { q_grad[n].value[i] = pair.value[i % 2] * along[i / 2]; });
+            });
             multiply_transposed<T, STEPS>(q_grad, outer, lane, [&](int k) { return chained<T>(ratio, k); });
             __syncwarp();
             unrolled<WIDTH / 8, 2>([&](int n, int i) {
                 const Pair<float> pair = chained_pair<T>(q, n, i);
                 float grad[2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
+                unrolled<2>([&](int j) {
                     totals[n].value[j] += pair.value[j] * along[i];
                     grad[j] = q_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f);
-                }
+                });
                 store(acc_address(left, n, lane) + i * (8 * WIDTH), rounded_pair<T>(grad[0], grad[1]));
             });
             __syncwarp();
@@ -262,26 +241,21 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
         each_vec(tile, [&](int i, int key) {
             float values[VEC<T>];
             load_part(values, 1, key);
-#pragma unroll
-            for (int j = 0; j < VEC<T>; ++j) values[j] = feature(values[j]);
+            unrolled<VEC<T>>([&](int j) { values[j] = feature(values[j]); });
             store(Rows::address(left, 0, i, lane), rounded<T>(values));
             load_part(values, 2, key);
             const Vec<T> v = rounded<T>(values);
-#pragma unroll
-            for (int j = 0; j < VEC<T>; ++j) values[j] = to_float(v.value[j]) - m[Rows::column(lane) + j];
+            unrolled<VEC<T>>([&](int j) { values[j] = to_float(v.value[j]) - m[Rows::column(lane) + j]; });
             store(Rows::address(right, 0, i, lane), rounded<T>(values));
         });
         __syncwarp();
         FragA keys[STEPS];
         Acc k_grad[WIDTH / 8], v_grad[WIDTH / 8] = {};
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) keys[k] = load_a_chained(left, k, lane);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) {
+        unrolled<STEPS>([&](int k) { keys[k] = load_a_chained(left, k, lane); });
+        unrolled<WIDTH / 8>([&](int n) {
             const Pair<float> pair = load<float, 2>(z_grad + 8 * n + acc_col(lane, 0));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) k_grad[n].value[i] = pair.value[i % 2];
-        }
+            unrolled<4>([&](int i) { k_grad[n].value[i] = pair.value[i % 2]; });
+        });
         multiply_transposed<T, STEPS>(k_grad, outer_grad, lane, [&](int k) { return load_a_chained(right, k, lane); });
         multiply<T, STEPS>(v_grad, outer_grad, lane, [&](int k) { return keys[k]; });
         __syncwarp();
@@ -294,11 +268,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 3 : 2) class_attenti
             for (int n = 0; n < WIDTH / 8; ++n) {
                 const Pair<float> pair = chained_pair<T>(keys, n, i);
                 Pair<float> of_key, of_value;
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
+                unrolled<2>([&](int j) {
                     of_key.value[j] = k_grad[n].value[2 * i + j] * fminf(pair.value[j], 1.0f) * times;
                     of_value.value[j] = v_grad[n].value[2 * i + j] * times;
-                }
+                });
                 const int below = i * (8 * WIDTH);
                 store(acc_address(left, n, lane) + below, rounded_pair<T>(of_key.value[0], of_key.value[1]));
                 store(acc_address(right, n, lane) + below, rounded_pair<T>(of_value.value[0], of_value.value[1]));

@@ -86,13 +86,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 4) resize_add(c
     const Vec<T> corners[4] = {read(top, left), read(top, right), read(bottom, left), read(bottom, right)};
     const float shares[4] = {up * back, up * across, down * back, down * across};
     Vec<T> sum = load_vec(a.x + item.index * VEC<T>);
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) {
+    unrolled<VEC<T>>([&](int i) {
         float total = to_float(sum.value[i]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) total += shares[j] * to_float(corners[j].value[i]);
+        unrolled<4>([&](int j) { total += shares[j] * to_float(corners[j].value[i]); });
         sum.value[i] = rounded<T>(total);
-    }
+    });
     store(a.out + item.index * VEC<T>, sum);
 }
 
@@ -112,8 +110,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 4) resize_backw
             const float share = of_line * a.columns.share(j, item.column);
             if (share == 0.0f) continue;  // 0 times NaN would be NaN
             const Vec<T> grad = load_vec(from);
-#pragma unroll
-            for (int c = 0; c < VEC<T>; ++c) total[c] += share * to_float(grad.value[c]);
+            unrolled<VEC<T>>([&](int c) { total[c] += share * to_float(grad.value[c]); });
         }
     }
     store(a.out + item.index * VEC<T>, rounded<T>(total));

@@ -139,8 +139,7 @@ template <typename T> struct Windows16 {
 
     DEVICE Windows16(const Block<T> &block, int first, int lane) : block(block) {
         const int pixels = block.a.tiles.height * block.a.tiles.width;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
             const int item = first + acc_row(lane, 2 * i), which = item / pixels, pixel = item % pixels;
             corners[i] = 0, tokens[i] = -1;
             if (item < block.items()) {
@@ -148,7 +147,7 @@ template <typename T> struct Windows16 {
                 corners[i] = which * PITCH + block.shared.corners[pixel];
                 if (position >= 0) tokens[i] = which * (block.a.height * block.a.width) + position;
             }
-        }
+        });
     }
 
     DEVICE FragA at(int k, int lane) const {
@@ -200,15 +199,13 @@ template <typename T> struct Windows16 {
 #pragma unroll
         for (int j = 0; j < VEC<T>; j += 4) {
             const Vector<float, 4> four = load<float, 4>(block.shared.bias + index + j);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) bias[j + i] = four.value[i];
+            unrolled<4>([&](int i) { bias[j + i] = four.value[i]; });
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             if (tokens[row] < 0) continue;
             Vec<T> vec;
-#pragma unroll
-            for (int j = 0; j < VEC<T>; ++j) vec.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]);
+            unrolled<VEC<T>>([&](int j) { vec.value[j] = rounded<T>(acc[j / 2].value[2 * row + j % 2] + bias[j]); });
             T *const target = block.out + int64_t(tokens[row]) * a.outputs + output + index;
             if (whole_vecs<T>(a.outputs))
                 store_if(left > 0, target, vec);
@@ -224,8 +221,7 @@ DEVICE void multiply(Acc (&acc)[M][GROUP<T> / 8], const FragA (&frag_a)[M], Tile
 #pragma unroll
     for (int n = 0; n < GROUP<T> / 8; n += 2) {
         const FragB2 frag_b = load_b(weights.rows_from(8 * n), k, lane);
-#pragma unroll
-        for (int m = 0; m < M; ++m) mma<T>(acc[m] + n, frag_a[m], frag_b);
+        unrolled<M>([&](int m) { mma<T>(acc[m] + n, frag_a[m], frag_b); });
     }
 }
 
@@ -256,8 +252,7 @@ template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
                 if (k * K<T> >= taps) continue;
-#pragma unroll
-                for (int m = 0; m < M; ++m) frag_a[k][m] = windows[m].at(k, lane);
+                unrolled<M>([&](int m) { frag_a[k][m] = windows[m].at(k, lane); });
             }
             const int end = min(a.outputs - output, OUTPUTS);
 #pragma unroll 1
@@ -269,11 +264,10 @@ template <typename T> __global__ void __launch_bounds__(COSINE_THREADS, 2) embed
                     if (k * K<T> >= taps) continue;
                     multiply<T, M>(acc, frag_a[k], Tile<T, TAPS>{shared.weights}.rows_from(c), k, lane);
                 }
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
+                unrolled<M>([&](int m) {
                     if (shared.not_finite) windows[m].add_rest(acc[m], output + c, 0, 0, taps, lane);
                     windows[m].store_outputs(acc[m], output, c, lane);
-                }
+                });
             }
         }
     }

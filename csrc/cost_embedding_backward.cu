@@ -69,11 +69,10 @@ template <typename T> struct GradientsAndTaps {
         steps = (outputs + WIDTH - 1) / WIDTH;
         row = region.first_row;
         grad += (int64_t(region.first_row) * width + region.first_column) * outputs;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
+        unrolled<COUNT>([&](int i) {
             const int pixel = first + i * AT_ONCE, offset = pixel / region.columns * width + pixel % region.columns;
             pixels[i] = grad + int64_t(offset) * outputs + column;
-        }
+        });
     }
 
     DEVICE int rows_of_window() const { return TAPS / size; }
@@ -85,11 +84,10 @@ template <typename T> struct GradientsAndTaps {
     DEVICE void operator()(int, unsigned char *buffer) {
         const int present = min(region.at_once, region.end_row - row) * region.columns;
         with_constant(whole_vecs<T>(outputs), [&](auto whole) {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
+            unrolled<COUNT>([&](int i) {
                 const bool copied = first + i * AT_ONCE < present;
                 copy_vec(buffer + target + i * AT_ONCE * 64, pixels[i], copied ? left : 0, whole);
-            }
+            });
             copy_vec(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
                      element < size * size ? left : 0, whole);
         });
@@ -103,8 +101,7 @@ template <typename T> struct GradientsAndTaps {
                 element += rows_of_window() * size;
             }
         }
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) pixels[i] += step_by;
+        unrolled<COUNT>([&](int i) { pixels[i] += step_by; });
     }
 };
 
@@ -129,12 +126,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradien
     const auto each_pixel = [&](auto function) {
         const int wide = a.tiles.width, first = recomputed(int(threadIdx.x));
         int y = region.top + first / wide, x = region.left + first % wide;
-#pragma unroll
-        for (int i = 0; i < SUMS; ++i) {
+        unrolled<SUMS>([&](int i) {
             if (y < region.bottom && x < region.right) function(sums[i], y, x);
             y += THREADS / wide, x += THREADS % wide;
             if (x >= region.left + wide) x -= wide, ++y;
-        }
+        });
     };
 #pragma unroll 1
     for (int first_i = 0; first_i < a.size; first_i += fetch.rows_of_window()) {
@@ -172,10 +168,9 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradien
                     for (int j = 0; j < a.size; j += NEIGHBOURS) {
                         const float *const first = terms + j * (PITCH - 1);
                         const uint32_t here = seen >> j;
-#pragma unroll
-                        for (int k = 0; k < NEIGHBOURS; ++k) {
+                        unrolled<NEIGHBOURS>([&](int k) {
                             if (here & 1u << k) sum += first[k * (PITCH - 1)];
-                        }
+                        });
                     }
                 }
             });

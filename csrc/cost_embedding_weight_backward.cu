@@ -79,16 +79,14 @@ template <typename T> struct Gradients {
         const int bottom = a.height - tile.top, right = a.width - tile.left, left = a.outputs - column;
         constexpr int COUNT = ROWS / AT_ONCE;
         int sources[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) sources[i] = pixels[pixel + i * AT_ONCE];
+        unrolled<COUNT>([&](int i) { sources[i] = pixels[pixel + i * AT_ONCE]; });
         with_constant(whole_vecs<T>(a.outputs), [&](auto whole) {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
+            unrolled<COUNT>([&](int i) {
                 const int y = int(uint32_t(sources[i]) / SIDE), x = int(uint32_t(sources[i]) % SIDE);
                 const bool inside = sources[i] >= 0 && y < bottom && x < right;
                 copy_vec(buffer + target + i * AT_ONCE * PITCH,
                          source + int64_t(inside ? y * a.width + x : 0) * a.outputs, inside ? left : 0, whole);
-            }
+            });
         });
         pixel += ROWS;
         if (pixel < count()) return;
@@ -128,12 +126,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) weight_gradi
 
     // Of a lane's two rows: where the element lies in its window, and that a constant lies in none.
     int offset[2], corner_counts[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    unrolled<2>([&](int i) {
         const int element = tap + 8 * i;
         corner_counts[i] = element < area;
         offset[i] = element < area ? element / a.size * halo_width + element % a.size : element == area ? ONE : ZERO;
-    }
+    });
     Acc sums[CHANNELS / 16] = {};
     Stages<RING, Gradients<T>::BYTES, Gradients<T>> stages(
         shared.ring, Gradients<T>(a, shared.pixels, first, end, channel / CHANNELS * CHANNELS));
@@ -172,10 +169,9 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) weight_gradi
                         frag_a.word[i] = __float_as_uint(cost(i / 2));
                     }
                 }
-#pragma unroll
-                for (int n = 0; n < CHANNELS / 32; ++n) {
+                unrolled<CHANNELS / 32>([&](int n) {
                     mma<T>(sums + 2 * n, frag_a, load_b_by_rows(grads, k, warp / 4 * (CHANNELS / 32) + n, lane));
-                }
+                });
             }
         }
     }
@@ -202,8 +198,7 @@ __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (warp || i >= size) return;
     sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i) sum += sums[i][lane];
+    unrolled<WARPS>([&](int i) { sum += sums[i][lane]; });
     const int64_t map = i / (area + 1);  // of the weight: output and prompt
     const int element = int(i - map * (area + 1));
     if (element < area) {

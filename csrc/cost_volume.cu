@@ -70,11 +70,10 @@ __global__ void __launch_bounds__(ROWS * 32)
         each_vec<T, 2>(columns, lane, [&](int column) {
             const Floats<T> a = floats(load_vec(x, column, columns, whole));
             const Floats<T> b = floats(load_vec(product, column, columns, whole));
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) {
+            unrolled<VEC<T>>([&](int i) {
                 squares = fmaf(a.value[i], a.value[i], squares);
                 along = fmaf(a.value[i], b.value[i], along);
-            }
+            });
         });
         const float scale = fast_reciprocal(length_of(sum_over_lanes<32>(squares)));
         along = sum_over_lanes<32>(along) * scale;
@@ -82,11 +81,10 @@ __global__ void __launch_bounds__(ROWS * 32)
             const Floats<T> a = floats(load_vec(x, column, columns, whole));
             const Floats<T> b = floats(load_vec(product, column, columns, whole));
             Vec<T> result;
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) {
+            unrolled<VEC<T>>([&](int i) {
                 const float unit = a.value[i] * scale;
                 result.value[i] = rounded<T>(products ? (b.value[i] - unit * along) * scale : unit);
-            }
+            });
             store_vec(out + row * columns, column, columns, whole, result);
         });
     });

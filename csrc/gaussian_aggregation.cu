@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int layer = 0; layer < layers; ++layer) {
         const Floats<T> f = floats(load_vec(features + layer * size, index, size, whole));
         const float weight = to_float(weights[layer]);
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) total[i] += weight * f.value[i];
+        unrolled<VEC<T>>([&](int i) { total[i] += weight * f.value[i]; });
     }
     store_vec(out, index, size, whole, rounded<T>(total));
 }
@@ -40,28 +39,23 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t first = ((int64_t(blockIdx.x) * WARPS + warp) * VECS * 32 + lane) * VEC<T>;
     const bool whole = whole_vecs<T>(size);
     Vec<T> d[VECS];
-#pragma unroll
-    for (int j = 0; j < VECS; ++j) d[j] = load_vec(grad, first + j * 32 * VEC<T>, size, whole);
+    unrolled<VECS>([&](int j) { d[j] = load_vec(grad, first + j * 32 * VEC<T>, size, whole); });
 #pragma unroll 1
     for (int layer = 0; layer < layers; ++layer) {
         if (features_grad) {
             const float weight = to_float(weights[layer]);
-#pragma unroll
-            for (int j = 0; j < VECS; ++j) {
+            unrolled<VECS>([&](int j) {
                 Vec<T> result;
-#pragma unroll
-                for (int i = 0; i < VEC<T>; ++i) result.value[i] = rounded<T>(weight * to_float(d[j].value[i]));
+                unrolled<VEC<T>>([&](int i) { result.value[i] = rounded<T>(weight * to_float(d[j].value[i])); });
                 store_vec(features_grad + layer * size, first + j * 32 * VEC<T>, size, whole, result);
-            }
+            });
         }
         if (shares) {
             float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < VECS; ++j) {
+            unrolled<VECS>([&](int j) {
                 const Vec<T> f = load_vec(features + layer * size, first + j * 32 * VEC<T>, size, whole);
-#pragma unroll
-                for (int i = 0; i < VEC<T>; ++i) sum += to_float(d[j].value[i]) * to_float(f.value[i]);
-            }
+                unrolled<VEC<T>>([&](int i) { sum += to_float(d[j].value[i]) * to_float(f.value[i]); });
+            });
             sum = sum_over_lanes<32>(sum);
             if (lane == 0) shares[(int64_t(layer) * gridDim.x + blockIdx.x) * WARPS + warp] = sum;
         }

@@ -81,34 +81,29 @@ template <int N> DEVICE float shared_maximum(float (&x)[N], int lane) {
 template <typename T>
 DEVICE int bound(const LabelMap<T> &a, const WindowsBelow &windows, int first, int step, int lane) {
     float largest[2 * BOUNDED], spoilt[2 * BOUNDED] = {};  // of the windows' logits, of the whole image's
-#pragma unroll
-    for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = -INFINITY;
+    unrolled<2 * BOUNDED>([&](int i) { largest[i] = -INFINITY; });
     int64_t maps[BOUNDED];
-#pragma unroll
-    for (int i = 0; i < BOUNDED; ++i) maps[i] = a.at(0, min(first + i * step, a.classes - 1));
+    unrolled<BOUNDED>([&](int i) { maps[i] = a.at(0, min(first + i * step, a.classes - 1)); });
     const auto search = [&](const T *start, Rectangle r, int kind) {
         const T *starts[BOUNDED];
-#pragma unroll
-        for (int i = 0; i < BOUNDED; ++i) starts[i] = start + maps[i];
+        unrolled<BOUNDED>([&](int i) { starts[i] = start + maps[i]; });
 #pragma unroll 1
         for (int y = r.top + lane / PATCH_COLUMNS; y <= r.bottom; y += PATCH_ROWS) {
 #pragma unroll 1
             for (int x = r.left + lane % PATCH_COLUMNS; x <= r.right; x += PATCH_COLUMNS) {
                 const uint32_t offset = y * a.from_maps.x.size + x;
-#pragma unroll
-                for (int i = 0; i < BOUNDED; ++i) {
+                unrolled<BOUNDED>([&](int i) {
                     const float logit = to_float(starts[i][offset]);
                     largest[kind * BOUNDED + i] = fmaxf(largest[kind * BOUNDED + i], logit);
                     spoilt[kind * BOUNDED + i] = fmaf(logit, 0.0f, spoilt[kind * BOUNDED + i]);  // NaN if not finite
-                }
+                });
             }
         }
     };
 #pragma unroll 1
     for (int n = 0; n < windows.count; ++n) search(a.logits + windows.list[n].start, windows.list[n].logits, 0);
     if (a.whole) search(a.whole, windows.whole, 1);
-#pragma unroll
-    for (int i = 0; i < 2 * BOUNDED; ++i) largest[i] = spoilt[i] == 0.0f ? largest[i] : INFINITY;
+    unrolled<2 * BOUNDED>([&](int i) { largest[i] = spoilt[i] == 0.0f ? largest[i] : INFINITY; });
     const float logit = shared_maximum(largest, lane);
     float bound = logit < INFINITY ? sigmoid(logit) : INFINITY;
     const float certain = __shfl_xor_sync(ALL_LANES, bound, BOUNDED);
@@ -138,8 +133,7 @@ template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K
 
     const Pixel pixel(target, a.from_canvas);
     int64_t best[K];
-#pragma unroll
-    for (int r = 0; r < K; ++r) best[r] = INT64_MIN;
+    unrolled<K>([&](int r) { best[r] = INT64_MIN; });
 #pragma unroll 1
     for (int turn = 0;; turn ^= 1) {
         // The part with the largest bound of those that are left, and the lowest of the pixels' k-th scores.
@@ -149,8 +143,7 @@ template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K
             const int key = shared.bounds[part];
             if (key > choice.key) choice.key = key, choice.part = part;
         }
-#pragma unroll
-        for (int r = 0; r < K; ++r) choice.last = r < a.k ? key_of(best[r]) : choice.last;
+        unrolled<K>([&](int r) { choice.last = r < a.k ? key_of(best[r]) : choice.last; });
         choice = choice_of_warp(choice);
         if (lane == 0) shared.choices[turn][warp] = choice;
         __syncthreads();
@@ -163,12 +156,11 @@ template <typename T, int K> __global__ void __launch_bounds__(THREADS, BLOCKS<K
             float found[1];
             pixel.score(found, a, shared.windows, c);
             int64_t candidate = order(key(found[0]), c);
-#pragma unroll
-            for (int r = 0; r < K; ++r) {
+            unrolled<K>([&](int r) {
                 const int64_t better = max(best[r], candidate);
                 candidate = min(best[r], candidate);
                 best[r] = better;
-            }
+            });
         }
     }
     if (!target.inside()) return;
@@ -193,11 +185,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 3) score_map(co
     for (int c = first; c < end; c += TOGETHER) {
         float found[TOGETHER];
         pixel.score(found, a, shared.windows, c);
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
+        unrolled<TOGETHER>([&](int i) {
             const int64_t index = target.index() + int64_t(a.out_height) * a.out_width * (c + i);
             if (c + i < end && target.inside()) a.scores[index] = rounded<T>(found[i]);
-        }
+        });
     }
 }
 

@@ -115,14 +115,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         {
             const T *tokens[WARP_ROWS];
             Statistics found[WARP_ROWS];
-#pragma unroll
-            for (int i = 0; i < WARP_ROWS; ++i) tokens[i] = token(layer, warp * WARP_ROWS + i);
+            unrolled<WARP_ROWS>([&](int i) { tokens[i] = token(layer, warp * WARP_ROWS + i); });
             with_constant(a.hidden.whole,
                           [&](auto whole) { find_statistics(found, tokens, a.norms, channels, whole, lane); });
-#pragma unroll
-            for (int i = 0; i < WARP_ROWS; ++i) {
+            unrolled<WARP_ROWS>([&](int i) {
                 if (lane == 0) statistics[warp * WARP_ROWS + i] = found[i];
-            }
+            });
         }
         __syncthreads();
 
@@ -159,17 +157,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; ++i)
                     frag_a[i] = load_a_chained(smem_tokens.rows_from(16 * i), step, lane);
-#pragma unroll
-                for (int n = 0; n < COUNT / 2; ++n) {
+                unrolled<COUNT / 2>([&](int n) {
                     const FragB2 frag_b = load_b_by_rows(projection, 0, strip / 16 + n, lane);
-#pragma unroll
-                    for (int i = 0; i < ROW_TILES; ++i) mma<T>(acc[i] + 2 * n, frag_a[i], frag_b);
-                }
+                    unrolled<ROW_TILES>([&](int i) { mma<T>(acc[i] + 2 * n, frag_a[i], frag_b); });
+                });
             }
         } while (++chunk < chunks);
 
-#pragma unroll
-        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+        unrolled<2 * ROW_TILES>([&](int i) {
             float sum = 0.0f;
             unrolled<COUNT, 2>([&](int n, int j) {
                 const float z = acc[i / 2][n].value[i % 2 * 2 + j];
@@ -177,15 +172,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
             });
             sum = sum_over_lanes<4>(sum);
             if (lane % 4 == 0) squares[(i / 2 * 16 + acc_row(lane, i % 2 * 2)) * WARPS + warp] = sum;
-        }
+        });
         __syncthreads();
         const float weight = a.weights ? to_float(a.weights[layer]) : 1.0f;
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
             const float *const parts = squares + (i / 2 * 16 + acc_row(lane, i % 2 * 2)) * WARPS;
             float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < WARPS; ++j) sum += parts[j];
+            unrolled<WARPS>([&](int j) { sum += parts[j]; });
             const float scale = weight / length_of(sum);
             unrolled<COUNT, 2>([&](int n, int j) {
                 float &z = acc[i / 2][n].value[i % 2 * 2 + j];
@@ -204,8 +198,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
             const int r = row + i / 2 * 16 + acc_row(lane, i % 2 * 2);
             if (r >= rows) continue;
-#pragma unroll
-            for (int n = 0; n < COUNT; ++n) {
+            unrolled<COUNT>([&](int n) {
                 const Acc &result = SUMMED ? total[SUMMED ? i / 2 : 0][n] : acc[i / 2][n];
                 const int column = strip + 8 * n + acc_col(lane, 0);
                 const Pair<T> pair = rounded_pair<T>(result.value[i % 2 * 2], result.value[i % 2 * 2 + 1]);
@@ -213,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, COLUMNS, SUMMED>) layer_gat
                 if (pairs && column < a.width) store(address, pair);
                 if (!pairs && column < a.width) address[0] = pair.value[0];
                 if (!pairs && column + 1 < a.width) address[1] = pair.value[1];
-            }
+            });
         }
     }
 }

@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
     if (a.normed) copy_out(smem_normed, a.normed + first * C, C, count, lane);
 
     Acc normed_grad[C / 8];
-#pragma unroll
-    for (int n = 0; n < C / 8; ++n) normed_grad[n] = {};
+    unrolled<C / 8>([&](int n) { normed_grad[n] = {}; });
     {
         const RowFrags<T, C> rows(smem_normed, lane);
         int unit = 0;
@@ -96,28 +95,25 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
                 [&](int k) { return load_a_chained(smem_grad, k, lane); });
             const Tile<T, C> weight1{stages.next()};
             project(units, rows, weight1, lane);
-#pragma unroll
-            for (int n = 0; n < STAGE_ROWS / 8; ++n) {
+            unrolled<STAGE_ROWS / 8>([&](int n) {
                 const Pair<T> bias = load<T, 2>(a.fc1_bias + unit + 8 * n + acc_col(lane, 0));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                unrolled<4>([&](int i) {
                     float &x = units[n].value[i], &g = units_grad[n].value[i];
                     const Pair<float> both = activate_backward<GELU>(x + to_float(bias.value[i % 2]), g);
                     x = both.value[0], g = both.value[1];
-                }
-            }
+                });
+            });
             if (a.normed) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int row = acc_row(lane, 2 * i);
                     const int64_t offset = (first + row) * a.hidden + (unit + acc_col(lane, 0));
                     if (row >= count) continue;
-#pragma unroll
-                    for (int n = 0; n < STAGE_ROWS / 8; ++n) {
+                    unrolled<STAGE_ROWS / 8>([&](int n) {
                         const float (&x)[4] = units[n].value, (&g)[4] = units_grad[n].value;
                         store(a.activated + offset + 8 * n, rounded_pair<T>(x[2 * i], x[2 * i + 1]));
                         store(a.units_grad + offset + 8 * n, rounded_pair<T>(g[2 * i], g[2 * i + 1]));
-                    }
+                    });
                 }
             }
             multiply<T, STAGE_ROWS / K<T>>(normed_grad, weight1, lane,
@@ -138,19 +134,16 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const Pair<T> pair = load<T, 2>(acc_address(smem_normed, n, lane) + i / 2 * (8 * C));
-#pragma unroll
-            for (int j = 0; j < 2; ++j) mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]);
+            unrolled<2>([&](int j) { mean[i / 2] += standardised[n].value[i + j] = to_float(pair.value[j]); });
         }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) mean[i] = sum_over_lanes<4>(mean[i]) / C;
+    unrolled<2>([&](int i) { mean[i] = sum_over_lanes<4>(mean[i]) / C; });
     each_value<C / 8>([&](int n, int i) {
         float &x = standardised[n].value[i];
         x -= mean[i / 2];
         scale[i / 2] += x * x;
     });
-#pragma unroll
-    for (int i = 0; i < 2; ++i) scale[i] = rsqrtf(sum_over_lanes<4>(scale[i]) / C + LAYER_NORM_EPS);
+    unrolled<2>([&](int i) { scale[i] = rsqrtf(sum_over_lanes<4>(scale[i]) / C + LAYER_NORM_EPS); });
     float along[2] = {}, mean_grad[2] = {};
     __syncthreads();  // all are done with the stages, whose memory the warps' sums reuse
     float *const sums = reinterpret_cast<float *>(stage_memory) + warp * 3 * C;
@@ -188,11 +181,10 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
             }
         }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    unrolled<2>([&](int i) {
         mean_grad[i] = sum_over_lanes<4>(mean_grad[i]) / C;
         along[i] = sum_over_lanes<4>(along[i]) / C;
-    }
+    });
     lane = recomputed_lane(lane);
 #pragma unroll
     for (int n = 0; n < C / 8; ++n) {
@@ -201,11 +193,10 @@ __global__ void __launch_bounds__(32 * WARPS<T>) residual_mlp_backward(const Arg
             T *const address = acc_address(smem_grad, n, lane) + i / 2 * (8 * C);
             const Pair<T> g = load<T, 2>(address);
             float out[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
+            unrolled<2>([&](int j) {
                 const float inner = normed_grad[n].value[i + j] - mean_grad[i / 2];
                 out[j] = to_float(g.value[j]) + scale[i / 2] * (inner - standardised[n].value[i + j] * along[i / 2]);
-            }
+            });
             store(address, rounded_pair<T>(out[0], out[1]));
         }
     }

@@ -119,15 +119,12 @@ DEVICE void multiply(WarpAcc &acc, Tile<T, C> rows, Stream<T> &stream, Weight<T>
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
             FragA frag_a[TILES];
-#pragma unroll
-            for (int m = 0; m < TILES; ++m) {
-                frag_a[m] = load_a(rows.rows_from(16 * m), 2 * slice + step, thread.lane());
-            }
+            unrolled<TILES>(
+                [&](int m) { frag_a[m] = load_a(rows.rows_from(16 * m), 2 * slice + step, thread.lane()); });
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n += 2) {
                 const FragB2 frag_b = load_b(columns.rows_from(8 * n), step, thread.lane());
-#pragma unroll
-                for (int m = 0; m < TILES; ++m) mma<T>(acc[m] + n, frag_a[m], frag_b);
+                unrolled<TILES>([&](int m) { mma<T>(acc[m] + n, frag_a[m], frag_b); });
             }
         }
     }
@@ -141,8 +138,7 @@ template <typename RowOf, typename Function> DEVICE void each_pair(WarpAcc &acc,
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const auto row = row_of(16 * m + 4 * i);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n) function(row, n, acc[m][n].value[i], acc[m][n].value[i + 1]);
+            unrolled<WIDTH / 8>([&](int n) { function(row, n, acc[m][n].value[i], acc[m][n].value[i + 1]); });
         }
     }
 }
@@ -152,8 +148,7 @@ template <typename T> struct Bias {
     Pair<T> pairs[WIDTH / 8];
 
     DEVICE Bias(const T *first, int column) {
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) pairs[n] = load<T, 2>(first + 8 * n + column);
+        unrolled<WIDTH / 8>([&](int n) { pairs[n] = load<T, 2>(first + 8 * n + column); });
     }
     DEVICE float at(int n, int i) const { return to_float(pairs[n].value[i]); }
 };

@@ -61,8 +61,7 @@ DEVICE void store_head(T *first, int pitch, const int *positions, const Acc (&ac
 
 // 16 rows of a tile, for a frag_b from `load_b_chained`.
 template <typename T> DEVICE void load_rows(FragA (&frag_a)[WIDTH / K<T>], Tile<T, WIDTH> tile, int lane) {
-#pragma unroll
-    for (int k = 0; k < WIDTH / K<T>; ++k) frag_a[k] = load_a_chained(tile, k, lane);
+    unrolled<WIDTH / K<T>>([&](int k) { frag_a[k] = load_a_chained(tile, k, lane); });
 }
 
 template <typename T> __global__ void __launch_bounds__(THREADS) spatial_attention_backward(const Arguments<T> a) {
@@ -98,13 +97,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS) spatial_attenti
             const T *const grad = smem_grad.at(row + acc_row(lane, i), 8 * n + acc_col(lane, i));
             delta[i / 2] += acc[n].value[i] * to_float(*grad);
         });
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
             delta[i] = sum_over_lanes<4>(delta[i]);
             if (lane % 4 == 0) queries[row + acc_row(lane, 2 * i)] = {softmax.base[i], softmax.scale[i], delta[i]};
-        }
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n) acc[n] = {};
+        });
+        unrolled<WIDTH / 8>([&](int n) { acc[n] = {}; });
 #pragma unroll 1
         for (int first = 0; first < TOKENS; first += CHUNK<T>) {
             lane = recomputed(lane);

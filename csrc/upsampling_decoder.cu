@@ -24,14 +24,12 @@ __global__ void __launch_bounds__(THREADS, 3) take_moments(const T *y, const T *
         each_position(s, chunk, slot, y, term, [&](int present, int64_t, const float (&z)[BATCH][N]) {
             const float added = float(present * N);  // a power of two
             float sum = 0.0f, centred = 0.0f;
-#pragma unroll
-            for (int i = 0; i < BATCH * N; ++i) sum += z[i / N][i % N];
+            unrolled<BATCH * N>([&](int i) { sum += z[i / N][i % N]; });
             const float batch_mean = sum * (present == BATCH ? 1.0f / (BATCH * N) : 1.0f / N);
-#pragma unroll
-            for (int i = 0; i < BATCH * N; ++i) {
+            unrolled<BATCH * N>([&](int i) {
                 const float offset = z[i / N][i % N] - batch_mean;
                 centred += i / N < present ? offset * offset : 0.0f;
-            }
+            });
             const float offset = batch_mean - mean, share = added * fast_reciprocal(count + added);
             mean += offset * share;
             square += centred + offset * (count * share) * offset;
@@ -99,11 +97,10 @@ __global__ void __launch_bounds__(THREADS, 3) normalise_groups(const T *y, const
         for (int b = 0; b < BATCH; ++b) {
             if (b >= present) continue;
             float passed[N];
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
+            unrolled<N>([&](int i) {
                 const float x = affine[i](z[b][i]);
                 passed[i] = x < 0.0f ? 0.0f : x;  // NaN passes
-            }
+            });
             store_floats(out + index + b * slot.rows * s.channels, passed);
         }
     });

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                 along[i] += h * (z[b][i] - group.value[0]);
             });
         });
-#pragma unroll
-        for (int i = 0; i < N; ++i) along[i] *= group.value[1];
+        unrolled<N>([&](int i) { along[i] *= group.value[1]; });
         store_floats(shared + thread * N, passed);
         store_floats(shared + (THREADS + thread) * N, along);
     }
@@ -101,14 +100,13 @@ __global__ void __launch_bounds__(THREADS, 3)
         load_floats(h, grad + index);
         const Pair<float> group = load<float, 2>(statistics + of_group), mean = load<float, 2>(means + of_group);
         const float base = -group.value[1] * mean.value[0], along = -group.value[1] * group.value[1] * mean.value[1];
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
+        unrolled<N>([&](int i) {
             z[i] += shared[i];
             const Affine affine(group.value[0], group.value[1], w[i], shift[i]);
             if (affine(z[i]) <= 0.0f) h[i] = 0.0f;
             z_grad[i] = fmaf(affine.slope, h[i], fmaf(z[i] - group.value[0], along, base));
             total[i] += z_grad[i];
-        }
+        });
         if (y_grad) store_floats(y_grad + index, z_grad);
     }
     if (term_grad) store_floats(term_grad + split * s.map() + within, total);

@@ -1,5 +1,5 @@
 """Triton kernels, one module per operator, named like its file in ``ovseg_fast/ops``.
 
-Installed as ``ovseg_fast.kernels``. Import it by that name only: from the repository root ``import kernels``
-would load a second copy of every module. Kernels import nothing from the operators that call them.
+Import it as ``ovseg_fast.kernels`` only: ``import kernels`` from the repository root loads every module twice.
+Kernels import nothing from the operators that call them.
 """

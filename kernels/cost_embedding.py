@@ -8,13 +8,13 @@ A program takes a rectangular tile of the map and 16 text embeddings: those of 1
 else 16 prompts of one class at a time. One product gives the costs of the tile and its halo; they stay on chip as one
 row of numbers, from which `tl.gather` builds the windows (pixels × K²); a second product embeds them with the weight.
 
-At the published size (576 patches of 512 channels, 171 classes, 128 outputs, 16 bits) the floor is writing the output's
-25 MB, 6 µs on an H200. What a fused kernel can lose is the image embeddings, which every program reads from the L2
-cache: 100 MB for one class and the whole map at a time, 25 MB for 16 classes and tiles of 4 × 6 pixels, 120 with halos.
-Tiles of 6 × 8 read 17 MB, but a multiprocessor then holds one program and cannot write one tile while it reads another.
+At the published size (576 patches of 512 channels, 171 classes, 128 outputs, 16 bits) writing the output's 25 MB takes
+6 µs on an H200. Every program also reads image embeddings from the L2 cache: 100 MB in all for one class and the whole
+map at a time, 25 MB for 16 classes and tiles of 4 × 6 pixels. Tiles of 6 × 8 read 17 MB, but a multiprocessor then
+holds one program and cannot write one tile while it reads another.
 
 Padding never meets a weight that is infinite or NaN, as 0 · inf would spread it: the products take the finite weights,
-and a path of its own, which runs only if there are others, adds the rest.
+and `_add_not_finite`, which runs only if there are others, adds the rest.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ __all__ = ["cost_embedding", "cost_gradient", "cost_volume", "cost_volume_backwa
 HALO = tl.constexpr(128)  # pixels of a tile and its halo
 COLUMNS = tl.constexpr(16)  # text embeddings at a time, the least that a tensor core takes
 
-# Pixels (of one class or several) and outputs of a product, channels per step of the costs, and elements of the window
-# per step. By bytes of an element. With fewer outputs there are more pixels.
+# By bytes of an element: pixels (of one class or several) and outputs of a product, more pixels with fewer outputs;
+# channels of the costs and elements of the window per step.
 TILES = {
     2: {"ITEMS": 64, "OUTPUTS": 128, "CHANNELS": 64, "TAPS": 128},
     4: {"ITEMS": 32, "OUTPUTS": 32, "CHANNELS": 32, "TAPS": 32},
@@ -57,8 +57,7 @@ def _halo_costs(image, text, pixel, inside, row, valid, channels, CHANNELS: tl.c
 
 @triton.jit
 def _weights(weight, prompt, first, c, prompts, outputs, SIZE: tl.constexpr, TAPS: tl.constexpr):
-    """TAPS elements of one prompt's window, from `first` on, as a matrix (TAPS, OUTPUTS), with 0 beyond K² and for
-    what is not finite; and 1 if all are finite, else 0."""
+    """TAPS elements of one prompt's window as a matrix (TAPS, OUTPUTS), 0 beyond K² and if not finite; 1 if all are."""
     tap = first + tl.arange(0, TAPS)
     offset = (c * prompts + prompt)[None, :] * (SIZE * SIZE) + tap[:, None]
     matrix = tl.load(weight + offset, mask=(tap < SIZE * SIZE)[:, None] & (c < outputs)[None, :], other=0.0)
@@ -70,8 +69,7 @@ def _weights(weight, prompt, first, c, prompts, outputs, SIZE: tl.constexpr, TAP
 def _add_windows(
     acc, costs, corner, first, matrix, halo_width, SIZE: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """acc (ITEMS, OUTPUTS) plus the product of `matrix` with TAPS elements, from `first` on, of the windows whose first
-    elements lie at `corner` in `costs`."""
+    """acc (ITEMS, OUTPUTS) + TAPS elements of the windows that begin at `corner` in `costs`, times `matrix`."""
     tap = first + tl.arange(0, TAPS)
     valid = tap < SIZE * SIZE
     index = corner[:, None] + tl.where(valid, tap // SIZE * halo_width + tap % SIZE, 0)[None, :]
@@ -86,9 +84,8 @@ def _add_not_finite(
     prompts, height, width, channels, outputs, tile_height, tile_width,
     SIZE: tl.constexpr, PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to the stored `out` of a tile what `_weights` left out, which makes it infinite or NaN: one element of the
-    window after another, only within the map, as 0 · inf would make padding NaN. `costs` are those of the classes with
-    one prompt each, else None."""
+    """Add to the stored `out` of a tile what `_weights` left out, one element of the window after another, only within
+    the map. `costs` are those of the classes with one prompt each, else None."""
     _, y, x, valid, corner = tile_pixels(top, left, height, width, tile_height, tile_width, SIZE, HALO, PIXELS, 1)
     halo_width = tile_width + SIZE - 1
     col = tl.arange(0, COLUMNS)

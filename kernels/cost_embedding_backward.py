@@ -19,17 +19,14 @@ from .common.launch import block, cdiv, launch, precision, sizes
 from .common.map_tiles import halo_pixels, map_tile, tile_pixels
 from .common.math import dot
 
-# Of dcost: pixels of a tile without and with its halo, channels and elements of the window per step. The larger the
-# tile, the fewer pixels belong to several halos. By bytes of an element.
+# By bytes of an element, of dcost: pixels of a tile without and with its halo, channels and elements of the window per
+# step. The larger the tile, the fewer pixels belong to several halos.
 COST_TILES = {
     2: {"PIXELS": 64, "HALO": 256, "CHANNELS": 32, "TAPS": 64},
     4: {"PIXELS": 32, "HALO": 128, "CHANNELS": 32, "TAPS": 64},
 }
 # Of dweight: tokens per step, channels and elements of the window of a program.
-WEIGHT_TILES = {
-    2: {"ITEMS": 32, "CHANNELS": 128, "TAPS": 64},
-    4: {"ITEMS": 32, "CHANNELS": 32, "TAPS": 32},
-}
+WEIGHT_TILES = {2: {"ITEMS": 32, "CHANNELS": 128, "TAPS": 64}, 4: {"ITEMS": 32, "CHANNELS": 32, "TAPS": 32}}
 PARTS = 256  # programs, about, that each take a partial sum of dweight
 
 

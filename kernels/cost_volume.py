@@ -8,8 +8,7 @@ Backward, with x̂ = x / n and t̂ = t / m, from the gradient g of cost:
 
     dx_bs = (Σ_k g[b,k,s] · t̂_k − x̂_bs · Σ_k g[b,k,s] · cost[b,k,s]) / n_bs
 
-and with the sides exchanged, summed over b too, dt. One kernel does both: x is the side whose gradient is computed, y
-the side that is summed over.
+and with the sides exchanged, summed over b too, dt. One kernel does both: x gets the gradient, y is summed over.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from .common.math import dot
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
 
-# Prompts and patches of a tile, and channels per step, by bytes of an element. float32 products do not run on tensor
-# cores unless TF32 is allowed, and their unrolled form needs the registers.
+# Rows of a tile and channels per step, by bytes of an element. Float32 products without TF32 need more registers.
 TILES = {2: {"ROWS": 64, "CHANNELS": 64}, 4: {"ROWS": 32, "CHANNELS": 32}}
 
 
@@ -73,8 +71,8 @@ def _backward(
     grad, cost, x, x_norm, y, y_norm, out, rows, cols, channels, images, row_stride, col_stride, y_rows,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x's gradient, summed over `cols` rows of y and over `images` images. The strides are those of `grad`
-    and `cost`; `y_rows` is the number of rows of y from one image to the next, 0 for the text."""
+    """One tile of x's gradient, summed over `cols` rows of y and `images` images; `y_rows` of y lie between two images.
+    The strides are those of `grad` and `cost`."""
     row_tiles = tl.cdiv(rows, ROWS)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     batch = (tl.program_id(0) // (row_tiles * channel_tiles)).to(tl.int64)

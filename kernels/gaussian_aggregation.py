@@ -1,9 +1,6 @@
-"""Neighbourhood Gaussian aggregation.
+"""Neighbourhood Gaussian aggregation: out = Σ_l w_l · f_l
 
-    out = Σ_l w_l · f_l
-
-Backward, from the gradient d of out: df_l = w_l · d and dw_l = Σ d · f_l, summed per block of elements first, then over
-the blocks.
+Backward, from the gradient d of out: df_l = w_l · d and dw_l = Σ d · f_l, summed per block first, then over the blocks.
 """
 
 from __future__ import annotations
@@ -59,14 +56,13 @@ def gaussian_aggregation_backward(
     grad: Tensor, features: Tensor, weights: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of features and weights."""
-    need_features, need_weights = needs
     layers, size = len(features), grad.numel()
     blocks = cdiv(size, BLOCK)
-    features_grad = torch.empty_like(features) if need_features else None
-    sums = features.new_empty(layers, blocks, dtype=torch.float32) if need_weights else None
+    features_grad = torch.empty_like(features) if needs[0] else None
+    sums = features.new_empty(layers, blocks, dtype=torch.float32) if needs[1] else None
     launch(
         _backward, (blocks,),
         grad, features, weights, features_grad, sums, layers, size, blocks,
-        FEATURES=need_features, WEIGHTS=need_weights, BLOCK=BLOCK,
+        FEATURES=needs[0], WEIGHTS=needs[1], BLOCK=BLOCK,
     )  # fmt: skip
     return [features_grad, None if sums is None else sums.sum(1).to(weights.dtype)]

@@ -5,14 +5,13 @@
     canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     if logits of the whole image are given
     scores = resize(canvas, size),   the best k classes of every pixel, or all of them
 
-A program labels one tile of output pixels. It loops over the classes a few at a time, reads the low-resolution logits
-below its tile (they stay in the cache) and keeps the best k scores of each pixel in registers: nothing between logits
-and labels is stored. It skips classes whose largest logits below the tile rule them out for every pixel of it; as the
-most promising classes come first, it skips most of them in a photograph. Sums and products are float32 for every dtype
-of the logits. There is no backward: labels have no gradient.
+A program labels one tile of output pixels. It loops over the classes a few at a time, reads the logits below its tile
+from the cache and keeps the best k scores of each pixel in registers; nothing else is stored. It skips classes whose
+largest logits below the tile rule them out; the most promising ones come first, so in a photograph it skips most.
+Sums and products are float32. There is no backward: labels have no gradient.
 
-Scores are compared as int64 keys that sort like them, NaN above everything, with the class in the lower half so that
-the lower class wins among equals:  key(score) · 2³² + (2³¹ − 1 − class).
+Scores are compared as int64 keys that sort like them, NaN first, the lower class first among equals:
+key(score) · 2³² + (2³¹ − 1 − class).
 """
 
 from __future__ import annotations
@@ -26,17 +25,14 @@ from torch import Tensor
 
 from .common.launch import block, cdiv, launch
 
-# Classes per step and the tile of pixels, one row for each warp. What is the same for all classes (source pixels and
-# their weights) is computed once for CLASSES of them.
+# Classes per step, which share source pixels and weights, and the tile of pixels, one row for each warp.
 TILES = {"CLASSES": 8, "ROWS": 8, "COLUMNS": 32}
 WARPS = 8
 PLACES = 8  # positions that one launch of `_place` writes
 
-# Logits read at a time for the maximum, a rectangle too; and how far rounding may lift a score above its bound.
-PATCH_ROWS = tl.constexpr(4)
+PATCH_ROWS = tl.constexpr(4)  # of the logits that are read at a time for the maximum
 PATCH_COLUMNS = tl.constexpr(16)
-SLACK = tl.constexpr(1e-5)
-
+SLACK = tl.constexpr(1e-5)  # how far rounding may lift a score above its bound
 LOWEST = tl.constexpr(-(2**63))
 LAST = tl.constexpr(2**31 - 1)
 INFINITY = tl.constexpr(float("inf"))
@@ -44,8 +40,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit(do_not_specialize=[f"place{i}" for i in range(PLACES)])
 def _place(places, start, windows, place0, place1, place2, place3, place4, place5, place6, place7):
-    """Write positions that come as arguments: nothing is copied from the host, so nothing waits for the device, and a
-    CUDA graph holds them."""
+    """Write positions that come as arguments: nothing waits for a copy from the host, and a CUDA graph holds them."""
     i = tl.arange(0, 8)
     value = tl.where(i == 0, place0, place1)
     value = tl.where(i == 2, place2, value)
@@ -105,7 +100,7 @@ def _corner(corner, y, x, scale_y, scale_x, height, width, RESIZE: tl.constexpr)
 
 
 @triton.jit
-def _overlap(place, canvas_width, window_height, window_width, top, left, bottom, right):
+def _window(place, canvas_width, window_height, window_width, top, left, bottom, right):
     """Row and column of the window at `place`, and whether it meets the rectangle of the canvas."""
     y = (tl.load(place) // canvas_width).to(tl.int32)
     x = (tl.load(place) % canvas_width).to(tl.int32)
@@ -119,16 +114,13 @@ def _canvas(
     map_scale_y, map_scale_x, whole_scale_y, whole_scale_x,
     RESIZE_MAPS: tl.constexpr, RESIZE_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Scores (CLASSES, PIXELS) of classes `start + k` at the pixels (y, x) of the canvas, which lie in the rectangle
-    from (top, left) to (bottom, right)."""
+    """Scores (CLASSES, PIXELS) of classes `start + k` at the canvas's pixels (y, x), all within the rectangle."""
     valid = (start + k < classes)[:, None]
     area = height * width
     acc = tl.zeros((k.shape[0], y.shape[0]), tl.float32)
     count = tl.zeros((y.shape[0],), tl.float32)
     for n in range(windows):
-        from_y, from_x, meets = _overlap(
-            places + n, canvas_width, window_height, window_width, top, left, bottom, right
-        )
+        from_y, from_x, meets = _window(places + n, canvas_width, window_height, window_width, top, left, bottom, right)
         if meets:
             row = y - from_y
             col = x - from_x
@@ -156,8 +148,7 @@ def _canvas(
 
 @triton.jit
 def _max_logits(found, maps, valid, top, left, bottom, right, width, scale_y, scale_x, height, RESIZE: tl.constexpr):
-    """Maximum of `found` and the logits (CLASSES, patch) that the pixels from (top, left) to (bottom, right) read;
-    infinity where one is not finite."""
+    """Maximum of `found` and the logits (CLASSES, patch) that the rectangle reads; infinity where one is not finite."""
     if RESIZE:
         top, bottom = _source_range(top, bottom, scale_y, height)
         left, right = _source_range(left, right, scale_x, width)
@@ -185,16 +176,14 @@ def _bound(
     map_scale_y, map_scale_x, whole_scale_y, whole_scale_x,
     RESIZE_MAPS: tl.constexpr, RESIZE_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Upper bound of the scores of classes `start + k` in the rectangle of the canvas, as no average exceeds the
-    largest of its terms; infinity where it is unknown, −infinity beyond the last class."""
+    """Upper bound of the scores of classes `start + k` in the rectangle of the canvas, from the largest terms of their
+    averages; infinity where it is unknown, −infinity beyond the last class."""
     valid = (start + k < classes)[:, None]
     area = height * width
     lowest = tl.full((k.shape[0], PATCH_ROWS * PATCH_COLUMNS), -INFINITY, tl.float32)
     found = lowest
     for n in range(windows):
-        from_y, from_x, meets = _overlap(
-            places + n, canvas_width, window_height, window_width, top, left, bottom, right
-        )
+        from_y, from_x, meets = _window(places + n, canvas_width, window_height, window_width, top, left, bottom, right)
         if meets:
             found = _max_logits(
                 found, logits + ((n * classes + start + k).to(tl.int64) * area)[:, None], valid,

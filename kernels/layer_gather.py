@@ -4,12 +4,10 @@
     û = norm(u),           y = g_l · û + b_l     LN_l
     z = y · P_l,           f_l = z / n,          n = max(‖z‖, ε)
 
-with norm(x) = (x − mean(x)) / √(var(x) + eps). Stored are the layers' maps f_l, or only Σ_l w_l · f_l (one stage of
-Cascade-CLIP, see `gaussian_aggregation`).
+with norm(x) = (x − mean(x)) / √(var(x) + eps). Stored are the layers' maps f_l, or only Σ_l w_l · f_l.
 
-Both norms are statistics of a row: u − mean(u) is affine in x, so a program reads its rows for the four numbers first
-and normalises them again, a few channels at a time, as they enter the product with P_l. The backward is in
-`layer_gather_backward`.
+u − mean(u) is affine in x: a program reads its rows first for the four numbers of both norms, then normalises a few
+channels at a time, as they enter the product with P_l.
 """
 
 from __future__ import annotations
@@ -72,13 +70,12 @@ def layer_gather(
     tile = tiles(hidden[0], width, accumulators=1 if weights is None else 2)
     for first in range(0, layers, LAYERS):
         part = slice(first, min(first + LAYERS, layers))
-        count = part.stop - first
         launch(
-            _gather, (cdiv(count, summed) * cdiv(rows, tile["ROWS"]),),
+            _gather, (cdiv(part.stop - first, summed) * cdiv(rows, tile["ROWS"]),),
             *padded(hidden[part]), shared_weight, shared_bias, norm_weight[part], norm_bias[part], projection[part],
             None if weights is None else weights[part], maps[first // summed :],
             rows, patches, tokens - patches, *hidden[0].stride()[:2], channels, width, shared_eps, norm_eps,
-            SUMMED=min(summed, count), WEIGHTED=weights is not None, **tile, PRECISION=precision(),
+            SUMMED=min(summed, part.stop - first), WEIGHTED=weights is not None, **tile, PRECISION=precision(),
         )  # fmt: skip
     if weights is None:
         return maps

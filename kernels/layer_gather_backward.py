@@ -8,8 +8,8 @@ From the gradient d of a layer's map, w · d for a sum over layers (w = 1 otherw
     dg = Σ dy · û,   db = Σ dy,         du = norm'(g · dy; u)
     da = Σ du · x̂,   dc = Σ du,         dx = norm'(a · du; x)
 
-with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The two matrix products are PyTorch's, on dz and y
-as they are stored between the kernels. Sums over rows are taken per chunk of rows, then over the chunks.
+with norm'(h; v) = (h − mean(h) − v̂ · mean(h · v̂)) / √(var(v) + eps). The two matrix products are PyTorch's. Sums over
+rows are taken per chunk of rows, then over the chunks.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def _norms_backward(
     batch, tokens, patches, batch_stride, token_stride, channels, shared_eps, norm_eps,
     HIDDEN: tl.constexpr, SUMS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """From dy, dx of a chunk of one layer's tokens if HIDDEN, 0 for those that are not patches, and the chunk's part
-    of da, dc, dg and db if SUMS."""
+    """From dy, dx of a chunk of one layer's tokens if HIDDEN, 0 if not patches; its da, dc, dg and db if SUMS."""
     chunks = tl.cdiv(batch * tokens, CHUNK)
     layer = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks

@@ -14,9 +14,8 @@ from .common.math import dot
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
 LAYERS = 8  # per launch: Triton takes each layer's hidden states as an argument of its own
 
-# A program needs all E columns of its rows for their length. By bytes of an element: accumulators that it holds,
-# and elements of the projection that it reads at a time. Float32 products run on tensor cores only if TF32 is allowed;
-# otherwise their unrolled form needs the registers.
+# A program needs all E columns of its rows for their length. By bytes of an element: accumulators that it holds, and
+# elements of the projection that it reads at a time. Float32 products without TF32 need more registers.
 ACCUMULATORS = {2: 32768, 4: 8192}
 ELEMENTS = {2: 16384, 4: 8192}
 WIDE = 128  # channels that it reads at a time for the statistics
@@ -27,8 +26,8 @@ def tiles(tokens: Tensor, width: int, accumulators: int = 1) -> dict[str, int]:
     columns = block(width, most=1024)
     rows = min(64, max(16, sizes(ACCUMULATORS, tokens) // accumulators // columns))
     channels = min(64, max(16, sizes(ELEMENTS, tokens) // columns))
-    # Two chunks of the projection lie in shared memory with three stages, and with two stages where Hopper's products
-    # of 64 rows keep one chunk more. If two are too large for a consumer card, one chunk does.
+    # Three stages keep two chunks of the projection in shared memory; so do two stages where Hopper's products of 64
+    # rows keep one more. One chunk has to do where two are too large for a consumer card.
     return {
         "ROWS": rows,
         "WIDTH": columns,
@@ -57,9 +56,7 @@ def statistics(
     ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """mean(x), 1 / √(var(x) + eps), mean(u), 1 / √(var(u) + eps), each (ROWS, 1), of the rows at `tokens` (ROWS, 1).
-
-    Deviations are squared after the mean is known: squares of the elements themselves would cancel.
-    """
+    Deviations are squared once the mean is known: squares of the elements themselves would cancel."""
     x_sum = tl.zeros((ROWS, 1), tl.float32)
     for start in range(0, channels, WIDE):
         col = start + tl.arange(0, WIDE)[None, :]

@@ -4,16 +4,15 @@
     output_t = Σ_j p[t, j] v_j,     p[t, :] = softmax(s[t, :])
     scores[t, j] = Σ_heads s[t, j] / heads                    one product over the full width: q_t · k_j / (heads · √d)
 
-The softmax is online: a program walks over the keys with a running maximum and sum, so p is never stored, only its
-log-sum-exp. `mask_scores` gives the scores alone.
+The softmax is online, with a running maximum and sum: of p only its log-sum-exp is stored.
 
 Backward, from the gradient g of output, with p = exp(s − log-sum-exp) recomputed and delta_t = g_t · output_t:
 
     ds[t, j] = p[t, j] (g_t · v_j − delta_t)
     dq_t = Σ_j ds[t, j] k_j / √d,     dk_j = Σ_t ds[t, j] q_t / √d,     dv_j = Σ_t p[t, j] g_t
 
-In one launch: the first programs have a tile of queries in one head and walk over the keys for dq, the rest have a tile
-of keys and walk over the queries for dk and dv, so nothing is summed across programs.
+In one launch, the first programs take a tile of queries in one head and all keys, for dq, the others a tile of keys
+and all queries, for dk and dv: nothing is summed across programs.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from .common.launch import block, cdiv, launch, precision, sizes
 from .common.math import dot
 
 # Queries and keys of a tile by bytes of an element. Few small tiles spread the work over more multiprocessors; if there
-# are many, large ones read the keys less often. Float32 products run on tensor cores only if TF32 is allowed; otherwise
-# their unrolled form needs the registers.
+# are many, large ones read the keys less often. Float32 products without TF32 need more registers.
 FEW = 256  # about two for each multiprocessor of a large GPU
 FORWARD_TILES = {
     2: {
@@ -177,10 +175,8 @@ def mask_scores(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 @triton.jit
 def _gradient(a, b, c, d, log_sum_exp, delta, mask, scale, PRECISION: tl.constexpr):
-    """p and ds of a tile, 0 outside `mask`: p from a · bᵀ and the log-sum-exp, ds from c · dᵀ and delta.
-
-    (a, b, c, d) are (q, k, g, v) for a tile (queries, keys), (k, q, v, g) for its transpose.
-    """
+    """p and ds of a tile, 0 outside `mask`: p from a · bᵀ and the log-sum-exp, ds from c · dᵀ and delta. (a, b, c, d)
+    are (q, k, g, v) for a tile (queries, keys), (k, q, v, g) for its transpose."""
     zeros = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
     p = tl.where(mask, tl.exp2(dot(a, tl.trans(b), zeros, PRECISION) * scale - log_sum_exp), 0.0)
     ds = tl.where(mask, p * (dot(c, tl.trans(d), zeros, PRECISION) - delta), 0.0)
@@ -211,9 +207,7 @@ def _queries_gradient(
         k_tile = tl.load(k + k_offset, mask=k_mask, other=0.0)
         v_tile = tl.load(v + k_offset, mask=k_mask, other=0.0)
         mask = (t < queries)[:, None] & (j < keys)[None, :]
-        _, ds = _gradient(
-            q_tile, k_tile, g_tile, v_tile, logarithm[:, None], delta[:, None], mask, scale, PRECISION
-        )  # fmt: skip
+        _, ds = _gradient(q_tile, k_tile, g_tile, v_tile, logarithm[:, None], delta[:, None], mask, scale, PRECISION)
         acc = dot(ds.to(k.dtype.element_ty), k_tile, acc, PRECISION)
     tl.store(dq + q_offset, acc * derivative, mask=q_mask)
 
@@ -244,9 +238,7 @@ def _keys_gradients(
         delta = tl.sum(g_tile.to(tl.float32) * out_tile, 1)
         logarithm = tl.load(log_sum_exp + sequence.to(tl.int64) * queries + t, mask=t < queries, other=0.0)
         mask = (j < keys)[:, None] & (t < queries)[None, :]
-        p, ds = _gradient(
-            k_tile, q_tile, v_tile, g_tile, logarithm[None, :], delta[None, :], mask, scale, PRECISION
-        )  # fmt: skip
+        p, ds = _gradient(k_tile, q_tile, v_tile, g_tile, logarithm[None, :], delta[None, :], mask, scale, PRECISION)
         dv_acc = dot(p.to(v.dtype.element_ty), g_tile, dv_acc, PRECISION)
         dk_acc = dot(ds.to(q.dtype.element_ty), q_tile, dk_acc, PRECISION)
     tl.store(dk + k_offset, dk_acc * derivative, mask=k_mask)

@@ -9,12 +9,11 @@ Backward, from the gradients a, f, d, u of the first four sums:
     dx = (y ? −1 : 1) · (a·q + f·α·q²·(2·(1 − q)·softplus(z) + q) + d·q·(1 − q)) + u·q·(1 − q)
     dlogits = Σ over the pixels around, dx weighted as above
 
-Pixel y of H lies at ((2y + 1)·h − H) / 2H on a map of h rows, or at 0 if that is negative: integers tell exactly
-between which rows it lies, and which pixels lie between two given rows. Both passes walk over the map row by row: the
-two rows of logits around are read once for all pixels between them. Forward, a lane is a column of pixels. Backward, it
-is a column of logits and visits the pixels up to the next column, so each is computed once; the gradients of their left
-and right columns are stored separately and added by a second kernel. There are as many pixels left of the first column
-as right of the last, up to one: the last lane visits both. No atomics.
+Pixel y of H lies at ((2y + 1)·h − H) / 2H on a map of h rows, or at 0 if that is negative: integers give exactly the
+rows around it and the pixels between two rows. Both passes walk over the map row by row and read two rows of logits
+once for all pixels between them. Forward, a lane is a column of pixels. Backward, it is a column of logits and visits
+the pixels up to the next column; the gradients of the left and right columns are stored separately and added by a
+second kernel. The last lane also visits the pixels left of the first column. No atomics.
 """
 
 from __future__ import annotations
@@ -29,12 +28,10 @@ from .common.launch import cdiv, launch
 SUMS = tl.constexpr(5)
 ALPHA = tl.constexpr(0.25)
 
-# Classes and columns of one program, for any element size: everything is computed in float32. A program has one warp: a
-# thread then holds all classes of a column, and what depends on the column alone is computed once for them.
+# Of one program, a warp: a thread holds all classes of a column and computes what depends on the column alone once.
 TILE = {"CLASSES": 8, "COLUMNS": 32}
 BLOCK = 1024  # logits of one program of `_add`
-# Rows of pixels per program, if that leaves at least so many programs. The backward takes more, as it also visits the
-# row before its first one.
+# Rows of pixels per program, if PROGRAMS remain. The backward takes more: it also visits the row before its first one.
 FORWARD_ROWS, BACKWARD_ROWS, PROGRAMS = 32, 64, 1024
 
 
@@ -58,10 +55,9 @@ def _load_labels(labels, offset, classes):
 
 
 @triton.jit
-def _softplus(z, exponential):
-    """log(1 + eᶻ), accurate for any size of z, from exp(−|z|): log(1 + e) is e times a polynomial within 3e-8 for
-    0 ≤ e ≤ 1. NaN for −∞, as in PyTorch's binary cross-entropy."""
-    e = exponential
+def _softplus(z, e):
+    """log(1 + eᶻ) for any z, from e = exp(−|z|): log(1 + e) is e times a polynomial, within 3e-8. NaN for −∞, as in
+    PyTorch's binary cross-entropy."""
     series = 0.005232676398009062 * e - 0.029505165293812752
     series = series * e + 0.07822582870721817
     series = series * e - 0.13663235306739807
@@ -77,8 +73,7 @@ def _softplus(z, exponential):
 def _sigmoids(z, exponential):
     """sigmoid(z) and sigmoid(−z), from exp(−|z|)."""
     larger = 1.0 / (1.0 + exponential)
-    smaller = exponential * larger
-    # NaN is in both, so it reaches the results.
+    smaller = exponential * larger  # NaN is in both, so it reaches the results
     return tl.where(z >= 0, larger, smaller), tl.where(z >= 0, smaller, larger)
 
 
@@ -257,9 +252,8 @@ def _add(left_grad, right_grad, out, size, width, BLOCK: tl.constexpr):
 
 def _split(logits: Tensor, labels: Tensor, pixel_rows: int, columns: int) -> tuple[int, int, int]:
     """Rows of the map per program, from rows of pixels; in how many parts that splits a map; how many programs."""
-    batch, classes, height, _ = logits.shape
-    column_tiles = cdiv(columns, TILE["COLUMNS"])
-    map_tiles = batch * cdiv(classes, TILE["CLASSES"])
+    height, column_tiles = logits.shape[2], cdiv(columns, TILE["COLUMNS"])
+    map_tiles = len(logits) * cdiv(logits.shape[1], TILE["CLASSES"])
     rows = max(1, pixel_rows * height // labels.shape[1])
     while rows > 1 and map_tiles * column_tiles * cdiv(height, rows) < PROGRAMS:
         rows //= 2

@@ -2,16 +2,15 @@
 
     z = y + term,   x̂ = (z − mean) / s,   out = ReLU(w ⊙ x̂ + β),   s = √(variance + ε)
 
-Mean and variance are those of a group's positions and channels, for each image and class. term is the same for all
-classes, or absent. Moments are computed tile by tile, first the mean, then the centred squares, and combined as Chan,
-Golub and LeVeque do: with n, m and q of the tiles, mean = Σ n·m / Σ n, variance = Σ (q + n·(m − mean)²) / Σ n.
+with mean and variance over a group's positions and channels, for each image and class; term is the same for all classes
+or absent. Moments are computed tile by tile, first the mean, then the centred squares, and combined as Chan, Golub and
+LeVeque do: with n, m and q of the tiles, mean = Σ n·m / Σ n, variance = Σ (q + n·(m − mean)²) / Σ n.
 
 Backward, from the gradient g of out, with h = g where out > 0, else 0, and means over a group:
 
     dy = (w ⊙ h − mean(w ⊙ h) − x̂ · mean(w ⊙ h ⊙ x̂)) / s,   dterm = Σ dy over the classes,   dw = Σ h ⊙ x̂,   dβ = Σ h
 
-A "map" is one class of one image. A tile is a run of positions with all of their channels, contiguous in memory; where
-maps are smaller than a tile, it holds several of them.
+A "map" is one class of one image. A tile is a run of positions with all their channels, or several small maps.
 """
 
 from __future__ import annotations

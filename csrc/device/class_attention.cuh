@@ -45,11 +45,10 @@ template <typename T, int WIDTH> DEVICE FragA load_a_by_rows(Tile<T, WIDTH> tile
     if constexpr (sizeof(T) == 2) {
         ldmatrix<true>(frag_a.word, tile.rows_from(k * K<T>).stepped(b_row(lane), b_vec(lane), 2 * m));
     } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
             const int row = k * K<T> + lane % 4 * 2 + i / 2, column = 16 * m + i % 2 * 8 + lane / 4;
             frag_a.word[i] = __float_as_uint(*tile.at(row, column));
-        }
+        });
     }
     return frag_a;
 }

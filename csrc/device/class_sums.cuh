@@ -31,8 +31,7 @@ template <typename T> struct Kept {
 
     DEVICE Pair<T> pair() const {
         uint32_t same[sizeof(T) / 2];
-#pragma unroll
-        for (int i = 0; i < int(sizeof(T) / 2); ++i) same[i] = recomputed(word[i]);
+        unrolled<int(sizeof(T) / 2)>([&](int i) { same[i] = recomputed(word[i]); });
         Pair<T> pair;
         memcpy(&pair, same, sizeof(pair));
         return pair;
@@ -59,21 +58,18 @@ struct Quarter {
             mma<T>(of_outer, key, value);
             mma<T>(of_mean, FragA{{one, one, one, one}}, value);
         }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) outer[i] = of_outer[i / 4].value[i % 4];
+        unrolled<8>([&](int i) { outer[i] = of_outer[i / 4].value[i % 4]; });
         const int pad = classes.count - first;
         const bool padded = classes.pads > 1 && pad >= 0 && pad < rows;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
             mean[i] = of_mean[i / 2].value[i % 2];
             if (padded) {
                 const int column = which % 2 * 16 + i / 2 * 8 + acc_col(lane, i % 2);
                 mean[i] += float(classes.pads - 1) * to_float(*values.at(pad, column));
             }
             mean[i] *= classes.share;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) total[i] = of_total.value[2 * i];
+        });
+        unrolled<2>([&](int i) { total[i] = of_total.value[2 * i]; });
     }
 
     // Values 2 i and 2 i + 1 of it, with m subtracted from the values.
@@ -84,10 +80,8 @@ struct Quarter {
 
     // function(index, value) for its part of z, and of m behind it.
     template <typename OfZ, typename OfM> DEVICE void each_vector(int which, int lane, OfZ of_z, OfM of_m) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) of_z(which / 2 * 16 + acc_row(lane, 2 * i), total[i]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) of_m(WIDTH + which % 2 * 16 + i / 2 * 8 + acc_col(lane, i % 2), mean[i]);
+        unrolled<2>([&](int i) { of_z(which / 2 * 16 + acc_row(lane, 2 * i), total[i]); });
+        unrolled<4>([&](int i) { of_m(WIDTH + which % 2 * 16 + i / 2 * 8 + acc_col(lane, i % 2), mean[i]); });
     }
 
     // Two quarters have the same part of z, or of m, and so do several lanes: one of them stores or adds it.
@@ -110,11 +104,10 @@ struct Quarter {
 };
 
 template <typename T> DEVICE void store_quarter(Tile<T, WIDTH> outer, const Kept<T> (&pairs)[4], int which, int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    unrolled<4>([&](int i) {
         T *const address = acc_address(outer.rows_from(which / 2 * 16), which % 2 * 2 + i / 2, lane);
         store(address + i % 2 * (8 * WIDTH), pairs[i].pair());
-    }
+    });
 }
 
 }  // namespace ovseg

@@ -61,16 +61,13 @@ DEVICE void load_pooled(Tile<T, C> tile, const ClassMaps<T> &maps, const T *sour
 #pragma unroll 1
             for (int j = 0; j < maps.pooling; ++j, pixel += C) {
                 rows.load(pixel, maps.map, maps.classes.count - first - row - Rows::row(lane));
-#pragma unroll
-                for (int k = 0; k < Rows::COUNT * VEC<T>; ++k) {
-                    totals[k / VEC<T>][k % VEC<T>] += to_float(rows.vec[k / VEC<T>].value[k % VEC<T>]);
-                }
+                unrolled<Rows::COUNT * VEC<T>>(
+                    [&](int k) { totals[k / VEC<T>][k % VEC<T>] += to_float(rows.vec[k / VEC<T>].value[k % VEC<T>]); });
             }
         }
-#pragma unroll
-        for (int k = 0; k < Rows::COUNT * VEC<T>; ++k) {
+        unrolled<Rows::COUNT * VEC<T>>([&](int k) {
             rows.vec[k / VEC<T>].value[k % VEC<T>] = rounded<T>(totals[k / VEC<T>][k % VEC<T>] * scale);
-        }
+        });
         rows.store(tile, row, lane);
     }
 }
@@ -104,11 +101,10 @@ DEVICE void store_added(Tile<T, C> tile, const ClassMaps<T> &maps, int number, T
         Rows x, y;
         x.load(source, maps.map, count);
         y.load(tile, row, lane);
-#pragma unroll
-        for (int k = 0; k < Rows::COUNT * VEC<T>; ++k) {
+        unrolled<Rows::COUNT * VEC<T>>([&](int k) {
             T &sum = x.vec[k / VEC<T>].value[k % VEC<T>];
             sum = rounded<T>(to_float(y.vec[k / VEC<T>].value[k % VEC<T>]) + to_float(sum));
-        }
+        });
         x.store(target, maps.map, count);
     }
 }

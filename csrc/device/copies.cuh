@@ -30,13 +30,11 @@ template <typename T, int WIDTH> struct RowVecs {
 
     // A tile's rows from `first` on.
     DEVICE void load(Tile<T, WIDTH> tile, int first, int lane) {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) vec[i] = load_vec(address(tile, first, i, lane));
+        unrolled<COUNT>([&](int i) { vec[i] = load_vec(address(tile, first, i, lane)); });
     }
 
     DEVICE void store(Tile<T, WIDTH> tile, int first, int lane) const {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) ovseg::store(address(tile, first, i, lane), vec[i]);
+        unrolled<COUNT>([&](int i) { ovseg::store(address(tile, first, i, lane), vec[i]); });
     }
 
     // Of vector i. What depends on the lane stays apart from what an unrolled loop knows.

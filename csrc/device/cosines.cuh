@@ -96,28 +96,24 @@ template <typename T, typename Stages> DEVICE void cosines(Acc (&acc)[TEXTS / 8]
 #pragma unroll 1
     for (int stage = 0; stage < stages.stages; ++stage) {
         const Tile<T, Embeddings<T>::WIDTH> tile{stages.next()};
-#pragma unroll
-        for (int k = 0; k < Embeddings<T>::WIDTH / K<T>; ++k) {
+        unrolled<Embeddings<T>::WIDTH / K<T>>([&](int k) {
             const FragA frag_a = load_a(tile.rows_from(16 * warp), k, lane);
             const FragB2 frag_b = load_b(tile.rows_from(PIXELS), k, lane);
             const uint32_t (&left)[2] = frag_b.left.word, (&right)[2] = frag_b.right.word;
             pixels.add(frag_a);
             texts.add({{left[0], right[0], left[1], right[1]}});
             mma<T>(acc, frag_a, frag_b);
-        }
+        });
     }
     float of_pixel[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) of_pixel[i] = fast_reciprocal(length_of(pixels.of_row(i, lane)));
-#pragma unroll
-    for (int n = 0; n < TEXTS / 8; ++n) {
+    unrolled<2>([&](int i) { of_pixel[i] = fast_reciprocal(length_of(pixels.of_row(i, lane))); });
+    unrolled<TEXTS / 8>([&](int n) {
         const float of_row = fast_reciprocal(length_of(texts.of_row(n, lane)));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
             const float of_text = __shfl_sync(ALL_LANES, of_row, 4 * acc_col(lane, i));  // who holds that text's row
             acc[n].value[i] = acc[n].value[i] * of_text * of_pixel[i / 2];
-        }
-    }
+        });
+    });
 }
 
 }  // namespace ovseg

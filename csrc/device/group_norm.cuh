@@ -61,8 +61,7 @@ struct Chunk {
 template <int N, typename T> DEVICE void load_floats(float (&values)[N], const T *address, bool present = true) {
     if constexpr (N == VEC<T>) {
         const Floats<T> found = floats(load_vec(address, 0, present ? N : 0, true));
-#pragma unroll
-        for (int i = 0; i < N; ++i) values[i] = found.value[i];
+        unrolled<N>([&](int i) { values[i] = found.value[i]; });
     } else {
         static_assert(N == 1);
         values[0] = present ? to_float(*address) : 0.0f;
@@ -74,8 +73,7 @@ template <int N, typename T> DEVICE void store_floats(T *address, const float (&
 #pragma unroll
     for (int first = 0; first < N; first += AT_ONCE) {
         Vector<T, AT_ONCE> vector;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) vector.value[i] = rounded<T>(values[first + i]);
+        unrolled<AT_ONCE>([&](int i) { vector.value[i] = rounded<T>(values[first + i]); });
         store<T, AT_ONCE>(address + first, vector);
     }
 }
@@ -92,11 +90,10 @@ DEVICE void each_position(const Sizes &s, const Chunk &chunk, const Slot<N> &slo
 #pragma unroll 1
     for (int left = chunk.end - chunk.first - slot.row; left > 0; left -= BATCH * slot.rows) {
         float z[BATCH][N], terms[BATCH][N];
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
+        unrolled<BATCH>([&](int b) {
             load_floats(z[b], y + index + b * step, b * slot.rows < left);
             load_floats(terms[b], term + to_term + index + b * step, term != nullptr && b * slot.rows < left);
-        }
+        });
         unrolled<BATCH, N>([&](int b, int i) { z[b][i] += terms[b][i]; });
         static_assert(BATCH == 2);
         function(left > slot.rows ? 2 : 1, index, z);
@@ -120,8 +117,7 @@ DEVICE void load_affine(Affine (&affine)[N], const Pair<float> &group, const T *
     float w[N], shift[N];
     load_floats(w, weight);
     load_floats(shift, bias);
-#pragma unroll
-    for (int i = 0; i < N; ++i) affine[i] = Affine(group.value[0], group.value[1], w[i], shift[i]);
+    unrolled<N>([&](int i) { affine[i] = Affine(group.value[0], group.value[1], w[i], shift[i]); });
 }
 
 // Both numbers of the group of a channel, from (maps, groups, 2).

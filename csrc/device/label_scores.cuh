@@ -150,53 +150,46 @@ DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, c
                          const int (&rows)[SIDE], const int (&columns)[SIDE]) {
     int64_t maps[N];
     float counts[SIDE][SIDE] = {};
-#pragma unroll
-    for (int i = 0; i < N; ++i) maps[i] = a.at(0, min(first + i, a.classes - 1));
-#pragma unroll
-    for (int pixel = 0; pixel < SIDE * SIDE * N; ++pixel) scores[pixel / N / SIDE][pixel / N % SIDE][pixel % N] = 0.0f;
+    unrolled<N>([&](int i) { maps[i] = a.at(0, min(first + i, a.classes - 1)); });
+    unrolled<SIDE * SIDE * N>([&](int pixel) { scores[pixel / N / SIDE][pixel / N % SIDE][pixel % N] = 0.0f; });
 #pragma unroll 1
     for (int n = 0; n < windows.count; ++n) {
         const WindowBelow &window = windows.list[n];
         const T *const start = a.logits + window.start;
         Taps h[SIDE];
         bool holds_column[SIDE];
-#pragma unroll
-        for (int c = 0; c < SIDE; ++c) {
+        unrolled<SIDE>([&](int c) {
             const int column = columns[c] - window.left;
             holds_column[c] = column >= 0 && column < a.window_width;
             h[c] = a.from_maps.along(holds_column[c] ? column : 0);
-        }
+        });
 #pragma unroll
         for (int r = 0; r < SIDE; ++r) {
             const int row = recomputed(rows[r]) - window.top;  // when it is its turn: registers are few
             const bool holds_row = row >= 0 && row < a.window_height;
             const Taps v = a.from_maps.down(holds_row ? row : 0);
-#pragma unroll
-            for (int c = 0; c < SIDE; ++c) {
+            unrolled<SIDE>([&](int c) {
                 const bool holds = holds_row && holds_column[c];
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
+                unrolled<N>([&](int i) {
                     const float p = probability(start + maps[i], a.from_maps, v, h[c]);
                     scores[r][c][i] += holds ? p : 0.0f;
-                }
+                });
                 counts[r][c] += holds ? 1.0f : 0.0f;
-            }
+            });
         }
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
         const float lowered = a.offset ? to_float(a.offset[min(first + i, a.classes - 1)]) : 0.0f;
         unrolled<SIDE, SIDE>(
             [&](int r, int c) { scores[r][c][i] = fmaf(scores[r][c][i], fast_reciprocal(counts[r][c]), -lowered); });
-    }
+    });
     if (!a.whole) return;
 
     Taps along[SIDE], h[SIDE][2];
-#pragma unroll
-    for (int c = 0; c < SIDE; ++c) {
+    unrolled<SIDE>([&](int c) {
         along[c] = a.from_window.along(columns[c]);
         h[c][0] = a.from_maps.along(along[c].low), h[c][1] = a.from_maps.along(along[c].high);
-    }
+    });
 #pragma unroll
     for (int r = 0; r < SIDE; ++r) {
         const Taps down = a.from_window.down(recomputed(rows[r]));
@@ -210,14 +203,12 @@ DEVICE void score_canvas(float (&scores)[SIDE][SIDE][N], const LabelMap<T> &a, c
                 const int lower = corner / 2, right = corner % 2;
                 const float weight =
                     (lower ? down.weight : 1.0f - down.weight) * (right ? along[c].weight : 1.0f - along[c].weight);
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
+                unrolled<N>([&](int i) {
                     const float p = probability(a.whole + maps[i], a.from_maps, v[lower], h[c][right]);
                     certain[i] = fmaf(weight, p, certain[i]);
-                }
+                });
             }
-#pragma unroll
-            for (int i = 0; i < N; ++i) scores[r][c][i] = (scores[r][c][i] + certain[i]) * 0.5f;
+            unrolled<N>([&](int i) { scores[r][c][i] = (scores[r][c][i] + certain[i]) * 0.5f; });
         }
     }
 }
@@ -236,22 +227,19 @@ struct Pixel {
         if (!a.from_canvas.needed) {
             float scores[1][1][N];
             score_canvas<1>(scores, a, windows, first, {y.low}, {x.low});
-#pragma unroll
-            for (int i = 0; i < N; ++i) total[i] = scores[0][0][i];
+            unrolled<N>([&](int i) { total[i] = scores[0][0][i]; });
             return;
         }
         float scores[2][2][N];
         score_canvas<2>(scores, a, windows, first, {y.low, y.high}, {x.low, x.high});
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
+        unrolled<N>([&](int i) {
             total[i] = 0.0f;
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
+            unrolled<4>([&](int corner) {
                 const float weight =
                     (corner / 2 ? y.weight : 1.0f - y.weight) * (corner % 2 ? x.weight : 1.0f - x.weight);
                 total[i] = fmaf(weight, scores[corner / 2][corner % 2][i], total[i]);
-            }
-        }
+            });
+        });
     }
 };
 

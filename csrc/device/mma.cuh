@@ -145,8 +145,7 @@ DEVICE Split split(uint32_t word) {
 // A frag_a that is split again in each turn of a loop, see `recomputed(int)`.
 template <typename T> DEVICE FragA recomputed(FragA frag_a) {
     if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) frag_a.word[i] = recomputed(frag_a.word[i]);
+        unrolled<4>([&](int i) { frag_a.word[i] = recomputed(frag_a.word[i]); });
     }
     return frag_a;
 }
@@ -158,16 +157,14 @@ template <typename T> DEVICE void mma(Acc &acc, const FragA &frag_a, const FragB
     } else {
         FragA lead_a, finite_a, rest_a;
         FragB lead_b, finite_b, rest_b;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
             const Split s = split(frag_a.word[i]);
             lead_a.word[i] = s.lead, finite_a.word[i] = s.finite_lead, rest_a.word[i] = s.rest;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        });
+        unrolled<2>([&](int i) {
             const Split s = split(frag_b.word[i]);
             lead_b.word[i] = s.lead, finite_b.word[i] = s.finite_lead, rest_b.word[i] = s.rest;
-        }
+        });
         mma_once<T>(acc.value, finite_a.word, rest_b.word);
         mma_once<T>(acc.value, rest_a.word, finite_b.word);
         mma_once<T>(acc.value, lead_a.word, lead_b.word);

@@ -27,13 +27,14 @@ DEVICE float length_of(float squares) {
 
 template <typename T> constexpr int VEC = 16 / int(sizeof(T));  // numbers of a vector of 16 bytes
 
-// Calls function(i, j) for all i < N and j < M; unrolled, for numbers in registers.
+// Calls function(i) for all i < N, or function(i, j) for all j < M as well; unrolled, for numbers in registers.
+template <int N, typename Function> DEVICE void unrolled(Function function) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) function(i);
+}
+
 template <int N, int M, typename Function> DEVICE void unrolled(Function function) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-#pragma unroll
-        for (int j = 0; j < M; ++j) function(i, j);
-    }
+    unrolled<N>([&](int i) { unrolled<M>([&](int j) { function(i, j); }); });
 }
 
 // N neighbours that are read or written at once.

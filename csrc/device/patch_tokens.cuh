@@ -50,58 +50,46 @@ DEVICE void find_statistics(Statistics (&found)[ROWS], const T *const (&rows)[RO
     const auto each_column = [&](auto function) { each_vec<T>(channels, lane, function); };
     float sums[ROWS] = {};
     each_column([&](int column) {
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
+        unrolled<ROWS>([&](int row) {
             const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) sums[row] += x.value[i];
-        }
+            unrolled<VEC<T>>([&](int i) { sums[row] += x.value[i]; });
+        });
     });
     float squares[ROWS] = {}, along[ROWS] = {}, offset = 0.0f;
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) found[row].x_mean = sum_over_lanes<32>(sums[row]) * share;
+    unrolled<ROWS>([&](int row) { found[row].x_mean = sum_over_lanes<32>(sums[row]) * share; });
     each_column([&](int column) {
         const Floats<T> a = floats(load_vec(norms.shared_weight, column, channels, whole));
         const Floats<T> c = floats(load_vec(norms.shared_bias, column, channels, whole));
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) offset += c.value[i];
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
+        unrolled<VEC<T>>([&](int i) { offset += c.value[i]; });
+        unrolled<ROWS>([&](int row) {
             const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) {
+            unrolled<VEC<T>>([&](int i) {
                 const float full = x.value[i] - found[row].x_mean;
                 const float centred = whole || column + i < channels ? full : 0.0f;
                 squares[row] += centred * centred;
                 along[row] += centred * a.value[i];
-            }
-        }
+            });
+        });
     });
     offset = sum_over_lanes<32>(offset);
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
+    unrolled<ROWS>([&](int row) {
         found[row].x_scale = rsqrtf(sum_over_lanes<32>(squares[row]) * share + norms.shared_eps);
         found[row].u_mean = (sum_over_lanes<32>(along[row]) * found[row].x_scale + offset) * share;
         squares[row] = 0.0f;
-    }
+    });
     each_column([&](int column) {
         const Floats<T> a = floats(load_vec(norms.shared_weight, column, channels, whole));
         const Floats<T> c = floats(load_vec(norms.shared_bias, column, channels, whole));
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
+        unrolled<ROWS>([&](int row) {
             const Floats<T> x = floats(load_vec(rows[row], column, channels, whole));
-#pragma unroll
-            for (int i = 0; i < VEC<T>; ++i) {
+            unrolled<VEC<T>>([&](int i) {
                 const float u = found[row].x_hat(x.value[i]) * a.value[i] + c.value[i];
                 const float centred = whole || column + i < channels ? u - found[row].u_mean : 0.0f;
                 squares[row] += centred * centred;
-            }
-        }
+            });
+        });
     });
-#pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-        found[row].u_scale = rsqrtf(sum_over_lanes<32>(squares[row]) * share + norms.eps);
-    }
+    unrolled<ROWS>([&](int row) { found[row].u_scale = rsqrtf(sum_over_lanes<32>(squares[row]) * share + norms.eps); });
 }
 
 // y of a vector of x from `column` on; 0 past the channels, unless the row's statistics are NaN.
@@ -114,11 +102,10 @@ DEVICE Vec<T> normalised(const Floats<T> &x, const Statistics &found, const Norm
     const Floats<T> g = floats(load_vec(norms.weight + first, column, channels, whole));
     const Floats<T> b = floats(load_vec(norms.bias + first, column, channels, whole));
     Vec<T> y;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) {
+    unrolled<VEC<T>>([&](int i) {
         const float u = found.x_hat(x.value[i]) * a.value[i] + c.value[i];
         y.value[i] = rounded<T>(found.u_hat(u) * g.value[i] + b.value[i]);
-    }
+    });
     return y;
 }
 

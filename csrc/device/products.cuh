@@ -14,20 +14,17 @@ DEVICE void multiply(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, Frag frag_a
 #pragma unroll(UNROLLED)
     for (int k = 0; k < STEPS; ++k) {
         const FragA a = frag_a(k);
-#pragma unroll
-        for (int n = 0; n < N / 2; ++n) mma<T>(acc + 2 * n, a, load_b_by_rows(matrix, k, n, lane));
+        unrolled<N / 2>([&](int n) { mma<T>(acc + 2 * n, a, load_b_by_rows(matrix, k, n, lane)); });
     }
 }
 
 // acc += a · matrixᵀ, whose rows are 8 · N.
 template <typename T, int STEPS, int N, int WIDTH, typename Frag>
 DEVICE void multiply_transposed(Acc (&acc)[N], Tile<T, WIDTH> matrix, int lane, Frag frag_a) {
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
+    unrolled<STEPS>([&](int k) {
         const FragA a = frag_a(k);
-#pragma unroll
-        for (int n = 0; n < N / 2; ++n) mma<T>(acc + 2 * n, a, load_b_chained(matrix.rows_from(16 * n), k, lane));
-    }
+        unrolled<N / 2>([&](int n) { mma<T>(acc + 2 * n, a, load_b_chained(matrix.rows_from(16 * n), k, lane)); });
+    });
 }
 
 // The address of a lane's first two values of acc number n in a tile of 16 rows. Its other two lie 8 rows further, at

@@ -36,21 +36,18 @@ struct Relu {
 template <int LANES, typename T> DEVICE Vec<T> normalised(const Vec<T> &vec, const Vec<T> &weight, const Vec<T> &bias) {
     constexpr float SHARE = 1.0f / (LANES * VEC<T>);
     float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) sum += to_float(vec.value[i]);
+    unrolled<VEC<T>>([&](int i) { sum += to_float(vec.value[i]); });
     const float mean = sum_over_lanes<LANES>(sum) * SHARE;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) {
+    unrolled<VEC<T>>([&](int i) {
         const float centred = to_float(vec.value[i]) - mean;
         squares += centred * centred;
-    }
+    });
     const float scale = rsqrtf(sum_over_lanes<LANES>(squares) * SHARE + LAYER_NORM_EPS);
     Vec<T> result;
-#pragma unroll
-    for (int i = 0; i < VEC<T>; ++i) {
+    unrolled<VEC<T>>([&](int i) {
         const float x = (to_float(vec.value[i]) - mean) * scale;
         result.value[i] = rounded<T>(x * to_float(weight.value[i]) + to_float(bias.value[i]));
-    }
+    });
     return result;
 }
 
@@ -108,8 +105,7 @@ template <typename T, int C> struct RowFrags {
 
     DEVICE RowFrags(Tile<T, C> rows, int lane) : rows(rows) {
         if constexpr (KEPT) {
-#pragma unroll
-            for (int k = 0; k < C / K<T>; ++k) kept[k] = load_a(rows, k, lane);
+            unrolled<C / K<T>>([&](int k) { kept[k] = load_a(rows, k, lane); });
         }
     }
 
@@ -122,8 +118,7 @@ template <typename T, int C> struct RowFrags {
 // acc = rows · weightᵀ: STAGE_ROWS outputs, from a weight (STAGE_ROWS, C).
 template <typename T, int C>
 DEVICE void project(Acc (&acc)[STAGE_ROWS / 8], const RowFrags<T, C> &rows, Tile<T, C> weight, int lane) {
-#pragma unroll
-    for (int n = 0; n < STAGE_ROWS / 8; ++n) acc[n] = {};
+    unrolled<STAGE_ROWS / 8>([&](int n) { acc[n] = {}; });
 #pragma unroll(RowFrags<T, C>::KEPT ? C / K<T> : 1)
     for (int k = 0; k < C / K<T>; ++k) {
         const FragA frag_a = rows.at(k, lane);

@@ -16,14 +16,12 @@ template <typename T> DEVICE Floats<T> floats(const Vec<T> &vec) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         Words words;
         memcpy(&words, &vec, 16);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
             numbers.value[2 * i] = __uint_as_float(words.value[i] << 16);
             numbers.value[2 * i + 1] = __uint_as_float(words.value[i] & 0xffff0000u);
-        }
+        });
     } else {
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) numbers.value[i] = to_float(vec.value[i]);
+        unrolled<VEC<T>>([&](int i) { numbers.value[i] = to_float(vec.value[i]); });
     }
     return numbers;
 }
@@ -43,10 +41,9 @@ template <typename T> DEVICE Vec<T> load_vec(const T *row, int64_t column, int64
     if (whole) {
         if (column < count) words = load_words(row + column);
     } else {
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) {
+        unrolled<VEC<T>>([&](int i) {
             if (column + i < count) vec.value[i] = row[column + i];
-        }
+        });
         memcpy(&words, &vec, 16);
     }
     keep_together(words);
@@ -58,10 +55,9 @@ template <typename T> DEVICE void store_vec(T *row, int64_t column, int64_t coun
     if (whole) {
         if (column < count) store(row + column, vec);
     } else {
-#pragma unroll
-        for (int i = 0; i < VEC<T>; ++i) {
+        unrolled<VEC<T>>([&](int i) {
             if (column + i < count) row[column + i] = vec.value[i];
-        }
+        });
     }
 }
 

@@ -63,11 +63,10 @@ DEVICE void score(Acc (&scores)[COUNT], const FragA (&rows)[WIDTH / K<T>], Tile<
 #pragma unroll
     for (int n = 0; n < COUNT; n += 2) {
         scores[n] = scores[n + 1] = {};
-#pragma unroll
-        for (int k = 0; k < WIDTH / K<T>; ++k) {
+        unrolled<WIDTH / K<T>>([&](int k) {
             const FragB2 frag_b = load_b_chained(columns.rows_from(8 * n), k, lane);
             mma<T>(scores + n, recomputed<T>(rows[k]), frag_b);
-        }
+        });
     }
 }
 
@@ -92,8 +91,7 @@ DEVICE Softmax attend(Acc (&acc)[WIDTH / 8], const FragA (&q)[WIDTH / K<T>], Til
     constexpr int COUNT = AT_ONCE<T> / 8;
     float largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
     Softmax softmax;
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) acc[n] = {};
+    unrolled<WIDTH / 8>([&](int n) { acc[n] = {}; });
 #pragma unroll 1
     for (int first = 0; first < TOKENS; first += AT_ONCE<T>) {
         lane = recomputed(lane);
@@ -110,11 +108,10 @@ DEVICE Softmax attend(Acc (&acc)[WIDTH / 8], const FragA (&q)[WIDTH / K<T>], Til
             if constexpr (AT_ONCE<T> < TOKENS) {
                 const float rescale = before[i] == largest[i] ? 1.0f : fast_exp2((before[i] - largest[i]) * POWER);
                 total[i] *= rescale;
-#pragma unroll
-                for (int n = 0; n < WIDTH / 8; ++n) {
+                unrolled<WIDTH / 8>([&](int n) {
                     acc[n].value[2 * i] *= rescale;
                     acc[n].value[2 * i + 1] *= rescale;
-                }
+                });
             }
         }
         each_value<COUNT>([&](int n, int i) {
@@ -124,11 +121,10 @@ DEVICE Softmax attend(Acc (&acc)[WIDTH / 8], const FragA (&q)[WIDTH / K<T>], Til
         });
         add_weighted<T>(acc, scores, values.rows_from(first), lane);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    unrolled<2>([&](int i) {
         total[i] = sum_over_lanes<4>(total[i]);
         softmax.scale[i] = total[i] == 0.0f ? 1.0f : fast_reciprocal(total[i]);
-    }
+    });
     each_value<WIDTH / 8>([&](int n, int i) { acc[n].value[i] *= softmax.scale[i / 2]; });
     return softmax;
 }

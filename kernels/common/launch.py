@@ -17,24 +17,19 @@ recorded_generation = 0  # that they compile for, see `generation`
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 2, **constants: Any
 ) -> None:
-    """Launch `kernel` on the current stream without waiting; an empty grid launches nothing.
-
-    `arguments` are tensors and numbers, `constants` are compiled in. The first axis of the grid may have 2³¹ − 1
-    programs, the others 65,535.
-    """
+    """Launch `kernel` on the current stream without waiting; `constants` are compiled in. An empty grid launches
+    nothing; its first axis may have 2³¹ − 1 programs, the others 65,535."""
     options = {"num_warps": warps, "num_stages": stages}
-    if not all(grid):
-        return
-    if recorder is not None:
+    if all(grid) and recorder is not None:
         recorder(kernel, arguments, constants, options)
-        return
-    kernel[grid](*arguments, **constants, **options)
+    elif all(grid):
+        kernel[grid](*arguments, **constants, **options)
 
 
 @functools.cache
 def generation(index: int) -> int:
-    """The newest matrix instructions of a GPU: 80 for mma.sync (Ampere, Ada, GeForce Blackwell), with accumulators in
-    registers next to the operands, 90 for Hopper's wgmma, 100 for tcgen05 (data-centre Blackwell)."""
+    """A GPU's newest matrix instructions: 80 for mma.sync (Ampere, Ada, GeForce Blackwell), which keeps operands and
+    accumulators in registers, 90 for wgmma (Hopper), 100 for tcgen05 (data-centre Blackwell)."""
     major, _ = torch.cuda.get_device_capability(index)
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
@@ -43,10 +38,9 @@ def sizes(table: Mapping[Any, Any], x: Tensor) -> Any:
     """The entry of a table of block sizes for tensors like `x`: by (bytes of an element, `generation`) if the table
     lists that, else by bytes of an element. No autotuning: the first call compiles one variant."""
     size = x.element_size()
-    if x.is_cuda or recorder is not None:
-        specific = (size, generation(x.get_device()) if recorder is None else recorded_generation)
-        return table.get(specific, table[size])
-    return table[size]  # Triton's interpreter
+    if recorder is not None:
+        return table.get((size, recorded_generation), table[size])
+    return table.get((size, generation(x.get_device())), table[size]) if x.is_cuda else table[size]  # the interpreter
 
 
 def block(size: int, least: int = 16, most: int = 128) -> int:

@@ -12,28 +12,22 @@ from .launch import cdiv
 
 @lru_cache(maxsize=256)
 def map_tile(height: int, width: int, size: int, halo: int, most: int) -> tuple[int, int]:
-    """Height and width of the tiles of a map for windows of `size` × `size`, so that there are as few as possible.
-
-    A tile has at most `most` pixels, with its halo at most `halo`. Ties go to the smallest halo, then to the widest.
-    """
-    best = None
+    """Height and width of as few tiles of a map as possible, for windows of `size` × `size`. A tile has at most `most`
+    pixels, with its halo at most `halo`. Ties go to the smallest halo, then to the widest."""
+    ranked = []
     for rows in range(1, min(height, most, halo // size - size + 1) + 1):
         columns = min(width, most // rows, halo // (rows + size - 1) - size + 1)
         tiles = cdiv(height, rows) * cdiv(width, columns)
-        rank = (tiles, (rows + size - 1) * (columns + size - 1), rows)
-        best = min(best, (rank, columns)) if best else (rank, columns)
-    (_, _, rows), columns = best
-    return rows, columns
+        ranked.append((tiles, (rows + size - 1) * (columns + size - 1), rows, columns))
+    return min(ranked)[2:]
 
 
 @triton.jit
 def halo_pixels(
     tile, height, width, tile_height, tile_width, SIZE: tl.constexpr, HALO: tl.constexpr, MAPS: tl.constexpr
 ):  # fmt: skip
-    """The pixels of a tile and its halo, row by row, for MAPS maps one after the other: (MAPS · HALO,).
-
-    Returns the tile's first row and column; then row and column of each pixel, and whether it lies within the map.
-    """
+    """A tile's first row and column; then row and column of each pixel of it and its halo, and whether it lies within
+    the map, row by row, for MAPS maps one after the other: (MAPS · HALO,)."""
     tiles = tl.cdiv(width, tile_width)
     top = tile // tiles * tile_height
     left = tile % tiles * tile_width
@@ -50,11 +44,8 @@ def tile_pixels(
     top, left, height, width, tile_height, tile_width,
     SIZE: tl.constexpr, HALO: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The pixels of a tile, row by row, for MAPS maps one after the other: (MAPS · PIXELS,).
-
-    Returns for each the map's number, row, column, whether it lies within the map, and the index of its window's first
-    pixel among those of `halo_pixels`.
-    """
+    """Of each pixel of a tile, for MAPS maps one after the other, (MAPS · PIXELS,): the map's number, row, column,
+    whether it lies within the map, and the index of its window's first pixel among those of `halo_pixels`."""
     which = tl.arange(0, MAPS * PIXELS) // PIXELS
     pixel = tl.arange(0, MAPS * PIXELS) % PIXELS
     row = pixel // tile_width
