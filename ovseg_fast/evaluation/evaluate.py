@@ -288,7 +288,7 @@ def _target(out: str | os.PathLike[str]) -> Path:
 
 def _versions() -> dict[str, str]:
     versions = {"ovseg-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("open_clip_torch", "numpy", "pillow"):
+    for name in ("torchmetrics", "open_clip_torch", "numpy", "pillow"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # installed otherwise than by a package manager

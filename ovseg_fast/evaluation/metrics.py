@@ -5,7 +5,8 @@ IoU(c) = M[c, c] / (sum of row c + sum of column c - M[c, c]),   accuracy(c) = M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..compat import ensure_importable
 from ..data.masks import NO_CLASS
 
 CHUNK = 2**24  # pixels counted at once; their int64 temporaries take some 500 MB
@@ -37,6 +39,9 @@ class ConfusionMatrix:
         Raises:
             TypeError: not integers. ValueError: other shapes, or labels outside these ranges. Nothing is added then.
         """
+        ensure_importable()  # torchmetrics imports torchvision
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
         device = self.matrix.device
         predicted, truth = (torch.as_tensor(labels, device=device) for labels in (predicted, truth))
         for name, labels in (("predicted", predicted), ("truth", truth)):
@@ -51,10 +56,11 @@ class ConfusionMatrix:
             low, high = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
             if low < 0 or high >= self.classes:
                 raise ValueError(f"{name} must hold labels in {lowest}..{self.classes - 1}, got {low}..{high}.")
-        added = torch.zeros_like(self.matrix).flatten()
-        for part, part_truth in zip(predicted.split(CHUNK), known.split(CHUNK), strict=True):
-            added += torch.bincount(part_truth.long() * self.classes + part.long(), minlength=self.classes**2)
-        self.matrix += added.view_as(self.matrix)
+        added = torch.zeros_like(self.matrix)
+        with _plain_counting():
+            for part, part_truth in zip(predicted.split(CHUNK), known.split(CHUNK), strict=True):
+                added += multiclass_confusion_matrix(part, part_truth, self.classes, validate_args=False)
+        self.matrix += added
 
     def scores(self, seen: Sequence[int] | None = None) -> Scores:
         """The scores of everything added so far. `seen`: indices of the classes that were trained on."""
@@ -149,3 +155,15 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
+
+
+@contextmanager
+def _plain_counting() -> Iterator[None]:
+    """Counting integers is deterministic in any order, but in deterministic mode torchmetrics compares each pixel with
+    each cell of the matrix, which takes too much memory."""
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
