@@ -65,8 +65,10 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         with open_image(os.fsdecode(source)) as image:
             return _decode(image, f"image '{os.fsdecode(source)}'", max_side)
-    got = f"{type(source).__module__}.{type(source).__qualname__}"
-    raise TypeError(f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {got}.")
+    raise TypeError(
+        "an image must be a path, a PIL image or a uint8 array (H, W, 3), got "
+        f"{type(source).__module__}.{type(source).__qualname__}."
+    )
 
 
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -71,10 +71,16 @@ class Golden:
         """(count, 77) int64."""
         return torch.from_numpy(fill.tokens(count, self.salt, name)).to(DEVICE)
 
-    def assert_summaries(self, name: str, gradients: Mapping[str, Tensor | None], limit: float) -> None:
-        """Check norm and random projection of every gradient that `facts[name]` tells of, to a relative error.
+    def assert_summaries(
+        self,
+        name: str,
+        gradients: Mapping[str, Tensor | None],
+        limit: float,
+        projected: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        """Check norm and random projection of every gradient in `facts[name]`, to a relative error.
 
-        `gradients` come by published names and in published shapes.
+        `gradients` come by published names and in published shapes; `projected`, by default the same, are projected.
         """
         summaries = self.facts[name]
         assert not [other for other in summaries["grad_none"] if gradients.get(other) is not None]
@@ -92,7 +98,10 @@ class Golden:
             gradient = gradient.double()
             assert abs(float(gradient.norm()) - norm) <= limit * norm, parameter
             direction = self.randn(f"dot.{parameter}", tuple(gradient.shape)).double()
-            projection = float((gradient * direction).sum())
+            if projected is not None:
+                gradient = projected[parameter]
+                assert gradient is not None, parameter
+            projection = float((gradient.double() * direction).sum())
             assert abs(projection - summaries["grad_dot"][parameter]) <= limit * norm, parameter
 
     def assert_sampled(self, prefix: str, gradients: Mapping[str, Tensor | None], limit: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from goldens import (
 )
 from ovseg_fast import ops
 from ovseg_fast.layers.cost_aggregator import DROPPED_LOGIT, CostAggregator
-from tolerances import GOLDEN_CATSEG_GRADIENT, GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
+from tolerances import GOLDEN_CATSEG_GRADIENT, GOLDEN_OPERATOR_GRADIENT, GOLDEN_OUTPUT, REWRITE_FLOAT64, relative_error
 
 CASE = "catseg_aggregator"
 TRITON = (("t7_pool1", 1), ("t7_p3", 2), ("t171", 2), ("t256", 2))
@@ -106,23 +106,38 @@ def test_golden_of_more_classes_than_the_list_holds() -> None:
     assert (logits[:, selected] != DROPPED_LOGIT).any((2, 3)).all()
 
 
-def test_golden_gradients() -> None:
-    case, named, aggregator = golden(CASE), inputs("t7"), published()
-    for leaf in named.values():
-        leaf.requires_grad_()
+def golden_gradients(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Logits of the golden step, and the gradients of its inputs and, by published names, parameters."""
+    case, aggregator = golden(CASE), published().to(dtype)
+    named = {name: leaf.to(dtype).requires_grad_() for name, leaf in inputs("t7").items()}
     logits = run(aggregator, named, 2)
-    assert case.error("t7.out", logits) <= GOLDEN_OUTPUT
-    (logits * case.randn("t7.cot", tuple(logits.shape))).sum().backward()
-    for name, leaf in named.items():
-        assert leaf.grad is not None
-        assert case.error(f"t7.grad.in.{name}", leaf.grad) <= GOLDEN_CATSEG_GRADIENT, name
-
+    (logits * case.randn("t7.cot", tuple(logits.shape)).to(dtype)).sum().backward()
     parameters = dict(aggregator.named_parameters())
-    expected = case.facts["t7.grads"]
-    assert expected["grad_none"] == []
-    assert {layer_name(AGGREGATOR_RULES, name) for name in expected["grad_norm"]} == set(parameters)
-    gradients = {name: parameters[layer_name(AGGREGATOR_RULES, name)].grad for name in expected["grad_norm"]}
-    case.assert_summaries("t7.grads", gradients, GOLDEN_CATSEG_GRADIENT)
+    expected = case.facts["t7.grads"]["grad_norm"]
+    assert {layer_name(AGGREGATOR_RULES, name) for name in expected} == set(parameters)
+    of_inputs = {name: cast(Tensor, leaf.grad) for name, leaf in named.items()}
+    return (
+        logits,
+        of_inputs,
+        {name: cast(Tensor, parameters[layer_name(AGGREGATOR_RULES, name)].grad) for name in expected},
+    )
+
+
+def test_golden_gradients() -> None:
+    """In float32; the projections, where large terms cancel, in float64.
+
+    Rounding in float32 moves the projection of the class block's biases by up to 1.6e-3 of their norm on some
+    processors. float64 gives the golden projections to 8.4e-5, so its limit is the narrower one.
+    """
+    case = golden(CASE)
+    logits, of_inputs, gradients = golden_gradients(torch.float32)
+    assert case.error("t7.out", logits) <= GOLDEN_OUTPUT
+    for name, gradient in of_inputs.items():
+        assert case.error(f"t7.grad.in.{name}", gradient) <= GOLDEN_CATSEG_GRADIENT, name
+    assert case.facts["t7.grads"]["grad_none"] == []
+    _, _, exact = golden_gradients(torch.float64)
+    case.assert_summaries("t7.grads", gradients, GOLDEN_CATSEG_GRADIENT, projected=exact)
+    case.assert_summaries("t7.grads", exact, GOLDEN_OPERATOR_GRADIENT)
 
 
 # --- other sizes ---
