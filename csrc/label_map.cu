@@ -44,7 +44,7 @@ struct Shared {
 
 // An integer that orders like the score, and its score.
 DEVICE int key(float score) {
-    const int bits = score == 0.0f ? 0 : int(__float_as_uint(score));  // −0 is as good as 0
+    const int bits = score == 0.0f ? 0 : int(__float_as_uint(score));  // −0 equals 0
     return score != score ? LAST : bits < 0 ? bits ^ LAST : bits;
 }
 

@@ -3,8 +3,8 @@
  * The caller allocates every buffer; the library allocates nothing, waits for nothing and never ends the process. A
  * function queues its kernels on `stream` of GPU `device` and returns OVSEG_OK, an error of its own (negative) or one
  * of the CUDA runtime (positive); `ovseg_error_string` puts it into words. Tensors are contiguous, aligned to 16 bytes
- * and of `dtype`, unless a type says otherwise. "Or null" marks inputs that may be left out and outputs that may not
- * be wanted. */
+ * and of `dtype`, unless a type says otherwise. "Or null" marks inputs that may be left out and outputs that are
+ * not needed. */
 
 #ifndef OVSEG_H
 #define OVSEG_H

@@ -210,7 +210,7 @@ def _bound(
 @triton.jit
 def _to_key(score, c):
     """Integers that sort like the scores (CLASSES, PIXELS) of classes c (CLASSES, 1)."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # −0 is as good as 0
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # −0 equals 0
     key = tl.where(bits < 0, bits ^ LAST, bits)
     key = tl.where(score != score, LAST, key)
     return (key.to(tl.int64) << 32) | (c ^ LAST).to(tl.int64)

@@ -222,7 +222,7 @@ def _misaligned(tensors: Iterable[Tensor]) -> str | None:
 
 def _checked(name: str, source: str) -> str:
     if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"{source} must be auto, cuda, triton or torch, got {name!r}.")
+        raise ValueError(f"{source} must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}.")
     return name
 
 

@@ -84,7 +84,7 @@ class NativeLibraryError(RuntimeError):
 
 
 def path() -> Path:
-    """Where the library is expected: the environment variable OVSEG_NATIVE_LIBRARY, else beside this module."""
+    """Where the library is expected: the environment variable OVSEG_NATIVE_LIBRARY, otherwise next to this module."""
     return Path(os.environ.get("OVSEG_NATIVE_LIBRARY") or Path(__file__).with_name("libovseg.so"))
 
 

@@ -101,7 +101,7 @@ def test_backward_runs_where_the_forward_ran() -> None:
 @pytest.mark.parametrize("name", ["Triton", "", "cpu"])
 def test_an_unknown_backend_is_refused(name: str) -> None:
     with (
-        pytest.raises(ValueError, match=f"^backend must be auto, cuda, triton or torch, got '{name}'.$"),
+        pytest.raises(ValueError, match=f"^backend must be one of auto, cuda, triton, torch, got '{name}'.$"),
         ovs.backend(name),
     ):
         pass
@@ -178,7 +178,8 @@ def test_a_bad_environment_is_told_at_the_first_use_and_not_at_import() -> None:
         except ValueError as error:
             print(error)
     """
-    assert run(code, OVSEG_BACKEND="gpu").strip() == "OVSEG_BACKEND must be auto, cuda, triton or torch, got 'gpu'."
+    expected = "OVSEG_BACKEND must be one of auto, cuda, triton, torch, got 'gpu'."
+    assert run(code, OVSEG_BACKEND="gpu").strip() == expected
 
 
 INFO = "from ovseg_fast.cli.info import report; print(report())"
@@ -238,7 +239,7 @@ def test_info_says_what_the_library_was_built_for(
 
 
 def test_info_with_a_bad_environment() -> None:
-    assert "OVSEG_BACKEND must be auto, cuda, triton or torch, got 'gpu'." in run(INFO, OVSEG_BACKEND="gpu")
+    assert "OVSEG_BACKEND must be one of auto, cuda, triton, torch, got 'gpu'." in run(INFO, OVSEG_BACKEND="gpu")
 
 
 def test_tensors_made_under_inference_mode_cannot_take_part_in_gradients() -> None:

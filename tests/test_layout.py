@@ -201,6 +201,19 @@ def test_imports_run_one_way(path: Path) -> None:
     assert wrong == [], f"{own} must not import from the levels above it"
 
 
+def test_nothing_outside_models_asks_which_method_a_model_is() -> None:
+    name = r"[\"'](cat-seg|cascade-clip|catseg-\w+)"
+    asks = re.compile(rf"isinstance\(.*(CATSeg|CascadeCLIP)|[=!]= ?{name}|{name}[\"'] ?[=!]=")
+    found = [
+        f"{dotted_name(path)}:{number}"
+        for path in python_files("ovseg_fast")
+        if part(dotted_name(path)) != "models"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if asks.search(line)
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("path", python_files("kernels"), ids=dotted_name)
 def test_kernels_import_nothing_of_the_package_but_kernels(path: Path) -> None:
     assert [name for name in imports(path) if name.startswith("ovseg_fast") and part(name) != "kernels"] == []

@@ -1,4 +1,5 @@
-// What every kernel needs of its platform: CUDA under nvcc, the emulator under a host compiler. Only this header knows.
+// What every kernel needs of its platform: CUDA under nvcc, the emulator under a host compiler. Only this header knows
+// which.
 
 #pragma once
 

@@ -13,7 +13,7 @@ from . import options
 @click.command("demo")
 @click.option("-c", "--classes", help='Your own words: "violet spotted plus, striped red square, planks".')
 @click.option("--scene", "wish", help='What to show: "violet spotted plus and red star on water".')
-@click.option("--seed", type=click.IntRange(min=0), default=2, show_default=True, help="Another seed, another scene.")
+@click.option("--seed", type=click.IntRange(min=0), default=2, show_default=True, help="Seed of the scene.")
 @click.option("--size", type=click.IntRange(32, 1536), default=192, show_default=True, help="Side in pixels.")
 @options.model("catseg-tiny")
 @options.run_options

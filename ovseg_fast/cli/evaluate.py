@@ -59,7 +59,7 @@ def evaluate_command(
 
     with options.exit_on_error(options.BAD_INPUT):
         if seen_offset is not None and get_preset(preset).model.seen_offset is None:
-            raise ValueError(f"--seen-offset is for models that lower seen classes, {preset} does not.")
+            raise ValueError(f"--seen-offset is for models that lower the scores of seen classes, {preset} does not.")
         dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed)
         if not len(dataset):
             raise ValueError(f"--root '{root}' holds no image of {name}, split {split}.")

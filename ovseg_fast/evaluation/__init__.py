@@ -1,1 +1,1 @@
-"""Measuring a model on a dataset, resumable. Nothing is imported here: every start of the command line loads this."""
+"""Measuring a model on a dataset, resumable. Nothing is imported here: importing one part stays cheap."""

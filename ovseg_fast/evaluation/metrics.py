@@ -69,7 +69,7 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of a confusion matrix. All ratios are in 0..1; NaN means that there is no such class. The means are
+    """The scores of a confusion matrix. All ratios are in 0..1; NaN if no class qualifies. The means are
     over the classes in the ground truth.
 
     Attributes:

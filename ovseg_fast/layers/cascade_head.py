@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
 
 
 class CascadedDecoder(nn.Module):
-    """Decoder of one stage, of so many `DecoderLayer`s; of the last one only the scores are computed."""
+    """Decoder of one stage, with this many `DecoderLayer`s; of the last one only the scores are computed."""
 
     def __init__(self, channels: int, layers: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class CostAggregator(nn.Module):
         embed_dim: E of image and text embeddings; prompts: P, prompts a class.
         channels: C of the cost embedding; guidance: G of projected appearance and text guidance.
         layers, heads, window: N aggregation layers, attention heads, side of a window in tokens.
-        pad_length: the class block's fixed list length. More classes than this: the best of each image go on.
+        pad_length: the class block's fixed list length. With more classes, only the best of each image are computed.
         class_attention: `"linear"` or `"full"`, of the class block.
         decoder_appearance, decoder_guidance, decoder_channels: see `UpsamplingDecoder`.
     """

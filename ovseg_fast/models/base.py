@@ -181,7 +181,7 @@ class SegmentationModel(nn.Module, ABC):
 
         Args:
             images, text: as in `forward`, text of the classes trained on.
-            labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, is no class.
+            labels: (B, H, W) uint8, int32 or int64 class indices; −1, or any other outside 0..T-1, means no class.
 
         Returns:
             Scalars: the weighted terms by name, and their sum "loss".

@@ -73,14 +73,14 @@ def layer_gather(
         raise ValueError(f"layer_gather: patches must be in 1..N = {hidden[0].shape[1]}, got {patches}.")
     parameters = (shared_weight, shared_bias, norm_weight, norm_bias, projection, weights)
     tensors = [tensor for tensor in (*hidden, *parameters) if tensor is not None]
-    backend = backends.choose("layer_gather", *tensors, refusals=_refusals(*projection.shape))
+    backend = backends.choose("layer_gather", *tensors, refusals=_refusals(layers, projection.shape[-1]))
     if backend == "torch":
         return torch_form(hidden, patches, *parameters, shared_eps, norm_eps)
     hidden, cast = list(registration.autocast(*hidden)), registration.autocast(*parameters)
     return torch.ops.ovseg_fast.layer_gather(hidden, patches, *cast, shared_eps, norm_eps, backend)
 
 
-def _refusals(layers: int, channels: int, width: int) -> dict[str, str | None]:
+def _refusals(layers: int, width: int) -> dict[str, str | None]:
     """Reasons, by backend, why its kernels do not take a projection of this shape."""
     wide = f"E = {width} is larger than {MAX_WIDTH}" if width > MAX_WIDTH else None
     many = f"its CUDA C++ kernels take up to {MAX_LAYERS} layers, got {layers}" if layers > MAX_LAYERS else None

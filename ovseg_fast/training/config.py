@@ -182,6 +182,6 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) not in kinds:
-        words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+        words = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
         raise TypeError(f"{name} must be {' or '.join(words[each] for each in kinds)}, got {value!r}.")
     return value

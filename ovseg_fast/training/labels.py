@@ -18,7 +18,7 @@ def seen_labels(labels: Tensor, classes: int, unseen: Collection[int]) -> Tensor
     """Labels for inductive training, int64: seen classes renumbered 0..S-1 in order, −1 for no class and unseen ones.
 
     Args:
-        labels: (..., H, W) uint8, int32 or int64 indices of T classes; −1, or any other outside 0..T-1, is no class.
+        labels: (..., H, W) uint8, int32 or int64 indices of T classes; −1, or any other outside 0..T-1, means no class.
         classes: T. unseen: indices of the classes that are not trained on.
 
     Raises:

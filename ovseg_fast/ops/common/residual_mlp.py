@@ -30,8 +30,8 @@ def mlp_refusal(x: Tensor, fc1_weight: Tensor) -> str | None:
 def mlp_backward(
     kernels: Any, grad: Tensor, x: Tensor, weights: Sequence[Tensor], activation: str, need_x: bool, needs: list[bool]
 ) -> list[Any]:
-    """Gradients of x and, by `needs`, of the six weights: one kernel gives x and sums over rows (norm, b₂), another
-    products (W₁, b₁, W₂)."""
+    """Gradients of x and, by `needs`, of the six weights: the launcher computes sums over rows (norm, b₂) and
+    products (W₁, b₁, W₂) only if they are needed."""
     need_gain, need_offset, *need_products, need_fc2_bias = needs
     need_sums = need_gain or need_offset or need_fc2_bias
     *inputs, _ = weights  # b₂ takes no part in any gradient
