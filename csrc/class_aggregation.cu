@@ -7,7 +7,7 @@
 //
 // N counts the classes and what pads their list; the padding class is one more key, with w = pads / N.
 //
-// A warp owns 16 classes of a position, from x to out. A list that fits the block goes through one head after another,
+// A warp owns 16 classes of a position, from x to out. A list that fits the block is processed head by head,
 // and short lists of several positions share a block; a longer list is read twice, for the sums and for the queries.
 // Keys and values lie in shared memory, where each sum over classes is one warp's, in the order of the classes; the
 // others compute their queries meanwhile. Weights stream through a ring of stages.

@@ -31,7 +31,7 @@ template <typename T> struct Arguments {
     int classes, hidden;
 };
 
-// The thread's number in the block, and what follows from it: `refresh` has that computed anew in each part of the
+// The thread's number in the block, and what follows from it: `refresh` recomputes it in each part of the
 // kernel instead of kept in registers. Only a number from memory keeps ptxas from it; `recomputed` does not.
 struct Thread {
     int index;

@@ -12,7 +12,7 @@ from .common.launch import block, sizes
 from .common.math import dot
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
-LAYERS = 8  # per launch: Triton takes each layer's hidden states as an argument of its own
+LAYERS = 8  # per launch: Triton takes each layer's hidden states as a separate argument
 
 # A program needs all E columns of its rows for their length. By bytes of an element: accumulators that it holds, and
 # elements of the projection that it reads at a time. Float32 products without TF32 need more registers.

@@ -96,7 +96,7 @@ WITHOUT_AUTOCAST = {"mask_losses"}
 # ReLU has no derivative at 0: where rounding decides the side of an input, either gradient is right. Low precision does
 # so often; there a larger bias moves the inputs away from 0.
 RELU_BIASES = {"class_aggregation": ("fc1_bias",)}
-RELU_DISTANCE = 4.0  # beyond what the standard normal inputs reach but one in 30,000 times
+RELU_DISTANCE = 4.0  # beyond what the standard normal inputs reach except about once in 30,000
 
 # Where rounding carries a number over ReLU's zero, its gradient jumps. The gradients of these operators are compared by
 # tests of their own, with ReLU deciding alike on both sides.

@@ -11,7 +11,7 @@ DEVICE unsigned char *shared_memory() {
     return memory;
 }
 
-// The same number, unknown to the compiler: what a loop computes from it is computed in each turn, where it would
+// The same number, unknown to the compiler: what a loop computes from it is computed in each iteration, where it would
 // otherwise be kept in registers.
 DEVICE uint32_t recomputed(uint32_t x) {
     asm volatile("" : "+r"(x));

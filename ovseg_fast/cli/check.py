@@ -22,7 +22,7 @@ def check_command(name: str, root: Path, split: str, quiet: bool) -> None:
     ovseg-fast check ade20k-150 datasets/ --split train
     ovseg-fast check folder my_data/
 
-    The exit code is 1 if something was found.
+    The exit code is 1 if a problem was found.
     """
     from ..data import check_dataset, open_dataset, report
 

@@ -66,7 +66,7 @@ def _operators() -> list[str]:
 
 
 def native_library() -> str:
-    """What the CUDA C++ kernels were built for, or why they cannot be used and how to mend it."""
+    """What the CUDA C++ kernels were built for, or why they cannot be used and how to fix it."""
     if problem := native.problem():
         return problem
     if not native.architectures():

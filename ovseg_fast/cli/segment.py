@@ -57,7 +57,7 @@ def segment_command(
 
     A broken image is reported and skipped; the exit code is then 1.
     """
-    # Heavy imports come late in all commands, so that --help and typing mistakes are answered at once.
+    # Heavy imports come late in all commands, so that --help and typos are reported at once.
     from tqdm import tqdm
 
     from ..images import MAX_SIDE, list_images

@@ -156,7 +156,7 @@ def torch_form(
 
 
 def _keep_best(best: Tensor, labels: Tensor, scores: Tensor, start: int) -> None:
-    """Merge scores (t, r, W) of classes from `start` on into the best (k, r, W) of those before them: as argmax has it,
+    """Merge scores (t, r, W) of classes from `start` on into the best (k, r, W) of those before them: as argmax does,
     the first of equals, and NaN above everything."""
     if len(best) == 1:
         score, label = scores.max(0, keepdim=True)

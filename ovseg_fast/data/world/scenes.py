@@ -117,7 +117,7 @@ class World:
         if len(objects) + len(grounds) < len(labels) or len(grounds) != 1 or not objects:
             raise ValueError(f"labels must be those of one ground and at least one object, got {list(labels)}.")
         for attempt in range(PLACING_ATTEMPTS):
-            parts = (self.seed, len(SPLITS), index, attempt)  # beside the streams of the splits
+            parts = (self.seed, len(SPLITS), index, attempt)  # separate from the splits' streams
             rng, grain = (np.random.default_rng([*parts, part]) for part in range(2))
             scene = self._draw(grounds[0], objects, size, rng, grain)
             if {region.label for region in scene.regions} == set(objects):

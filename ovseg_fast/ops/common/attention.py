@@ -70,7 +70,7 @@ def prepare_attention(attention: str) -> None:
 
 
 def _xformers_operators() -> Any:
-    """The module xformers.ops. Raises ImportError, with the cure, if xformers is not installed."""
+    """The module xformers.ops. Raises ImportError, with installation instructions, if xformers is not installed."""
     try:
         import xformers.ops
     except ImportError as error:
