@@ -2,8 +2,8 @@
 //
 // A head's sums over all classes are the matrix S, 32 channels of keys (rows) by 32 of values (columns), a tile, and
 // the vectors z, of keys' channels, and m, of values', float32 side by side. In S and z each class weighs 1 / N, so
-// that they stay in float16's range. m, roughly the values' mean, is subtracted from them for precision: any m gives the
-// same result but for rounding.
+// that they stay in float16's range. m, roughly the values' mean, is subtracted from them for precision: any m gives
+// the same result but for rounding.
 
 #pragma once
 
