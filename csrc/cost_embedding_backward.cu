@@ -69,10 +69,11 @@ template <typename T> struct GradientsAndTaps {
         steps = (outputs + WIDTH - 1) / WIDTH;
         row = region.first_row;
         grad += (int64_t(region.first_row) * width + region.first_column) * outputs;
-        unrolled<COUNT>([&](int i) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
             const int pixel = first + i * AT_ONCE, offset = pixel / region.columns * width + pixel % region.columns;
             pixels[i] = grad + int64_t(offset) * outputs + column;
-        });
+        }
     }
 
     DEVICE int rows_of_window() const { return TAPS / size; }
@@ -84,10 +85,11 @@ template <typename T> struct GradientsAndTaps {
     DEVICE void operator()(int, unsigned char *buffer) {
         const int present = min(region.at_once, region.end_row - row) * region.columns;
         with_constant(whole_vecs<T>(outputs), [&](auto whole) {
-            unrolled<COUNT>([&](int i) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
                 const bool copied = first + i * AT_ONCE < present;
                 copy_vec(buffer + target + i * AT_ONCE * 64, pixels[i], copied ? left : 0, whole);
-            });
+            }
             copy_vec(buffer + target + SOURCES * 64, first_tap + (int64_t(element) + 1) * outputs - left,
                      element < size * size ? left : 0, whole);
         });
@@ -101,7 +103,8 @@ template <typename T> struct GradientsAndTaps {
                 element += rows_of_window() * size;
             }
         }
-        unrolled<COUNT>([&](int i) { pixels[i] += step_by; });
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) pixels[i] += step_by;
     }
 };
 
@@ -126,11 +129,12 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradien
     const auto each_pixel = [&](auto function) {
         const int wide = a.tiles.width, first = recomputed(int(threadIdx.x));
         int y = region.top + first / wide, x = region.left + first % wide;
-        unrolled<SUMS>([&](int i) {
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) {
             if (y < region.bottom && x < region.right) function(sums[i], y, x);
             y += THREADS / wide, x += THREADS % wide;
             if (x >= region.left + wide) x -= wide, ++y;
-        });
+        }
     };
 #pragma unroll 1
     for (int first_i = 0; first_i < a.size; first_i += fetch.rows_of_window()) {
@@ -151,9 +155,13 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradien
                     }
                 }
             }
-            each_value<TAPS / 8>([&](int n, int i) {
-                shared.z[(8 * n + acc_col(lane, i)) * PITCH + 16 * warp + acc_row(lane, i)] = z[n].value[i];
-            });
+#pragma unroll
+            for (int n = 0; n < TAPS / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    shared.z[(8 * n + acc_col(lane, i)) * PITCH + 16 * warp + acc_row(lane, i)] = z[n].value[i];
+                }
+            }
             __syncthreads();  // the next one is that of the next stage
             each_pixel([&](float &sum, int y, int x) {
                 const int last_i = min(min(first_i + fetch.rows_of_window(), a.size), y + radius - row + 1);
@@ -168,9 +176,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) cost_gradien
                     for (int j = 0; j < a.size; j += NEIGHBOURS) {
                         const float *const first = terms + j * (PITCH - 1);
                         const uint32_t here = seen >> j;
-                        unrolled<NEIGHBOURS>([&](int k) {
+#pragma unroll
+                        for (int k = 0; k < NEIGHBOURS; ++k) {
                             if (here & 1u << k) sum += first[k * (PITCH - 1)];
-                        });
+                        }
                     }
                 }
             });

@@ -67,10 +67,11 @@ __global__ void __launch_bounds__(THREADS)
         each_vec<T>(width, lane, [&](int column) {
             const Floats<T> zs = floats(load_vec(z, column, width, whole));
             const Floats<T> ds = floats(load_vec(d, column, width, whole));
-            unrolled<VEC<T>>([&](int i) {
+#pragma unroll
+            for (int i = 0; i < VEC<T>; ++i) {
                 squares += zs.value[i] * zs.value[i];
                 product += zs.value[i] * ds.value[i];
-            });
+            }
         });
         const float length = sqrtf(sum_over_lanes<32>(squares));
         const bool shortened = length < SHORTEST;
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(THREADS)
             const Floats<T> zs = floats(load_vec(z, column, width, whole));
             const Floats<T> ds = floats(load_vec(d, column, width, whole));
             Vec<T> dz;
-            unrolled<VEC<T>>([&](int i) { dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i])); });
+#pragma unroll
+            for (int i = 0; i < VEC<T>; ++i) dz.value[i] = rounded<T>(weight * (ds.value[i] - of_z * zs.value[i]));
             store_vec(z, column, width, whole, dz);
         });
     });
@@ -120,11 +122,12 @@ __global__ void __launch_bounds__(THREADS)
                 const Floats<T> xs = read(x), dys = read(dy), gs = read(norms.weight + layer * channels);
                 const Floats<T> as = read(norms.shared_weight), cs = read(norms.shared_bias);
                 Vec<T> result;
-                unrolled<VEC<T>>([&](int i) {
+#pragma unroll
+                for (int i = 0; i < VEC<T>; ++i) {
                     const float x_hat = found.x_hat(xs.value[i]), a = as.value[i];
                     const float u_hat = found.u_hat(x_hat * a + cs.value[i]);
                     result.value[i] = rounded<T>(function(x_hat, u_hat, gs.value[i] * dys.value[i], a));
-                });
+                }
                 if (stored) store_vec(dx, column, channels, whole, result);
             });
         };
@@ -182,7 +185,8 @@ __global__ void __launch_bounds__(THREADS)
     }
     float *const target = sums + int64_t(chunk) * 4 * channels + channel;
     const float all[4] = {a_sum, c_sum, g_sum, b_sum};
-    unrolled<4>([&](int i) { target[int64_t(i) * channels] = all[i]; });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) target[int64_t(i) * channels] = all[i];
 }
 
 }  // namespace

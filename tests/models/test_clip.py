@@ -128,7 +128,7 @@ def test_separate_text_towers_work():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("no-such-model", "must be a model name that open_clip knows"),
+        ("no-such-model", "must be a model name of open_clip's or a configuration dict"),
         ("RN50", "is a ModifiedResNet, not a vision transformer"),
         ({**TINY, "vision_cfg": {**TINY["vision_cfg"], "attentional_pool": True}}, "does not pool by the class token"),
         ({**TINY, "vision_cfg": {**TINY["vision_cfg"], "pool_type": "avg"}}, "does not pool by the class token"),
