@@ -62,7 +62,8 @@ def _forward(
         text, k, k < prompts, image, s, s < patches, channels, ROWS, ROWS, CHANNELS, PRECISION
     )
     acc = acc / text_norm[:, None] / image_norm[None, :]
-    offset = batch * prompts * patches + k[:, None].to(tl.int64) * patches + s[None, :]
+    cost += batch * prompts * patches
+    offset = k[:, None].to(tl.int64) * patches + s[None, :]
     tl.store(cost + offset, acc, mask=(k < prompts)[:, None] & (s < patches)[None, :])
 
 

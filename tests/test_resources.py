@@ -56,7 +56,7 @@ SPILLS = {
     "cost_embedding.forward bf16": 24,
     "cost_embedding.forward fp32": 24,
     "cost_volume.backward bf16": 8,
-    "cost_volume.forward bf16": 16,
+    "cost_volume.forward bf16": 8,
     "label_map.forward bf16": 8,
     "mask_attention.backward bf16": 48,
     "mask_attention.backward fp32": 16,
