@@ -43,7 +43,7 @@ class Hyperparameters:
         factors: prefix of parameter names -> factor of the learning rate. The first match counts; 1 without a match.
         no_decay: kinds of parameters without weight decay: "norm", "embedding".
         schedule: "cosine", or "poly" with its `power`. end: the rate at which "poly" ends, whatever the factor.
-        warmup: steps of linear warm-up. warmup_start: the rate at which it starts, whatever the factor.
+        warmup: steps of linear warm-up. warmup_ratio: the share of the decayed rate at which it starts.
         max_gradient_norm: the norm of all gradients together is clipped to this, or None.
         steps, batch: length of the published training; images per step over all processes.
         clip: the prefix in `factors` that stands for CLIP's weights ("" matches every name), or None without CLIP.
@@ -57,7 +57,7 @@ class Hyperparameters:
     power: float = 0.9
     end: float = 0.0
     warmup: int = 0
-    warmup_start: float = 0.0
+    warmup_ratio: float = 0.0
     max_gradient_norm: float | None = None
     steps: int = 80_000
     batch: int = 4
