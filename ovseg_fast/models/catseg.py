@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.cost_aggregator import CostAggregator
 from ..ops.spatial_aggregation import window_layout
-from .base import AugmentationSettings, Hyperparameters, Rule, SegmentationModel, rules
+from .base import AugmentationSettings, Hyperparameters, Rule, SegmentationModel, refuse_tracing, rules
 from .clip import CLIP
 from .sliding import Windows, crops, resize
 
@@ -214,6 +214,7 @@ class CATSeg(SegmentationModel):
         Returns:
             (B, T, 96, 96) at the published sizes, whatever the image's.
         """
+        refuse_tracing()
         return self.decode(self.encode_image(images), text, class_pooling)
 
     def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
