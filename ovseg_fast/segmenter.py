@@ -65,7 +65,7 @@ def load(
         RuntimeError: no such device here. OSError: the download failed.
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
     """
-    target = _device(device)
+    target = check_device(device)
     get_preset(name)
     prepare_attention(attention)
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
@@ -375,7 +375,7 @@ class EncodedImage:
         self._weights = versions(parameters(self._segmenter.model))
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def check_device(device: str | torch.device | None) -> torch.device:
     """The device, once it is known to be there and to hold numbers."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

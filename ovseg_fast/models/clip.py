@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..compat import ensure_importable
+from .. import compat
 from ..ops.common.attention import plain_attention
 from .token_table import expand
 
@@ -210,7 +210,7 @@ class CLIP(nn.Module):
 
     Raises:
         ValueError: open_clip knows no such name, or the model is not a plain CLIP vision transformer with a causal
-            text encoder.
+            text encoder. ImportError: open_clip is missing, too old or cannot be imported.
     """
 
     def __init__(self, config: str | Mapping[str, Any], pretrained: str | Path | None = None) -> None:
@@ -234,9 +234,7 @@ def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ..
 
 
 def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | None) -> Any:
-    ensure_importable()
-    import open_clip
-
+    open_clip = compat.open_clip()
     if isinstance(config, str):
         known = open_clip.get_model_config(config)
         if known is None:
@@ -255,11 +253,9 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
 
 def _check_supported(visual: Any, text: Any) -> None:
     """Refuse towers that this adapter would run incorrectly."""
-    ensure_importable()
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-
+    transformer = compat.open_clip().transformer
     problem = None
-    if not isinstance(visual, VisionTransformer):
+    if not isinstance(visual, transformer.VisionTransformer):
         problem = f"its image encoder is a {type(visual).__name__}, not a vision transformer"
     elif visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
         problem = "its image encoder does not pool by the class token"
@@ -271,7 +267,7 @@ def _check_supported(visual: Any, text: Any) -> None:
         problem = "its text encoder does not read the end token"
     else:
         blocks = [*visual.transformer.resblocks, *text.transformer.resblocks]
-        if not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
+        if not all(isinstance(block, transformer.ResidualAttentionBlock) for block in blocks):
             problem = "its transformer blocks are not the plain pre-norm kind"
     if problem:
         raise ValueError(f"config must name a plain CLIP vision transformer; this model does not fit: {problem}.")
