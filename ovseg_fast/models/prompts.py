@@ -47,12 +47,16 @@ class PromptCache:
             if weights != self._weights or len(self.embeddings) > MOST:
                 self.embeddings.clear()
                 self._weights = weights
-            missing = [prompt for prompt in prompts if (prompt, cast) not in self.embeddings]
+            # From here on only `found` counts: whoever empties the cache meanwhile does no harm.
+            known = {prompt: self.embeddings.get((prompt, cast)) for prompt in prompts}
+            found = {prompt: embedding for prompt, embedding in known.items() if embedding is not None}
+            missing = [prompt for prompt in prompts if prompt not in found]
             if missing:
                 tokens = tokenize([[prompt] for prompt in missing]).to(device)
                 encode = in_evaluation(model).encode_text
                 embedded = torch.cat([encode(part)[:, 0] for part in batches(tokens.split(TEXT_BATCH))]).to(dtype)
                 if not embedded.isfinite().all():
                     refuse_overflow(model, "text embeddings", cast or dtype)
-                self.embeddings.update(zip([(prompt, cast) for prompt in missing], embedded, strict=True))
-            return {prompt: self.embeddings[prompt, cast] for prompt in prompts}
+                found.update(zip(missing, embedded, strict=True))
+                self.embeddings.update({(prompt, cast): found[prompt] for prompt in missing})
+        return found
