@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import write_whole
-from ..models import SegmentationModel, get_preset
+from ..models import SegmentationModel, get_preset, hub
 from ..models.base import unwrap as unwrap_model
 from ..models.token_table import compact, expand
 from ..vocabulary import check_classes
@@ -26,7 +26,6 @@ from .files import CheckpointError, first_of, read, read_metadata, unwrap
 from .upstream import Stored, matches_any, own_format, recognise, upstream_format
 
 FORMAT, VERSION = "ovseg-fast", "1"  # in the metadata of own files
-FIRST_CONTACT = 5.0  # seconds until the hub has to answer
 
 
 def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> None:
@@ -179,27 +178,22 @@ def download(preset_name: str, *, advice: str = 'weights="{file}"') -> Path:
     if file is None or space is None:
         known = f"the hub holds no weights of {preset_name}{note and f' ({note})'}"
         raise ValueError(f"{known}; pass a file as weights, or None for random weights.")
-    import huggingface_hub as hub
-
     try:
-        cached = hub.try_to_load_from_cache(space, file, repo_type="space")
-        if isinstance(cached, str):
-            return Path(cached)
-        if not hub.constants.HF_HUB_OFFLINE:
-            # Asked once, and first: the download repeats a request that fails for half a minute, with a line for each.
-            own = hub.constants.HF_HUB_ETAG_TIMEOUT
-            seconds = FIRST_CONTACT if own == hub.constants.DEFAULT_ETAG_TIMEOUT else own
-            hub.get_hf_file_metadata(hub.hf_hub_url(space, file, repo_type="space"), timeout=seconds)
-        return Path(hub.hf_hub_download(space, file, repo_type="space"))
-    except Exception as error:  # requests', httpx' or xet's own, depending on the hub's version
-        if hub.constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set and the hub's cache does not hold it"
-        else:
-            reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        return hub.find(space, file, "space") or _fetch(space, file)
+    except ConnectionError as error:
         raise ConnectionError(
-            f"cannot download {file}, the weights of {preset_name} ({reason}); they are published at "
+            f"cannot download {file}, the weights of {preset_name} ({error}); they are published at "
             f"https://huggingface.co/spaces/{space}, and {advice.format(file=file)} loads a copy on disk."
         ) from error
+
+
+def _fetch(space: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(space, file, repo_type="space"))
+    except Exception as error:  # requests', httpx' or xet's own, depending on the hub's version
+        raise ConnectionError(hub.reason(error)) from error
 
 
 def _tensors(model: SegmentationModel) -> dict[str, Tensor]:
