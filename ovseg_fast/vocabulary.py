@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compat import ensure_importable
+from . import compat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
         raise ValueError(f"prompts must be T lists of P prompts each, got lists of {sorted(counts) or 'no'} prompts.")
     tokenizer = _tokenizer()
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
-    tokens = torch.zeros(len(prompts), counts.pop(), CONTEXT_LENGTH, dtype=torch.int64)
+    tokens = torch.zeros(len(prompts), counts.pop(), CONTEXT_LENGTH, dtype=torch.int64, device="cpu")
     for t, row in enumerate(prompts):
         for p, prompt in enumerate(row):
             words = tokenizer.encode(prompt)
@@ -148,7 +148,7 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
                 raise ValueError(f"a prompt must fit into {limit}, got {count} for {_short(prompt)}.")
             if start in words or end in words:
                 raise ValueError(f"a prompt must not spell out CLIP's special tokens, got {_short(prompt)}.")
-            tokens[t, p, :count] = torch.tensor([start, *words, end])
+            tokens[t, p, :count] = torch.tensor([start, *words, end], device="cpu")
     return tokens
 
 
@@ -160,10 +160,7 @@ def _warn_of_same_prompts(first: str, second: str) -> None:
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Any:
-    ensure_importable()
-    import open_clip  # slow, and needs torchvision: only if there is something to tokenise
-
-    return open_clip.SimpleTokenizer()
+    return compat.open_clip().SimpleTokenizer()  # a slow import: only if there is something to tokenise
 
 
 def _json_names(text: str, file: Path) -> list[str]:

@@ -62,10 +62,12 @@ def check_folder(folder: Path) -> None:
 
 def load_model(preset: str, weights: str, device: str | None, **options: Any) -> Segmenter:
     """The model, once its device is known to run the backend asked for. Imports PyTorch."""
-    from .. import backends
-    from ..segmenter import load
+    from .. import backends, checkpoints
+    from ..segmenter import check_device, load
 
-    segmenter = load(preset, weights=None if weights == "random" else weights, device=device, **options)
+    check_device(device)
+    path = checkpoints.download(preset, advice="--weights {file}") if weights == "published" else weights
+    segmenter = load(preset, weights=None if weights == "random" else path, device=device, **options)
     backends.check(segmenter.device)
     return segmenter
 
