@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,8 @@ def open_data(config: DataConfig, split: str, table: str) -> Dataset:
     try:
         dataset = open_dataset(config.dataset, config.root, config.split or split, limit=config.limit, endless=ENDLESS)
     except (ValueError, OSError) as error:
-        raise type(error)(f"in [{table}]: {error}") from None
+        text = re.sub("^name must", "dataset must", str(error))  # as the key is called
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"in [{table}]: {text}") from None
     what = f"the dataset {config.dataset} in '{config.root}'"
     if not len(dataset):
         raise ValueError(f"in [{table}]: {what} holds no image.")

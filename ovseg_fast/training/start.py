@@ -25,7 +25,7 @@ def check_start(config: TrainingConfig) -> None:
         try:
             file_kind(Path(config.weights))
         except (ValueError, OSError) as error:
-            raise type(error)(f"weights: {error}") from None
+            raise (OSError if isinstance(error, OSError) else ValueError)(f"weights: {error}") from None
     if config.clip_pretrained is not None:
         _check_clip(config.model, config.clip_pretrained)
 

@@ -264,7 +264,7 @@ def test_a_refused_restart_keeps_the_old_run(folder):
 
 
 def test_a_refused_run_leaves_no_folder(folder):
-    with pytest.raises(FileNotFoundError, match=r"weights: there is no checkpoint file 'nowhere\.pth'"):
+    with pytest.raises(OSError, match=r"weights: there is no checkpoint file 'nowhere\.pth'"):
         train(dataclasses.replace(CONFIG, out="new", weights="nowhere.pth"), progress=False)
     assert not (folder / "new").exists()
 
