@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ..images import SUFFIXES, load_image
+from ..images import MAX_SIDE, SUFFIXES, load_image
 from ..vocabulary import check_classes, read_classes
 from .conventions import DATASETS, Convention, KnownDataset
 from .masks import DataError, MaskValues, read_mask
@@ -80,9 +80,8 @@ def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
     """
     height, width = values.shape
     if image.size == (height, width) and height != width:
-        with Image.open(pair.image) as stored:
-            if stored.size == (width, height):
-                image = stored.convert("RGB")
+        stored = load_image(pair.image, max(MAX_SIDE, height, width), upright=False)
+        image = stored if stored.size == (width, height) else image
     if image.size != (width, height):
         sizes = f"is {width} x {height} pixels, its image '{pair.image}' {image.width} x {image.height}"
         raise DataError("size", f"mask '{pair.mask}' {sizes}; expected the same size.")
