@@ -285,7 +285,7 @@ def _decode(image: Image.Image, name: str, max_side: int, upright: bool) -> Imag
             image = image.transpose(_TURNS[_INVERSE.get(in_file, in_file)])
         rgb = _to_rgb(image, name, _is_negative(image))
         if wide:
-            _warn_if_dark(name, 257 * max(high for _, high in rgb.getextrema()))
+            _warn_if_dark(name, 257 * int(np.asarray(rgb).max()))
     rgb.info.clear()  # its EXIF data would turn the image a second time
     return rgb
 
@@ -306,9 +306,10 @@ def _is_negative(image: Image.Image) -> bool:
 
 def packing(image: Image.Image) -> tuple[str, str, Any]:
     """How an opened file is packed, in PIL's words: the decoder, the raw mode and the last argument of the decoder."""
-    if not getattr(image, "tile", None):
+    tiles = getattr(image, "tile", None)
+    if not tiles:
         return "", "", None
-    decoder, arguments = image.tile[0][0], image.tile[0][3]  # by index: tiles had no names before Pillow 11
+    decoder, arguments = tiles[0][0], tiles[0][3]  # by index: tiles had no names before Pillow 11
     if not isinstance(arguments, (tuple, list)):
         arguments = (arguments or "",)
     return decoder, str(arguments[0]), arguments[-1]
