@@ -242,7 +242,7 @@ def _content(dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, loc
             found.append(Problem(pair.name, kinds.get(type(error), "unreadable-image"), str(error)))
         return None
 
-    def count() -> None:
+    def count(values: np.ndarray) -> None:
         labels = dataset.values.labels(values, pair.mask)
         with lock:
             counted.add(values, labels)
@@ -252,5 +252,5 @@ def _content(dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, loc
     if values is not None:
         if image is not None:
             attempt(f"image '{pair.image}'", lambda: fit(pair, image, values))
-        attempt(f"mask '{pair.mask}'", count)
+        attempt(f"mask '{pair.mask}'", lambda: count(values))
     return found
