@@ -88,16 +88,26 @@ class Segmentation:
         """(T,) int64: pixels of each class."""
         return np.bincount(self.labels.ravel(), minlength=len(self.classes))
 
-    def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
+    def overlay(
+        self, alpha: float = 0.5, legend: bool = True, font: str | os.PathLike[str] | None = None
+    ) -> Image.Image:
         """See `visualize.overlay`."""
-        return visualize.overlay(self.image, self.labels, self.classes, alpha, legend)
+        return visualize.overlay(self.image, self.labels, self.classes, alpha, legend, font)
 
-    def save(self, path: str | os.PathLike[str], *, alpha: float = 0.5, scores: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float = 0.5,
+        scores: bool = False,
+        font: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Write the result to a file, whole or not at all.
 
         Args:
             path: .png, .jpg or .jpeg for the overlay; .npz for the arrays `labels` (H, W) int32 and `classes` (T,).
             alpha: opacity of the overlay's colours, 0..1.
+            font: of the overlay's legend, see `visualize.overlay`.
             scores: add the array `scores` (T, H, W) float32 to an .npz file.
 
         Raises:
@@ -109,7 +119,7 @@ class Segmentation:
         if suffix != ".npz":
             if scores:
                 raise ValueError(f"scores can only be saved to an .npz file, got '{path}'.")
-            picture = self.overlay(alpha)
+            picture = self.overlay(alpha, font=font)
             write_whole(path, lambda file: picture.save(file, quality=92))  # PNG ignores the quality
             return
         arrays: dict[str, Any] = {"labels": self.labels, "classes": np.array(self.classes, dtype=str)}
