@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = re.compile(r"\.ovseg-[0-9a-f]{16}(\.\w{1,15})?", re.ASCII)
 ABANDONED = 24 * 3600.0  # seconds after which a temporary file is nobody's, where locks do not tell
@@ -91,7 +90,7 @@ def _new_temporary(target: Path) -> tuple[Path, int]:
 
 def _lock(descriptor: int) -> bool | None:
     """Whether this file could be locked; None where the file system has no locks."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
 """PyTorch's own files: tensors are taken out of their pickles, everything else in them stays inert.
 
-Training frameworks put much beside the tensors: numpy's numbers and arrays (mmcv, mmengine, detectron2), configurations,
-histories, paths, dates. `torch.load` reads pickles with `weights_only=True`, which refuses all names but a few. Names
-known to be harmless get a stand-in that takes any arguments and keeps none, so no code of theirs runs either.
+Training frameworks put much beside the tensors: numpy's numbers and arrays (mmcv, mmengine, detectron2),
+configurations, histories, paths, dates. With `weights_only=True`, `torch.load` refuses all names but a few. Here, names
+known to be harmless get a stand-in that takes any arguments and keeps none: no code of theirs runs either.
 """
 
 from __future__ import annotations
@@ -106,11 +106,13 @@ def _error(path: Path, zipped: bool, error: Exception, name: str | None) -> Exce
         return damaged(path)
     if protocol not in (2, 3):
         return CheckpointError(
-            f"'{path}' was saved with pickle protocol {protocol}, which PyTorch does not read safely; save it again with "
-            "torch.save's default, pickle_protocol=2."
+            f"'{path}' was saved with pickle protocol {protocol}, which PyTorch does not read safely; save it again "
+            "with torch.save's default, pickle_protocol=2."
         )
     reason = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].rstrip(".")
-    return CheckpointError(f"'{path}' holds something that PyTorch does not read safely ({reason or type(error).__name__}).")
+    return CheckpointError(
+        f"'{path}' holds something that PyTorch does not read safely ({reason or type(error).__name__})."
+    )
 
 
 def _ends_within(path: Path, name: str) -> bool:
