@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import write_whole
@@ -22,7 +20,9 @@ from ..models import SegmentationModel, get_preset, hub
 from ..models.base import unwrap as unwrap_model
 from ..models.token_table import compact, expand
 from ..vocabulary import check_classes
-from .files import CheckpointError, first_of, read, read_metadata, unwrap
+from .errors import CheckpointError
+from .files import first_of, read, read_metadata, unwrap
+from .tensors import write_safetensors
 from .upstream import Stored, matches_any, own_format, recognise, upstream_format
 
 FORMAT, VERSION = "ovseg-fast", "1"  # in the metadata of own files
@@ -88,26 +88,11 @@ def save(
     if model.preset is not None:
         metadata["preset"] = model.preset
     if classes is not None:
-        metadata["classes"] = json.dumps(check_classes(classes), ensure_ascii=False)
-    tensors: dict[str, Tensor] = {}
-    storages = set()
-    for name, tensor in compact(_tensors(model)).items():
-        tensor = tensor.cpu().contiguous()
-        if half and tensor.is_floating_point():
-            tensor = tensor.half()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
-        storages.add(storage)
-
-    def write(temporary: Path) -> None:
-        mode = temporary.stat().st_mode
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-
-    write_whole(path, write)
+        metadata["classes"] = json.dumps(check_classes(classes))
+    tensors = compact(_tensors(model))
+    if half:
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    write_whole(path, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def load(model: SegmentationModel, path: str | os.PathLike[str]) -> dict[str, str]:
@@ -154,7 +139,7 @@ def classes(path: str | os.PathLike[str]) -> list[str] | None:
         return None
     try:
         return check_classes(json.loads(metadata["classes"]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' holds a damaged class list; save it again.") from error
 
 
