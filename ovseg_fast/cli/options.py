@@ -16,7 +16,6 @@ import click
 from ..files import check_writable
 
 if TYPE_CHECKING:
-    import torch
 
     from ..segmenter import Segmenter
 
