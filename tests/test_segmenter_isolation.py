@@ -260,7 +260,9 @@ def test_many_classes_are_chosen_by_float32_cosines(low: Any, monkeypatch: pytes
     image, base = torch.randn(1, 12, 12, 64), torch.randn(64)
     image[0, 5, 5] = base
     order = torch.randperm(60)
-    text = base + torch.linspace(0, 0.002, 60)[order].sqrt().unsqueeze(1) * torch.randn(64)  # the cosine falls with each
+    text = base + torch.linspace(0, 0.002, 60)[order].sqrt().unsqueeze(1) * torch.randn(
+        64
+    )  # the cosine falls with each
     appearance = [torch.randn(1, 24, 24, 32), torch.randn(1, 48, 48, 16)]
     if low != "autocast":
         aggregator.to(low)
