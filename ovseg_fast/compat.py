@@ -14,7 +14,7 @@ from typing import Any
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _libraries: list[Any] = []  # an operator lives as long as the library object that defined it
-_lock = threading.Lock()
+_lock = threading.RLock()  # two threads that import at once would undo each other's repair
 OLDEST_OPEN_CLIP = 2, 29  # also in pyproject.toml
 
 
@@ -27,13 +27,17 @@ def require(module: str, package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a broken package raises anything
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing == module.partition(".")[0]:
-            raise ImportError(f"{purpose} needs {package}: pip install {package}", name=missing) from None
-        if missing is not None:
-            raise ImportError(f"{purpose} needs {missing}, which {package} uses: pip install {missing}") from error
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ImportError(f"{purpose} needs {package}, which is here but cannot be imported: {reason}.") from error
+        raise _explained(error, module, package, purpose) from error
+
+
+def _explained(error: Exception, module: str, package: str, purpose: str) -> ImportError:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is not None and missing == module.partition(".")[0]:
+        return ImportError(f"{purpose} needs {package}: pip install {package}", name=missing)
+    if missing is not None:
+        return ImportError(f"{purpose} needs {missing}, which {package} uses: pip install {missing}", name=missing)
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ImportError(f"{purpose} needs {package}, which is here but cannot be imported: {reason}.")
 
 
 def open_clip() -> Any:
@@ -46,10 +50,7 @@ def open_clip() -> Any:
         try:
             ensure_importable()
         except Exception as error:  # as in `require`
-            if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
-                raise ImportError("CLIP needs torchvision: pip install torchvision", name="torchvision") from None
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ImportError(f"CLIP needs torchvision, which is here but cannot be imported: {reason}.") from error
+            raise _explained(error, "torchvision", "torchvision", "CLIP") from error
         module = require("open_clip", "open_clip_torch", "CLIP")
     version = importlib.import_module("open_clip.version").__version__  # older ones have it only there
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_OPEN_CLIP:
@@ -67,6 +68,11 @@ def ensure_importable() -> None:
         ImportError: torchvision is not installed.
         RuntimeError: torchvision fails for another reason than the missing operators.
     """
+    with _lock:
+        _import_torchvision()
+
+
+def _import_torchvision() -> None:
     try:  # first as it is: defining an operator that the compiled half defines too is an error
         importlib.import_module("torchvision")
         return

@@ -115,7 +115,10 @@ class Segmenter:
 
     @model.setter
     def model(self, model: SegmentationModel) -> None:
-        self._model = unwrap(model)
+        inner = unwrap(model)
+        if any(tensor.is_meta for tensor in parameters(inner)):
+            raise ValueError("model must hold weights, got one on 'meta'; load them on a device that computes.")
+        self._model = inner
         if is_compiled(model):
             logger.warning("a Segmenter runs parts of its model, which are not compiled yet: call its compile() method")
         self._forget()

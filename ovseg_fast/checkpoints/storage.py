@@ -208,6 +208,8 @@ def _fill(model: SegmentationModel, state: dict[str, Tensor], stored: Mapping[st
     _check_fit(state, stored, model.preset or type(model).__name__, what)
     _check_values(state, what)
     targets = _tensors(model)
+    if any(tensor.is_meta for tensor in targets.values()):
+        raise ValueError("model must have memory for its weights, got one on 'meta'; call model.to_empty() first.")
     for key, how in stored.items():
         parts = _parts(targets, how)
         values = state[key].reshape(-1).split([part.numel() for part in parts])

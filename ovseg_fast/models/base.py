@@ -254,17 +254,15 @@ def unwrap(model: object) -> SegmentationModel:
     """The model itself, out of `torch.compile`, `DistributedDataParallel`, `AveragedModel` and the like.
 
     Raises:
-        TypeError: there is no `SegmentationModel` in it. ValueError: its weights are elsewhere, as with FSDP.
+        TypeError: there is no `SegmentationModel` in it. ValueError: its weights are sharded, as by FSDP.
     """
     inner: Any = model
     while isinstance(inner, nn.Module) and not isinstance(inner, SegmentationModel):
         children = inner._modules
         inner = next((children[name] for name in WRAPPED if children.get(name) is not None), None)
     check_model(inner if inner is not None else model)
-    if type(model).__name__ == "FullyShardedDataParallel" or any(
-        _is_elsewhere(weight) for weight in inner.parameters()
-    ):
-        raise ValueError("model must hold its weights itself, got one whose weights are sharded or on 'meta'.")
+    if type(model).__name__ == "FullyShardedDataParallel" or any(hasattr(p, "full_tensor") for p in inner.parameters()):
+        raise ValueError("model must hold its weights itself, got one whose weights are sharded; gather them first.")
     return inner
 
 
@@ -275,7 +273,3 @@ def is_compiled(model: object) -> bool:
             return True
         model = next((model._modules[name] for name in WRAPPED if name in model._modules), None)
     return False
-
-
-def _is_elsewhere(weight: Tensor) -> bool:
-    return weight.is_meta or hasattr(weight, "full_tensor")

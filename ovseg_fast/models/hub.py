@@ -24,13 +24,14 @@ def find(repository: str, file: str, kind: str = "model") -> Path | None:
         ConnectionError: neither; the message is the reason, without a full stop.
     """
     import huggingface_hub as hub
+    from huggingface_hub import constants
 
     if found := cached(repository, file, kind):
         return found
-    if hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set and the hub's cache does not hold it")
-    own = hub.constants.HF_HUB_ETAG_TIMEOUT
-    seconds = SECONDS if own == hub.constants.DEFAULT_ETAG_TIMEOUT else own
+    own = constants.HF_HUB_ETAG_TIMEOUT
+    seconds = SECONDS if own == constants.DEFAULT_ETAG_TIMEOUT else own
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, file, repo_type=kind), timeout=seconds)
     except Exception as error:  # requests', httpx' or the hub's own, depending on its version

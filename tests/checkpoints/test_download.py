@@ -8,20 +8,27 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from click.testing import CliRunner
+from huggingface_hub import constants
 
+import ovseg_fast as ovs
 from checkpoints.common import STATE, assert_same, build_empty
-from ovseg_fast import checkpoints
+from ovseg_fast import checkpoints, compat
+from ovseg_fast.cli import main
 from parity import make_weights
 
 
 def run_download(home: Path, **environment: str) -> str:
     """What `download("catseg-vitb")` gives in a fresh process, whose hub settings are read at import."""
     code = """
-        import time
-        time.sleep = lambda seconds: None  # the hub tries again for half a minute
+        import logging, time
+        logging.basicConfig()  # as many programs do: the hub's own lines would come twice
+        time.sleep = None  # nothing is tried again later
         from ovseg_fast import checkpoints
         try:
             print("path", checkpoints.download("catseg-vitb"))
@@ -39,6 +46,7 @@ def run_download(home: Path, **environment: str) -> str:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+    assert not result.stderr
     return result.stdout.strip()
 
 
@@ -69,6 +77,43 @@ def test_download_uses_the_cached_file_without_network(tmp_path: Path, environme
     kind, _, path = run_download(tmp_path, **environment).partition(" ")
     assert kind == "path" and Path(path) == pointer
     assert_same(checkpoints.read(path)[0], STATE)
+
+
+def test_the_advice_is_of_the_interface_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(ConnectionError, match=r'and weights="model_base\.pth" loads a copy on disk\.$'):
+        ovs.load("catseg-vitb")
+    result = CliRunner().invoke(main, ["segment", __file__, "-c", "a, b", "-m", "catseg-vitb"])
+    assert result.exit_code == 2
+    assert "and --weights model_base.pth loads a copy on disk." in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("status", [403, 500, None])
+def test_the_hub_is_asked_once_and_its_first_answer_is_given(
+    status: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compat.open_clip()  # it keeps its own hf_hub_download
+    asked: list[float] = []
+
+    def ask(url: str, *, timeout: float) -> None:
+        asked.append(timeout)
+        error = OSError("the proxy says no\nand more")
+        error.response = status and SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(ConnectionError, match=r"weights of catseg-vitb \(the proxy says no\); they are"):
+        checkpoints.download("catseg-vitb")
+    assert asked == [5.0]
+    with pytest.raises(ConnectionError, match=r"CLIP's weights 'openai' \(the proxy says no\); a file of the same"):
+        ovs.build("catseg-vitb", clip_pretrained="openai")
+    assert asked == [5.0, 5.0]
+    with pytest.raises(ValueError, match=r"clip_pretrained must be a file or one of openai, .*, got 'opnai'"):
+        ovs.build("catseg-vitb", clip_pretrained="opnai")
 
 
 def test_presets_without_published_weights() -> None:
