@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..segmenter import Segmenter
 from ..vocabulary import fill_templates, prompt_name, tokenize
 from .config import PRECISIONS, TrainingConfig, as_config
 from .finetuning import set_trainable
-from .images import Batch, LeftOut, TrainingImages, collate, stream
+from .images import Batch, LeftOut, TrainingImages, collate, let_go, stream
 from .labels import seen_classes
 from .log import LINES, TENSORBOARD, Log
 from .objective import Objective
@@ -236,6 +237,7 @@ class Run:
             batch_sampler=mine,  # type: ignore[arg-type]  # its length is never asked
             num_workers=config.workers,
             collate_fn=collate,
+            worker_init_fn=partial(let_go, os.path.realpath(self.out / LOCK)),
             pin_memory=accelerator.device.type == "cuda",
         )
         with _loader_errors():

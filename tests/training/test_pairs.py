@@ -197,6 +197,16 @@ def test_other_errors_of_a_worker_show_the_sentence_inside(folder, monkeypatch):
         train(configuration(folder, workers=1), progress=False)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system has no /proc")
+def test_workers_let_go_of_the_lock(tmp_path):
+    """A run that was killed can be resumed at once, and not only when its workers have noticed."""
+    ours, other = (os.open(tmp_path / name, os.O_CREAT | os.O_RDWR) for name in ("lock", "other"))
+    training_images.let_go(os.path.realpath(tmp_path / "lock"), 0)
+    with pytest.raises(OSError):
+        os.fstat(ours)
+    os.close(other)
+
+
 # Masks that hold something else than was meant
 
 
