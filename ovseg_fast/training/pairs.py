@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +101,18 @@ class Contents:
         if isinstance(dataset, SegmentationDataset):
             stamps = torch.tensor([_stamp(pair.image, pair.mask) for pair in dataset.pairs])
         return cls(dataset.vocabulary.classes, dataset.vocabulary.unseen, len(names), digest, stamps)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Contents:
+        """From the dict of a checkpoint. Raises TypeError if it is something else."""
+        contents = cls(**saved)
+        tuples = isinstance(contents.classes, tuple) and isinstance(contents.unseen, tuple)
+        numbers = contents.stamps
+        if not tuples or (
+            numbers is not None and (not isinstance(numbers, Tensor) or numbers.shape != (contents.count,))
+        ):
+            raise TypeError("contents of another form")
+        return contents
 
     def changes(self, saved: Contents) -> list[str]:
         """How a saved dataset differs in classes and pairs, as parts of a sentence."""

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from .. import checkpoints
 from ..compat import lacks_memory
 from ..data.augmentation import augmentation
+from ..evaluation.environment import environment
 from ..files import check_writable, held
 from ..models import Hyperparameters, SegmentationModel, build
 from ..segmenter import Segmenter
@@ -36,7 +37,7 @@ from .objective import Objective
 from .optimizer import build_optimizer, build_schedule, with_clip_rate
 from .pairs import Contents, open_data, warn_of_masks
 from .start import check_crop, check_start, load_start
-from .state import State, check_optimizer, environment, undamaged
+from .state import State, check_optimizer, undamaged
 from .validation import PICTURES, validate
 
 CHECKPOINT, WEIGHTS, LOCK = "checkpoint.pt", "model.safetensors", ".lock"
@@ -105,7 +106,7 @@ class Run:
 
     def _prepare(self, restart: bool) -> None:
         config, accelerator, path = self.config, self.accelerator, self.out / CHECKPOINT
-        self.environment = environment(accelerator.num_processes, accelerator.device)
+        self.environment = {"processes": accelerator.num_processes, **environment(accelerator.device)}
         saved = None if restart or not path.exists() else State.load(path)
         if saved is not None:
             saved.check(path, config, self.contents, self.environment)
@@ -234,7 +235,7 @@ class Run:
         images = TrainingImages(self.dataset, augment, config.seed)
         loader = DataLoader(
             images,
-            batch_sampler=mine,  # type: ignore[arg-type]  # its length is never asked
+            batch_sampler=mine,
             num_workers=config.workers,
             collate_fn=collate,
             worker_init_fn=partial(let_go, os.path.realpath(self.out / LOCK)),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from ..data import Dataset
 from ..evaluation.evaluate import EvaluationError, evaluate
 from ..evaluation.results import Skipped
@@ -29,15 +32,18 @@ def validate(
         return None
     names = list(dataset.vocabulary.classes)
     broken = {item.name for item in result.skipped}
-    rows = []
-    for index in (i for i, pair in enumerate(dataset.pairs) if pair.name not in broken):
+    rows: list[tuple[Image.Image, np.ndarray, np.ndarray]] = []
+    for index in range(len(dataset)):
+        name = dataset.pairs[index].name
         if len(rows) == pictures:
             break
+        if name in broken:
+            continue
         try:
             image, labels = dataset.read(index)
             rows.append((image, labels, segmenter.encode(image).segment(names).labels))
         except Exception as error:
-            Skipped.of(dataset.pairs[index].name, error)  # raises what would recur
+            Skipped.of(name, error)  # raises what would recur
     if rows:
         try:
             picture.parent.mkdir(exist_ok=True)

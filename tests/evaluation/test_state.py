@@ -115,6 +115,20 @@ def test_a_state_of_an_older_version_is_refused(segmenter, photos, tmp_path):
         run(segmenter, photos, out)
 
 
+def test_another_environment_is_told(segmenter, photos, tmp_path, caplog):
+    out = tmp_path / "result.json"
+    stop_after(segmenter, photos, 2, out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with caplog.at_level(logging.WARNING):
+            run(segmenter, photos, out)
+    finally:
+        torch.set_num_threads(threads)
+    (record,) = caplog.records
+    assert f"resuming with threads {threads} is now {threads + 1}: results may differ slightly" in record.getMessage()
+
+
 # Damage
 
 
@@ -122,7 +136,7 @@ def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     """Cut to any length, or with any byte changed."""
     path = tmp_path / "result.partial.npz"
     fingerprint = {"state format": "2", "model": "x"}
-    state = State.new(fingerprint, 6, 9)
+    state = State.new(fingerprint, 6, 9, torch.device("cpu"))
     state.matrix += np.random.randint(0, 10**9, (6, 6))
     state.done[:4], state.stamps[:4], state.seconds = True, np.random.randint(0, 10**9, (4, 4)), 2.5
     state.save(path)
@@ -139,7 +153,7 @@ def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     for mutant in mutants:
         path.write_bytes(mutant)
         try:
-            loaded = State.load(path, fingerprint, names, state.stamps)
+            loaded = State.load(path, state, names, state.stamps)
         except StateError as error:
             assert re.search(DAMAGED, str(error)), error
             refused += 1

@@ -111,13 +111,16 @@ def test_a_corrected_mask_is_told_and_used(folder, caplog):
     assert record.getMessage().endswith("the first is 2")
 
 
-def test_another_machine_is_told(folder, caplog, monkeypatch):
-    now = training_run.environment(1, torch.device("cpu"))
-    monkeypatch.setattr(training_run, "environment", lambda *_: now | {"processes": 4, "torch": "1.0"})
+def test_another_machine_is_told(folder, caplog):
+    path = folder / "run" / CHECKPOINT
+    state = State.load(path)
+    assert state.environment["processes"] == 1
+    state.environment = {**state.environment, "processes": 4, "torch": "1.0"}
+    state.save(path)
     with caplog.at_level(logging.WARNING):
         train(LONGER, progress=False)
     (record,) = [each for each in caplog.records if "resuming with" in each.getMessage()]
-    assert "processes 1 is now 4" in record.getMessage() and "torch" in record.getMessage()
+    assert "processes 4 is now 1" in record.getMessage() and "torch 1.0 is now" in record.getMessage()
     assert "threads" not in record.getMessage()
 
 
@@ -203,6 +206,8 @@ def broken_optimizer(content):
         lambda content: content.update(optimizer={"state": {}}),
         lambda content: content["optimizer"]["param_groups"].pop(),
         lambda content: content.update(data={"classes": ("a",)}),
+        lambda content: content["data"].update(classes=3),
+        lambda content: content["data"].update(stamps=torch.zeros(2)),
         lambda content: content.update(environment=3),
         broken_optimizer,
     ],
