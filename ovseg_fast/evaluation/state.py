@@ -8,7 +8,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from .. import __version__
 from ..files import write_whole
 from ..models import SegmentationModel
-from .environment import environment, tell_changes
+from .environment import tell_changes
 
 FORMAT = "2"  # of the file
 CURE = "start over with restart=True (--restart), which discards it."
@@ -38,30 +38,37 @@ class State:
     matrix: np.ndarray
     done: np.ndarray
     stamps: np.ndarray
-    environment: dict[str, Any]
     seconds: float = 0.0
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def new(cls, fingerprint: dict[str, str], classes: int, images: int, device: torch.device) -> State:
+    def new(cls, fingerprint: dict[str, str], classes: int, images: int) -> State:
         """Nothing is done yet."""
         matrix, done = np.zeros((classes, classes), np.int64), np.zeros(images, bool)
-        return cls(fingerprint, matrix, done, np.zeros((images, 4), np.int64), environment(device))
+        return cls(fingerprint, matrix, done, np.zeros((images, 4), np.int64))
 
     def save(self, path: Path) -> None:
         """Write it to an .npz file, whole or not at all. Raises OSError."""
         arrays = {"matrix": self.matrix, "done": self.done, "stamps": self.stamps}
-        about = {"fingerprint": self.fingerprint, "environment": self.environment, "seconds": self.seconds}
+        about = {"fingerprint": self.fingerprint, "seconds": self.seconds, "environment": dict(self.environment)}
         text = json.dumps(about | {"digest": _digest_of(about, arrays)})
         content: dict[str, Any] = {"about": np.array(text), **arrays}
         write_whole(path, lambda file: np.savez_compressed(file, **content))
 
     @classmethod
-    def load(cls, path: Path, new: State, names: Sequence[str], stamps: np.ndarray) -> State | None:
+    def load(
+        cls,
+        path: Path,
+        fingerprint: dict[str, str],
+        names: Sequence[str],
+        stamps: np.ndarray,
+        environment: Mapping[str, Any] | None = None,
+    ) -> State | None:
         """The state in a file, or None if it does not exist or holds no image.
 
         Args:
-            new: of an evaluation that is to resume it. names: of the N images.
-            stamps: (N, 4), of their files as they are now.
+            names: of the N images. stamps: (N, 4), of their files as they are now.
+            environment: as it is now.
 
         Raises:
             StateError: it is damaged, has another fingerprint, or an image that is done has changed since.
@@ -71,7 +78,6 @@ class State:
         state = cls._read(path)
         if not state.done.any():
             return None
-        fingerprint = new.fingerprint
         keys = fingerprint | state.fingerprint
         other = [key for key in keys if state.fingerprint.get(key) != fingerprint.get(key)]
         if other:
@@ -82,8 +88,7 @@ class State:
             more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
             what = f"image or mask of {names[changed[0]]}{more} changed since it was evaluated"
             raise StateError(f"'{path}' cannot be resumed: {what}; {CURE}")
-        tell_changes(state.environment, new.environment)
-        state.environment = new.environment
+        tell_changes(state.environment, environment or {})
         return state
 
     @classmethod
@@ -97,7 +102,7 @@ class State:
                 fingerprint = dict(about["fingerprint"])
                 if fingerprint.get("state format") != FORMAT:  # nothing else is known of it
                     some = np.ones(1)
-                    return cls(fingerprint, matrix=some, done=some, stamps=some, environment={})
+                    return cls(fingerprint, matrix=some, done=some, stamps=some)
                 arrays = {name: file[name] for name in ("matrix", "done", "stamps")}
             digest, seconds = about.pop("digest"), float(about["seconds"])
             if digest != _digest_of(about, arrays):

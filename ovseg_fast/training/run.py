@@ -124,7 +124,7 @@ class Run:
         self.settings = _settings(config, model.hyperparameters)
         seen_only = model.seen_only if config.seen_only is None else config.seen_only
         self.unseen = self.dataset.vocabulary.unseen if seen_only else ()
-        trained = seen_classes(len(self.classes), self.unseen)
+        seen_classes(len(self.classes), self.unseen)  # raises if none is left
         if config.transductive is not None and not self.unseen:
             raise ValueError("transductive needs unseen classes: a dataset with a zero-shot split, and seen_only.")
         names = set_trainable(model, config.policy)
@@ -150,16 +150,16 @@ class Run:
         if saved is not None and accelerator.scaler is not None:
             with undamaged(path):
                 accelerator.scaler.load_state_dict(saved.scaler)
-        self._tell(saved, len(names), trained)
+        self._tell(saved, len(names))
         if restart and accelerator.is_main_process:
             self._discard()
         accelerator.wait_for_everyone()
 
-    def _tell(self, saved: State | None, trained: int, classes: list[int]) -> None:
+    def _tell(self, saved: State | None, trained: int) -> None:
         """What a user may not have meant, once all is known to fit."""
         if not self.accelerator.is_main_process:
             return
-        warn_of_masks(self.dataset, set(classes))
+        warn_of_masks(self.dataset)
         if self.settings.warmup > self.config.steps:
             words = "the warm-up of %d steps is longer than the run of %d: the learning rate never reaches its peak"
             logger.warning(words, self.settings.warmup, self.config.steps)

@@ -9,7 +9,6 @@ them.
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.pickles import check_archive
 from ..compat import lacks_memory
 from ..evaluation.environment import tell_changes
 from ..files import write_whole
@@ -67,9 +67,7 @@ class State:
         except OSError as error:
             raise OSError(f"'{path}' cannot be read: {error.strerror or error}.") from error
         with undamaged(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"checksum of {broken}")
+            check_archive(path)  # torch.load does not look at the checksums
             saved = torch.load(path, map_location="cpu", weights_only=True)
             parts = {name: saved[name] for name in ("step", "model", "optimizer", "scaler", "config")}
             data = saved.get("data")

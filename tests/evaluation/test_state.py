@@ -136,7 +136,7 @@ def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     """Cut to any length, or with any byte changed."""
     path = tmp_path / "result.partial.npz"
     fingerprint = {"state format": "2", "model": "x"}
-    state = State.new(fingerprint, 6, 9, torch.device("cpu"))
+    state = State.new(fingerprint, 6, 9)
     state.matrix += np.random.randint(0, 10**9, (6, 6))
     state.done[:4], state.stamps[:4], state.seconds = True, np.random.randint(0, 10**9, (4, 4)), 2.5
     state.save(path)
@@ -153,7 +153,7 @@ def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     for mutant in mutants:
         path.write_bytes(mutant)
         try:
-            loaded = State.load(path, state, names, state.stamps)
+            loaded = State.load(path, fingerprint, names, state.stamps)
         except StateError as error:
             assert re.search(DAMAGED, str(error)), error
             refused += 1

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ovseg_fast.data import SegmentationDataset
 from ovseg_fast.training import images as training_images
-from ovseg_fast.training import validation
+from ovseg_fast.training import pairs, validation
 from ovseg_fast.training.config import DataConfig
 from ovseg_fast.training.run import WEIGHTS, Run, train
 from ovseg_fast.training.validation import EvaluationError
@@ -53,7 +53,7 @@ def test_no_pair_left_is_refused(folder):
     [
         ({"root": "nowhere"}, "root must be the folder of a dataset, there is no 'nowhere'"),
         ({"dataset": "foldre"}, "dataset must be one of"),
-        ({"split": "tset"}, "split of folder must be one of"),
+        ({"split": "../x"}, "split"),
         ({"root": "empty"}, "holds no image"),
         ({"dataset": "ade20k-847"}, "holds no ade20k-847"),
     ],
@@ -212,7 +212,7 @@ def test_workers_let_go_of_the_lock(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(255, "none of 8 masks looked at holds a pixel of a class that is trained on"), (0, "hold only 0 and 255")],
+    [(255, "data: no pixel of the split shows any class"), (0, "data: 8 of 8 masks hold 0 and 255 alone")],
 )
 def test_masks_without_classes_are_told_before_training(folder, value, words, caplog):
     for mask in (folder / "data/masks").iterdir():
@@ -222,8 +222,14 @@ def test_masks_without_classes_are_told_before_training(folder, value, words, ca
     run = Run(configuration(folder), progress=False)
     with caplog.at_level(logging.WARNING):
         run.prepare(restart=False)
-    (warning,) = messages(caplog)
-    assert words in warning
+    assert messages(caplog)[0].startswith(words)
+
+
+def test_a_class_that_a_large_dataset_lacks_in_a_sample_is_not_told(folder, caplog, monkeypatch):
+    monkeypatch.setattr(pairs, "LOOKED_AT", 1)  # mask: each shows two of three classes
+    with caplog.at_level(logging.WARNING):
+        Run(configuration(folder), progress=False).prepare(restart=False)
+    assert messages(caplog) == []
 
 
 def test_sound_masks_are_not_told(folder, caplog):

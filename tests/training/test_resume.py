@@ -188,6 +188,18 @@ def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     assert refused > len(lengths)
 
 
+def test_an_entry_that_became_a_folder_is_refused(tmp_path):
+    """By one bit, which no checksum covers: PyTorch would leave the tensor as it was made."""
+    path = tmp_path / CHECKPOINT
+    small_state().save(path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))  # in the directory at the end
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=DAMAGED):
+        State.load(path)
+
+
 def broken_optimizer(content):
     for state in content["optimizer"]["state"].values():
         state["exp_avg"] = torch.zeros(2, 2)
