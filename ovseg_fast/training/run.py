@@ -196,6 +196,7 @@ class Run:
         with (
             self._lock,
             closing(Log(out, accelerator, self.first, config.steps, config.log_every, self.progress)) as log,
+            _loader_errors(),  # that a loader process died is raised anywhere, by a signal
         ):
             if self.first == config.steps:
                 self._write_weights()
@@ -241,13 +242,11 @@ class Run:
             worker_init_fn=partial(let_go, os.path.realpath(self.out / LOCK)),
             pin_memory=accelerator.device.type == "cuda",
         )
-        with _loader_errors():
-            parts = iter(loader)
+        parts = iter(loader)
         for step in steps:
             batches = []
             for _ in range(config.accumulation):
-                with _loader_errors():
-                    batch, skipped = next(parts)
+                batch, skipped = next(parts)
                 left_out.add(skipped)
                 if batch is None:
                     left_out.give_up()
