@@ -333,6 +333,10 @@ def _accelerator(config: TrainingConfig) -> Any:
     gpu = torch.accelerator.is_available()
     if config.precision == "fp16" and not gpu:
         raise ValueError("precision fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32.")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    cure = "start every process with torchrun or accelerate launch, or unset WORLD_SIZE."
+    if not processes.isdecimal() or (int(processes) > 1 and "LOCAL_RANK" not in os.environ):
+        raise ValueError(f"WORLD_SIZE is {processes!r}, but this process was started by itself: {cure}")
     precision = PRECISIONS[config.precision]
     # An earlier run in this process may have had another precision, which accelerate would insist on.
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
@@ -341,10 +345,8 @@ def _accelerator(config: TrainingConfig) -> Any:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Without cpu=True, accelerate takes each of several processes on a machine without a GPU for the only one.
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[unused], cpu=not gpu)
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != str(accelerator.num_processes):
-        cure = "start every one of them with torchrun or accelerate launch, or unset WORLD_SIZE."
-        raise ValueError(f"WORLD_SIZE is {started} but {accelerator.num_processes} train together; {cure}")
+    if processes != str(accelerator.num_processes):
+        raise ValueError(f"WORLD_SIZE is {processes}, but {accelerator.num_processes} train together: {cure}")
     return accelerator
 
 

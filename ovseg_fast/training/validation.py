@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..compat import lacks_memory
 from ..data import Dataset
 from ..evaluation.evaluate import EvaluationError, evaluate
 from ..evaluation.results import Skipped
@@ -44,10 +45,18 @@ def validate(
             rows.append((image, labels, segmenter.encode(image).segment(names).labels))
         except Exception as error:
             Skipped.of(name, error)  # raises what would recur
-    if rows:
+    if not rows:
+        return result.metrics
+    try:
+        sheet = comparison(rows, names)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        logger.warning("the picture '%s' is left out: there is not enough memory", picture)
+    else:
         try:
             picture.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot write '{picture}': {error.strerror or error}.") from error
-        write_whole(picture, comparison(rows, names).save)
+        write_whole(picture, sheet.save)
     return result.metrics

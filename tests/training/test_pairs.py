@@ -265,6 +265,18 @@ def test_a_validation_without_a_usable_pair_ends_no_training(folder, caplog):
     assert (folder / "run" / WEIGHTS).is_file() and not any("miou" in row for row in told(folder / "run"))
 
 
+def test_a_picture_that_is_too_large_for_the_memory_ends_no_training(folder, monkeypatch, caplog):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(validation, "comparison", fail)
+    data = DataConfig("folder", str(folder / "data"), limit=1)
+    with caplog.at_level(logging.WARNING):
+        train(configuration(folder, steps=1, validation=data), progress=False)
+    assert "step_0000001.png' is left out: there is not enough memory" in messages(caplog)[-1]
+    assert "miou" in told(folder / "run")[-1]
+
+
 def test_weights_are_written_before_the_last_evaluation(folder, monkeypatch):
     seen = []
 
