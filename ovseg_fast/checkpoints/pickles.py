@@ -196,6 +196,8 @@ def _check_sums(entries: list[zipfile.ZipInfo], archive: zipfile.ZipFile) -> Non
     for entry in entries:
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise ValueError("an entry has two sizes")
+        if entry.external_attr & 0x10:  # torch.load takes it for a folder, and leaves the tensor as it was made
+            raise ValueError("an entry is a folder")
         with archive.open(entry) as stream:
             while stream.read(1 << 20):
                 pass

@@ -24,6 +24,7 @@ from ..data.masks import NO_CLASS
 from ..files import check_writable, held
 from ..segmenter import Segmenter
 from ..vocabulary import check_classes
+from .environment import environment
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
 from .state import State, fingerprint_of, stamp
@@ -109,18 +110,19 @@ class Run:
         self.settings = {**task.settings(), "limit": limit}
         fingerprint = task.fingerprint()
         self.settings["weights"] = fingerprint["weights"]
+        now = environment(segmenter.device)
+        self.state = State.new(fingerprint, len(task.classes), len(task.pairs))
         with ExitStack() as stack:
-            state = None
             if self.target is not None and self.partial is not None:
                 self.target.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_alone(self.target))
                 if not restart and self.partial.exists():
                     stamps = np.array([stamp(pair) for pair in task.pairs])
-                    state = State.load(self.partial, fingerprint, [pair.name for pair in task.pairs], stamps)
-            if state is not None:
-                logger.info("%s: resuming after %d of %d images", self.partial, state.done.sum(), len(task.pairs))
-            self.state = State.new(fingerprint, len(task.classes), len(task.pairs)) if state is None else state
-            if self.partial is not None:
+                    saved = State.load(self.partial, fingerprint, [pair.name for pair in task.pairs], stamps, now)
+                    if saved is not None:
+                        logger.info("%s: resuming after %d of %d", self.partial, saved.done.sum(), len(task.pairs))
+                        self.state = saved
+                self.state.environment = now
                 self.state.save(self.partial)  # fails now, not after the first images, if nothing can be written
             self._lock = stack.pop_all()
 

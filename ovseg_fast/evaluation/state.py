@@ -8,7 +8,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from .. import __version__
 from ..files import write_whole
 from ..models import SegmentationModel
+from .environment import tell_changes
 
 FORMAT = "2"  # of the file
 CURE = "start over with restart=True (--restart), which discards it."
@@ -31,13 +32,14 @@ class StateError(ValueError):
 class State:
     """The confusion matrix so far, (C, C) int64, of the images `done`, (N,) bool, which took `seconds`; and `stamps`,
     (N, 4) int64, of the files of each image when it was read, see `stamp`. Only a state with the same fingerprint, see
-    `fingerprint_of`, is resumed, and only if those files are as they were."""
+    `fingerprint_of`, is resumed, and only if those files are as they were; another `environment` is told."""
 
     fingerprint: dict[str, str]
     matrix: np.ndarray
     done: np.ndarray
     stamps: np.ndarray
     seconds: float = 0.0
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def new(cls, fingerprint: dict[str, str], classes: int, images: int) -> State:
@@ -48,16 +50,25 @@ class State:
     def save(self, path: Path) -> None:
         """Write it to an .npz file, whole or not at all. Raises OSError."""
         arrays = {"matrix": self.matrix, "done": self.done, "stamps": self.stamps}
-        about = {"fingerprint": self.fingerprint, "seconds": self.seconds}
+        about = {"fingerprint": self.fingerprint, "seconds": self.seconds, "environment": dict(self.environment)}
         text = json.dumps(about | {"digest": _digest_of(about, arrays)})
-        write_whole(path, lambda file: np.savez_compressed(file, about=np.array(text), **arrays))
+        content: dict[str, Any] = {"about": np.array(text), **arrays}
+        write_whole(path, lambda file: np.savez_compressed(file, **content))
 
     @classmethod
-    def load(cls, path: Path, fingerprint: dict[str, str], names: Sequence[str], stamps: np.ndarray) -> State | None:
+    def load(
+        cls,
+        path: Path,
+        fingerprint: dict[str, str],
+        names: Sequence[str],
+        stamps: np.ndarray,
+        environment: Mapping[str, Any] | None = None,
+    ) -> State | None:
         """The state in a file, or None if it does not exist or holds no image.
 
         Args:
             names: of the N images. stamps: (N, 4), of their files as they are now.
+            environment: as it is now.
 
         Raises:
             StateError: it is damaged, has another fingerprint, or an image that is done has changed since.
@@ -77,6 +88,7 @@ class State:
             more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
             what = f"image or mask of {names[changed[0]]}{more} changed since it was evaluated"
             raise StateError(f"'{path}' cannot be resumed: {what}; {CURE}")
+        tell_changes(state.environment, environment or {})
         return state
 
     @classmethod
@@ -87,20 +99,20 @@ class State:
                     raise ValueError(f"checksum of {broken}")
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
-                fingerprint, seconds = dict(about["fingerprint"]), float(about["seconds"])
+                fingerprint = dict(about["fingerprint"])
                 if fingerprint.get("state format") != FORMAT:  # nothing else is known of it
-                    shape = np.zeros((0, 0), np.int64)
-                    return cls(fingerprint, shape, np.ones(1, bool), np.zeros((1, 4), np.int64), seconds)
-                state = cls(fingerprint, file["matrix"], file["done"], file["stamps"], seconds)
-            arrays = {"matrix": state.matrix, "done": state.done, "stamps": state.stamps}
-            if about["digest"] != _digest_of({"fingerprint": fingerprint, "seconds": about["seconds"]}, arrays):
+                    some = np.ones(1)
+                    return cls(fingerprint, matrix=some, done=some, stamps=some)
+                arrays = {name: file[name] for name in ("matrix", "done", "stamps")}
+            digest, seconds = about.pop("digest"), float(about["seconds"])
+            if digest != _digest_of(about, arrays):
                 raise ValueError("digest")
             if not 0 <= seconds < math.inf:
                 raise ValueError(f"{seconds} seconds")
         # A damaged archive can fail as anything.
         except Exception as error:
             raise StateError(f"'{path}' is not the state of an evaluation, or is damaged; {CURE}") from error
-        return state
+        return cls(fingerprint, **arrays, environment=dict(about["environment"]), seconds=seconds)
 
 
 def stamp(pair: Any) -> list[int]:

@@ -6,14 +6,15 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import DataError, Dataset, SegmentationDataset, open_dataset
-from ..data.masks import read_mask
+from ..data import Dataset, SegmentationDataset, open_dataset
+from ..data.check import class_pixels
 from .config import DataConfig
 
 ENDLESS = 100_000  # images of a dataset without an end, if the configuration sets no limit
@@ -54,31 +55,12 @@ def open_data(config: DataConfig, split: str, table: str) -> Dataset:
     return replace(dataset, pairs=whole)
 
 
-def warn_of_masks(dataset: Dataset, trained: set[int]) -> None:
-    """One warning if masks spread over the dataset hold none of the classes trained on, or none but 0 and 255."""
-    if not isinstance(dataset, SegmentationDataset):
-        return
-    step = max(1, len(dataset.pairs) // LOOKED_AT)
-    values: set[int] = set()
-    found: set[int] = set()
-    number = 0
-    for pair in dataset.pairs[::step][:LOOKED_AT]:
-        try:
-            mask = read_mask(pair.mask)
-            labels = dataset.values.labels(mask, pair.mask)
-        except (DataError, MemoryError):
-            continue  # told when it is its turn
-        number += 1
-        values.update(torch.from_numpy(mask).unique().tolist())
-        found.update(torch.from_numpy(labels).unique().tolist())
-    if number and not found & trained:
-        logger.warning("none of %d masks looked at holds a pixel of a class that is trained on", number)
-    elif values == {0, 255} and 255 in dataset.values.no_class:
-        logger.warning(
-            "%d masks looked at hold only 0 and 255, and 255 means no class: if they mark one thing in white, write "
-            "class indices instead of 255",
-            number,
-        )
+def warn_of_masks(dataset: Dataset) -> None:
+    """Warn if masks spread over the dataset hold no class, or 0 and 255 alone, or, all of them, leave out a class."""
+    found = class_pixels(dataset, LOOKED_AT)
+    if found.whole or found.binary or not found.pixels.any():
+        for note in found.notes():
+            logger.warning("data: %s", note)
 
 
 @dataclass(frozen=True)
@@ -100,6 +82,18 @@ class Contents:
         if isinstance(dataset, SegmentationDataset):
             stamps = torch.tensor([_stamp(pair.image, pair.mask) for pair in dataset.pairs])
         return cls(dataset.vocabulary.classes, dataset.vocabulary.unseen, len(names), digest, stamps)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Contents:
+        """From the dict of a checkpoint. Raises TypeError if it is something else."""
+        contents = cls(**saved)
+        tuples = isinstance(contents.classes, tuple) and isinstance(contents.unseen, tuple)
+        numbers = contents.stamps
+        if not tuples or (
+            numbers is not None and (not isinstance(numbers, Tensor) or numbers.shape != (contents.count,))
+        ):
+            raise TypeError("contents of another form")
+        return contents
 
     def changes(self, saved: Contents) -> list[str]:
         """How a saved dataset differs in classes and pairs, as parts of a sentence."""

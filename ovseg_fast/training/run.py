@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,21 @@ from torch.utils.data import DataLoader
 from .. import checkpoints
 from ..compat import lacks_memory
 from ..data.augmentation import augmentation
+from ..evaluation.environment import environment
 from ..files import check_writable, held
 from ..models import Hyperparameters, SegmentationModel, build
 from ..segmenter import Segmenter
 from ..vocabulary import fill_templates, prompt_name, tokenize
 from .config import PRECISIONS, TrainingConfig, as_config
 from .finetuning import set_trainable
-from .images import Batch, LeftOut, TrainingImages, collate, stream
+from .images import Batch, LeftOut, TrainingImages, collate, let_go, stream
 from .labels import seen_classes
 from .log import LINES, TENSORBOARD, Log
 from .objective import Objective
 from .optimizer import build_optimizer, build_schedule, with_clip_rate
 from .pairs import Contents, open_data, warn_of_masks
 from .start import check_crop, check_start, load_start
-from .state import State, check_optimizer, environment, undamaged
+from .state import State, check_optimizer, undamaged
 from .validation import PICTURES, validate
 
 CHECKPOINT, WEIGHTS, LOCK = "checkpoint.pt", "model.safetensors", ".lock"
@@ -104,7 +106,7 @@ class Run:
 
     def _prepare(self, restart: bool) -> None:
         config, accelerator, path = self.config, self.accelerator, self.out / CHECKPOINT
-        self.environment = environment(accelerator.num_processes, accelerator.device)
+        self.environment = {"processes": accelerator.num_processes, **environment(accelerator.device)}
         saved = None if restart or not path.exists() else State.load(path)
         if saved is not None:
             saved.check(path, config, self.contents, self.environment)
@@ -122,7 +124,7 @@ class Run:
         self.settings = _settings(config, model.hyperparameters)
         seen_only = model.seen_only if config.seen_only is None else config.seen_only
         self.unseen = self.dataset.vocabulary.unseen if seen_only else ()
-        trained = seen_classes(len(self.classes), self.unseen)
+        seen_classes(len(self.classes), self.unseen)  # raises if none is left
         if config.transductive is not None and not self.unseen:
             raise ValueError("transductive needs unseen classes: a dataset with a zero-shot split, and seen_only.")
         names = set_trainable(model, config.policy)
@@ -148,16 +150,16 @@ class Run:
         if saved is not None and accelerator.scaler is not None:
             with undamaged(path):
                 accelerator.scaler.load_state_dict(saved.scaler)
-        self._tell(saved, len(names), trained)
+        self._tell(saved, len(names))
         if restart and accelerator.is_main_process:
             self._discard()
         accelerator.wait_for_everyone()
 
-    def _tell(self, saved: State | None, trained: int, classes: list[int]) -> None:
+    def _tell(self, saved: State | None, trained: int) -> None:
         """What a user may not have meant, once all is known to fit."""
         if not self.accelerator.is_main_process:
             return
-        warn_of_masks(self.dataset, set(classes))
+        warn_of_masks(self.dataset)
         if self.settings.warmup > self.config.steps:
             words = "the warm-up of %d steps is longer than the run of %d: the learning rate never reaches its peak"
             logger.warning(words, self.settings.warmup, self.config.steps)
@@ -194,6 +196,7 @@ class Run:
         with (
             self._lock,
             closing(Log(out, accelerator, self.first, config.steps, config.log_every, self.progress)) as log,
+            _loader_errors(),  # that a loader process died is raised anywhere, by a signal
         ):
             if self.first == config.steps:
                 self._write_weights()
@@ -233,18 +236,17 @@ class Run:
         images = TrainingImages(self.dataset, augment, config.seed)
         loader = DataLoader(
             images,
-            batch_sampler=mine,  # type: ignore[arg-type]  # its length is never asked
+            batch_sampler=mine,
             num_workers=config.workers,
             collate_fn=collate,
+            worker_init_fn=partial(let_go, os.path.realpath(self.out / LOCK)),
             pin_memory=accelerator.device.type == "cuda",
         )
-        with _loader_errors():
-            parts = iter(loader)
+        parts = iter(loader)
         for step in steps:
             batches = []
             for _ in range(config.accumulation):
-                with _loader_errors():
-                    batch, skipped = next(parts)
+                batch, skipped = next(parts)
                 left_out.add(skipped)
                 if batch is None:
                     left_out.give_up()
@@ -331,6 +333,10 @@ def _accelerator(config: TrainingConfig) -> Any:
     gpu = torch.accelerator.is_available()
     if config.precision == "fp16" and not gpu:
         raise ValueError("precision fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32.")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    cure = "start every process with torchrun or accelerate launch, or unset WORLD_SIZE."
+    if not processes.isdecimal() or (int(processes) > 1 and "LOCAL_RANK" not in os.environ):
+        raise ValueError(f"WORLD_SIZE is {processes!r}, but this process was started by itself: {cure}")
     precision = PRECISIONS[config.precision]
     # An earlier run in this process may have had another precision, which accelerate would insist on.
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
@@ -339,10 +345,8 @@ def _accelerator(config: TrainingConfig) -> Any:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Without cpu=True, accelerate takes each of several processes on a machine without a GPU for the only one.
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[unused], cpu=not gpu)
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != str(accelerator.num_processes):
-        cure = "start every one of them with torchrun or accelerate launch, or unset WORLD_SIZE."
-        raise ValueError(f"WORLD_SIZE is {started} but {accelerator.num_processes} train together; {cure}")
+    if processes != str(accelerator.num_processes):
+        raise ValueError(f"WORLD_SIZE is {processes}, but {accelerator.num_processes} train together: {cure}")
     return accelerator
 
 

@@ -9,8 +9,6 @@ them.
 from __future__ import annotations
 
 import logging
-import platform
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,8 +17,9 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from ..checkpoints.pickles import check_archive
 from ..compat import lacks_memory
+from ..evaluation.environment import tell_changes
 from ..files import write_whole
 from .config import TrainingConfig, check_resumable
 from .pairs import Contents
@@ -68,24 +67,17 @@ class State:
         except OSError as error:
             raise OSError(f"'{path}' cannot be read: {error.strerror or error}.") from error
         with undamaged(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"checksum of {broken}")
+            check_archive(path)  # torch.load does not look at the checksums
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            parts = {name: saved[name] for name in ("step", "model", "optimizer", "scaler", "config")}
             data = saved.get("data")
-            state = cls(
-                *(saved[name] for name in ("step", "model", "optimizer", "scaler", "config")),
-                None if data is None else Contents(**data),
-                saved.get("environment", {}),
-            )
-            for part in (state.model, state.optimizer, state.config, state.environment):
+            contents = None if data is None else Contents.read(data)
+            state = cls(**parts, data=contents, environment=saved.get("environment", {}))
+            for part in (state.model, state.optimizer, state.config, state.config["data"], state.environment):
                 if not isinstance(part, Mapping):
                     raise TypeError(f"{type(part).__name__} for a dict")
             if type(state.step) is not int or state.step < 0:
                 raise ValueError(f"step {state.step}")
-            check_config = dict(state.config)["data"]
-            if not isinstance(check_config, Mapping):
-                raise TypeError("data of the configuration")
         return state
 
     def check(self, path: Path, config: TrainingConfig, data: Contents, now: Mapping[str, Any]) -> None:
@@ -108,11 +100,7 @@ class State:
         elif changes := data.changes(self.data):
             cure = "change it back, choose another out, or start over with --restart."
             raise ValueError(f"the run in '{out}' was trained on other data ({'; '.join(changes)}); {cure}")
-        other = [f"{name} {self.environment[name]} is now {now[name]}" for name in now if name in self.environment]
-        other = [part for part, name in zip(other, (n for n in now if n in self.environment), strict=True)
-                 if self.environment[name] != now[name]]  # fmt: skip
-        if other:
-            logger.warning("resuming with %s: results may differ slightly from an undisturbed run's", ", ".join(other))
+        tell_changes(self.environment, now)
 
 
 @contextmanager
@@ -124,18 +112,6 @@ def undamaged(path: Path) -> Iterator[None]:
         if lacks_memory(error):
             raise
         raise ValueError(f"'{path}' is not a checkpoint of a run, or damaged; --restart starts over.") from error
-
-
-def environment(processes: int, device: torch.device) -> dict[str, Any]:
-    """What a result depends on besides configuration and data, if only by rounding and the draws of dropout."""
-    return {
-        "processes": processes,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "ovseg-fast": __version__,
-        "torch": torch.__version__.partition("+")[0],
-        "machine": platform.machine(),
-    }
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from ..compat import lacks_memory
 from ..data import Dataset
 from ..evaluation.evaluate import EvaluationError, evaluate
 from ..evaluation.results import Skipped
@@ -29,19 +33,30 @@ def validate(
         return None
     names = list(dataset.vocabulary.classes)
     broken = {item.name for item in result.skipped}
-    rows = []
-    for index in (i for i, pair in enumerate(dataset.pairs) if pair.name not in broken):
+    rows: list[tuple[Image.Image, np.ndarray, np.ndarray]] = []
+    for index in range(len(dataset)):
+        name = dataset.pairs[index].name
         if len(rows) == pictures:
             break
+        if name in broken:
+            continue
         try:
             image, labels = dataset.read(index)
             rows.append((image, labels, segmenter.encode(image).segment(names).labels))
         except Exception as error:
-            Skipped.of(dataset.pairs[index].name, error)  # raises what would recur
-    if rows:
+            Skipped.of(name, error)  # raises what would recur
+    if not rows:
+        return result.metrics
+    try:
+        sheet = comparison(rows, names)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        logger.warning("the picture '%s' is left out: there is not enough memory", picture)
+    else:
         try:
             picture.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot write '{picture}': {error.strerror or error}.") from error
-        write_whole(picture, comparison(rows, names).save)
+        write_whole(picture, sheet.save)
     return result.metrics

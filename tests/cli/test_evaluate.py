@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import ovseg_fast as ovs
 from evaluation.photo_folder import CLASSES, PhotoFolder, make_photos
 from ovseg_fast import checkpoints
 from ovseg_fast.cli.evaluate import evaluate_command
 from ovseg_fast.data.datasets import open_dataset
+from ovseg_fast.evaluation.results import Evaluation
+from ovseg_fast.files import held
 
 
 @pytest.fixture
@@ -125,6 +128,39 @@ def test_unfit_arguments_are_refused(folder, arguments, words):
     (folder / "empty").mkdir()
     refused(run(*arguments), *words)
     assert not (folder / "out").exists()
+
+
+def test_a_result_that_cannot_be_written_is_told_before_the_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("ovseg_fast.cli.options.load_model", None)
+    (folder / "file").write_text("")
+    refused(run(*ARGUMENTS, *WEIGHTS, "-o", "file/result.json"), "out must be a folder", "file is a file")
+    (folder / "result.json").mkdir()
+    refused(run(*ARGUMENTS, *WEIGHTS, "-o", "result.json"), "'result.json' is a folder")
+    with held(folder / ".other.lock", "x"):
+        refused(run(*ARGUMENTS, *WEIGHTS, "-o", "other.json"), "an evaluation into 'other.json' is under way")
+
+
+def test_what_fails_once_begun_gives_exit_code_1(folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Evaluation, "to_json", full)
+    refused(run(*ARGUMENTS, *WEIGHTS, "-q"), "No space left on device", code=1)
+    assert (folder / "out" / "catseg-tiny_photos_val_whole.partial.npz").is_file()
+
+
+def test_a_mask_that_was_corrected_refuses_the_resumption(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "save", fail)
+        refused(run(*ARGUMENTS, *WEIGHTS, "-q"), "stopped", code=1)
+    with Image.open(folder / "photos/001_mask.png") as mask:
+        blank = Image.new("L", mask.size)
+    blank.save(folder / "photos/001_mask.png")
+    refused(run(*ARGUMENTS, *WEIGHTS, "-q"), "image or mask of 001 has changed", "--restart")
+    assert run(*ARGUMENTS, *WEIGHTS, "-q", "--restart").exit_code == 0
 
 
 def test_an_unknown_model_is_refused(folder):

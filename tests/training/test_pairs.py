@@ -14,7 +14,7 @@ from PIL import Image
 
 from ovseg_fast.data import SegmentationDataset
 from ovseg_fast.training import images as training_images
-from ovseg_fast.training import validation
+from ovseg_fast.training import pairs, validation
 from ovseg_fast.training.config import DataConfig
 from ovseg_fast.training.run import WEIGHTS, Run, train
 from ovseg_fast.training.validation import EvaluationError
@@ -53,7 +53,7 @@ def test_no_pair_left_is_refused(folder):
     [
         ({"root": "nowhere"}, "root must be the folder of a dataset, there is no 'nowhere'"),
         ({"dataset": "foldre"}, "dataset must be one of"),
-        ({"split": "tset"}, "split of folder must be one of"),
+        ({"split": "../x"}, "split"),
         ({"root": "empty"}, "holds no image"),
         ({"dataset": "ade20k-847"}, "holds no ade20k-847"),
     ],
@@ -197,12 +197,22 @@ def test_other_errors_of_a_worker_show_the_sentence_inside(folder, monkeypatch):
         train(configuration(folder, workers=1), progress=False)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system has no /proc")
+def test_workers_let_go_of_the_lock(tmp_path):
+    """A run that was killed can be resumed at once, and not only when its workers have noticed."""
+    ours, other = (os.open(tmp_path / name, os.O_CREAT | os.O_RDWR) for name in ("lock", "other"))
+    training_images.let_go(os.path.realpath(tmp_path / "lock"), 0)
+    with pytest.raises(OSError):
+        os.fstat(ours)
+    os.close(other)
+
+
 # Masks that hold something else than was meant
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(255, "none of 8 masks looked at holds a pixel of a class that is trained on"), (0, "hold only 0 and 255")],
+    [(255, "data: no pixel of the split shows any class"), (0, "data: 8 of 8 masks hold 0 and 255 alone")],
 )
 def test_masks_without_classes_are_told_before_training(folder, value, words, caplog):
     for mask in (folder / "data/masks").iterdir():
@@ -212,8 +222,14 @@ def test_masks_without_classes_are_told_before_training(folder, value, words, ca
     run = Run(configuration(folder), progress=False)
     with caplog.at_level(logging.WARNING):
         run.prepare(restart=False)
-    (warning,) = messages(caplog)
-    assert words in warning
+    assert messages(caplog)[0].startswith(words)
+
+
+def test_a_class_that_a_large_dataset_lacks_in_a_sample_is_not_told(folder, caplog, monkeypatch):
+    monkeypatch.setattr(pairs, "LOOKED_AT", 1)  # mask: each shows two of three classes
+    with caplog.at_level(logging.WARNING):
+        Run(configuration(folder), progress=False).prepare(restart=False)
+    assert messages(caplog) == []
 
 
 def test_sound_masks_are_not_told(folder, caplog):
@@ -247,6 +263,18 @@ def test_a_validation_without_a_usable_pair_ends_no_training(folder, caplog):
         train(config, progress=False)
     assert any("the validation is left out: none of the 2 images" in each for each in messages(caplog))
     assert (folder / "run" / WEIGHTS).is_file() and not any("miou" in row for row in told(folder / "run"))
+
+
+def test_a_picture_that_is_too_large_for_the_memory_ends_no_training(folder, monkeypatch, caplog):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(validation, "comparison", fail)
+    data = DataConfig("folder", str(folder / "data"), limit=1)
+    with caplog.at_level(logging.WARNING):
+        train(configuration(folder, steps=1, validation=data), progress=False)
+    assert "step_0000001.png' is left out: there is not enough memory" in messages(caplog)[-1]
+    assert "miou" in told(folder / "run")[-1]
 
 
 def test_weights_are_written_before_the_last_evaluation(folder, monkeypatch):

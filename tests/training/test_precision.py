@@ -69,7 +69,7 @@ def test_a_run_in_fp16_resumes_exactly(tmp_path, monkeypatch):
         return accelerator
 
     monkeypatch.setattr(training_run, "_accelerator", with_scaler)
-    config = configuration(tmp_path, steps=4, batch=2, precision="fp16")
+    config = configuration(tmp_path, model="cascade-clip-tiny", steps=4, batch=1, precision="fp16")
     whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")), progress=False)
     run = training_run.Run(config, progress=False)
     run.prepare(restart=False)

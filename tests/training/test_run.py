@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,10 +136,22 @@ def test_two_processes_train_like_one_with_the_same_global_batch(folder, model):
     assert [row["loss"] for row in told(folder / "2")] == pytest.approx([row["loss"] for row in told(folder / "1")])
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+@pytest.mark.parametrize("processes", ["3", "x", ""])
+def test_processes_that_were_not_started_together_are_refused(folder, monkeypatch, processes):
+    monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is 3 but 1 train together; .*torchrun"):
+    with pytest.raises(
+        ValueError, match=rf"WORLD_SIZE is '{processes}', but this process was started by itself: .*torchrun"
+    ):
+        train(configuration(folder), progress=False)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(folder, monkeypatch):
+    """As with an accelerate that finds no way to connect them."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 3, but 1 train together: .*torchrun"):
         train(configuration(folder), progress=False)
 
 

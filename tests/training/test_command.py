@@ -1,0 +1,61 @@
+"""`ovseg-fast train`: exit code 2 where nothing was begun, 1 where a training ended early, one sentence each."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from ovseg_fast.cli.train import train_command
+from ovseg_fast.training.config import DataConfig
+from ovseg_fast.training.run import CHECKPOINT, WEIGHTS
+from training.colours import configuration, make_data, write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_data(tmp_path / "data", 2)
+    return tmp_path
+
+
+def run(folder, *arguments, **changes):
+    config = write(configuration(folder, **{"steps": 1, **changes}), folder / "run.toml")
+    return CliRunner().invoke(train_command, [str(config), "--quiet", *arguments], catch_exceptions=False)
+
+
+def refused(result, *words, code=2):
+    assert result.exit_code == code, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("ovseg-fast: ") and all(word in line for word in words), line
+
+
+def test_a_training_and_what_its_resumption_refuses(folder):
+    assert run(folder).exit_code == 0 and (folder / "run" / WEIGHTS).is_file()
+    refused(run(folder, seed=3), "seed 0 is now 3", "--restart")
+    (folder / "data/classes.txt").write_text("a\nb\nc")
+    refused(run(folder, steps=2), "class 0, 'red', is now 'a'", "--restart")
+    (folder / "run" / CHECKPOINT).write_bytes(b"cut")
+    refused(run(folder), "or damaged; --restart starts over.")
+    assert run(folder, "--restart").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"validation": DataConfig("folder", "nowhere")}, ("[validation]", "'nowhere'")),
+        ({"data": DataConfig("folder", "nowhere")}, ("[data]", "'nowhere'")),
+        ({"weights": "nowhere.pth"}, ("weights", "'nowhere.pth'")),
+        ({"policy": "lora"}, ("policy", "'lora'")),
+        ({"transductive": 0.5}, ("transductive needs unseen classes",)),
+        ({"clip_pretrained": "nothing"}, ("clip_pretrained", "'nothing'")),
+        ({"crop": 99, "model": "cascade-clip-tiny"}, ("crop 99 does not fit",)),
+    ],
+)
+def test_what_can_be_known_is_refused_before_the_first_step(folder, changes, words):
+    refused(run(folder, **changes), *words)
+    assert not (folder / "run").exists()
+
+
+def test_a_training_that_ends_early_has_exit_code_1(folder):
+    for mask in (folder / "data/masks").iterdir():
+        mask.write_bytes(b"")
+    refused(run(folder), "all 2 pairs of the training data cannot be used", code=1)
