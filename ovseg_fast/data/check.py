@@ -146,14 +146,21 @@ def examine(dataset: Dataset, *, progress: bool = False, workers: int | None = N
     complete = [pair for pair in dataset.pairs if pair.name in images and pair.name in masks]
     counted = ClassPixels(dataset.vocabulary.classes)
     lock = Lock()
+    alone: list[Pair] = []
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         # map keeps the order and reads ahead of the bar; decoding releases Python's lock.
         found = pool.map(lambda pair: _content(dataset, pair, counted, lock), complete)
-        for some in tqdm(found, total=len(complete), unit="pair", disable=None if progress else True):
-            problems.extend(some)
+        bar = tqdm(found, total=len(complete), unit="pair", disable=None if progress else True)
+        for pair, some in zip(complete, bar, strict=True):
+            if any(problem.kind == "memory" for problem in some):
+                alone.append(pair)
+            else:
+                problems.extend(some)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+    for pair in alone:  # there may be memory enough for one after the other
+        problems.extend(_content(dataset, pair, counted, lock, last=True))
     order = {pair.name: index for index, pair in enumerate(dataset.pairs)}
     problems.sort(key=lambda problem: order[problem.name])  # stable: within a pair as found
     return Findings(problems, counted.notes() + notes)
@@ -227,8 +234,11 @@ def _passed_over(dataset: SegmentationDataset, images: Files, masks: Files) -> I
                 yield from passed_over(folder, [file for some in files.values() for file in some])
 
 
-def _content(dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, lock: Lock) -> list[Problem]:
-    """The problems that show when the two files are decoded; the mask's pixels are counted."""
+def _content(
+    dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, lock: Lock, last: bool = False
+) -> list[Problem]:
+    """The problems that show when the two files are decoded; the mask's pixels are counted, unless memory ran out and
+    this is not the last attempt."""
     found: list[Problem] = []
 
     def attempt(what: str, step: Callable[[], Result]) -> Result | None:
@@ -244,8 +254,9 @@ def _content(dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, loc
 
     def count(values: np.ndarray) -> None:
         labels = dataset.values.labels(values, pair.mask)
-        with lock:
-            counted.add(values, labels)
+        if last or not any(problem.kind == "memory" for problem in found):
+            with lock:
+                counted.add(values, labels)
 
     image = attempt(f"image '{pair.image}'", lambda: load_image(pair.image, dataset.max_side))
     values = attempt(f"mask '{pair.mask}'", lambda: read_mask(pair.mask, dataset.max_side))

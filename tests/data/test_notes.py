@@ -125,3 +125,20 @@ def test_a_pair_too_large_for_the_memory_is_named_and_the_rest_is_checked(own, m
     problems, _ = examine(open_dataset("folder", own.root))
     assert [(problem.name, problem.kind) for problem in problems] == [("b", "memory"), ("c", "label")]
     assert problems[0].sentence.endswith("' is too large for the memory.")
+
+
+def test_what_fits_into_memory_alone_is_no_problem(own, monkeypatch) -> None:
+    """Several large images at a time may be too much."""
+    from ovseg_fast.data import check
+
+    original, tried = check.load_image, []
+
+    def fail_once(path, *arguments):
+        tried.append(path)
+        if tried.count(path) == 1:
+            raise MemoryError
+        return original(path, *arguments)
+
+    expected = class_pixels(open_dataset("folder", own.root)).notes()
+    monkeypatch.setattr(check, "load_image", fail_once)
+    assert examine(open_dataset("folder", own.root)) == ([], expected) and len(tried) == 6
