@@ -124,7 +124,7 @@ def passed_over(
     for folder in dict.fromkeys(path for path in _paths(paths) if path.is_dir()):
         kinds: Counter[str] = Counter()
         folders = 0
-        for entry in sorted(folder.iterdir()):
+        for entry in _entries(folder):
             if entry.name.startswith(".") or os.path.abspath(entry) in taken:
                 continue
             suffix = entry.suffix.lower()
@@ -156,11 +156,15 @@ def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> 
     return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _entries(folder: Path) -> list[Path]:
     try:
-        entries = sorted(folder.iterdir())
+        return sorted(folder.iterdir())
     except OSError as error:
         raise ImageError(f"folder '{folder}' cannot be read: {error.strerror or error}.") from error
+
+
+def _images_in(folder: Path) -> list[Path]:
+    entries = _entries(folder)
     named = [entry for entry in entries if entry.suffix.lower() in suffixes() and not entry.name.startswith(".")]
     files = [entry for entry in named if not entry.is_dir()]  # not is_file: a broken link is reported as missing
     if not files:

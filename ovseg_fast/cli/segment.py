@@ -78,6 +78,7 @@ def segment_command(
         if font is not None:
             fonts.load(font, fonts.CHECK_SIZE)
         images = list_images(inputs)
+        left_out = passed_over(inputs, images)
         targets = _targets(images, out, dict.fromkeys(kinds))
         options.check_folder(out)
         segmenter = options.load_model(**model, max_side=max_side or MAX_SIDE)
@@ -108,7 +109,7 @@ def segment_command(
                 bar.write(f"{path}: {result.summary(4)} -> {written}", file=sys.stdout)
         bar.close()
     if not quiet:
-        for sentence in passed_over(inputs, images):
+        for sentence in left_out:
             click.echo(sentence, err=True)
     if failures:
         if len(images) > 1:
