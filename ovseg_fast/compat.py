@@ -39,3 +39,11 @@ def ensure_importable() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     importlib.import_module("torchvision")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory did not suffice. For a CPU, PyTorch has no type of its own for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -19,6 +18,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from .compat import lacks_memory
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -210,21 +211,13 @@ def open_image(path: str, what: str = "image") -> ImageFile.ImageFile:
             return Image.open(path)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of whatever library, says that memory ran out."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    words = ("DefaultCPUAllocator", "out of memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
-    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
-
-
 @contextmanager
 def enough_memory(name: str) -> Iterator[None]:
     """Raises `TooLargeError`, which names the image, if memory runs out in this block."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, ImageError) or not out_of_memory(error):
+        if isinstance(error, ImageError) or not lacks_memory(error):
             raise
         raise TooLargeError(f"{name} is too large for the memory.") from error
 
@@ -261,7 +254,7 @@ def decoding(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not in an image format that PIL reads, or its beginning is damaged.") from None
     except Exception as error:  # damaged files raise anything: OSError, SyntaxError, struct.error, EOFError, ...
-        if out_of_memory(error):
+        if lacks_memory(error):
             raise TooLargeError(f"{name} is too large for the memory.") from error
         if isinstance(error, OSError) and error.strerror:
             raise ImageError(f"{name} cannot be read: {error.strerror}.") from error

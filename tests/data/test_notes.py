@@ -109,7 +109,9 @@ def test_files_passed_over_are_noted(own, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("what", ["load_image", "read_mask", "fit"])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_pair_too_large_for_the_memory_is_named_and_the_rest_is_checked(own, monkeypatch, what, error) -> None:
     from ovseg_fast.data import check
 
