@@ -264,23 +264,35 @@ def decoding(name: str) -> Iterator[None]:
 def load_pixels(image: Image.Image, name: str, max_side: int) -> None:
     """Decode an image that `open_image` opened, if its sides are within `max_side`. Errors as `load_image`."""
     check_size(name, *image.size, max_side)
-    with decoding(name), _any_number_of_pixels():
-        image.load()
+    path = getattr(image, "filename", "")
+    if image.format == "TIFF" and _orientation(image, name) > 4:
+        image.filename = ""  # else PIL 13 maps the file with the turned size, which scrambles the pixels
+    try:
+        with decoding(name), _any_number_of_pixels():
+            image.load()
+    finally:
+        if path:
+            image.filename = path
 
 
-def _decode(image: Image.Image, name: str, max_side: int, upright: bool) -> Image.Image:
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """A decoded image, turned as its EXIF data says."""
+    left = _orientation(image, name)
+    return image.transpose(_TURNS[left]) if left in _TURNS else image
+
+
+def _decode(image: Image.Image, name: str, max_side: int, turn: bool) -> Image.Image:
     check_size(name, *image.size, max_side)  # known before any pixel is decoded
     # PIL turns TIFF images as it loads them, and forgets by how much; other formats may decode to find it.
     in_file = _orientation(image, name) if image.format == "TIFF" else 1
-    wide = packing(image)[1].startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16"))
+    negative, wide = _is_negative(image), packing(image)[1].startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16"))
     load_pixels(image, name, max_side)
     with enough_memory(name):
-        left = _orientation(image, name)
-        if upright and left in _TURNS:
-            image = image.transpose(_TURNS[left])
-        elif not upright and in_file in _TURNS and left != in_file:
+        if turn:
+            image = upright(image, name)
+        elif in_file in _TURNS and _orientation(image, name) != in_file:
             image = image.transpose(_TURNS[_INVERSE.get(in_file, in_file)])
-        rgb = _to_rgb(image, name, _is_negative(image))
+        rgb = _to_rgb(image, name, negative)
         if wide:
             _warn_if_dark(name, 257 * int(np.asarray(rgb).max()))
     rgb.info.clear()  # its EXIF data would turn the image a second time
