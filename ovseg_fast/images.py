@@ -165,8 +165,8 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    entries = _entries(folder)
-    named = [entry for entry in entries if entry.suffix.lower() in suffixes() and not entry.name.startswith(".")]
+    entries, endings = _entries(folder), suffixes()
+    named = [entry for entry in entries if entry.suffix.lower() in endings and not entry.name.startswith(".")]
     files = [entry for entry in named if not entry.is_dir()]  # not is_file: a broken link is reported as missing
     if not files:
         heic = sum(entry.suffix.lower() in HEIF_SUFFIXES for entry in entries)
@@ -265,14 +265,14 @@ def load_pixels(image: Image.Image, name: str, max_side: int) -> None:
     """Decode an image that `open_image` opened, if its sides are within `max_side`. Errors as `load_image`."""
     check_size(name, *image.size, max_side)
     path = getattr(image, "filename", "")
-    if image.format == "TIFF" and _orientation(image, name) > 4:
-        image.filename = ""  # else PIL 13 maps the file with the turned size, which scrambles the pixels
+    if path and image.format == "TIFF" and _orientation(image, name) > 4:
+        vars(image)["filename"] = ""  # else PIL 13 maps the file with the turned size, which scrambles the pixels
     try:
         with decoding(name), _any_number_of_pixels():
             image.load()
     finally:
         if path:
-            image.filename = path
+            vars(image)["filename"] = path
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 77  # tokens of CLIP's text encoder, with start and end token
 LONGEST_FILE = 64 * 2**20  # bytes of a file of class names
-LONGEST_PREPARED = 10_000  # letters that are normalised: what takes seconds beyond fits no prompt
+LONGEST_PREPARED = 250  # letters of a name that are normalised, which takes time with the square of the accents
 
 # Letters that nobody sees and that come along from the web, PDF files and spreadsheets. Not the joiners U+200C and
 # U+200D, which emoji and scripts need.
