@@ -48,7 +48,7 @@ class ClassPixels:
 
     Args:
         classes: T names. pixels: (T,) of each class. masks: how many were read. whole: these are all of the split.
-        binary: masks that hold 0 and 255 alone where 255 is no class, and a second class could be meant by it.
+        binary: masks that hold 0 and 255 alone, where 0 is class 0 and 255 no class.
     """
 
     classes: Sequence[str]
@@ -64,7 +64,7 @@ class ClassPixels:
         """Count a mask: its values (H, W) as stored, and its labels (H, W), -1 for no class."""
         self.masks += 1
         self.pixels += np.bincount(labels.ravel() + 1, minlength=len(self.classes) + 1)[1:]
-        if len(self.classes) > 1 and values.size and values.max() == 255 and values.min() == 0:
+        if values.size and values.max() == 255 and values.min() == 0:
             void = values == 255
             two = bool((void | (values == 0)).all())
             self.binary += two and bool((labels[void] == NO_CLASS).all() and (labels[~void] == 0).all())
@@ -76,8 +76,9 @@ class ClassPixels:
         found = []
         masks = "the split" if self.whole else f"{self.masks} masks"
         if self.binary > BINARY_SHARE * self.masks:
-            count = f"{self.binary} of {self.masks} masks hold 0 and 255 alone"
-            found.append(f"{count}; 255 is no class: write 1 for class 1, {self.classes[1]!r}.")
+            meaning = f"0 is class 0, {self.classes[0]!r}, and 255 is no class"
+            cure = f": write 1 for class 1, {self.classes[1]!r}" if len(self.classes) > 1 else ""
+            found.append(f"{self.binary} of {self.masks} masks hold 0 and 255 alone; {meaning}{cure}.")
         absent = [name for name, count in zip(self.classes, self.pixels.tolist(), strict=True) if not count]
         if len(absent) == len(self.classes):
             found.append(f"no pixel of {masks} shows any class: every one holds a value that means no class.")

@@ -36,7 +36,8 @@ def test_notes_go_to_stderr_and_leave_the_exit_code(check) -> None:
     code, out, err = check()
     assert (code, out) == (0, "1 pairs: no problem found.\n")
     assert err.splitlines() == [
-        "note: 1 of 1 masks hold 0 and 255 alone; 255 is no class: write 1 for class 1, 'object'.",
+        "note: 1 of 1 masks hold 0 and 255 alone; 0 is class 0, 'background', and 255 is no class: write 1 for "
+        "class 1, 'object'.",
         "note: no pixel of the split shows 1 of the 2 classes: object.",
     ]
 

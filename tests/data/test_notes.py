@@ -37,14 +37,17 @@ def test_masks_of_0_and_255_alone(own) -> None:
     for name in "abc":
         own.mask(f"masks/{name}.png", own.values([0, 255]))
     assert notes(own) == [
-        "3 of 3 masks hold 0 and 255 alone; 255 is no class: write 1 for class 1, 'object'.",
+        "3 of 3 masks hold 0 and 255 alone; 0 is class 0, 'background', and 255 is no class: write 1 for class 1, "
+        "'object'.",
         "no pixel of the split shows 1 of the 2 classes: object.",
     ]
 
 
 def test_some_masks_of_0_and_255_are_said_a_few_are_not(own) -> None:
     own.mask("masks/a.png", own.values([0, 255]))
-    assert notes(own) == ["1 of 3 masks hold 0 and 255 alone; 255 is no class: write 1 for class 1, 'grass'."]
+    assert notes(own) == [
+        "1 of 3 masks hold 0 and 255 alone; 0 is class 0, 'cat', and 255 is no class: write 1 for class 1, 'grass'."
+    ]
     for index in range(20):
         own.image(f"images/{index}.jpg")
         own.mask(f"masks/{index}.png", own.values([0, 1, 2, 255]))
@@ -58,11 +61,11 @@ def test_other_masks_are_not_binary(own, values: list[int]) -> None:
     assert not any("alone" in note for note in notes(own))
 
 
-def test_one_class_and_no_class_may_be_0_and_255(own) -> None:
+def test_one_class_may_be_meant_by_255(own) -> None:
     own.text("classes.txt", "object")
     for name in "abc":
         own.mask(f"masks/{name}.png", own.values([0, 255]))
-    assert notes(own) == []
+    assert notes(own) == ["3 of 3 masks hold 0 and 255 alone; 0 is class 0, 'object', and 255 is no class."]
 
 
 def test_255_may_be_a_class(own) -> None:
