@@ -78,7 +78,7 @@ def segment_command(
         if font is not None:
             fonts.load(font, fonts.CHECK_SIZE)
         images = list_images(inputs)
-        left_out = passed_over(inputs, images)
+        left_out = passed_over(inputs, [*images, out])
         targets = _targets(images, out, dict.fromkeys(kinds))
         options.check_folder(out)
         segmenter = options.load_model(**model, max_side=max_side or MAX_SIDE)

@@ -105,6 +105,12 @@ def test_what_is_passed_over_is_one_line(segment, monkeypatch) -> None:
     assert segment("mix", "-q").err == "" and segment("mix/a.png").err == ""
 
 
+def test_the_folder_of_results_is_not_called_passed_over(segment) -> None:
+    photo("a.png")
+    for _ in range(2):
+        assert segment(".").err == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes, which Linux has")
 def test_names_that_are_not_utf8_are_read_and_written(segment) -> None:
     for name in (b"caf\xe9.png", b"\xff\xfe.jpg"):
