@@ -319,8 +319,7 @@ def packing(image: Image.Image) -> tuple[str, str, Any]:
     if not tiles:
         return "", "", None
     decoder, arguments = tiles[0][0], tiles[0][3]  # by index: tiles had no names before Pillow 11
-    if not isinstance(arguments, (tuple, list)):
-        arguments = (arguments or "",)
+    arguments = tuple(arguments or [""]) if isinstance(arguments, (tuple, list)) else (arguments or "",)
     return decoder, str(arguments[0]), arguments[-1]
 
 
