@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .compat import ensure_importable
+from . import compat
 from .files import read_text
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
         raise ValueError(f"prompts must be T lists of P prompts each, got lists of {sorted(counts) or 'no'} prompts.")
     tokenizer = _tokenizer()
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
-    tokens = torch.zeros(len(prompts), counts.pop(), CONTEXT_LENGTH, dtype=torch.int64)
+    tokens = torch.zeros(len(prompts), counts.pop(), CONTEXT_LENGTH, dtype=torch.int64, device="cpu")
     for t, row in enumerate(prompts):
         for p, prompt in enumerate(row):
             words = _encode(tokenizer, prompt)
@@ -179,7 +179,7 @@ def tokenize(prompts: Sequence[Sequence[str]]) -> Tensor:
                 raise ValueError(f"a prompt must fit into {limit}, got {count} for {_short(prompt)}.")
             if start in words or end in words:
                 raise ValueError(f"a prompt must not spell out CLIP's special tokens, got {_short(prompt)}.")
-            tokens[t, p, :count] = torch.tensor([start, *words, end])
+            tokens[t, p, :count] = torch.tensor([start, *words, end], device="cpu")
     return tokens
 
 
@@ -215,10 +215,7 @@ def _warn_of_form(where: str, names: Sequence[str], text: str) -> None:
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Any:
-    ensure_importable()
-    import open_clip  # slow, and needs torchvision: only if there is something to tokenise
-
-    return open_clip.SimpleTokenizer()
+    return compat.open_clip().SimpleTokenizer()  # a slow import: only if there is something to tokenise
 
 
 @lru_cache(maxsize=1)

@@ -1,13 +1,25 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; folders, locks and text."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from ovseg_fast.files import write_whole
+from ovseg_fast import files
+from ovseg_fast.checkpoints.tensors import write_safetensors
+from ovseg_fast.files import check_writable, held, read_text, write_whole
 
 
 class Interrupted(BaseException):
@@ -115,3 +127,213 @@ def test_same_permissions_as_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     write_whole(tmp_path / "whole", lambda file: file.write_bytes(b""))
     assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# Full disks and other causes, whatever the library makes of them
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+WRITERS = {
+    "png": ("a.png", lambda file: Image.fromarray(PICTURE).save(file)),
+    "jpg": ("a.jpg", lambda file: Image.fromarray(PICTURE).save(file, quality=99)),
+    "npz": ("a.npz", lambda file: np.savez_compressed(file, picture=PICTURE)),
+    "torch": ("a.pt", lambda file: torch.save({"picture": torch.from_numpy(PICTURE)}, file)),
+    "safetensors": ("a.safetensors", lambda file: write_safetensors(file, {"a": torch.from_numpy(PICTURE)}, {})),
+    "json": ("a.json", lambda file: file.write_text(json.dumps(PICTURE.tolist()))),
+}
+EACH_WRITER = pytest.mark.parametrize(("name", "writer"), WRITERS.values(), ids=WRITERS)
+
+
+@pytest.fixture
+def largest_file() -> Iterator[None]:
+    """Files cannot grow beyond 64 KiB, as on a disk that becomes full."""
+    resource = pytest.importorskip("resource", reason="needs POSIX's limits of resources")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@EACH_WRITER
+@pytest.mark.usefixtures("largest_file")
+def test_a_disk_that_takes_no_more_is_told_with_the_name_of_the_target(tmp_path: Path, name: str, writer) -> None:
+    with pytest.raises(OSError) as caught:
+        write_whole(tmp_path / name, writer)
+    assert str(caught.value) == f"cannot write '{tmp_path / name}': File too large."
+    assert list(tmp_path.iterdir()) == []
+
+
+@EACH_WRITER
+@pytest.mark.skipif(os.name != "posix", reason="needs a file system that allows any bytes in names")
+def test_paths_that_are_not_utf8(tmp_path: Path, name: str, writer) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    write_whole(folder / name, writer)
+    assert [path.name for path in folder.iterdir()] == [name] and (folder / name).stat().st_size > 1000
+
+
+@EACH_WRITER
+def test_a_folder_that_vanishes_is_told_with_the_name_of_the_target(tmp_path: Path, name: str, writer) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def vanishing(file: Path) -> None:
+        file.unlink()
+        folder.rmdir()
+        writer(file)
+
+    with pytest.raises(OSError) as caught:
+        write_whole(folder / name, vanishing)
+    assert str(caught.value) == f"cannot write '{folder / name}': No such file or directory."
+
+
+def test_a_cause_hidden_behind_another_error_is_told(tmp_path: Path) -> None:
+    def writer(file: Path) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise ValueError("write to closed file")  # as zipfile does when it closes what it could not write
+
+    with pytest.raises(OSError, match=r"a\.bin': No space left on device\.$"):
+        write_whole(tmp_path / "a.bin", writer)
+
+
+def test_file_systems_without_fsync_modes_and_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", unsupported)
+    monkeypatch.setattr(os, "chmod", unsupported)
+    if sys.platform != "win32":
+        monkeypatch.setattr("fcntl.flock", unsupported)
+    write_whole(tmp_path / "a.bin", lambda file: file.write_bytes(b"new"))
+    assert (tmp_path / "a.bin").read_bytes() == b"new"
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(tmp_path / "b.bin", lambda file: file.write_bytes(b"new"))
+    assert not (tmp_path / "b.bin").exists()
+
+
+def test_names_as_long_as_the_disk_takes(tmp_path: Path) -> None:
+    limit = os.pathconf(tmp_path, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for name in ("a" * limit, "a." + "b" * (limit - 2), "ü" * (limit // 2), "a" * (limit - 4) + ".npz"):
+        write_whole(tmp_path / name, lambda file: file.write_bytes(b"new"))
+        assert (tmp_path / name).read_bytes() == b"new"
+    with pytest.raises(OSError, match=r"cannot write '.*aaa': File name too long\."):
+        write_whole(tmp_path / ("a" * (limit + 1)), never)
+    with pytest.raises(OSError, match=r"cannot write '.*': .*null"):
+        write_whole(tmp_path / "a\0b", never)
+
+
+# Temporary files of killed runs
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [tmp_path / f".ovseg-{'0123456789abcdef'}{ending}" for ending in ("", ".png", ".safetensors")]
+    others = [tmp_path / name for name in (".ovseg-mine.png", ".ovseg", "ovseg-0123456789abcdef.png", "a.png")]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+
+    def writer(file: Path) -> None:
+        file.write_bytes(b"in the middle of it")
+        check_writable(tmp_path)
+        assert file.exists() and not any(path.exists() for path in left)
+
+    write_whole(tmp_path / "new.png", writer)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in others} | {"new.png"}
+
+
+def test_without_locks_only_old_files_are_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovseg_fast.files._lock", lambda descriptor: None)
+    old, young = (tmp_path / f".ovseg-{digit * 16}.png" for digit in "01")
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_a_killed_process_leaves_what_the_next_run_removes(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from ovseg_fast.files import write_whole\n"
+        "def writer(file):\n    file.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_whole(Path(sys.argv[1], 'a.png'), writer)"
+    )
+    root = str(Path(files.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": root}, check=False)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Folders and locks
+
+
+def test_a_folder_is_made_and_kept_or_not(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "--out", keep=False)
+    assert list(tmp_path.iterdir()) == []
+    check_writable(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    check_writable(tmp_path / "a" / "b" / "c", keep=False)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=r"^--out must be a folder, .*file is a file\.$"):
+            check_writable(path, "--out")
+    with pytest.raises(OSError, match=r"^--out: cannot write to '.*': File name too long\.$"):
+        check_writable(tmp_path / ("a" * 300), "--out")
+    monkeypatch.setattr("tempfile.TemporaryFile", mock.Mock(side_effect=OSError(30, "Read-only file system")))
+    with pytest.raises(OSError, match=r"^out: cannot write to '.*new': Read-only file system\.$"):
+        check_writable(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    sentence = rf"^a training run is under way in '{re.escape(str(tmp_path))}'; "
+    with held(tmp_path / "lock", "a training run"), pytest.raises(ValueError, match=sentence):
+        held(tmp_path / "lock", "a training run").__enter__()
+    with held(tmp_path / "lock", "a training run"):
+        pass
+
+
+def test_locks_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^cannot write '.*lock': "):
+        held(tmp_path / "file" / "lock", "a training run").__enter__()
+    for error in (NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")):
+        monkeypatch.setattr("filelock.FileLock.acquire", mock.Mock(side_effect=error))
+        caplog.clear()
+        with held(tmp_path / "lock", "a training run"):
+            assert "cannot be locked" in caplog.text
+
+
+# Text that a person wrote
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_in_any_encoding_that_says_what_it_is(tmp_path: Path, encoding: str, end: str) -> None:
+    (tmp_path / "a.txt").write_bytes(f"Katze{end}猫{end}".encode(encoding))
+    assert read_text(tmp_path / "a.txt") == "Katze\n猫\n"
+
+
+def test_text_in_other_encodings_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("cat\nTür\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^'.*a\.txt' is not UTF-8 \(line 2\); save the class list as UTF-8\.$"):
+        read_text(path, "class list")
+    path.write_bytes("cat\ndog\n".encode("utf-16") + b"\x00")
+    with pytest.raises(ValueError, match=r"^'.*a\.txt' is not UTF-16 \(line 3\)"):
+        read_text(path)
+    path.write_bytes("cat\ndog\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="UTF-16 without a byte order mark"):
+        read_text(path)
+    with pytest.raises(FileNotFoundError, match=r"^cannot read '.*nothing\.txt': No such file or directory\.$"):
+        read_text(tmp_path / "nothing.txt")

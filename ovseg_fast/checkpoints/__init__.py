@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .files import CheckpointError, read
+from .errors import CheckpointError
+from .files import read
 from .storage import classes, download, load, load_upstream, save, to_upstream
 
 __all__ = ["CheckpointError", "classes", "download", "load", "load_upstream", "read", "save", "to_upstream"]

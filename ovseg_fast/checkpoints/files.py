@@ -5,34 +5,33 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .errors import CheckpointError
+from .pickles import LEGACY, LEGACY_START, read_torch
+from .tensors import read_safetensors
 
 WRAPPERS = ("model", "state_dict")  # detectron2's and mmseg's name for the state dict within a checkpoint
 PREFIX = re.compile(r"(module\.|_orig_mod\.)+")  # of every key, by DistributedDataParallel and torch.compile
 ARCHIVE = b"PK\x03\x04"  # start of a zip archive, which torch.save writes
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or belongs to another model.
-
-    The first line of the message is one sentence; further lines name every key that does not fit.
-
-    Attributes:
-        missing, unexpected, mismatched: keys that the checkpoint lacks, that the model lacks, and of another shape.
-    """
-
-    def __init__(
-        self, message: str, missing: Iterable[str] = (), unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
-    ) -> None:
-        super().__init__(message)
-        self.missing, self.unexpected, self.mismatched = tuple(missing), tuple(unexpected), tuple(mismatched)
+OTHERS = {  # how files of other kinds begin
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (.h5), as Keras and MATLAB write them",
+    b"\x93NUMPY": "a numpy array (.npy)",
+    b"GGUF": "a GGUF file of language models",
+    b"\x1f\x8b": "packed with gzip",
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ\x00": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x7fELF": "a program",
+}
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,19 +47,20 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: the file is damaged, not a checkpoint, or holds other objects than tensors.
+        OSError, MemoryError: it cannot be opened, or is too large for the memory.
     """
     file = Path(path)
     kind = file_kind(file)
     if kind == "safetensors":
-        content, metadata = _read_safetensors(file)
+        content, metadata = read_safetensors(file)
         return unwrap(content, f"'{file}'"), metadata
-    return unwrap(_read_torch(file, zipped=kind == "zip"), f"'{file}'"), {}
+    return unwrap(read_torch(file, zipped=kind == "zip"), f"'{file}'"), {}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a safetensors file, empty for other checkpoints; reads no tensor. Errors as `read`."""
     file = Path(path)
-    return _read_safetensors(file, tensors=False)[1] if file_kind(file) == "safetensors" else {}
+    return read_safetensors(file, tensors=False)[1] if file_kind(file) == "safetensors" else {}
 
 
 def unwrap(content: object, what: str) -> dict[str, Tensor]:
@@ -91,17 +91,20 @@ def first_of(names: list[str], most: int = 5) -> str:
 
 
 def file_kind(path: Path) -> str:
-    """A file's kind by its first bytes: "zip" or "pickle", which torch.load reads, or "safetensors".
+    """A file's kind by its first bytes: "zip" or "legacy", which torch.load reads, or "safetensors".
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: it is none of these.
+        FileNotFoundError: no such file. OSError: it cannot be read. CheckpointError: it is none of these.
     """
-    if path.is_dir():
-        raise CheckpointError(f"'{path}' is a folder, expected a checkpoint file.")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint file '{path}'.")
-    with open(path, "rb") as file:
-        head = file.read(1024)
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"'{path}' is a folder, expected a checkpoint file.")
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint file '{path}'.") from None
+    except OSError as error:
+        raise OSError(f"cannot read '{path}': {error.strerror or error}.") from error
     if not head:
         raise CheckpointError(f"'{path}' is empty (0 bytes), expected a checkpoint; download or save it again.")
     if head.startswith(ARCHIVE) or ARCHIVE.startswith(head):
@@ -109,9 +112,32 @@ def file_kind(path: Path) -> str:
     _refuse_text(path, head)
     if head[8:9] == b"{":  # after the header's length; the header is JSON
         return "safetensors"
-    if head.startswith(b"\x80"):
-        return "pickle"
-    raise CheckpointError(f"'{path}' is neither a PyTorch nor a safetensors file, or a damaged one; download it again.")
+    if LEGACY in head[:32] or (LEGACY_START + LEGACY).startswith(head):
+        return "legacy"
+    raise CheckpointError(_other_kind(path, head))
+
+
+def _other_kind(path: Path, head: bytes) -> str:
+    """What a file is that this package does not read."""
+    if re.match(rb"\x80[\x02-\x05]", head):
+        with open(path, "rb") as file:
+            arrays = re.search(rb"numpy\W", file.read(1 << 20))
+        if arrays:
+            return (
+                f"'{path}' is a pickle of numpy arrays, as detectron2's model zoo has them, not a PyTorch file; if you "
+                "trust it, load it with pickle and save its arrays as tensors with torch.save."
+            )
+        return f"'{path}' is a pickle that torch.save did not write, or damaged; save the state dict with torch.save."
+    if head[257:262] == b"ustar":
+        old = b"sys_info" in head[:100] or b"pickle" in head[:100] or b"storages" in head[:100]
+        cure = "load it with an old PyTorch and save it again" if old else "unpack it first"
+        return f"'{path}' is a tar archive{', as PyTorch 0.1 wrote them' if old else ''}; {cure}."
+    if path.suffix.lower() == ".onnx" or re.match(rb"\x08[\x01-\x20][\x12\x3a\x42]", head):
+        return f"'{path}' is an ONNX model, expected a checkpoint of PyTorch (.pth, .pt, .bin or .safetensors)."
+    for start, kind in OTHERS.items():
+        if head.startswith(start):
+            return f"'{path}' is {kind}, expected a checkpoint of PyTorch (.pth, .pt, .bin or .safetensors)."
+    return f"'{path}' is neither a PyTorch nor a safetensors file, or it is damaged."
 
 
 def _refuse_text(path: Path, head: bytes) -> None:
@@ -127,61 +153,3 @@ def _refuse_text(path: Path, head: bytes) -> None:
     if re.search(r"<(!doctype|html|head|body)\b", text, re.IGNORECASE):
         raise CheckpointError(f"'{path}' is a web page about the checkpoint; download the checkpoint itself.")
     raise CheckpointError(f"'{path}' is a text file, expected a checkpoint (.pth, .pt, .bin or .safetensors).")
-
-
-def _read_torch(path: Path, zipped: bool) -> object:
-    """The content of a torch.save file: tensors in plain containers, anything else is refused."""
-    if zipped:
-        _check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles; the sentences below say what matters
-            # Mapping saves a second copy in memory. It needs a zipped file, and the name of another format misleads it.
-            if zipped and path.suffix != ".safetensors":
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            with open(path, "rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail as anything
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if foreign is None or _ends_within(path, foreign[1]):
-            raise _damaged(path) from error
-        raise CheckpointError(
-            f"'{path}' holds Python objects ({foreign[1]}), which are not loaded because a file can run code through "
-            "them; if you trust it, save its state dict alone to another file."
-        ) from error
-
-
-def _ends_within(path: Path, name: str) -> bool:
-    """Whether a pickle was cut off within this name, which then only looks foreign."""
-    stem = name.rstrip(".").encode()
-    with open(path, "rb") as file:
-        file.seek(-min(len(stem) + 2, path.stat().st_size), os.SEEK_END)  # its reader drops the last character
-        return stem in file.read().replace(b"\n", b".")
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse zip archives that torch.load cannot read, or would read as something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.rpartition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise _damaged(path) from error
-    if "constants.pkl" in names:
-        raise CheckpointError(
-            f"'{path}' is a TorchScript program, as OpenAI publishes CLIP, not a checkpoint of a segmentation model."
-        )
-    if "data.pkl" not in names:
-        raise CheckpointError(f"'{path}' is a zip archive that torch.save did not write; unpack it first.")
-
-
-def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys() if tensors else []
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"'{path}' ({path.stat().st_size:,} bytes) is damaged or cut short; download it again.")

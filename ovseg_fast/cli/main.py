@@ -8,14 +8,20 @@ import sys
 import click
 
 from .. import __version__
+from . import options
 from .check import check_command
 from .demo import demo_command
+from .ending import Commands
 from .evaluate import evaluate_command
 from .segment import segment_command
 from .train import train_command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: " + "; ".join(f"{code}: {meaning}" for code, meaning in options.EXIT_CODES.items()) + ".",
+)
 @click.version_option(__version__, prog_name="ovseg-fast")
 @click.option("-v", "--verbose", is_flag=True, help="Log what the package decides, and full error messages.")
 @click.pass_context

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +13,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ..files import check_writable
+
 if TYPE_CHECKING:
+
     from ..segmenter import Segmenter
 
-FAILED = 1  # exit code: some or all of the work could not be done
-BAD_INPUT = 2  # exit code: an argument does not fit, nothing was started
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)  # errors reported in one line
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+EXIT_CODES = {
+    0: "all was done",
+    FAILED: "some or all of the work could not be done",
+    BAD_INPUT: "an argument does not fit, nothing was begun",
+    STOPPED: "stopped by Ctrl-C or a signal",
+}
+# Errors reported in one line; of others, which are faults of this package, Python shows where they arose.
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
+
+stopping = threading.Event()  # set once a signal asked the command to end
 
 PATH = click.Path(path_type=Path)
 
@@ -54,27 +68,47 @@ def quiet(help: str = "No progress bar.") -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError if the folder or a parent is a file."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--out must be a folder, {existing} is a file.")
+    """Raises ValueError or OSError if results cannot be written there; leaves no folder behind."""
+    check_writable(folder, "--out", keep=False)
 
 
 def load_model(preset: str, weights: str, device: str | None, **options: Any) -> Segmenter:
-    """The model, once its device is known to run the backend asked for. Imports PyTorch."""
-    from .. import backends
-    from ..segmenter import load
+    """The model, once its device is known to exist and to run the backend asked for. Imports PyTorch."""
+    from .. import backends, checkpoints
+    from ..segmenter import check_device, load
 
-    segmenter = load(preset, weights=None if weights == "random" else weights, device=device, **options)
-    backends.check(segmenter.device)
-    return segmenter
+    target = check_device(device)
+    backends.check(target)
+    path = checkpoints.download(preset, advice="--weights {file}") if weights == "published" else weights
+    return load(preset, weights=None if weights == "random" else path, device=target, **options)
 
 
 def message(error: BaseException) -> str:
-    """An error for stderr: its first line, or all of it with --verbose (checkpoints list every key)."""
-    text = str(error) or type(error).__name__
+    """An error for stderr: one sentence, or all of it with --verbose (checkpoints list every key)."""
     context = click.get_current_context(silent=True)
-    return f"ovseg-fast: {text if context and context.obj else text.splitlines()[0]}"
+    return f"ovseg-fast: {str(error) if context and context.obj and str(error) else sentence(error)}"
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, whichever library raised it, in one line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # PyTorch's, of a worker: the last line is what it is about
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
+    lack = re.search(r"allocate (\d+) bytes|tried to allocate ([\d.]+ \w+)|unable to allocate ([\d.]+ \w+)", text, re.I)
+    if type(error).__name__ == "OutOfMemoryError" and lack:
+        return f"there is not enough memory on the GPU for another {lack[lack.lastindex or 0]}."
+    if lack and (isinstance(error, MemoryError) or "t allocate memory" in text):
+        return f"there is not enough memory for another {lack[lack.lastindex or 0]}{' bytes' if lack[1] else ''}."
+    if isinstance(error, MemoryError) and not text:
+        return "there is not enough memory."
+    if isinstance(error, RecursionError):
+        return "something is nested too deeply to be read."
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: '{os.fsdecode(error.filename)}'."
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].endswith(":") and len(lines) > 1:
+        return f"{lines[0]} {lines[1]}"
+    return lines[0]
 
 
 def fail(error: BaseException, code: int) -> NoReturn:
@@ -89,4 +123,6 @@ def exit_on_error(code: int) -> Iterator[None]:
     try:
         yield
     except EXPECTED as error:
+        if stopping.is_set():  # its consequence: a worker process got the signal too
+            raise KeyboardInterrupt from error
         fail(error, code)

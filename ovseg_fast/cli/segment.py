@@ -91,7 +91,8 @@ def segment_command(
         for path in bar:
             try:
                 with enough_memory(f"image '{path}'"):
-                    result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
+                    encoded = segmenter.encode(path, mode, progress=not quiet)
+                    result = encoded.segment(names, scores=False, progress=not quiet)
                     out.mkdir(parents=True, exist_ok=True)
                     for kind, target in targets[path].items():
                         if kind == "labels":

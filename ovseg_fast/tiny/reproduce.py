@@ -18,9 +18,9 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import save
 
 from .. import checkpoints
+from ..checkpoints.tensors import write_safetensors
 from ..data.vocabularies import WORLD
 from ..data.world.scenes import WorldScenes
 from ..evaluation.evaluate import evaluate
@@ -67,7 +67,7 @@ def reproduce(out: str | Path, *, share: float = 1.0, workers: int = 0) -> Path:
     clip = folder / "clip" / CLIP_WEIGHTS
     state, _ = checkpoints.read(clip)
     packed = compact({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()})
-    write_whole(weights / "clip-tiny.safetensors", lambda path: path.write_bytes(save(packed)))
+    write_whole(weights / "clip-tiny.safetensors", lambda path: write_safetensors(path, packed, {}))
     for name in MODELS:
         config = read_config(PACKAGED / f"{name}.toml")
         config = replace(config, out=str(folder / name), clip_pretrained=str(clip), workers=workers)

@@ -41,10 +41,10 @@ class Stub:
         logging.getLogger("ovseg_fast.stub").warning("images under %d pixels are small", 96)
         return self
 
-    def segment(self, names, progress: bool) -> Segmentation:
+    def segment(self, names, scores: bool, progress: bool) -> Segmentation:
         labels = np.zeros((self.image.height, self.image.width), int)
         labels[:, self.image.width // 2 :] = len(names) - 1
-        return Segmentation(self.image, names, labels, lambda: None)
+        return Segmentation(self.image, names, labels)
 
 
 class Ended:
@@ -222,6 +222,8 @@ def test_dark_and_damaged_images_of_a_folder_are_two_warnings(segment, caplog) -
         (("--font", "a.png"), "font must be a TrueType or OpenType file"),
         (("--max-side", "1"), "--max-side"),
         (("--save", "scores"), "--save"),
+        (("-o", "a.png"), "--out must be a folder"),
+        (("-o", "a.png/deeper"), "--out must be a folder"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(segment, monkeypatch, arguments, words) -> None:
