@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from . import options
+from .repeats import counted_warnings
 
 
 @click.command("evaluate")
@@ -72,7 +73,7 @@ def evaluate_command(
             segmenter.model.seen_offset = seen_offset
         seen = _trained_on(weights, dataset.vocabulary.classes)
         run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume)
-    with options.exit_on_error(options.FAILED):
+    with options.exit_on_error(options.FAILED), counted_warnings():
         result = run.go(progress=not quiet)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")

@@ -16,7 +16,6 @@ import click
 from ..files import check_writable
 
 if TYPE_CHECKING:
-
     from ..segmenter import Segmenter
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ovseg_fast import images
 from ovseg_fast.cli import main, options
+from ovseg_fast.cli.repeats import counted_warnings
 from ovseg_fast.cli.segment import _output_stems
 from ovseg_fast.segmentation import Segmentation
 
@@ -195,6 +196,20 @@ def test_a_warning_for_every_image_comes_once_with_its_number(segment, caplog) -
     ended = segment("photos", "-q", "--save", "labels")
     assert [record.getMessage() for record in caplog.records] == ["images under 96 pixels are small"]
     assert ended.err == "29 more: images under 96 pixels are small\n"
+
+
+def test_warnings_that_count_themselves_or_name_what_is_left_out_are_all_shown(caplog, capsys) -> None:
+    with counted_warnings():
+        for count in (1, 10):
+            logging.getLogger("ovseg_fast.models").warning("%d small images so far", count)
+            logging.getLogger("ovseg_fast.evaluation.evaluate").warning("%s is left out", count)
+            logging.getLogger("other").warning("plain")
+            logging.getLogger("other").error("%s failed", count)
+    assert [record.getMessage() for record in caplog.records] == [
+        *("1 small images so far", "1 is left out", "plain", "1 failed"),
+        *("10 small images so far", "10 is left out", "10 failed"),
+    ]
+    assert capsys.readouterr().err.splitlines()[-1] == "1 more: plain"
 
 
 def test_with_verbose_every_warning_is_shown(segment, caplog, capsys) -> None:
