@@ -40,7 +40,7 @@ KINDS = ("overlay", "labels", "npz")
 )
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the colours.")
 @click.option("--font", help="Font file for the legend's names.  [default: PIL's own or one of the system]")
-@click.option("--max-side", type=click.IntRange(min=2), help="Largest accepted side of an image.  [default: 16384]")
+@options.max_side
 @options.quiet("No progress bar and no summary.")
 def segment_command(
     inputs: tuple[Path, ...],
@@ -51,7 +51,7 @@ def segment_command(
     kinds: tuple[str, ...],
     alpha: float,
     font: str | None,
-    max_side: int | None,
+    max_side: int,
     quiet: bool,
     **model: Any,
 ) -> None:
@@ -68,7 +68,7 @@ def segment_command(
     from tqdm import tqdm
 
     from .. import fonts
-    from ..images import MAX_SIDE, enough_memory, list_images, passed_over
+    from ..images import enough_memory, list_images, passed_over
     from ..vocabulary import check_classes, parse_classes, read_classes
 
     with options.exit_on_error(options.BAD_INPUT):
@@ -81,7 +81,7 @@ def segment_command(
         left_out = passed_over(inputs, [*images, out])
         targets = _targets(images, out, dict.fromkeys(kinds))
         options.check_folder(out)
-        segmenter = options.load_model(**model, max_side=max_side or MAX_SIDE)
+        segmenter = options.load_model(**model, max_side=max_side)
         segmenter.check_mode(mode)
         segmenter.embed_text(names, progress=not quiet)
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ovseg_fast.cli import main
+from ovseg_fast.images import MAX_SIDE
 
 
 @pytest.fixture
@@ -73,3 +74,8 @@ def test_the_limit_on_sides_can_be_raised(check) -> None:
     code, out, _ = check()
     assert code == 1 and out.count("--max-side") == 2
     assert check("--max-side", 17_000)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["segment", "check", "evaluate"])
+def test_every_command_that_reads_images_has_the_limit_on_sides(command: str) -> None:
+    assert [option.default for option in main.commands[command].params if option.name == "max_side"] == [MAX_SIDE]
