@@ -14,7 +14,7 @@ import numpy as np
 
 from ..images import ImageError, MissingImageError, TooLargeError, enough_memory, load_image, passed_over, suffixes
 from .datasets import Dataset, Files, Pair, SegmentationDataset, files_by_name, fit
-from .masks import NO_CLASS, DataError, read_mask
+from .masks import NO_CLASS, NO_CLASS_VALUES, DataError, read_mask
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ KINDS = {
     "label": "label beyond the class list",
     "memory": "too large for the memory",
 }
-BINARY_SHARE = 0.1  # of the masks; fewer that hold 0 and 255 alone are no reason for a note
+BINARY_SHARE = 0.1  # of the masks; fewer that hold only black and white are no reason for a note
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class ClassPixels:
 
     Args:
         classes: T names. pixels: (T,) of each class. masks: how many were read. whole: these are all of the split.
-        binary: masks that hold 0 and 255 alone, where 0 is class 0 and 255 no class.
+        binary: masks that hold 0 and one other value alone, `white`, where 0 is class 0 and `white` no class.
     """
 
     classes: Sequence[str]
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     masks: int = 0
     binary: int = 0
+    white: int = 255
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -64,10 +65,13 @@ class ClassPixels:
         """Count a mask: its values (H, W) as stored, and its labels (H, W), -1 for no class."""
         self.masks += 1
         self.pixels += np.bincount(labels.ravel() + 1, minlength=len(self.classes) + 1)[1:]
-        if values.size and values.max() == 255 and values.min() == 0:
-            void = values == 255
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if low == 0 and high in NO_CLASS_VALUES:
+            void = values == high
             two = bool((void | (values == 0)).all())
-            self.binary += two and bool((labels[void] == NO_CLASS).all() and (labels[~void] == 0).all())
+            if two and bool((labels[void] == NO_CLASS).all() and (labels[~void] == 0).all()):
+                self.binary += 1
+                self.white = high
 
     def notes(self) -> list[str]:
         """Sentences about what is allowed but hardly meant."""
@@ -76,9 +80,9 @@ class ClassPixels:
         found = []
         masks = "the split" if self.whole else f"{self.masks} masks"
         if self.binary > BINARY_SHARE * self.masks:
-            meaning = f"0 is class 0, {self.classes[0]!r}, and 255 is no class"
+            meaning = f"0 is class 0, {self.classes[0]!r}, and {self.white} is no class"
             cure = f": write 1 for class 1, {self.classes[1]!r}" if len(self.classes) > 1 else ""
-            found.append(f"{self.binary} of {self.masks} masks hold 0 and 255 alone; {meaning}{cure}.")
+            found.append(f"{self.binary} of {self.masks} masks hold 0 and {self.white} alone; {meaning}{cure}.")
         absent = [name for name, count in zip(self.classes, self.pixels.tolist(), strict=True) if not count]
         if len(absent) == len(self.classes):
             found.append(f"no pixel of {masks} shows any class: every one holds a value that means no class.")

@@ -61,6 +61,12 @@ def test_other_masks_are_not_binary(own, values: list[int]) -> None:
     assert not any("alone" in note for note in notes(own))
 
 
+def test_masks_of_16_bits_in_black_and_white(own) -> None:
+    for name in "abc":
+        own.mask(f"masks/{name}.png", own.values([0, 65535], np.uint16))
+    assert notes(own)[0].startswith("3 of 3 masks hold 0 and 65535 alone; 0 is class 0, 'cat', and 65535 is no class: ")
+
+
 def test_one_class_may_be_meant_by_255(own) -> None:
     own.text("classes.txt", "object")
     for name in "abc":
