@@ -47,7 +47,7 @@ def counted_warnings() -> Iterator[None]:
     root = logging.getLogger()
     handlers = root.handlers[:]
     first = _First(handlers)
-    if not (context and context.obj):
+    if handlers and not (context and context.obj):
         root.handlers[:] = [first]
     try:
         with warnings.catch_warnings():
