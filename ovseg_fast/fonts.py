@@ -72,7 +72,7 @@ def choose(texts: Sequence[str], size: int, font: str | os.PathLike[str] | None 
 @lru_cache(maxsize=1)
 def system_fonts() -> list[str]:
     """Font files of the system, those with many scripts first."""
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))  # not Path.home, which fails for a user without one
     if sys.platform == "win32":
         places = [Path(os.environ.get("WINDIR", "C:/Windows"), "Fonts")]
         places.append(Path(os.environ.get("LOCALAPPDATA", home), "Microsoft", "Windows", "Fonts"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -19,6 +18,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from .compat import lacks_memory
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -124,7 +125,7 @@ def passed_over(
     for folder in dict.fromkeys(path for path in _paths(paths) if path.is_dir()):
         kinds: Counter[str] = Counter()
         folders = 0
-        for entry in sorted(folder.iterdir()):
+        for entry in _entries(folder):
             if entry.name.startswith(".") or os.path.abspath(entry) in taken:
                 continue
             suffix = entry.suffix.lower()
@@ -156,12 +157,16 @@ def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> 
     return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _entries(folder: Path) -> list[Path]:
     try:
-        entries = sorted(folder.iterdir())
+        return sorted(folder.iterdir())
     except OSError as error:
         raise ImageError(f"folder '{folder}' cannot be read: {error.strerror or error}.") from error
-    named = [entry for entry in entries if entry.suffix.lower() in suffixes() and not entry.name.startswith(".")]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    entries, endings = _entries(folder), suffixes()
+    named = [entry for entry in entries if entry.suffix.lower() in endings and not entry.name.startswith(".")]
     files = [entry for entry in named if not entry.is_dir()]  # not is_file: a broken link is reported as missing
     if not files:
         heic = sum(entry.suffix.lower() in HEIF_SUFFIXES for entry in entries)
@@ -206,21 +211,13 @@ def open_image(path: str, what: str = "image") -> ImageFile.ImageFile:
             return Image.open(path)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of whatever library, says that memory ran out."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    words = ("DefaultCPUAllocator", "out of memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
-    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
-
-
 @contextmanager
 def enough_memory(name: str) -> Iterator[None]:
     """Raises `TooLargeError`, which names the image, if memory runs out in this block."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, ImageError) or not out_of_memory(error):
+        if isinstance(error, ImageError) or not lacks_memory(error):
             raise
         raise TooLargeError(f"{name} is too large for the memory.") from error
 
@@ -257,7 +254,7 @@ def decoding(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not in an image format that PIL reads, or its beginning is damaged.") from None
     except Exception as error:  # damaged files raise anything: OSError, SyntaxError, struct.error, EOFError, ...
-        if out_of_memory(error):
+        if lacks_memory(error):
             raise TooLargeError(f"{name} is too large for the memory.") from error
         if isinstance(error, OSError) and error.strerror:
             raise ImageError(f"{name} cannot be read: {error.strerror}.") from error
@@ -267,23 +264,35 @@ def decoding(name: str) -> Iterator[None]:
 def load_pixels(image: Image.Image, name: str, max_side: int) -> None:
     """Decode an image that `open_image` opened, if its sides are within `max_side`. Errors as `load_image`."""
     check_size(name, *image.size, max_side)
-    with decoding(name), _any_number_of_pixels():
-        image.load()
+    path = getattr(image, "filename", "")
+    if path and image.format == "TIFF" and _orientation(image, name) > 4:
+        vars(image)["filename"] = ""  # else PIL 13 maps the file with the turned size, which scrambles the pixels
+    try:
+        with decoding(name), _any_number_of_pixels():
+            image.load()
+    finally:
+        if path:
+            vars(image)["filename"] = path
 
 
-def _decode(image: Image.Image, name: str, max_side: int, upright: bool) -> Image.Image:
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """A decoded image, turned as its EXIF data says."""
+    left = _orientation(image, name)
+    return image.transpose(_TURNS[left]) if left in _TURNS else image
+
+
+def _decode(image: Image.Image, name: str, max_side: int, turn: bool) -> Image.Image:
     check_size(name, *image.size, max_side)  # known before any pixel is decoded
     # PIL turns TIFF images as it loads them, and forgets by how much; other formats may decode to find it.
     in_file = _orientation(image, name) if image.format == "TIFF" else 1
-    wide = packing(image)[1].startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16"))
+    negative, wide = _is_negative(image), packing(image)[1].startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16"))
     load_pixels(image, name, max_side)
     with enough_memory(name):
-        left = _orientation(image, name)
-        if upright and left in _TURNS:
-            image = image.transpose(_TURNS[left])
-        elif not upright and in_file in _TURNS and left != in_file:
+        if turn:
+            image = upright(image, name)
+        elif in_file in _TURNS and _orientation(image, name) != in_file:
             image = image.transpose(_TURNS[_INVERSE.get(in_file, in_file)])
-        rgb = _to_rgb(image, name, _is_negative(image))
+        rgb = _to_rgb(image, name, negative)
         if wide:
             _warn_if_dark(name, 257 * int(np.asarray(rgb).max()))
     rgb.info.clear()  # its EXIF data would turn the image a second time
@@ -310,8 +319,7 @@ def packing(image: Image.Image) -> tuple[str, str, Any]:
     if not tiles:
         return "", "", None
     decoder, arguments = tiles[0][0], tiles[0][3]  # by index: tiles had no names before Pillow 11
-    if not isinstance(arguments, (tuple, list)):
-        arguments = (arguments or "",)
+    arguments = tuple(arguments or [""]) if isinstance(arguments, (tuple, list)) else (arguments or "",)
     return decoder, str(arguments[0]), arguments[-1]
 
 

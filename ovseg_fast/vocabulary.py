@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 77  # tokens of CLIP's text encoder, with start and end token
 LONGEST_FILE = 64 * 2**20  # bytes of a file of class names
-LONGEST_PREPARED = 10_000  # letters that are normalised: what takes seconds beyond fits no prompt
+LONGEST_PREPARED = 250  # letters of a name that are normalised, which takes time with the square of the accents
 
 # Letters that nobody sees and that come along from the web, PDF files and spreadsheets. Not the joiners U+200C and
 # U+200D, which emoji and scripts need.
 _INVISIBLE = dict.fromkeys(
-    [*map(ord, "\xad\u034f\u061c\u180e\u200b\u200e\u200f\u2800\u3164\ufeff\uffa0"), *range(0x202A, 0x202F)]
-) | dict.fromkeys([*range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC)])
+    [*map(ord, "\xad\u034f\u061c\u180e\u200b\u200e\u200f\u2800\u3164\ufeff\uffa0\ufffc"), *range(0x202A, 0x202F)]
+) | dict.fromkeys([*range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0020)])
 _NOT_ALONE = {0x200C: None, 0x200D: None, **dict.fromkeys(range(0xFE00, 0xFE10))}  # joiners, variation selectors
 _NUMBERED = re.compile(r"(?:\d+(?:[:.,;)\]|]|\s+\S)|[-*•–—]\s*\S)")
 
@@ -76,7 +76,7 @@ def read_classes(path: str | os.PathLike[str], *, indexed: bool = False) -> list
     except ValueError as error:
         raise ValueError(f"class names in '{file}': {error}") from None
     if file.suffix.lower() != ".json":
-        _warn_of_form(f"'{file}'", names)
+        _warn_of_form(f"'{file}'", names, text)
     return names
 
 
@@ -191,13 +191,13 @@ def _warn_of_same_prompts(first: str, second: str, more: int) -> None:
 
 
 def _warn_of_quotes(where: str, names: Sequence[str]) -> None:
-    marks = tuple("\"'[]{}<>“”`")
+    marks = tuple("\"'[]{}<>|“”`")
     found = [name for name in names if name.startswith(marks) or name.endswith(marks)]
     if found:
         logger.warning("%s: the quotes or brackets of %s are taken as part of the name", where, _short(found[0]))
 
 
-def _warn_of_form(where: str, names: Sequence[str]) -> None:
+def _warn_of_form(where: str, names: Sequence[str], text: str) -> None:
     """One warning if lines of text look like another form of list than one name per line."""
     rows = names[1:] if len(names) > 2 else names  # a table may have a head
     if all(_NUMBERED.match(name) for name in rows):
@@ -205,6 +205,8 @@ def _warn_of_form(where: str, names: Sequence[str]) -> None:
         form = f"every line begins with a {kind}, which is taken as part of the name, as in {_short(rows[0])}"
     elif len(names) == 1 and ("," in names[0] or ";" in names[0]):
         form = f"its only line is one class, whose first synonym is {_short(prompt_name(names[0]))}; write one per line"
+    elif len(names) > 1 and all(re.search(r"\S\t+\S|[:=]\s*\d+$", line.strip()) for line in text.strip().split("\n")):
+        form = f"every line looks like the row of a table, all of which is taken as the name, as in {_short(names[0])}"
     else:
         _warn_of_quotes(where, names)
         return

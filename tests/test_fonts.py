@@ -100,7 +100,7 @@ def test_fonts_of_the_system_are_sorted_by_their_scripts(monkeypatch, tmp_path: 
     monkeypatch.setattr(fonts, "find_spec", lambda name: None)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path))
-    monkeypatch.setattr(fonts.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     found = [Path(file).name for file in fonts.system_fonts.__wrapped__()]
     order = ["DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Zapfino.ttf", "DejaVuSans-Bold.ttf"]
     assert found == order
@@ -114,7 +114,7 @@ def test_other_systems_have_other_folders(monkeypatch, tmp_path: Path, platform:
     (tmp_path / "Library/Fonts/arial.ttf").touch()
     monkeypatch.setattr(fonts.sys, "platform", platform)
     monkeypatch.setenv("WINDIR", str(tmp_path))
-    monkeypatch.setattr(fonts.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(fonts.os.path, "expanduser", lambda _: str(tmp_path))
     expected = tmp_path / ("Fonts" if platform == "win32" else "Library/Fonts") / "arial.ttf"
     assert str(expected) in fonts.system_fonts.__wrapped__()
 

@@ -21,7 +21,6 @@ from ovseg_fast.images import (
     TooLargeError,
     enough_memory,
     load_image,
-    out_of_memory,
 )
 from test_images import noise, refused
 
@@ -207,10 +206,10 @@ def test_too_large_for_the_memory(tmp_path: Path, monkeypatch, error: Exception)
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:
-    for error in (RuntimeError("shape mismatch"), OSError(2, "No such file"), ValueError("out of memory")):
-        assert not out_of_memory(error)
-    with pytest.raises(KeyError), enough_memory("image 'a'"):
-        raise KeyError
+    for error in (RuntimeError("shape mismatch"), OSError(2, "No such file"), ValueError("out of memory"), KeyError()):
+        with pytest.raises(type(error)) as caught, enough_memory("image 'a'"):
+            raise error
+        assert caught.value is error
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,22 @@ def test_pixels_stay_as_stored_when_asked_for(tmp_path: Path, suffix: str, orien
     assert np.array_equal(pixels(path), upright(stored, orientation))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_uncompressed_tiff_of_any_mode(tmp_path: Path, mode: str, orientation: int) -> None:
+    """Those that PIL maps into memory, which its version 13 does with the wrong size."""
+    image = Image.fromarray(noise(6, 10)).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    expected = pixels(image)
+    image.save(tmp_path / "a.tif", exif=with_orientation(orientation))
+    assert np.array_equal(pixels(tmp_path / "a.tif", upright=False), expected)
+    assert np.array_equal(pixels(tmp_path / "a.tif"), upright(expected, orientation))
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert np.array_equal(pixels(opened), upright(expected, orientation))
+        assert Path(opened.filename) == tmp_path / "a.tif"
+
+
 def test_stored_pixels_are_converted_like_upright_ones(tmp_path: Path) -> None:
     sixteen = np.random.randint(2**14, 2**16, (4, 6)).astype(np.uint16)
     transparent = noise(4, 6, 4)

@@ -12,7 +12,9 @@ from ovseg_fast import vocabulary
 from ovseg_fast.vocabulary import check_classes, parse_classes, read_classes, tokenize
 from test_vocabulary import refused, write
 
-INVISIBLE = "\u200b \ufeff \u00ad \u2060 \u200e \u200f \u202a \u202e \u2066 \u2069 \u061c \u180e \u2063 \u3164 \u2800"
+INVISIBLE = (
+    "\u200b \ufeff \u00ad \u2060 \u200e \u200f \u202a \u202e \u2066 \u2069 \u061c \u180e \u2063 \u3164 \u2800 \ufffc"
+)
 
 
 @pytest.mark.parametrize("letter", INVISIBLE.split(" "), ids=ascii)
@@ -74,6 +76,12 @@ FORMS = {
     "names.yaml": ("- cat\n- dog\n", "begins with a dash"),
     "named.yaml": ("names:\n  0: cat\n  1: dog\n", "begins with a number"),
     "bullets.md": ("* cat\n* dog\n", "begins with a dash"),
+    "table.md": ("| 1 | cat |\n| 2 | dog |\n", "quotes or brackets"),
+    "tabs.tsv": ("cat\t0\ndog\t1\n", "row of a table"),
+    "colons.txt": ("cat: 0\nfire hydrant: 11\n", "row of a table"),
+    "brackets.txt": ("1) cat\n2) dog\n", "begins with a number"),
+    "dots.txt": ("1.cat\n2.dog\n", "begins with a number"),
+    "assigned.py": ("names = ['cat', 'dog']\nx = 1\n", "quotes or brackets"),
     "page.html": ("<li>cat</li>\n<li>dog</li>\n", "quotes or brackets"),
 }
 
@@ -86,7 +94,9 @@ def test_lists_of_other_forms_are_said_once(tmp_path: Path, warned, name: str) -
     assert words in record.getMessage() and name in record.getMessage()
 
 
-@pytest.mark.parametrize("content", ["cat\nbird's nest\n3d printer\n", "door, double door\ncat", "cat", "7 up\ncola\n"])
+@pytest.mark.parametrize(
+    "content", ["cat\nbird's nest\n3d printer\n", "door, double door\ncat", "cat", "7 up\ncola\n", "class 0\nclass 1"]
+)
 def test_usual_lists_are_not_warned_of(tmp_path: Path, warned, content: str) -> None:
     read_classes(write(tmp_path / "a.txt", content))
     assert not warned.records

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from . import options
+from .repeats import counted_warnings
 
 
 @click.command("evaluate")
@@ -26,6 +27,7 @@ from . import options
     help="Subtracted from seen classes' probabilities (Cascade-CLIP: 0.1, transductive 0).  [default: the model's]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first images, this many.")
+@options.max_side
 @click.option(
     "--resume/--restart", default=True, show_default=True, help="Resume or discard a run that was stopped or killed."
 )
@@ -42,6 +44,7 @@ def evaluate_command(
     device: str | None,
     seen_offset: float | None,
     limit: int | None,
+    max_side: int,
     resume: bool,
     quiet: bool,
 ) -> None:
@@ -60,19 +63,19 @@ def evaluate_command(
     with options.exit_on_error(options.BAD_INPUT):
         if seen_offset is not None and get_preset(preset).model.seen_offset is None:
             raise ValueError(f"--seen-offset is for models that lower the scores of seen classes, {preset} does not.")
-        dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed)
+        dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed, max_side=max_side)
         if not len(dataset):
             raise ValueError(f"--root '{root}' holds no image of {name}, split {split}.")
         from ..evaluation.evaluate import Run, check_target
 
         target = Path("out", f"{preset}_{name}_{dataset.split}_{mode}.json") if out is None else out
         check_target(target)  # before the model is loaded
-        segmenter = options.load_model(preset, weights, device)
+        segmenter = options.load_model(preset, weights, device, max_side=max_side)
         if seen_offset is not None:
             segmenter.model.seen_offset = seen_offset
         seen = _trained_on(weights, dataset.vocabulary.classes)
         run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume)
-    with options.exit_on_error(options.FAILED):
+    with options.exit_on_error(options.FAILED), counted_warnings():
         result = run.go(progress=not quiet)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")

@@ -66,6 +66,15 @@ def quiet(help: str = "No progress bar.") -> Any:
     return click.option("-q", "--quiet", is_flag=True, help=help)
 
 
+max_side = click.option(
+    "--max-side",
+    type=click.IntRange(min=2),
+    default=16384,
+    show_default=True,
+    help="Largest accepted side of an image in pixels.",
+)
+
+
 def check_folder(folder: Path) -> None:
     """Raises ValueError or OSError if results cannot be written there; leaves no folder behind."""
     check_writable(folder, "--out", keep=False)

@@ -10,9 +10,14 @@ from contextlib import contextmanager
 
 import click
 
+NAMING = ("ovseg_fast.evaluation", "ovseg_fast.training")  # their warnings each name something that is left out
+
 
 class _First(logging.Handler):
-    """Passes the first warning of each kind on, that is, of each sentence with open places, and counts the others."""
+    """Passes the first warning of each kind on, that is, of each sentence with open places, and counts the others.
+
+    Warnings that count themselves ("10 so far") are passed on.
+    """
 
     def __init__(self, handlers: list[logging.Handler]) -> None:
         super().__init__()
@@ -22,10 +27,10 @@ class _First(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = str(record.msg)
-        if record.levelno == logging.WARNING and kind in self.first:
-            self.more[kind] += 1
-            return
-        if record.levelno == logging.WARNING:
+        if record.levelno == logging.WARNING and not record.name.startswith(NAMING) and "so far" not in kind:
+            if kind in self.first:
+                self.more[kind] += 1
+                return
             self.first[kind] = record.getMessage()
         for handler in self.handlers:
             if record.levelno >= handler.level:
@@ -42,7 +47,7 @@ def counted_warnings() -> Iterator[None]:
     root = logging.getLogger()
     handlers = root.handlers[:]
     first = _First(handlers)
-    if not (context and context.obj):
+    if handlers and not (context and context.obj):
         root.handlers[:] = [first]
     try:
         with warnings.catch_warnings():

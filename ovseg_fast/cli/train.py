@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from . import options
+from .repeats import counted_warnings
 
 
 @click.command("train")
@@ -30,7 +31,7 @@ def train_command(config: Path, restart: bool, quiet: bool) -> None:
 
         run = Run(settings, progress=not quiet)
         run.prepare(restart)
-    with options.exit_on_error(options.FAILED):
+    with options.exit_on_error(options.FAILED), counted_warnings():
         path = run.go()
     if run.accelerator.is_main_process and not quiet:
         click.echo(str(path))

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..images import ImageError, MissingImageError, TooLargeError, enough_memory, load_image, passed_over, suffixes
 from .datasets import Dataset, Files, Pair, SegmentationDataset, files_by_name, fit
-from .masks import NO_CLASS, DataError, read_mask
+from .masks import NO_CLASS, NO_CLASS_VALUES, DataError, read_mask
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ KINDS = {
     "label": "label beyond the class list",
     "memory": "too large for the memory",
 }
-BINARY_SHARE = 0.1  # of the masks; fewer that hold 0 and 255 alone are no reason for a note
+BINARY_SHARE = 0.1  # of the masks; fewer that hold only black and white are no reason for a note
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class ClassPixels:
 
     Args:
         classes: T names. pixels: (T,) of each class. masks: how many were read. whole: these are all of the split.
-        binary: masks that hold 0 and 255 alone where 255 is no class, and a second class could be meant by it.
+        binary: masks that hold 0 and one other value alone, `white`, where 0 is class 0 and `white` no class.
     """
 
     classes: Sequence[str]
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     masks: int = 0
     binary: int = 0
+    white: int = 255
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -64,10 +65,13 @@ class ClassPixels:
         """Count a mask: its values (H, W) as stored, and its labels (H, W), -1 for no class."""
         self.masks += 1
         self.pixels += np.bincount(labels.ravel() + 1, minlength=len(self.classes) + 1)[1:]
-        if len(self.classes) > 1 and values.size and values.max() == 255 and values.min() == 0:
-            void = values == 255
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if low == 0 and high in NO_CLASS_VALUES:
+            void = values == high
             two = bool((void | (values == 0)).all())
-            self.binary += two and bool((labels[void] == NO_CLASS).all() and (labels[~void] == 0).all())
+            if two and bool((labels[void] == NO_CLASS).all() and (labels[~void] == 0).all()):
+                self.binary += 1
+                self.white = high
 
     def notes(self) -> list[str]:
         """Sentences about what is allowed but hardly meant."""
@@ -76,8 +80,9 @@ class ClassPixels:
         found = []
         masks = "the split" if self.whole else f"{self.masks} masks"
         if self.binary > BINARY_SHARE * self.masks:
-            count = f"{self.binary} of {self.masks} masks hold 0 and 255 alone"
-            found.append(f"{count}; 255 is no class: write 1 for class 1, {self.classes[1]!r}.")
+            meaning = f"0 is class 0, {self.classes[0]!r}, and {self.white} is no class"
+            cure = f": write 1 for class 1, {self.classes[1]!r}" if len(self.classes) > 1 else ""
+            found.append(f"{self.binary} of {self.masks} masks hold 0 and {self.white} alone; {meaning}{cure}.")
         absent = [name for name, count in zip(self.classes, self.pixels.tolist(), strict=True) if not count]
         if len(absent) == len(self.classes):
             found.append(f"no pixel of {masks} shows any class: every one holds a value that means no class.")
@@ -146,14 +151,21 @@ def examine(dataset: Dataset, *, progress: bool = False, workers: int | None = N
     complete = [pair for pair in dataset.pairs if pair.name in images and pair.name in masks]
     counted = ClassPixels(dataset.vocabulary.classes)
     lock = Lock()
+    alone: list[Pair] = []
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         # map keeps the order and reads ahead of the bar; decoding releases Python's lock.
         found = pool.map(lambda pair: _content(dataset, pair, counted, lock), complete)
-        for some in tqdm(found, total=len(complete), unit="pair", disable=None if progress else True):
-            problems.extend(some)
+        bar = tqdm(found, total=len(complete), unit="pair", disable=None if progress else True)
+        for pair, some in zip(complete, bar, strict=True):
+            if any(problem.kind == "memory" for problem in some):
+                alone.append(pair)
+            else:
+                problems.extend(some)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+    for pair in alone:  # there may be memory enough for one after the other
+        problems.extend(_content(dataset, pair, counted, lock, last=True))
     order = {pair.name: index for index, pair in enumerate(dataset.pairs)}
     problems.sort(key=lambda problem: order[problem.name])  # stable: within a pair as found
     return Findings(problems, counted.notes() + notes)
@@ -227,8 +239,11 @@ def _passed_over(dataset: SegmentationDataset, images: Files, masks: Files) -> I
                 yield from passed_over(folder, [file for some in files.values() for file in some])
 
 
-def _content(dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, lock: Lock) -> list[Problem]:
-    """The problems that show when the two files are decoded; the mask's pixels are counted."""
+def _content(
+    dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, lock: Lock, last: bool = False
+) -> list[Problem]:
+    """The problems that show when the two files are decoded; the mask's pixels are counted, unless memory ran out and
+    this is not the last attempt."""
     found: list[Problem] = []
 
     def attempt(what: str, step: Callable[[], Result]) -> Result | None:
@@ -244,8 +259,9 @@ def _content(dataset: SegmentationDataset, pair: Pair, counted: ClassPixels, loc
 
     def count(values: np.ndarray) -> None:
         labels = dataset.values.labels(values, pair.mask)
-        with lock:
-            counted.add(values, labels)
+        if last or not any(problem.kind == "memory" for problem in found):
+            with lock:
+                counted.add(values, labels)
 
     image = attempt(f"image '{pair.image}'", lambda: load_image(pair.image, dataset.max_side))
     values = attempt(f"mask '{pair.mask}'", lambda: read_mask(pair.mask, dataset.max_side))

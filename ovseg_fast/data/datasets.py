@@ -223,8 +223,9 @@ def _numbered(file: Path) -> list[str] | None:
 def _listed(folder: Path, lists: tuple[str, ...]) -> list[str]:
     """Names from list files: the first word of each line, without folder and suffix."""
     lines = (line.split() for part in lists for line in read_text(folder / part, "list of images").split("\n"))
-    paths = (PurePosixPath(words[0]) for words in lines if words)
-    names = (path.stem if path.suffix.lower() in suffixes() else path.name for path in paths)
+    paths = (PurePosixPath(words[0].replace("\\", "/")) for words in lines if words)  # also as Windows writes them
+    endings = suffixes()
+    names = (path.stem if path.suffix.lower() in endings else path.name for path in paths)
     return list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in names))
 
 

@@ -19,6 +19,7 @@ from ..images import (
     load_pixels,
     open_image,
     packing,
+    upright,
 )
 
 NO_CLASS = -1
@@ -44,17 +45,20 @@ class DataError(ValueError):
 
 def read_mask(path: Path, max_side: int = MAX_SIDE) -> np.ndarray:
     """The values (H, W) int32 in a mask file as they are stored: grey levels of 1 to 16 bits, or indices of a palette.
+    Turned as the file's own EXIF data says, if it has any.
 
     Raises:
         DataError: `missing-mask`: no such file; `unreadable-mask`: a folder, empty, damaged, truncated, in colour, or
-            with a side beyond `max_side`; `memory`: there is not enough of it.
+            as JPEG, or with a side beyond `max_side`; `memory`: there is not enough of it.
     """
     name = f"mask '{path}'"
     try:
         with open_image(str(path), "mask") as image, enough_memory(name):
+            if image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg":
+                raise ImageError(f"{name} is a JPEG, which changes class indices; save masks as PNG.")
             packed = packing(image)
             load_pixels(image, name, max_side)
-            return _stored(image, *packed, name)
+            return _stored(upright(image, name), *packed, name)
     except ImageError as error:
         kinds = {MissingImageError: "missing-mask", TooLargeError: "memory"}
         raise DataError(kinds.get(type(error), "unreadable-mask"), str(error)) from error

@@ -37,14 +37,17 @@ def test_masks_of_0_and_255_alone(own) -> None:
     for name in "abc":
         own.mask(f"masks/{name}.png", own.values([0, 255]))
     assert notes(own) == [
-        "3 of 3 masks hold 0 and 255 alone; 255 is no class: write 1 for class 1, 'object'.",
+        "3 of 3 masks hold 0 and 255 alone; 0 is class 0, 'background', and 255 is no class: write 1 for class 1, "
+        "'object'.",
         "no pixel of the split shows 1 of the 2 classes: object.",
     ]
 
 
 def test_some_masks_of_0_and_255_are_said_a_few_are_not(own) -> None:
     own.mask("masks/a.png", own.values([0, 255]))
-    assert notes(own) == ["1 of 3 masks hold 0 and 255 alone; 255 is no class: write 1 for class 1, 'grass'."]
+    assert notes(own) == [
+        "1 of 3 masks hold 0 and 255 alone; 0 is class 0, 'cat', and 255 is no class: write 1 for class 1, 'grass'."
+    ]
     for index in range(20):
         own.image(f"images/{index}.jpg")
         own.mask(f"masks/{index}.png", own.values([0, 1, 2, 255]))
@@ -58,11 +61,17 @@ def test_other_masks_are_not_binary(own, values: list[int]) -> None:
     assert not any("alone" in note for note in notes(own))
 
 
-def test_one_class_and_no_class_may_be_0_and_255(own) -> None:
+def test_masks_of_16_bits_in_black_and_white(own) -> None:
+    for name in "abc":
+        own.mask(f"masks/{name}.png", own.values([0, 65535], np.uint16))
+    assert notes(own)[0].startswith("3 of 3 masks hold 0 and 65535 alone; 0 is class 0, 'cat', and 65535 is no class: ")
+
+
+def test_one_class_may_be_meant_by_255(own) -> None:
     own.text("classes.txt", "object")
     for name in "abc":
         own.mask(f"masks/{name}.png", own.values([0, 255]))
-    assert notes(own) == []
+    assert notes(own) == ["3 of 3 masks hold 0 and 255 alone; 0 is class 0, 'object', and 255 is no class."]
 
 
 def test_255_may_be_a_class(own) -> None:
@@ -109,7 +118,9 @@ def test_files_passed_over_are_noted(own, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("what", ["load_image", "read_mask", "fit"])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_pair_too_large_for_the_memory_is_named_and_the_rest_is_checked(own, monkeypatch, what, error) -> None:
     from ovseg_fast.data import check
 
@@ -125,3 +136,20 @@ def test_a_pair_too_large_for_the_memory_is_named_and_the_rest_is_checked(own, m
     problems, _ = examine(open_dataset("folder", own.root))
     assert [(problem.name, problem.kind) for problem in problems] == [("b", "memory"), ("c", "label")]
     assert problems[0].sentence.endswith("' is too large for the memory.")
+
+
+def test_what_fits_into_memory_alone_is_no_problem(own, monkeypatch) -> None:
+    """Several large images at a time may be too much."""
+    from ovseg_fast.data import check
+
+    original, tried = check.load_image, []
+
+    def fail_once(path, *arguments):
+        tried.append(path)
+        if tried.count(path) == 1:
+            raise MemoryError
+        return original(path, *arguments)
+
+    expected = class_pixels(open_dataset("folder", own.root)).notes()
+    monkeypatch.setattr(check, "load_image", fail_once)
+    assert examine(open_dataset("folder", own.root)) == ([], expected) and len(tried) == 6

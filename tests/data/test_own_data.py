@@ -66,6 +66,13 @@ def test_lists_in_any_encoding_that_says_what_it_is(tree, encoding: str, end: st
     assert [pair.name for pair in dataset.pairs] == ["2007_000033", "2007_000042"] and check_dataset(dataset) == []
 
 
+def test_a_list_with_paths_of_windows(tree) -> None:
+    tree.image("JPEGImages/a.jpg")
+    tree.mask("SegmentationClass/a.png", tree.values([0, 20]))
+    tree.text("ImageSets/Segmentation/val.txt", "JPEGImages\\a.jpg SegmentationClass\\a.png")
+    assert check_dataset(open_dataset("pascal-voc", tree.root)) == []
+
+
 def test_a_list_in_another_encoding_is_named(tree) -> None:
     for folder in ("JPEGImages", "SegmentationClass"):
         (tree.root / folder).mkdir()

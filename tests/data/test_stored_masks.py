@@ -12,6 +12,7 @@ from PIL import Image
 
 from data.tiff import DEFLATE, PACKBITS, UNCOMPRESSED, write_tiff
 from ovseg_fast.data.masks import DataError, read_mask
+from test_images import upright, with_orientation
 
 
 def indices(bits: int, height: int = 7, width: int = 13) -> np.ndarray:
@@ -64,6 +65,27 @@ def test_palette_masks_of_other_formats(tmp_path: Path, suffix: str, colours: st
         if len(set(np.asarray(again).ravel().tolist()) - set(values.ravel().tolist())):
             pytest.fail("the file does not hold the indices that are to be tested")
     np.testing.assert_array_equal(read_mask(tmp_path / f"a.{suffix}"), values)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 4, 8, 16])
+def test_a_mask_is_turned_as_it_says_itself(tmp_path: Path, orientation: int, bits: int) -> None:
+    values = indices(bits)
+    for compression in (UNCOMPRESSED, DEFLATE):  # PIL 13 scrambles those that it maps into memory
+        file = write_tiff(tmp_path / "a.tif", values, bits, 1, compression=compression, orientation=orientation)
+        np.testing.assert_array_equal(read_mask(file), upright(values, orientation))
+    if bits >= 8:
+        image = Image.fromarray(values.astype(np.uint8 if bits == 8 else np.uint16))
+        image.save(tmp_path / "a.png", exif=with_orientation(orientation))
+        np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), upright(values, orientation))
+
+
+@pytest.mark.parametrize(("format", "options"), [("JPEG", {"quality": 100}), ("TIFF", {"compression": "jpeg"})])
+def test_jpeg_changes_indices_and_is_refused(tmp_path: Path, format: str, options: dict) -> None:
+    values = indices(2).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png", format=format, **options)
+    with pytest.raises(DataError, match=r"a\.png' is a JPEG, which changes class indices; save masks as PNG\.$"):
+        read_mask(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("side", [16385, 20000])
