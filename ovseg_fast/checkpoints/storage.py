@@ -84,7 +84,7 @@ def save(
     if model.preset is not None:
         metadata["preset"] = model.preset
     if classes is not None:
-        metadata["classes"] = json.dumps(check_classes(classes))
+        metadata["classes"] = json.dumps(check_classes(classes), ensure_ascii=False)
     tensors = compact(model.state_dict())
     if half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
