@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that importing the package is quick and needs nothing that is not used.
 _LAZY = {"Segmentation": "segmentation", "build": "models", "checkpoints": "checkpoints", "ops": "ops"}
 _LAZY |= dict.fromkeys(("EncodedImage", "Segmenter", "load"), "segmenter")
+_LAZY |= {"evaluate": "evaluation.evaluate", "train": "training.run"}
 _LAZY |= dict.fromkeys(("backend", "explain", "last_backend"), "backends")
 __all__ = [
     "EncodedImage",
@@ -26,18 +27,22 @@ __all__ = [
     "backend",
     "build",
     "checkpoints",
+    "evaluate",
     "explain",
     "last_backend",
     "load",
     "ops",
+    "train",
 ]
 
 if TYPE_CHECKING:
     from . import checkpoints, ops
     from .backends import backend, explain, last_backend
+    from .evaluation.evaluate import evaluate
     from .models import build
     from .segmentation import Segmentation
     from .segmenter import EncodedImage, Segmenter, load
+    from .training.run import train
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image
 from . import visualize
 from .files import write_whole
 
+NOT_KEPT = "this result keeps no scores; call segment with scores=True, and read .scores before you pickle it."
+
 
 class Segmentation:
     """A class for every pixel of an image.
@@ -22,8 +25,11 @@ class Segmentation:
     Args:
         image: the photograph, H pixels high and W wide. classes: T names.
         labels: (H, W) integers in 0..T-1; the attribute `labels` is int32.
-        compute_scores: returns the scores, (T, H, W) in 0..1; called at most once, at the first use of `scores`.
+        compute_scores: returns the scores, (T, H, W) in 0..1; called at most once, at the first use of `scores`. None
+            for a result that keeps none.
         compute_top: returns what `top` does; by default `top` sorts the scores.
+
+    A copy computes what the original does. A pickled result holds only the scores that were computed before.
 
     Raises:
         ValueError, TypeError: labels that do not fit the image or the classes.
@@ -34,23 +40,32 @@ class Segmentation:
         image: Image.Image,
         classes: Sequence[str],
         labels: ArrayLike,
-        compute_scores: Callable[[], ArrayLike],
+        compute_scores: Callable[[], ArrayLike] | None = None,
         compute_top: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         self.image = image
         self.classes = list(classes)
         self.labels = visualize.check_label_map(labels, len(self.classes), image)
         self._compute_scores, self._compute_top = compute_scores, compute_top
+        self._scores: np.ndarray | None = None
+        self._lock = threading.Lock()  # threads that ask for the scores at once compute them once
 
-    @cached_property
+    @property
     def scores(self) -> np.ndarray:
-        """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed at first use, then kept."""
-        scores = np.asarray(self._compute_scores(), dtype=np.float32)
-        expected = (len(self.classes), *self.labels.shape)
-        if scores.shape != expected:
-            raise ValueError(f"compute_scores must return an array of shape {expected} (T, H, W), got {scores.shape}.")
-        del self._compute_scores  # frees what it holds
-        return scores
+        """(T, H, W) float32 in 0..1: how well each class fits each pixel. Computed at first use, then kept.
+
+        Raises RuntimeError for a result that does not keep them.
+        """
+        with self._lock:
+            if self._scores is None:
+                if self._compute_scores is None:
+                    raise RuntimeError(NOT_KEPT)
+                scores = np.asarray(self._compute_scores(), dtype=np.float32)
+                expected = (len(self.classes), *self.labels.shape)
+                if scores.shape != expected:
+                    raise ValueError(f"compute_scores must return shape {expected} (T, H, W), got {scores.shape}.")
+                self._scores, self._compute_scores = scores, None  # frees what it holds
+            return self._scores
 
     def top(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best k classes of every pixel, computed at each call without holding all T maps.
@@ -60,7 +75,7 @@ class Segmentation:
             the offset of seen classes (for Cascade-CLIP `scores` is their softmax over all classes).
 
         Raises:
-            ValueError: k is not in 1..min(T, 8).
+            ValueError: k is not in 1..min(T, 8). RuntimeError: the result does not keep what that needs.
         """
         if self._compute_top is not None:
             return self._compute_top(k)
@@ -73,16 +88,26 @@ class Segmentation:
         """(T,) int64: pixels of each class."""
         return np.bincount(self.labels.ravel(), minlength=len(self.classes))
 
-    def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
+    def overlay(
+        self, alpha: float = 0.5, legend: bool = True, font: str | os.PathLike[str] | None = None
+    ) -> Image.Image:
         """See `visualize.overlay`."""
-        return visualize.overlay(self.image, self.labels, self.classes, alpha, legend)
+        return visualize.overlay(self.image, self.labels, self.classes, alpha, legend, font)
 
-    def save(self, path: str | os.PathLike[str], *, alpha: float = 0.5, scores: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float = 0.5,
+        scores: bool = False,
+        font: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Write the result to a file, whole or not at all.
 
         Args:
             path: .png, .jpg or .jpeg for the overlay; .npz for the arrays `labels` (H, W) int32 and `classes` (T,).
             alpha: opacity of the overlay's colours, 0..1.
+            font: of the overlay's legend, see `visualize.overlay`.
             scores: add the array `scores` (T, H, W) float32 to an .npz file.
 
         Raises:
@@ -94,7 +119,7 @@ class Segmentation:
         if suffix != ".npz":
             if scores:
                 raise ValueError(f"scores can only be saved to an .npz file, got '{path}'.")
-            picture = self.overlay(alpha)
+            picture = self.overlay(alpha, font=font)
             write_whole(path, lambda file: picture.save(file, quality=92))  # PNG ignores the quality
             return
         arrays: dict[str, Any] = {"labels": self.labels, "classes": np.array(self.classes, dtype=str)}
@@ -120,5 +145,30 @@ class Segmentation:
         shares = [f"{self.classes[i]} {100 * counts[i] / counts.sum():.0f} %" for i in largest.tolist() if counts[i]]
         return ", ".join(shares) + (", …" if np.count_nonzero(counts) > len(shares) else "")
 
+    def __copy__(self) -> Segmentation:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _lock=threading.Lock())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Segmentation:
+        twin = copy.copy(self)  # what computes the scores is shared, as it changes nothing
+        twin.image, twin.classes, twin.labels = self.image.copy(), list(self.classes), self.labels.copy()
+        twin._scores = None if self._scores is None else self._scores.copy()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what computes scores, which holds the model's logits."""
+        top = None if self._compute_top is None else _refuse_top
+        state = {**self.__dict__, "_compute_scores": None, "_compute_top": top}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __repr__(self) -> str:
         return f"<Segmentation {self.image.width} x {self.image.height}, {len(self.classes)} classes: {self.summary()}>"
+
+
+def _refuse_top(k: int) -> tuple[np.ndarray, np.ndarray]:
+    raise RuntimeError(NOT_KEPT)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+import os
+import threading
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +19,27 @@ from tqdm import tqdm
 
 from . import checkpoints, ops
 from .images import MAX_SIDE, ImageSource, load_image
+from .layers.prepared import Prepared
 from .models import SegmentationModel, build, get_preset
-from .models.clip import TEXT_BATCH
+from .models.base import is_compiled, unwrap
+from .models.prompts import PromptCache
 from .models.sliding import Windows
+from .models.steady import (
+    autocast_dtype,
+    digest,
+    in_evaluation,
+    kept,
+    parameters,
+    refuse_overflow,
+    undisturbed,
+    versions,
+    without_autocast,
+)
 from .ops.common.attention import prepare_attention
 from .segmentation import Segmentation
-from .vocabulary import check_classes, fill_templates, prompt_name, tokenize
+from .vocabulary import check_classes, fill_templates, prompt_name
 
-TEXT_CACHE_PROMPTS = 50_000  # embeddings kept: 100 MB at 512 channels
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -35,7 +50,7 @@ def load(
     max_side: int = MAX_SIDE,
     attention: str = "sdpa",
 ) -> Segmenter:
-    """Load a model, ready to segment.
+    """Load a model, ready to segment: in float32 and in evaluation mode.
 
     Args:
         name: a preset, such as `catseg-vitb` (`ovseg-fast info` lists them).
@@ -45,45 +60,86 @@ def load(
         attention: `"sdpa"` or `"xformers"`, see `build`.
 
     Raises:
-        ValueError: no such preset or attention, or it has no published weights. FileNotFoundError: no such file.
-        ImportError: xformers is not installed. RuntimeError: no such device here. OSError: the download failed.
+        ValueError: no such preset, device or attention, or it has no published weights. TypeError: `weights` is
+            something else. FileNotFoundError: no such file. ImportError: open_clip or xformers is not installed.
+        RuntimeError: no such device here. OSError: the download failed.
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
     """
-    target = _device(device)
+    target = check_device(device)
     get_preset(name)
     prepare_attention(attention)
+    if weights is not None and not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights must be 'published', a file or None, got {type(weights).__name__}.")
     path = checkpoints.download(name) if weights == "published" else weights
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"weights must be a checkpoint file, there is none at {path}.")
-    model = build(name, attention=attention)
-    if path is not None:
-        checkpoints.load(model, path)
-    return Segmenter(model.to(target), max_side=max_side)
+    with undisturbed():
+        model = build(name, attention=attention).to(torch.float32)
+        model.set_statistics(torch.float32)
+        if path is not None:
+            checkpoints.load(model, path)
+        model = model.to(target).eval()
+    return Segmenter(model, max_side=max_side)
 
 
 class Segmenter:
     """A model with everything around it: reading images, prompting, windows, labels.
 
+    Threads may share one. The model is run in evaluation mode and without gradients, and its own mode is left as it is;
+    what a call returns does not depend on the blocks around it, such as `torch.inference_mode`, apart from autocast.
+
     Args:
-        model: on the device to run on. max_side: largest accepted side of an image in pixels.
+        model: on the device to run on. One that `torch.compile`, `DataParallel` or the like wraps is taken out of it.
         templates: prompts for each class name, each with one `{}`; by default the published ones.
+        max_side: largest accepted side of an image in pixels.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the sentence says which and how.
     """
 
     def __init__(
         self, model: SegmentationModel, *, templates: Sequence[str] | None = None, max_side: int = MAX_SIDE
     ) -> None:
+        self._lock = threading.Lock()
+        self._compile_options: dict[str, Any] | None = None
         self.model, self.max_side = model, max_side
-        self.templates = tuple(model.templates if templates is None else templates)
-        self._prompt_embeddings: dict[str, Tensor] = {}
-        self._text_version: tuple[Any, ...] = ()
-        wanted, got = model.prompts_per_class, len(self.templates)
+        self.templates = tuple(self.model.templates if templates is None else templates)
+        wanted, got = self.model.prompts_per_class, len(self.templates)
         if wanted not in (None, got):
             raise ValueError(f"templates must hold as many prompts as the model takes per class, {wanted}, got {got}.")
+
+    @property
+    def model(self) -> SegmentationModel:
+        """The model itself, without any wrapper."""
+        return self._model
+
+    @model.setter
+    def model(self, model: SegmentationModel) -> None:
+        self._model = unwrap(model)
+        if is_compiled(model):
+            logger.warning("a Segmenter runs parts of its model, which are not compiled yet: call its compile() method")
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with empty caches."""
+        self._prompt_cache = PromptCache()
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._head_digest: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return self.model.pixel_mean.device
+
+    def compile(self, **options: Any) -> None:
+        """Compile what `segment` runs for each window, image encoder and head, at its next call.
+
+        The text encoder is left as it is: it runs once per prompt, and only uncompiled on the prompt's own length.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self._compile_options, self._compiled = options, {}
 
     def segment(
         self,
@@ -93,6 +149,7 @@ class Segmenter:
         mode: str = "slide",
         text: Tensor | ArrayLike | None = None,
         seen: Collection[str] | None = None,
+        scores: bool | None = None,
         progress: bool = False,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel with one of the classes; a list of images gives a list of results.
@@ -104,16 +161,23 @@ class Segmenter:
             text: embeddings (T, P, E) or (T, E) in place of prompts; then `classes` only names them and is optional.
             seen: the classes that a model with a `seen_offset` (Cascade-CLIP: 0.1) was trained on, from whose
                 probabilities it is subtracted; by default those of its training set. For others it must be None.
+            scores: keep the logits on the device, T maps for each window, so that the results have `scores` and `top`;
+                by default for one image, and not for a list.
             progress: show progress bars over prompts and windows.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: an argument does not fit; the sentence says which and how.
+            FloatingPointError: the model's numbers are NaN or infinite.
         """
         self.check_mode(mode)
         prompts = self._prompts(classes, text, seen, progress)
+
+        def one(image: ImageSource, keep: bool) -> Segmentation:
+            return self.encode(image, mode, progress=progress)._segment(prompts, keep, progress)
+
         if isinstance(image, (list, tuple)):
-            return [self.encode(one, mode, progress=progress)._segment(prompts, progress) for one in image]
-        return self.encode(image, mode, progress=progress)._segment(prompts, progress)
+            return [one(each, bool(scores)) for each in image]
+        return one(image, scores is not False)
 
     def check_mode(self, mode: str) -> None:
         """Raises ValueError for a mode that the model does not have."""
@@ -124,32 +188,29 @@ class Segmenter:
         """Run the image encoder once, to prompt the result many times. Arguments and errors as `segment`."""
         self.check_mode(mode)
         picture = load_image(image, max_side=self.max_side)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device, self.model.pixel_mean.dtype)
-        with self._inference():
+        with undisturbed():
+            dtype, weights = self.model.pixel_mean.dtype, versions(parameters(self.model))
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device, dtype)
             windows = self.model.windows(pixels, mode)
             # Several windows fill a GPU; a CPU is faster with one, whose tensors stay in its caches.
             batches = windows.pixels.split(1 if self.device.type == "cpu" else 8)
-            features = [self.model.encode_pixels(batch) for batch in _bar(batches, "image", progress)]
-        return EncodedImage(self, picture, windows, features)
+            run, compiled = self._runner("encode_pixels")
+            # Copies of what is compiled: a CUDA graph overwrites its outputs.
+            features = [kept(run(batch), dtype, clone=compiled) for batch in _bar(batches, "image", progress)]
+        return EncodedImage(self, picture, windows, features, weights)
 
     def embed_text(self, classes: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Unit-length text embeddings (T, P, E) of class names; cached until the text encoder's weights change."""
+        """Unit-length text embeddings (T, P, E) of class names; cached until the text encoder's weights change.
+
+        Raises:
+            ValueError, TypeError: as `segment`. FloatingPointError: the embeddings are NaN or infinite.
+        """
         names = [prompt_name(entry) for entry in check_classes(classes)]
         prompts = fill_templates(names, self.templates)
-        encoder = self.model.text_encoder
-        version = tuple((id(p), p._version, p.device) for p in encoder.parameters())
-        if version != self._text_version or len(self._prompt_embeddings) > TEXT_CACHE_PROMPTS:
-            self._prompt_embeddings.clear()
-            self._text_version = version
         wanted = dict.fromkeys(prompt for row in prompts for prompt in row)
-        missing = [prompt for prompt in wanted if prompt not in self._prompt_embeddings]
-        if missing:
-            tokens = tokenize([[prompt] for prompt in missing]).to(self.device)
-            with self._inference():
-                batches = _bar(tokens.split(TEXT_BATCH), "text", progress)
-                embedded = torch.cat([self.model.encode_text(batch)[:, 0] for batch in batches])
-            self._prompt_embeddings.update(zip(missing, embedded, strict=True))
-        return torch.stack([torch.stack([self._prompt_embeddings[prompt] for prompt in row]) for row in prompts])
+        found = self._prompt_cache.embed(self.model, wanted, lambda parts: _bar(parts, "text", progress))
+        with undisturbed():
+            return torch.stack([torch.stack([found[prompt] for prompt in row]) for row in prompts])
 
     def _prompts(
         self, classes: Sequence[str] | None, text: Any, seen: Collection[str] | None, progress: bool
@@ -160,11 +221,13 @@ class Segmenter:
             names = check_classes(classes)
             embeddings = self.embed_text(names, progress=progress)
         else:
-            embeddings = _own_embeddings(text).to(self.device, self.model.pixel_mean.dtype)
+            with undisturbed():
+                embeddings = _own_embeddings(text).to(self.device, self.model.pixel_mean.dtype)
             names = [f"class {i}" for i in range(len(embeddings))] if classes is None else check_classes(classes)
             if len(names) != len(embeddings):
                 raise ValueError(f"classes must name the {len(embeddings)} rows of text, got {len(names)} names.")
-        return _Prompts(names, self.model.text_from_prompts(embeddings), self._offset(names, seen))
+        with undisturbed(), without_autocast(self.device):
+            return _Prompts(names, self.model.text_from_prompts(embeddings), self._offset(names, seen))
 
     def _offset(self, names: list[str], seen: Collection[str] | None) -> Tensor | None:
         """What is subtracted from each class's probability, (T,), or None."""
@@ -182,16 +245,39 @@ class Segmenter:
         flags = [prompt_name(name).casefold() in known for name in names]
         return model.seen_offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients, whatever state the model is in."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(training)
+    def _runner(self, part: str) -> tuple[Callable[..., Any], bool]:
+        """A method of the model in evaluation mode, and whether it is compiled; it is not while the model trains."""
+        model, options = in_evaluation(self.model), self._compile_options
+        if options is None or model is not self.model:
+            return getattr(model, part), False
+        if part not in self._compiled:
+            self._compiled[part] = torch.compile(getattr(model, part), **options)
+        return self._compiled[part], True
+
+    def _forget_old_weights(self) -> None:
+        """Where the layers do not see a write through `.data` to their weights, see it for them; see `Prepared`."""
+        if Prepared.compares(self.device):
+            return
+        owners = [
+            part for part in self.model.modules() if any(isinstance(child, Prepared) for child in part.children())
+        ]
+        with self._lock:
+            found = digest(dict.fromkeys(tensor for part in owners for tensor in parameters(part)))
+            if found != self._head_digest:
+                for part in owners:
+                    for child in part.children():
+                        if isinstance(child, Prepared):
+                            child.entries.clear()
+                self._head_digest = found
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = "_lock", "_prompt_cache", "_compiled", "_head_digest"  # made anew
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._forget()
 
 
 class _Prompts(NamedTuple):
@@ -203,10 +289,20 @@ class _Prompts(NamedTuple):
 
 
 class EncodedImage:
-    """The features of an image, to be prompted with any classes. Made by `Segmenter.encode`."""
+    """The features of an image, in the model's dtype, to be prompted with any classes. Made by `Segmenter.encode`.
 
-    def __init__(self, segmenter: Segmenter, image: Image.Image, windows: Windows, features: list[Any]) -> None:
-        self._segmenter = segmenter
+    A pickled one brings its Segmenter and the model along.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        image: Image.Image,
+        windows: Windows,
+        features: list[Any],
+        weights: tuple[Any, ...],
+    ) -> None:
+        self._segmenter, self._weights = segmenter, weights
         self.image, self.windows, self.features = image, windows, features
 
     def segment(
@@ -215,16 +311,32 @@ class EncodedImage:
         *,
         text: Tensor | ArrayLike | None = None,
         seen: Collection[str] | None = None,
+        scores: bool = True,
         progress: bool = False,
     ) -> Segmentation:
-        """Label every pixel with one of the classes; arguments and errors as `Segmenter.segment`."""
-        return self._segment(self._segmenter._prompts(classes, text, seen, progress), progress)
+        """Label every pixel with one of the classes; arguments and errors as `Segmenter.segment`.
 
-    def _segment(self, prompts: _Prompts, progress: bool) -> Segmentation:
-        windows, model = self.windows, self._segmenter.model
-        with self._segmenter._inference():
+        Raises:
+            ValueError: also if the model's weights, dtype or device have changed since.
+        """
+        self._check_weights()
+        return self._segment(self._segmenter._prompts(classes, text, seen, progress), scores, progress)
+
+    def _check_weights(self) -> None:
+        if versions(parameters(self._segmenter.model)) != self._weights:
+            raise ValueError(
+                "the model's weights, dtype or device have changed since the image was encoded; encode it again."
+            )
+
+    def _segment(self, prompts: _Prompts, keep: bool, progress: bool) -> Segmentation:
+        windows, segmenter = self.windows, self._segmenter
+        model, device, dtype = segmenter.model, segmenter.device, segmenter.model.pixel_mean.dtype
+        segmenter._forget_old_weights()
+        with undisturbed():
+            decode, _ = segmenter._runner("decode")
             parts = _bar(self.features, "classes", progress)
-            logits = torch.cat([model.decode(features, prompts.text, **windows.decode) for features in parts])
+            parts = [decode(features, prompts.text, **windows.decode).to(dtype) for features in parts]
+            logits = torch.cat(parts)
             if windows.cut is not None:
                 logits = logits[..., : windows.cut[0], : windows.cut[1]]
             size = self.image.height, self.image.width
@@ -234,29 +346,57 @@ class EncodedImage:
                 "whole": logits[-1:] if windows.has_whole else None,
                 "offset": prompts.offset,
             }
-            labels = ops.label_map(**arguments).cpu().numpy()
+            # One pass over the logits; only if their sum overflows are they checked one by one.
+            total = logits.sum(dtype=torch.promote_types(dtype, torch.float32))
+            with without_autocast(device):
+                labels = ops.label_map(**arguments).cpu().numpy()
+            if not total.isfinite() and not logits.isfinite().all():
+                refuse_overflow(model, "logits", autocast_dtype(device) or dtype)
+        if not keep:
+            return Segmentation(self.image, prompts.names, labels)
 
-        @torch.no_grad()
         def compute_scores() -> np.ndarray:
-            return model.scores(ops.score_map(**arguments)).float().cpu().numpy()
+            with undisturbed(), without_autocast(device):
+                return model.scores(ops.score_map(**arguments)).float().cpu().numpy()
 
-        @torch.no_grad()
         def compute_top(k: int) -> tuple[np.ndarray, np.ndarray]:
-            scores, labels = ops.top_labels(k=k, **arguments)
-            return labels.cpu().numpy(), scores.float().cpu().numpy()
+            with undisturbed(), without_autocast(device):
+                scores, labels = ops.top_labels(k=k, **arguments)
+                return labels.cpu().numpy(), scores.float().cpu().numpy()
 
         return Segmentation(self.image, prompts.names, labels, compute_scores, compute_top)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_weights()
+        return {name: value for name, value in self.__dict__.items() if name != "_weights"}
 
-def _device(device: str | torch.device | None) -> torch.device:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._weights = versions(parameters(self._segmenter.model))
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device, once it is known to be there and to hold numbers."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device must be a PyTorch device such as 'cpu' or 'cuda:0', got {device!r}.") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device must be 'cpu', as PyTorch finds no CUDA GPU here, got {device!r}.")
+    if target.type == "meta":
+        raise ValueError("device must be one that computes, such as 'cpu' or 'cuda:0', got 'meta'.")
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"device must be 'cpu', as PyTorch finds no CUDA GPU here, got '{target}'.")
+        if (target.index or 0) >= (count := torch.cuda.device_count()):
+            there = "'cuda:0' is the only GPU" if count == 1 else f"the GPUs are 'cuda:0' to 'cuda:{count - 1}'"
+            raise RuntimeError(f"device must be one of this machine; {there}, got '{target}'.")
+        return target
+    try:
+        torch.empty(1, device=target)
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        others = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
+        raise RuntimeError(f"device must be one that PyTorch finds here, such as {others}, got '{target}'.") from None
     return target
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import unicodedata
 from bisect import bisect
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+from . import fonts
+from .fonts import Font
 
 SPREAD = 1024  # colours that are chosen to be far apart; further ones are only different
 CALM = 32  # colours that are neither dark nor glaring, so that a photograph shows through; they come first
@@ -36,7 +39,12 @@ def palette(n: int) -> np.ndarray:
 
 
 def overlay(
-    image: Image.Image, labels: ArrayLike, classes: Sequence[str], alpha: float = 0.5, legend: bool = True
+    image: Image.Image,
+    labels: ArrayLike,
+    classes: Sequence[str],
+    alpha: float = 0.5,
+    legend: bool = True,
+    font: str | os.PathLike[str] | None = None,
 ) -> Image.Image:
     """Lay the colours of the labels over the photograph; gives an RGB image, without a legend of the size of `image`.
 
@@ -45,9 +53,12 @@ def overlay(
         alpha: opacity of the colours, 0..1.
         legend: add a legend beside or below: colour, name and share of each class in the picture, largest first. A
             picture smaller than 320 pixels is then enlarged.
+        font: a TrueType or OpenType file for the legend. Names with letters that it lacks are drawn in PIL's own font
+            or one of the system that has them, otherwise as "class 3", their index, with one warning. Right-to-left
+            and joining scripts need a Pillow with Raqm, as its wheels are; without it a warning says so.
 
     Raises:
-        ValueError, TypeError: labels that do not fit `image` or `classes`, or `alpha` outside 0..1.
+        ValueError, TypeError: labels that do not fit `image` or `classes`, `alpha` outside 0..1, or no font.
     """
     labels = check_label_map(labels, len(classes), image)
     if not 0 <= alpha <= 1:
@@ -65,8 +76,8 @@ def overlay(
     if not legend:
         return picture
     largest = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index]]
-    names = [" ".join(name.split()) for name in classes]
-    return _add_legend(picture, [_Entry(tuple(colours[i].tolist()), names[i], float(shares[i])) for i in largest])
+    entries = [_Entry(tuple(colours[i].tolist()), _line(classes[i]), float(shares[i]), f"class {i}") for i in largest]
+    return _add_legend(picture, entries, font)
 
 
 def label_image(labels: ArrayLike, n: int) -> Image.Image:
@@ -123,16 +134,23 @@ class Panel(NamedTuple):
     colour: tuple[int, ...] | None = None
 
 
-def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "", side: int = 192) -> Image.Image:
+def panels(
+    rows: Sequence[Sequence[Panel]],
+    title: str = "",
+    subtitle: str = "",
+    side: int = 192,
+    font: str | os.PathLike[str] | None = None,
+) -> Image.Image:
     """Captioned pictures of one size, side by side on a page.
 
     Args:
         rows: at least one panel in all. Rows may differ in length; one without titles moves up to the row above.
         title, subtitle: two lines at the top of the page. Text that is too wide is cut with an ellipsis.
         side: longer side of a panel in pixels. The first image sets the aspect ratio.
+        font: see `overlay`; a text that no font has is written in escapes.
 
     Raises:
-        ValueError: there is no panel, or `side` is under 32.
+        ValueError: there is no panel, `side` is under 32, or no font.
     """
     rows = [row for row in rows if row]
     if not rows:
@@ -142,16 +160,17 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
     first = rows[0][0].image
     width, height = (max(1, round(side * length / max(first.size))) for length in first.size)
     size = max(11, round(side / 15))
-    font, large = ImageFont.load_default(size), ImageFont.load_default(round(1.5 * size))
+    texts = [text for row in rows for panel in row for text in (panel.title, panel.subtitle, panel.note)]
+    small, large = _Writer([*texts, subtitle], size, font), _Writer([title], round(1.5 * size), font)
     line, gap, margin = round(1.6 * size), size, 2 * size
     columns = max(map(len, rows))
     page_width = 2 * margin + columns * (width + gap) - gap
 
     # From the top down, where each text and each row goes; this gives the height of the page.
     header, y = [], margin
-    for text, ink, text_font, room in ((title, INK, large, round(1.6 * line)), (subtitle, FAINT, font, line)):
+    for text, ink, writer, room in ((title, INK, large, round(1.6 * line)), (subtitle, FAINT, small, line)):
         if text:
-            header.append((y + room // 2, text, ink, text_font))
+            header.append((y + room // 2, text, ink, writer))
             y += room
     tops = []
     for index, row in enumerate(rows):
@@ -162,16 +181,16 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
 
     page = Image.new("RGB", (page_width, y + margin), PAPER)
     draw = ImageDraw.Draw(page)
-    for middle, text, ink, text_font in header:
-        _write(draw, margin, middle, text, text_font, page_width - 2 * margin, ink)
+    for middle, text, ink, writer in header:
+        writer.write(draw, margin, middle, text, page_width - 2 * margin, ink)
     for row, (title_top, subtitle_top, image_top) in zip(rows, tops, strict=True):
         for place, panel in enumerate(row):
             left = margin + place * (width + gap)
             indent = round(1.5 * size) if panel.colour else 0
             _swatch(draw, left, title_top + line // 2, size, panel.colour)
-            _write(draw, left + indent, title_top + line // 2, panel.title, font, width - indent)
-            _write(draw, left, subtitle_top + line // 2, panel.subtitle, font, width, FAINT)
-            _write(draw, left, image_top + height + line // 2, panel.note, font, width, FAINT)
+            small.write(draw, left + indent, title_top + line // 2, panel.title, width - indent)
+            small.write(draw, left, subtitle_top + line // 2, panel.subtitle, width, FAINT)
+            small.write(draw, left, image_top + height + line // 2, panel.note, width, FAINT)
             # Whole multiples keep pixels and borders sharp.
             sharp = width % panel.image.width == 0 and height % panel.image.height == 0
             method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
@@ -179,21 +198,30 @@ def panels(rows: Sequence[Sequence[Panel]], title: str = "", subtitle: str = "",
     return page
 
 
-def key(entries: Sequence[tuple[tuple[int, ...], str]], width: int, height: int) -> Image.Image:
-    """Colours and their names, one per line, as a picture of that size in pixels; what does not fit is counted."""
+def key(
+    entries: Sequence[tuple[tuple[int, ...], str]],
+    width: int,
+    height: int,
+    font: str | os.PathLike[str] | None = None,
+) -> Image.Image:
+    """Colours and their names, one per line, as a picture of that size in pixels; what does not fit is counted.
+
+    `font` is as for `panels`.
+    """
     size = max(11, round(max(width, height) / 15))
-    font, line, indent = ImageFont.load_default(size), round(1.45 * size), round(1.5 * size)
+    line, indent = round(1.45 * size), round(1.5 * size)
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
     rows = max(1, height // line)
     shown = list(entries) if len(entries) <= rows else list(entries)[: rows - 1]
+    writer = _Writer([name for _, name in shown], size, font)
     for place, (colour, name) in enumerate(shown):
         middle = place * line + size // 2
         _swatch(draw, 0, middle, size, colour)
-        _write(draw, indent, middle, " ".join(name.split()), font, width - indent)
+        writer.write(draw, indent, middle, name, width - indent)
     if len(shown) < len(entries):
         more = f"+ {len(entries) - len(shown)} more"
-        draw.text((indent, len(shown) * line + size // 2), more, FAINT, font, anchor="lm")
+        draw.text((indent, len(shown) * line + size // 2), more, FAINT, ImageFont.load_default(size), anchor="lm")
     return image
 
 
@@ -221,16 +249,18 @@ class _Entry(NamedTuple):
     colour: tuple[int, ...] | None
     name: str
     share: float
+    instead: str  # of a name that no font has
 
 
-def _add_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
+def _add_legend(picture: Image.Image, entries: list[_Entry], font: str | os.PathLike[str] | None) -> Image.Image:
     width, height = picture.size
     size = min(max(round(math.sqrt(width * height) / 40), 13), 120)
-    font = ImageFont.load_default(size)
+    plain = ImageFont.load_default(size)
+    writer = _Writer([entry.name for entry in entries], size, font, [entry.instead for entry in entries])
     line, swatch, gap = round(1.6 * size), round(1.1 * size), round(0.6 * size)
-    share_width = math.ceil(font.getlength("100.0 %"))
-    name_width = min(math.ceil(max(font.getlength(entry.name) for entry in entries)), 16 * size)
-    name_width = max(name_width, math.ceil(font.getlength("+ 999 more")))
+    share_width = math.ceil(plain.getlength("100.0 %"))
+    name_width = min(math.ceil(max(writer.width(entry.name) for entry in entries)), 16 * size)
+    name_width = max(name_width, math.ceil(plain.getlength("+ 999 more")))
     column = swatch + gap + name_width + gap + share_width
     step = column + 2 * size
 
@@ -247,7 +277,7 @@ def _add_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
         canvas = (width, y + rows * line + size)
     if len(entries) > rows * columns:
         entries, rest = entries[: rows * columns - 1], entries[rows * columns - 1 :]
-        entries.append(_Entry(None, f"+ {len(rest)} more", sum(entry.share for entry in rest)))
+        entries.append(_Entry(None, f"+ {len(rest)} more", sum(entry.share for entry in rest), ""))
 
     page = Image.new("RGB", canvas, PAPER)
     page.paste(picture, (0, 0))
@@ -255,9 +285,9 @@ def _add_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
     for place, entry in enumerate(entries):
         left, middle = x + place // rows * step, y + place % rows * line + line // 2
         _swatch(draw, left, middle, swatch, entry.colour)
-        _write(draw, left + swatch + gap, middle, entry.name, font, name_width)
+        writer.write(draw, left + swatch + gap, middle, entry.name, name_width)
         share = "< 0.1 %" if entry.share < 0.0005 else f"{100 * entry.share:.1f} %"
-        draw.text((left + column, middle), share, INK, font, anchor="rm")
+        draw.text((left + column, middle), share, INK, plain, anchor="rm")
     return page
 
 
@@ -267,11 +297,50 @@ def _swatch(draw: ImageDraw.ImageDraw, left: int, middle: int, size: int, colour
         draw.rectangle((left, top, left + size - 1, top + size - 1), colour)
 
 
-def _write(
-    draw: ImageDraw.ImageDraw, left: int, middle: int, text: str, font: Font, width: float, ink: tuple[int, ...] = INK
-) -> None:
-    if text:
-        draw.text((left, middle), _fit(text, font, width), ink, font, anchor="lm")
+class _Writer:
+    """Writes texts in one size, each in a font that has its letters.
+
+    Args:
+        texts: those to be written; others are written in PIL's own font. size: in pixels. font: see `overlay`.
+        instead: of each text, what is written if no font has it; by default the text in escapes.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        size: int,
+        font: str | os.PathLike[str] | None = None,
+        instead: Sequence[str] | None = None,
+    ) -> None:
+        self.plain = ImageFont.load_default(size)
+        lines = [_line(text) for text in texts]
+        others = [_escaped(line) for line in lines] if instead is None else instead
+        found = fonts.choose(lines, size, font)
+        self.chosen = {
+            line: (other, self.plain) if one is None else (line, one)
+            for line, other, one in zip(lines, others, found, strict=True)
+        }
+
+    def width(self, text: str) -> float:
+        shown, font = self.chosen.get(_line(text), (text, self.plain))
+        return font.getlength(shown)
+
+    def write(
+        self, draw: ImageDraw.ImageDraw, left: int, middle: int, text: str, width: float, ink: tuple[int, ...] = INK
+    ) -> None:
+        """The text, cut to that width; none if it is empty."""
+        if text:
+            shown, font = self.chosen.get(_line(text), (text, self.plain))
+            draw.text((left, middle), _fit(shown, font, width), ink, font, anchor="lm")
+
+
+def _line(text: str) -> str:
+    """A text in one line, with accents in the form that most fonts have."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _fit(text: str, font: Font, width: float) -> str:

@@ -7,13 +7,22 @@ import random
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ovseg_fast.images import MAX_SIDE, ImageError, MissingImageError, load_image
+from ovseg_fast.images import (
+    MAX_SIDE,
+    ImageError,
+    MissingImageError,
+    TooLargeError,
+    enough_memory,
+    load_image,
+    out_of_memory,
+)
 from test_images import noise, refused
 
 
@@ -150,20 +159,58 @@ def test_decompression_bomb(tmp_path: Path) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     path = tmp_path / "a.png"
     path.write_bytes(png_header(100_000, 100_000))
-    for options in ({}, {"max_side": 10**6}):
-        message = refused(path, **options)
-        assert "10000000000 pixels" in message and "MAX_IMAGE_PIXELS" in message and "tiles" in message
+    message = refused(path)
+    assert "100000 x 100000 pixels" in message and "--max-side" in message and "tiles" in message
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_decompression_bomb_warning(tmp_path: Path, monkeypatch) -> None:
-    Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif", "webp", "bmp", "jpg", "ico"])
+def test_max_side_stands_in_for_pils_own_limit(tmp_path: Path, monkeypatch, suffix: str) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / f"a.{suffix}")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL warns from there, and refuses from twice as many
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert load_image(tmp_path / "a.png").size == (12, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "MAX_IMAGE_PIXELS" in refused(tmp_path / "a.png")
+        assert load_image(tmp_path / f"a.{suffix}").size == (32, 32)
+        assert "max_side = 31" in refused(tmp_path / f"a.{suffix}", max_side=31)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_pils_limit_comes_back_after_many_threads(tmp_path: Path, monkeypatch) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with ThreadPoolExecutor(8) as pool:
+        sizes = list(pool.map(lambda _: load_image(tmp_path / "a.png").size, range(200)))
+    assert sizes == [(32, 32)] * 200 and Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        OSError(12, "Cannot allocate memory"),
+        OSError("out of memory error when reading image file"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {str(error)[:12]}",
+)
+def test_too_large_for_the_memory(tmp_path: Path, monkeypatch, error: Exception) -> None:
+    def fail(*_):
+        raise error
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for step in ("PIL.ImageFile.ImageFile.load", "PIL.Image.Image.convert"):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, fail)
+            with pytest.raises(TooLargeError) as caught:
+                load_image(tmp_path / "a.png")
+            assert str(caught.value) == f"image '{tmp_path / 'a.png'}' is too large for the memory."
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    for error in (RuntimeError("shape mismatch"), OSError(2, "No such file"), ValueError("out of memory")):
+        assert not out_of_memory(error)
+    with pytest.raises(KeyError), enough_memory("image 'a'"):
+        raise KeyError
 
 
 @pytest.mark.parametrize(

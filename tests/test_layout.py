@@ -30,7 +30,7 @@ LEVELS = (
     ("backends",),
     ("cuda", "kernels"),
     ("native",),
-    ("compat", "files", "weights"),
+    ("compat", "files", "fonts", "weights"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

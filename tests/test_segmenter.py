@@ -59,7 +59,8 @@ def test_any_image_size(seg, size, mode):
 
 def test_path_pil_and_array_give_the_same(seg, photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "photo.png")
-    results = seg.segment([tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(photo), photo], NAMES)
+    images = [tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(photo), photo]
+    results = seg.segment(images, NAMES, scores=True)
     assert len(results) == 4
     for result in results[1:]:
         assert np.array_equal(result.labels, results[0].labels)

@@ -208,10 +208,19 @@ def test_text_file_without_names(tmp_path: Path, content: str) -> None:
     assert "at least one" in message and "a.txt" in message
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", "cat\n".encode("utf-16"), "Löwe".encode("latin-1")])
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", "Löwe".encode("latin-1")])
 @pytest.mark.parametrize("name", ["a.txt", "a.json"])
 def test_other_encodings_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     assert "UTF-8" in refused(read_classes, write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_of_any_encoding_that_says_what_it_is(tmp_path: Path, encoding: str, end: str) -> None:
+    path = write(tmp_path / "a.txt", end.join(["cat  ", "", "Löwe", " "]).encode(encoding))
+    assert read_classes(path) == ["cat", "Löwe"]
+    path = write(tmp_path / "a.json", json.dumps(["cat", "Löwe"], ensure_ascii=False).encode(encoding))
+    assert read_classes(path) == ["cat", "Löwe"]
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

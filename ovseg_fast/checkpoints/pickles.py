@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..compat import lacks_memory
 from .errors import CheckpointError, damaged
 
 LEGACY_START, LEGACY = b"\x80\x02", b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"  # before torch 1.6
@@ -93,7 +94,7 @@ def _refused_name(error: Exception) -> str | None:
 def _error(path: Path, zipped: bool, error: Exception, name: str | None) -> Exception:
     """What torch.load's error means. An archive whose checksums are right is not damaged, whatever it holds."""
     text = str(error)
-    if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.IGNORECASE):
+    if lacks_memory(error):
         asked = re.search(r"allocate (\d+) bytes", text)
         if asked is None or int(asked[1]) <= path.stat().st_size:
             return MemoryError(f"there is not enough memory to read '{path}' ({path.stat().st_size:,} bytes).")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..files import write_whole
-from ..models import SegmentationModel, get_preset
-from ..models.base import check_model
+from ..models import SegmentationModel, get_preset, hub
+from ..models.base import unwrap as unwrap_model
 from ..models.token_table import compact, expand
 from ..vocabulary import check_classes
 from .errors import CheckpointError
@@ -32,7 +32,8 @@ def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> No
     """Fill a model from an upstream state dict, all of it or nothing.
 
     Args:
-        model: the model to fill; values are cast to its dtype and go to its device.
+        model: the model to fill, or a wrapper of it such as `torch.compile`'s; values are cast to its dtype and go to
+            its device.
         state_dict: upstream's names and tensors, bare or as detectron2 (`{"model": ...}`) and mmseg (`{"state_dict":
             ...}`) wrap them, with or without the `module.` of distributed training. Buffers that follow from the
             configuration are ignored.
@@ -40,8 +41,10 @@ def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> No
     Raises:
         CheckpointError: keys are missing, unexpected or of another shape, all of them named; or values are not finite.
             The model is unchanged.
-        TypeError: `model` or `state_dict` is something else. ValueError: the method has no upstream format.
+        TypeError: `model` or `state_dict` is something else. ValueError: the method has no upstream format, or the
+            model's weights are sharded.
     """
+    model = unwrap_model(model)
     stored = _upstream_format(model)
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dict of tensors, got {type(state_dict).__name__}.")
@@ -55,7 +58,8 @@ def to_upstream(model: SegmentationModel) -> dict[str, Tensor]:
     Raises:
         TypeError: `model` is something else. ValueError: the method has no upstream format.
     """
-    formats, tensors = _upstream_format(model), model.state_dict()
+    model = unwrap_model(model)
+    formats, tensors = _upstream_format(model), _tensors(model)
     state = {
         key: torch.cat([part.reshape(-1) for part in _parts(tensors, stored)]).view(stored.shape)
         for key, stored in formats.items()
@@ -77,7 +81,7 @@ def save(
         ValueError, TypeError: `path` ends otherwise, `classes` are not names, or `model` is something else.
         OSError: the file cannot be written.
     """
-    check_model(model)
+    model = unwrap_model(model)
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got '{path}'.")
     metadata = {"format": FORMAT, "version": VERSION}
@@ -85,7 +89,7 @@ def save(
         metadata["preset"] = model.preset
     if classes is not None:
         metadata["classes"] = json.dumps(check_classes(classes), ensure_ascii=False)
-    tensors = compact(model.state_dict())
+    tensors = compact(_tensors(model))
     if half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     write_whole(path, lambda file: write_safetensors(file, tensors, metadata))
@@ -107,8 +111,8 @@ def load(model: SegmentationModel, path: str | os.PathLike[str]) -> dict[str, st
         CheckpointError: the file is damaged, not a checkpoint, or of another model. The model is unchanged.
         TypeError: `model` is something else.
     """
-    check_model(model)
-    stored = own_format(_shapes(model.state_dict()))
+    model = unwrap_model(model)
+    stored = own_format(_shapes(_tensors(model)))
     state, metadata = read(path)
     try:
         state = expand(state)
@@ -139,10 +143,14 @@ def classes(path: str | os.PathLike[str]) -> list[str] | None:
         raise CheckpointError(f"'{path}' holds a damaged class list; save it again.") from error
 
 
-def download(preset_name: str) -> Path:
+def download(preset_name: str, *, advice: str = 'weights="{file}"') -> Path:
     """The weights of a preset: those in this package, or the published ones from the Hugging Face hub or its cache.
 
     The hub's own settings hold, such as `HF_HOME` for the cache and `HF_HUB_OFFLINE=1` for using only that.
+
+    Args:
+        preset_name: as for `ovseg_fast.load`.
+        advice: how the caller is given a file instead, for the error message; `{file}` stands for its name.
 
     Raises:
         ValueError: no such preset, or nothing is published for it on the hub.
@@ -155,19 +163,27 @@ def download(preset_name: str) -> Path:
     if file is None or space is None:
         known = f"the hub holds no weights of {preset_name}{note and f' ({note})'}"
         raise ValueError(f"{known}; pass a file as weights, or None for random weights.")
-    import huggingface_hub
+    try:
+        return hub.find(space, file, "space") or _fetch(space, file)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"cannot download {file}, the weights of {preset_name} ({error}); they are published at "
+            f"https://huggingface.co/spaces/{space}, and {advice.format(file=file)} loads a copy on disk."
+        ) from error
+
+
+def _fetch(space: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
 
     try:
-        return Path(huggingface_hub.hf_hub_download(space, file, repo_type="space"))
+        return Path(hf_hub_download(space, file, repo_type="space"))
     except Exception as error:  # requests', httpx' or xet's own, depending on the hub's version
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set and the hub's cache does not hold it"
-        else:
-            reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise ConnectionError(
-            f"cannot download {file}, the weights of {preset_name} ({reason}); they are published at "
-            f'https://huggingface.co/spaces/{space}, and weights="{file}" loads a copy on disk.'
-        ) from error
+        raise ConnectionError(hub.reason(error)) from error
+
+
+def _tensors(model: SegmentationModel) -> dict[str, Tensor]:
+    """The model's state dict, without what `torch.compile` adds to the names of compiled parts."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -175,10 +191,9 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _upstream_format(model: SegmentationModel) -> dict[str, Stored]:
-    check_model(model)
     if not model.upstream_rules:
         raise ValueError(f"{type(model).__name__} has no upstream format; save and load use this package's own.")
-    return upstream_format(model.upstream_rules, _shapes(model.state_dict()))
+    return upstream_format(model.upstream_rules, _shapes(_tensors(model)))
 
 
 def _parts(tensors: Mapping[str, Tensor], stored: Stored) -> list[Tensor]:
@@ -192,7 +207,7 @@ def _fill(model: SegmentationModel, state: dict[str, Tensor], stored: Mapping[st
     state = {key: tensor for key, tensor in state.items() if not matches_any(model.upstream_derived, key)}
     _check_fit(state, stored, model.preset or type(model).__name__, what)
     _check_values(state, what)
-    targets = model.state_dict()
+    targets = _tensors(model)
     for key, how in stored.items():
         parts = _parts(targets, how)
         values = state[key].reshape(-1).split([part.numel() for part in parts])

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..compat import lacks_memory
 from .errors import CheckpointError, damaged
 
 CHECKSUM = "crc32"  # key in the metadata
@@ -65,9 +66,9 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor
         with _utf8(path) as name, safe_open(name, framework="pt") as file:
             metadata = {str(key): str(value) for key, value in (file.metadata() or {}).items()}
             state = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
-    except MemoryError as error:
-        raise MemoryError(f"there is not enough memory to read '{path}'.") from error
     except Exception as error:  # safetensors' own, or whatever torch makes of a strange shape
+        if lacks_memory(error):
+            raise MemoryError(f"there is not enough memory to read '{path}'.") from error
         raise damaged(path) from error
     if tensors and CHECKSUM in metadata and metadata[CHECKSUM] != checksum(state, metadata):
         raise CheckpointError(f"'{path}' is damaged: its content has another checksum than when it was saved.")

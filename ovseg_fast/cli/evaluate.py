@@ -63,19 +63,17 @@ def evaluate_command(
         dataset = datasets.open_dataset(name, root, split, limit=limit, seed=seed)
         if not len(dataset):
             raise ValueError(f"--root '{root}' holds no image of {name}, split {split}.")
-        from ..evaluation.evaluate import EvaluationError, evaluate
+        from ..evaluation.evaluate import Run, check_target
 
+        target = Path("out", f"{preset}_{name}_{dataset.split}_{mode}.json") if out is None else out
+        check_target(target)  # before the model is loaded
         segmenter = options.load_model(preset, weights, device)
         if seen_offset is not None:
             segmenter.model.seen_offset = seen_offset
-        target = Path("out", f"{preset}_{name}_{dataset.split}_{mode}.json") if out is None else out
         seen = _trained_on(weights, dataset.vocabulary.classes)
-        try:
-            result = evaluate(
-                segmenter, dataset, target, mode=mode, seen=seen, progress=not quiet, limit=limit, restart=not resume
-            )
-        except EvaluationError as error:
-            options.fail(error, options.FAILED)
+        run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume)
+    with options.exit_on_error(options.FAILED):
+        result = run.go(progress=not quiet)
     if not quiet:
         click.echo(f"{result.table()}\n\n{target}")
     if result.skipped:

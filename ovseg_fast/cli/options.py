@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ..compat import lacks_memory
 from ..files import check_writable
 
 if TYPE_CHECKING:
-    import torch
-
     from ..segmenter import Segmenter
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
@@ -75,23 +74,13 @@ def check_folder(folder: Path) -> None:
 
 def load_model(preset: str, weights: str, device: str | None, **options: Any) -> Segmenter:
     """The model, once its device is known to exist and to run the backend asked for. Imports PyTorch."""
-    from .. import backends
-    from ..segmenter import _device, load
+    from .. import backends, checkpoints
+    from ..segmenter import check_device, load
 
-    target = _device(device)
-    _check_device(target)
+    target = check_device(device)
     backends.check(target)
-    return load(preset, weights=None if weights == "random" else weights, device=target, **options)
-
-
-def _check_device(device: torch.device) -> None:
-    """Raises ValueError for a device that PyTorch knows and this machine lacks."""
-    import torch
-
-    try:
-        torch.ones(1, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: PyTorch cannot use it here ({sentence(error).rstrip('.')}).") from error
+    path = checkpoints.download(preset, advice="--weights {file}") if weights == "published" else weights
+    return load(preset, weights=None if weights == "random" else path, device=target, **options)
 
 
 def message(error: BaseException) -> str:
@@ -108,7 +97,7 @@ def sentence(error: BaseException) -> str:
     lack = re.search(r"allocate (\d+) bytes|tried to allocate ([\d.]+ \w+)|unable to allocate ([\d.]+ \w+)", text, re.I)
     if type(error).__name__ == "OutOfMemoryError" and lack:
         return f"there is not enough memory on the GPU for another {lack[lack.lastindex or 0]}."
-    if lack and (isinstance(error, MemoryError) or "t allocate memory" in text):
+    if lack and lacks_memory(error):
         return f"there is not enough memory for another {lack[lack.lastindex or 0]}{' bytes' if lack[1] else ''}."
     if isinstance(error, MemoryError) and not text:
         return "there is not enough memory."

@@ -77,7 +77,8 @@ def segment_command(
     bar = tqdm(images, unit="image", disable=True if quiet or len(images) == 1 else None)
     for path in bar:
         try:
-            result = segmenter.encode(path, mode, progress=not quiet).segment(names, progress=not quiet)
+            encoded = segmenter.encode(path, mode, progress=not quiet)
+            result = encoded.segment(names, scores=False, progress=not quiet)
             out.mkdir(parents=True, exist_ok=True)
             written = {kind: out / f"{stems[path]}_{ENDINGS[kind]}" for kind in kinds}
             for kind, target in written.items():

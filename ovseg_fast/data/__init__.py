@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .check import Problem, check_dataset, report
+from .check import ClassPixels, Findings, Problem, check_dataset, class_pixels, examine, report
 from .conventions import DATASETS
 from .datasets import Dataset, Pair, SegmentationDataset, open_dataset
 from .masks import NO_CLASS, DataError
@@ -33,8 +33,10 @@ __all__ = [
     "PASCAL_VOC_20B",
     "VOCABULARIES",
     "WORLD",
+    "ClassPixels",
     "DataError",
     "Dataset",
+    "Findings",
     "Pair",
     "Problem",
     "SegmentationDataset",
@@ -42,6 +44,8 @@ __all__ = [
     "World",
     "WorldScenes",
     "check_dataset",
+    "class_pixels",
+    "examine",
     "open_dataset",
     "report",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Convention:
         mask_suffixes: endings of mask files, after the image's name.
         lists: text files with the names of the split's pairs, one per line; without them the folders decide.
         by_masks: the image folder holds other splits too, so only the masks name the pairs.
-        splits: the available splits.
+        splits: the available splits. any_split: any other name is one as well, if there are folders of that name.
     """
 
     images: str
@@ -32,12 +33,17 @@ class Convention:
     lists: tuple[str, ...] = ()
     by_masks: bool = False
     splits: Mapping[str, str] = field(default_factory=lambda: TRAIN_VAL)
+    any_split: bool = False
+
+    def has(self, split: str) -> bool:
+        """Whether it may hold a split of that name."""
+        return split in self.splits or (self.any_split and re.fullmatch(r"[^./\\][^/\\]*", split) is not None)
 
     def paths(self, split: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         """Image folder, mask folders and lists of a split."""
 
         def fill(path: str) -> str:
-            return path.replace("{split}", self.splits[split])
+            return path.replace("{split}", self.splits.get(split, split))
 
         return fill(self.images), tuple(map(fill, self.masks)), tuple(map(fill, self.lists))
 
@@ -146,7 +152,7 @@ DATASETS = {
         None,
         ("",),
         (
-            Convention("images/{split}", ("masks/{split}",), mask_suffixes=_OWN_SUFFIXES),
+            Convention("images/{split}", ("masks/{split}",), mask_suffixes=_OWN_SUFFIXES, any_split=True),
             Convention("images", ("masks",), mask_suffixes=_OWN_SUFFIXES),
         ),
         class_files=("classes.txt", "classes.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ..images import SUFFIXES, load_image
+from ..files import read_text
+from ..images import MAX_SIDE, enough_memory, load_image, suffixes
 from ..vocabulary import check_classes, read_classes
 from .conventions import DATASETS, Convention, KnownDataset
 from .masks import DataError, MaskValues, read_mask
@@ -42,6 +44,7 @@ class SegmentationDataset:
         pairs: in the order of the split's list, or sorted by name; may be empty.
         values: the meaning of the values in the mask files.
         image_folder, mask_folders, mask_suffixes: where the files are, and the endings of mask files.
+        max_side: largest accepted side of an image or mask in pixels.
     """
 
     name: str
@@ -52,6 +55,7 @@ class SegmentationDataset:
     image_folder: Path
     mask_folders: tuple[Path, ...]
     mask_suffixes: tuple[str, ...]
+    max_side: int = MAX_SIDE
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -62,10 +66,12 @@ class SegmentationDataset:
         Raises:
             ImageError: the image is missing or unreadable, see `load_image`.
             DataError: the mask is missing, unreadable, of another size, or holds a label beyond the list of classes.
+            TooLargeError, or DataError of kind `memory`: there is not enough memory for the image or the mask.
         """
         pair = self.pairs[index]
-        image, values = load_image(pair.image), read_mask(pair.mask)
-        return fit(pair, image, values), self.values.labels(values, pair.mask)
+        with enough_memory(f"image '{pair.image}'"):
+            image, values = load_image(pair.image, self.max_side), read_mask(pair.mask, self.max_side)
+            return fit(pair, image, values), self.values.labels(values, pair.mask)
 
 
 Dataset: TypeAlias = "SegmentationDataset | WorldScenes"
@@ -80,9 +86,8 @@ def fit(pair: Pair, image: Image.Image, values: np.ndarray) -> Image.Image:
     """
     height, width = values.shape
     if image.size == (height, width) and height != width:
-        with Image.open(pair.image) as stored:
-            if stored.size == (width, height):
-                image = stored.convert("RGB")
+        stored = load_image(pair.image, max(height, width), upright=False)
+        image = stored if stored.size == (width, height) else image
     if image.size != (width, height):
         sizes = f"is {width} x {height} pixels, its image '{pair.image}' {image.width} x {image.height}"
         raise DataError("size", f"mask '{pair.mask}' {sizes}; expected the same size.")
@@ -97,6 +102,7 @@ def open_dataset(
     limit: int | None = None,
     seed: int = 0,
     endless: int = 500,
+    max_side: int = MAX_SIDE,
 ) -> Dataset:
     """Open a dataset in the folders that mmsegmentation or detectron2 users have, your own folder, or the world.
 
@@ -109,8 +115,10 @@ def open_dataset(
         root: the dataset's folder, or one above it: mmsegmentation's `data`, detectron2's `$DETECTRON2_DATASETS`. The
             world needs none.
         split: `val`, `train`; PASCAL VOC also has `trainaug`. A `folder` has `images/val` with `masks/val` and so on,
-            otherwise every split is the whole folder. The world has `train`, `test` (which `val` means) and `all`.
+            of any name, otherwise `val` and `train` are the whole folder. The world has `train`, `test` (which `val`
+            means) and `all`.
         limit: only the first images. seed: of the world. endless: number of the world's scenes without a limit.
+        max_side: largest accepted side of an image or mask in pixels.
 
     Returns:
         The dataset. The class names of `ade20k-847` and `pascal-context-459` are read from the dataset's folder or from
@@ -130,7 +138,7 @@ def open_dataset(
         raise ValueError(f"name must be one of the datasets {', '.join((*DATASETS, WORLD.name))}, got {name!r}.")
     known = DATASETS.get(name)
     splits = list(dict.fromkeys(part for each in known.conventions for part in each.splits) if known else WORLD_SPLITS)
-    if split not in splits:
+    if not (any(each.has(split) for each in known.conventions) if known else split in WORLD_SPLITS):
         raise ValueError(f"split of {name} must be one of {', '.join(splits)}, got {split!r}.")
     if known is None:
         from .world.scenes import WorldScenes  # the drawing code, loaded only if something is drawn
@@ -151,7 +159,7 @@ def open_dataset(
     pairs = _pairs(found, image_folder, mask_folders, _listed(folder, lists) if lists else None)
     values = MaskValues(found.values or range(len(vocabulary.classes)))
     return SegmentationDataset(
-        name, split, vocabulary, pairs[:limit], values, image_folder, mask_folders, found.mask_suffixes
+        name, split, vocabulary, pairs[:limit], values, image_folder, mask_folders, found.mask_suffixes, max_side
     )
 
 
@@ -159,7 +167,7 @@ def _find(name: str, known: KnownDataset, root: Path, split: str) -> tuple[Path,
     """The first convention whose folders and lists all exist, and the folder that it was found in."""
     wanted = []
     for convention in known.conventions:
-        if split not in convention.splits:
+        if not convention.has(split):
             continue
         images, masks, lists = convention.paths(split)
         for folder in (root / prefix for prefix in known.folders):
@@ -167,9 +175,19 @@ def _find(name: str, known: KnownDataset, root: Path, split: str) -> tuple[Path,
             if folders_exist and all((folder / part).is_file() for part in lists):
                 return folder, convention
         wanted.append(" + ".join([images, masks[0], *lists]))
+        if convention.any_split and (there := _own_splits(root)):
+            raise ValueError(f"root '{root}' holds no split {split!r}, only {', '.join(there)}.")
     below = " or in ".join(["it", *(f"'{prefix}'" for prefix in known.folders if prefix)])
     looked = f"looked in {below} for {', or '.join(dict.fromkeys(wanted))}"
     raise ValueError(f"root '{root}' holds no {name} of split {split!r}: {looked}.")
+
+
+def _own_splits(root: Path) -> list[str]:
+    """The splits of one's own folder; none if its images are not sorted into splits."""
+    images, masks = root / "images", root / "masks"
+    if not (images.is_dir() and masks.is_dir()) or files_by_name((images,), suffixes()):
+        return []
+    return sorted(entry.name for entry in images.iterdir() if entry.is_dir() and (masks / entry.name).is_dir())
 
 
 def _vocabulary(name: str, known: KnownDataset, root: Path, folder: Path) -> Vocabulary:
@@ -182,7 +200,7 @@ def _vocabulary(name: str, known: KnownDataset, root: Path, folder: Path) -> Voc
         raise FileNotFoundError(
             f"the class names of {name} are read from a file, but '{folder}' holds none of {files}."
         )
-    names = _numbered(file) or read_classes(file)
+    names = _numbered(file) or read_classes(file, indexed=True)
     if known.classes is not None and len(names) != known.classes:
         raise ValueError(f"'{file}' must hold the {known.classes} class names of {name}, got {len(names)}.")
     return Vocabulary(name, tuple(names))
@@ -192,29 +210,36 @@ def _numbered(file: Path) -> list[str] | None:
     """Names from lines "1: accordion", as PASCAL Context has them; None for any other file."""
     if file.name != "labels.txt":
         return None
-    lines = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line.strip()) for line in file.read_text("utf-8").splitlines() if line]
-    entries = [(int(line[1]), line[2]) for line in lines if line]
-    if len(entries) < len(lines) or [number for number, _ in entries] != list(range(1, len(entries) + 1)):
+    lines = [line for line in read_text(file, "class names").split("\n") if line.strip()]
+    matches = [re.fullmatch(r"(\d+)\s*:\s*(.+)", line.strip()) for line in lines]
+    entries = [(int(match[1]), match[2]) for match in matches if match]
+    first = entries[0][0] if entries and entries[0][0] in (0, 1) else 1
+    numbers = list(range(first, first + len(entries)))
+    if not entries or len(entries) < len(lines) or [number for number, _ in entries] != numbers:
         raise ValueError(f"'{file}' must hold lines '1: name', '2: name', ... in order.")
     return check_classes([name for _, name in entries])
 
 
 def _listed(folder: Path, lists: tuple[str, ...]) -> list[str]:
     """Names from list files: the first word of each line, without folder and suffix."""
-    lines = (line.split() for part in lists for line in (folder / part).read_text("utf-8").splitlines())
+    lines = (line.split() for part in lists for line in read_text(folder / part, "list of images").split("\n"))
     paths = (PurePosixPath(words[0]) for words in lines if words)
-    return list(dict.fromkeys(path.stem if path.suffix.lower() in SUFFIXES else path.name for path in paths))
+    names = (path.stem if path.suffix.lower() in suffixes() else path.name for path in paths)
+    return list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in names))
 
 
 def files_by_name(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> Files:
-    """Files by name without suffix, each name from the first folder that has it; several if in several formats."""
+    """Files by name without suffix, each name from the first folder that has it; several if in several formats.
+
+    Names are in Unicode's NFC, so that those of a Mac, often in NFD, are found.
+    """
     found: Files = {}
     for folder in folders:
         files: Files = {}
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
             suffix = next((end for end in suffixes if name.lower().endswith(end.lower())), None)
             if suffix is not None and not name.startswith(".") and len(name) > len(suffix):
-                files.setdefault(name[: -len(suffix)], []).append(folder / name)
+                files.setdefault(unicodedata.normalize("NFC", name[: -len(suffix)]), []).append(folder / name)
         found = files | found
     return found
 
@@ -222,7 +247,7 @@ def files_by_name(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> Files
 def _pairs(
     convention: Convention, image_folder: Path, mask_folders: tuple[Path, ...], names: list[str] | None
 ) -> list[Pair]:
-    images = files_by_name((image_folder,), SUFFIXES)
+    images = files_by_name((image_folder,), suffixes())
     masks = files_by_name(mask_folders, convention.mask_suffixes)
     if names is None:
         names = sorted(masks if convention.by_masks else images | masks)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ..images import ImageError, MissingImageError, decoding, open_image
+from ..images import (
+    MAX_SIDE,
+    ImageError,
+    MissingImageError,
+    TooLargeError,
+    enough_memory,
+    load_pixels,
+    open_image,
+    packing,
+)
 
 NO_CLASS = -1
 NO_CLASS_VALUES = (255, 65535)  # in files of 8 and 16 bits, unless a class has that index
 _BEYOND = -2
 
-# PIL spreads grey levels of 2 and 4 bits over 0..255, which would turn index 1 into 85 or 17.
-_SPREAD = {"L;2": 85, "L;4": 17}
+# How PIL packs grey levels: of 2 and 4 bits it spreads them over 0..255, which would turn index 1 into 85 or 17;
+# with an I, where white is zero, it turns them round; with an R, the bits come in another order.
+_PACKING = re.compile(r"(1|L)(?:;([24])?(I)?R?)?")
+_SPREAD = {"2": 85, "4": 17}
 
 
 class DataError(ValueError):
@@ -28,27 +42,41 @@ class DataError(ValueError):
         return type(self), (self.kind, str(self))  # loader processes send their errors pickled
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """The values (H, W) int32 in a mask file: grey levels of 1 to 16 bits, or the indices into a palette.
+def read_mask(path: Path, max_side: int = MAX_SIDE) -> np.ndarray:
+    """The values (H, W) int32 in a mask file as they are stored: grey levels of 1 to 16 bits, or indices of a palette.
 
     Raises:
-        DataError: `missing-mask`: no such file; `unreadable-mask`: a folder, empty, damaged, truncated, or in colour.
+        DataError: `missing-mask`: no such file; `unreadable-mask`: a folder, empty, damaged, truncated, in colour, or
+            with a side beyond `max_side`; `memory`: there is not enough of it.
     """
+    name = f"mask '{path}'"
     try:
-        with open_image(str(path), "mask") as image:
-            mode = image.mode
-            packing = image.tile[0].args if image.tile else None
-            with decoding(f"mask '{path}'"):
-                values = np.asarray(image)
+        with open_image(str(path), "mask") as image, enough_memory(name):
+            packed = packing(image)
+            load_pixels(image, name, max_side)
+            return _stored(image, *packed, name)
     except ImageError as error:
-        kind = "missing-mask" if isinstance(error, MissingImageError) else "unreadable-mask"
-        raise DataError(kind, str(error)) from error
+        kinds = {MissingImageError: "missing-mask", TooLargeError: "memory"}
+        raise DataError(kinds.get(type(error), "unreadable-mask"), str(error)) from error
+
+
+def _stored(image: Image.Image, decoder: str, raw_mode: str, argument: Any, name: str) -> np.ndarray:
+    """What the file holds, of what PIL made of it; how the file is packed is from `packing`."""
+    values = np.asarray(image)
     if values.ndim != 2 or values.dtype.kind not in "bui":
         expected = "expected one class index per pixel (greyscale)"
-        raise DataError("unreadable-mask", f"mask '{path}' is of PIL mode {mode}, {expected}.")
-    if isinstance(packing, (tuple, list)):
-        packing = packing[0] if packing else None
-    return values.astype(np.int32) // _SPREAD.get(str(packing), 1)
+        raise DataError("unreadable-mask", f"{name} is of PIL mode {image.mode}, {expected}.")
+    values = values.astype(np.int32)
+    if decoder in ("ppm", "ppm_plain") and image.mode != "1":
+        # A Netpbm file says which value is white; PIL scales that to 255 or 65535.
+        white = 65535 if image.mode.startswith("I") else 255
+        return ((values.astype(np.int64) * argument + white // 2) // white).astype(np.int32)
+    if match := _PACKING.fullmatch(raw_mode):
+        _, bits, inverted = match.groups()
+        if inverted:
+            values = (1 if image.mode == "1" else 255) - values
+        values //= _SPREAD.get(bits, 1)
+    return values
 
 
 class MaskValues:

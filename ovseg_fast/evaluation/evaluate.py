@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,12 @@ from tqdm import tqdm
 
 from .. import __version__, backends
 from ..data.masks import NO_CLASS
+from ..files import check_writable, held
 from ..segmenter import Segmenter
 from ..vocabulary import check_classes
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
-from .state import State, fingerprint_of
+from .state import State, fingerprint_of, stamp
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -74,38 +76,105 @@ def evaluate(
         save_seconds: how often progress is saved, by default every 20 seconds.
 
     Raises:
-        ValueError: an argument does not fit, or the dataset is empty.
-        state.StateError: the state at `out` is damaged, or of an evaluation with other weights, classes, images, ...
+        TypeError, ValueError: an argument does not fit, the dataset is empty, or another evaluation into `out` is under
+            way.
+        state.StateError: the state at `out` is damaged, of an evaluation with other weights, classes, images, ..., or
+            an image or mask has changed since it was evaluated.
         EvaluationError: no image could be evaluated.
         OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
-    task = _Task(segmenter, dataset, mode, seen, groups, limit)
-    target = None if out is None else _target(out)
-    partial = None if target is None else target.with_name(f"{target.stem}.partial.npz")
-    fingerprint = task.fingerprint()
-    state = None if partial is None or restart else State.load(partial, fingerprint)
-    if state is None:
-        state = State(fingerprint, np.zeros((len(task.classes),) * 2, np.int64), np.zeros(len(task.pairs), bool))
-    else:
-        logger.info("%s: resuming after %d of %d images", partial, state.done.sum(), len(task.pairs))
-    if partial is not None:
-        state.save(partial)  # fails now, not after the first images, if nothing can be written
+    run = Run(segmenter, dataset, out, mode=mode, seen=seen, groups=groups, limit=limit, restart=restart)
+    return run.go(progress=progress, save_seconds=save_seconds)
 
-    skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
-    if not state.done.any():
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        first = f"the first, {skipped[0].name}: {skipped[0].reason}"
-        raise EvaluationError(f"none of the {len(task.pairs)} images of {dataset.name} could be evaluated; {first}")
-    settings = {**task.settings(), "limit": limit, "weights": fingerprint["weights"]}
-    scores = Scores.of(state.matrix, task.split)
-    result = Evaluation(task.classes, scores, int(state.done.sum()), skipped, settings, _versions(), state.seconds)
-    if target is not None and partial is not None:
-        earlier = result.save(target)
-        if earlier is not None:
-            logger.info("the earlier result is now %s", earlier)
-        partial.unlink(missing_ok=True)
-    return result
+
+class Run:
+    """An evaluation: everything that may be refused is, when this is made; then `go`. Arguments and errors are those of
+    `evaluate`. Until `go` ends, no other run has the same `out`."""
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        dataset: Dataset,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        mode: str = "slide",
+        seen: Collection[str] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        limit: int | None = None,
+        restart: bool = False,
+    ) -> None:
+        self.task = task = _Task(segmenter, dataset, mode, seen, groups, limit)
+        self.target = None if out is None else check_target(out)
+        self.partial = None if self.target is None else self.target.with_name(f"{self.target.stem}.partial.npz")
+        self.settings = {**task.settings(), "limit": limit}
+        fingerprint = task.fingerprint()
+        self.settings["weights"] = fingerprint["weights"]
+        with ExitStack() as stack:
+            state = None
+            if self.target is not None and self.partial is not None:
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_alone(self.target))
+                if not restart and self.partial.exists():
+                    stamps = np.array([stamp(pair) for pair in task.pairs])
+                    state = State.load(self.partial, fingerprint, [pair.name for pair in task.pairs], stamps)
+            if state is not None:
+                logger.info("%s: resuming after %d of %d images", self.partial, state.done.sum(), len(task.pairs))
+            self.state = State.new(fingerprint, len(task.classes), len(task.pairs)) if state is None else state
+            if self.partial is not None:
+                self.state.save(self.partial)  # fails now, not after the first images, if nothing can be written
+            self._lock = stack.pop_all()
+
+    def go(self, *, progress: bool = True, save_seconds: float | None = None) -> Evaluation:
+        """Evaluate what is left."""
+        task, state, partial, target = self.task, self.state, self.partial, self.target
+        with self._lock:
+            skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
+            if not state.done.any():
+                if partial is not None:
+                    partial.unlink(missing_ok=True)
+                first = f"the first, {skipped[0].name}: {skipped[0].reason}"
+                count, name = len(task.pairs), task.dataset.name
+                raise EvaluationError(f"none of the {count} images of {name} could be evaluated; {first}")
+            scores, images = Scores.of(state.matrix, task.split), int(state.done.sum())
+            settings = self.settings | {"operators": task.operators()}
+            result = Evaluation(task.classes, scores, images, skipped, settings, _versions(), state.seconds)
+            if target is not None and partial is not None:
+                earlier = result.save(target)
+                if earlier is not None:
+                    logger.info("the earlier result is now %s", earlier)
+                partial.unlink(missing_ok=True)
+        return result
+
+
+def check_target(out: str | os.PathLike[str]) -> Path:
+    """The file for the result, if it can be written; makes nothing.
+
+    Raises:
+        ValueError: it is no .json file, its folder is none, or another evaluation into it is under way. OSError: the
+            folder, or the one in which it is to be made, cannot be written to.
+    """
+    path = Path(out)
+    if path.suffix != ".json":
+        raise ValueError(f"out must be a file ending in .json, got '{path}'.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"out must be a file, '{path}' is {'a folder' if path.is_dir() else 'not a plain one'}.")
+    check_writable(next(folder for folder in path.absolute().parents if folder.exists()), "out")
+    if path.parent.exists():
+        with _alone(path):
+            pass
+    return path
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold a lock file next to the result, and remove it in the end. Raises ValueError if another process has it."""
+    lock = target.with_name(f".{target.stem}.lock")
+    with held(lock, f"an evaluation into '{target.name}'"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # as on Windows, while it is open
+                lock.unlink()
 
 
 class _Task:
@@ -121,6 +190,11 @@ class _Task:
         groups: Mapping[str, Sequence[str]] | None,
         limit: int | None,
     ) -> None:
+        if not isinstance(segmenter, Segmenter):
+            raise TypeError(f"segmenter must be a Segmenter, as ovseg_fast.load gives, got {type(segmenter).__name__}.")
+        if not hasattr(dataset, "pairs"):
+            what = f"dataset must be a dataset, as ovseg_fast.data.open_dataset gives, got {type(dataset).__name__}."
+            raise TypeError(what)
         if not len(dataset.pairs):
             raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
         if limit is not None and limit < 1:
@@ -165,7 +239,6 @@ class _Task:
         members: dict[str, list[str]] = {}
         for name, position in zip(self.names, self.class_of.tolist(), strict=True):
             members.setdefault(self.classes[position], []).append(name)
-        operators = {name: backends.last_backend(name) for name in backends.explain(device).choices}
         settings: dict[str, Any] = {
             "model": model.preset or type(model).__name__,
             "dataset": self.dataset.name,
@@ -176,12 +249,16 @@ class _Task:
             "seen": None if self.split is None else [self.classes[i] for i in self.split],
             "precision": str(model.pixel_mean.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
-            "operators": {name: ran for name, ran in operators.items() if ran is not None},
         }
         if model.seen_offset is not None:
             settings["seen_offset"] = model.seen_offset
             settings["seen_offset_of"] = self.offset.get("seen", f"seen classes of {model.training_classes}")
         return settings
+
+    def operators(self) -> dict[str, str]:
+        """The backends that ran."""
+        ran = {name: backends.last_backend(name) for name in backends.explain(self.segmenter.device).choices}
+        return {name: backend for name, backend in ran.items() if backend is not None}
 
 
 def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], np.ndarray]:
@@ -231,17 +308,17 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
     with bar:
         for position, pair in _read_ahead(task.dataset, left):
             try:
-                image, labels = pair.result()
+                image, labels, facts = pair.result()
                 _check(image, labels, len(task.classes))
                 result = segmenter.encode(image, task.mode).segment(task.names, text=text, **task.offset)
-            # Only these errors are due to the image; others would recur with the next one.
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                skipped.append(Skipped(task.pairs[position].name, " ".join(str(error).split()) or repr(error)))
+                # All of an image is counted, or nothing.
+                confusion.update(class_of[torch.from_numpy(result.labels).to(device).long()], labels)
+            except Exception as error:
+                skipped.append(Skipped.of(task.pairs[position].name, error))
                 bar.clear()
                 logger.warning("%s is left out: %s", *skipped[-1])
             else:
-                confusion.update(class_of[torch.from_numpy(result.labels).to(device).long()], labels)
-                state.done[position] = True
+                state.done[position], state.stamps[position] = True, facts
             bar.update()
             if time.monotonic() - saved >= save_seconds:
                 save()
@@ -251,11 +328,17 @@ def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_s
 
 
 def _read_ahead(dataset: Dataset, indices: Iterable[int]) -> Iterator[tuple[int, Future[Any]]]:
-    """Pairs in order, read by one thread while the model works; a future raises what reading raised."""
+    """Image, labels and `stamp` of each pair in order, read by one thread while the model works; a future raises what
+    reading raised."""
+
+    def read(index: int) -> tuple[Image.Image, np.ndarray, list[int]]:
+        facts = stamp(dataset.pairs[index])  # first, so that a change in the meantime is noticed
+        return (*dataset.read(index), facts)
+
     with ThreadPoolExecutor(1) as reader:
         waiting: deque[tuple[int, Future[Any]]] = deque()
         for index in indices:
-            waiting.append((index, reader.submit(dataset.read, index)))
+            waiting.append((index, reader.submit(read, index)))
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
         while waiting:
@@ -274,16 +357,6 @@ def _check(image: Image.Image, labels: np.ndarray, classes: int) -> None:
         wrong = high if high >= classes else low
         pixels = np.count_nonzero(labels == wrong)
         raise ValueError(f"its mask holds label {wrong} in {pixels} pixels, beyond the {classes} classes.")
-
-
-def _target(out: str | os.PathLike[str]) -> Path:
-    path = Path(out)
-    if path.suffix != ".json":
-        raise ValueError(f"out must be a file ending in .json, got '{path}'.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"out must be a file, '{path}' is a folder.")
-    return path
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..compat import lacks_memory
 from ..files import write_whole
 from .metrics import Scores
 
@@ -35,6 +36,17 @@ class Skipped(NamedTuple):
 
     name: str
     reason: str
+
+    @classmethod
+    def of(cls, name: str, error: Exception) -> Skipped:
+        """Left out for this error, which is raised again unless it is due to this image: others would recur."""
+        memory = lacks_memory(error)
+        if not memory and not isinstance(error, (ValueError, OSError)):
+            raise error
+        text = " ".join(str(error).split())
+        if memory and "memory" not in text.lower():
+            text = f"not enough memory ({text or type(error).__name__})"
+        return cls(name, text or repr(error))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +117,10 @@ class Evaluation:
             written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%dT%H-%M-%S.%f")
             earlier = path.with_name(f"{path.stem}.{written}{path.suffix}")
             write_whole(earlier, lambda file: shutil.copy2(path, file))
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(path, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        # File names that are not UTF-8 hold surrogates, which become JSON's own escapes.
+        content = text.encode("utf-8", "backslashreplace")
+        write_whole(path, lambda file: file.write_bytes(content))
         return earlier
 
     def table(self) -> str:

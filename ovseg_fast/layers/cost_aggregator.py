@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,17 +84,20 @@ class CostAggregator(nn.Module):
 
         Returns:
             (B, T, 4H, 4W). With T > `pad_length`, the classes whose highest cosine anywhere in the image is among the
-            `pad_length` highest are computed, image by image; all others get the logit −100.
+            `pad_length` highest are computed, image by image; all others get the logit −100. The cosines are those of
+            float32 or better, whatever the dtype, so that 16-bit ties do not choose the classes.
         """
         classes = text.shape[0]
         weights = self.cost_embedding.weight, cast(Tensor, self.cost_embedding.bias)
         if classes <= self.pad_length:
             x = ops.cost_embedding(image, text, *weights)
             return self._aggregate(x, image, text, appearance, pooling)
-        volume = ops.cost_volume(image, text)
+        wide = torch.promote_types(image.dtype, torch.float32)
+        with _no_autocast(image.device.type):
+            volume = ops.cost_volume(image.to(wide), text.to(wide))
         kept = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
         images = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
-        x = ops.embed_volume(volume[images, kept], *weights)
+        x = ops.embed_volume(volume[images, kept].to(image.dtype), *weights)
         logits = self._aggregate(x, image, F.normalize(text, dim=-1)[kept], appearance, pooling)
         full = logits.new_full((kept.shape[0], classes, *logits.shape[-2:]), DROPPED_LOGIT)
         return full.index_put((images, kept), logits)
@@ -109,3 +113,8 @@ class CostAggregator(nn.Module):
     def _text_guidance(self, text: Tensor, *_: Tensor) -> Tensor:
         """(..., T, P, E) -> (..., T, G), from text and the projection's weights."""
         return F.relu(self.text_projection(F.normalize(text.mean(-2), dim=-1)))
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()

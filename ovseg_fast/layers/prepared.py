@@ -15,7 +15,8 @@ class Prepared(nn.Module):
 
     A result is reused if every tensor has the same address, version, dtype, device and layout as then, under the same
     autocast and inference mode; on a CPU the contents are compared too. On a GPU a write through `.data`, which does
-    not raise a tensor's version, goes unnoticed: call `train()` or `eval()` after it.
+    not raise a tensor's version, goes unnoticed here; a `Segmenter` notices it. After one, call `train()` or `eval()`
+    before you call the model yourself.
 
     Nothing is remembered if a gradient is needed, while compiling, tracing or capturing a CUDA graph, in `torch.func`
     or forward-mode transforms, or for inference tensors on a GPU, which have no version. `train`, `eval`,
@@ -29,7 +30,7 @@ class Prepared(nn.Module):
     def forward(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         if not _may_remember(tensors):
             return function(*tensors)
-        on_cpu, key = tensors[0].device.type == "cpu", _key(tensors)
+        on_cpu, key = self.compares(tensors[0].device), _key(tensors)
         old_key, kept, result = self.entries.get(function, (None, [], tensors[0]))
         if key == old_key and not (on_cpu and any(not torch.equal(*pair) for pair in zip(tensors, kept, strict=True))):
             return result
@@ -38,6 +39,11 @@ class Prepared(nn.Module):
         result = function(*tensors)
         self.entries[function] = key, kept, result
         return result
+
+    @staticmethod
+    def compares(device: torch.device) -> bool:
+        """Whether the contents of tensors on that device are compared."""
+        return device.type == "cpu"
 
     def train(self, mode: bool = True) -> Prepared:
         self.entries.clear()

@@ -20,6 +20,8 @@ from ..data.vocabularies import VOCABULARIES
 from .losses import check_label_maps, weighted_losses
 from .sliding import Windows, resize, square_windows, to_pixels
 
+WRAPPED = "_orig_mod", "module", "_fsdp_wrapped_module"  # what torch.compile, DDP and FSDP call the model in them
+
 
 class Rule(NamedTuple):
     """A pattern of our parameter names and upstream's name for them; `checkpoints.upstream` explains the patterns."""
@@ -43,7 +45,7 @@ class Hyperparameters:
         factors: prefix of parameter names -> factor of the learning rate. The first match counts; 1 without a match.
         no_decay: kinds of parameters without weight decay: "norm", "embedding".
         schedule: "cosine", or "poly" with its `power`. end: the rate at which "poly" ends, whatever the factor.
-        warmup: steps of linear warm-up. warmup_start: the rate at which it starts, whatever the factor.
+        warmup: steps of linear warm-up. warmup_ratio: the share of the decayed rate at which it starts.
         max_gradient_norm: the norm of all gradients together is clipped to this, or None.
         steps, batch: length of the published training; images per step over all processes.
         clip: the prefix in `factors` that stands for CLIP's weights ("" matches every name), or None without CLIP.
@@ -57,7 +59,7 @@ class Hyperparameters:
     power: float = 0.9
     end: float = 0.0
     warmup: int = 0
-    warmup_start: float = 0.0
+    warmup_ratio: float = 0.0
     max_gradient_norm: float | None = None
     steps: int = 80_000
     batch: int = 4
@@ -119,8 +121,12 @@ class SegmentationModel(nn.Module, ABC):
     def __init__(self, config: Any, clip_pretrained: str | Path | None = None) -> None:
         super().__init__()
         self.config = config
+        self.set_statistics(torch.get_default_dtype())
+
+    def set_statistics(self, dtype: torch.dtype) -> None:
+        """Set `pixel_mean` and `pixel_std` anew, in that dtype."""
         for name, values in zip(("pixel_mean", "pixel_std"), self.statistics, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values, dtype=dtype).view(3, 1, 1), persistent=False)
 
     @property
     def trained_on(self) -> tuple[str, ...]:
@@ -154,8 +160,8 @@ class SegmentationModel(nn.Module, ABC):
         """Features of B images and text embeddings of T classes -> logits (B, T, h', w')."""
 
     def encode_image(self, images: Tensor) -> Any:
-        """(B, 3, h, w) uint8, or float in 0..1 -> features for `decode`."""
-        return self.encode_pixels(to_pixels(images))
+        """(B, 3, h, w) uint8, or float in 0..1 -> features for `decode`, in the model's dtype."""
+        return self.encode_pixels(to_pixels(images, self.pixel_mean.dtype))
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
         """Logits of every class.
@@ -170,6 +176,7 @@ class SegmentationModel(nn.Module, ABC):
         Raises:
             TypeError, ValueError: images or text have another dtype or shape.
         """
+        refuse_tracing()
         return self.decode(self.encode_image(images), text)
 
     def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -229,7 +236,46 @@ class SegmentationModel(nn.Module, ABC):
         return {}
 
 
+def refuse_tracing() -> None:
+    """Raises RuntimeError in `torch.jit.trace`, which would fix the shapes of its example."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot trace this model; use torch.export or torch.onnx.export(dynamo=True)."
+        )
+
+
 def check_model(model: object) -> None:
     """Raises TypeError for anything but a `SegmentationModel`."""
     if not isinstance(model, SegmentationModel):
         raise TypeError(f"model must be a SegmentationModel, got {type(model).__name__}.")
+
+
+def unwrap(model: object) -> SegmentationModel:
+    """The model itself, out of `torch.compile`, `DistributedDataParallel`, `AveragedModel` and the like.
+
+    Raises:
+        TypeError: there is no `SegmentationModel` in it. ValueError: its weights are elsewhere, as with FSDP.
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, SegmentationModel):
+        children = inner._modules
+        inner = next((children[name] for name in WRAPPED if children.get(name) is not None), None)
+    check_model(inner if inner is not None else model)
+    if type(model).__name__ == "FullyShardedDataParallel" or any(
+        _is_elsewhere(weight) for weight in inner.parameters()
+    ):
+        raise ValueError("model must hold its weights itself, got one whose weights are sharded or on 'meta'.")
+    return inner
+
+
+def is_compiled(model: object) -> bool:
+    """Whether `torch.compile` wraps the model, at any depth."""
+    while isinstance(model, nn.Module) and not isinstance(model, SegmentationModel):
+        if "_orig_mod" in model._modules:
+            return True
+        model = next((model._modules[name] for name in WRAPPED if name in model._modules), None)
+    return False
+
+
+def _is_elsewhere(weight: Tensor) -> bool:
+    return weight.is_meta or hasattr(weight, "full_tensor")

@@ -210,7 +210,7 @@ class CascadeCLIP(SegmentationModel):
         schedule="poly",
         end=1e-6,
         warmup=1500,
-        warmup_start=1e-6,  # read as a learning rate, as the end of the decay is
+        warmup_ratio=1e-6,
         batch=16,
         clip="",
     )

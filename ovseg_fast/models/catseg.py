@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.cost_aggregator import CostAggregator
 from ..ops.spatial_aggregation import window_layout
-from .base import AugmentationSettings, Hyperparameters, Rule, SegmentationModel, rules
+from .base import AugmentationSettings, Hyperparameters, Rule, SegmentationModel, refuse_tracing, rules
 from .clip import CLIP
 from .sliding import Windows, crops, resize
 
@@ -136,6 +136,7 @@ class CATSeg(SegmentationModel):
         clip="clip.",
     )
     augmentation = AugmentationSettings(fill=128)  # shorter side to the crop's size, colour distortion, flip
+    small_images = 0  # seen in mode "whole", whose labels are misplaced
     config: CATSegConfig
 
     def __init__(self, config: CATSegConfig | None = None, clip_pretrained: str | Path | None = None) -> None:
@@ -214,6 +215,7 @@ class CATSeg(SegmentationModel):
         Returns:
             (B, T, 96, 96) at the published sizes, whatever the image's.
         """
+        refuse_tracing()
         return self.decode(self.encode_image(images), text, class_pooling)
 
     def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -232,9 +234,10 @@ class CATSeg(SegmentationModel):
             height, width = image.shape[-2:]
             cut = (min(height, self.map_size), min(width, self.map_size))
             if min(cut) < self.map_size:
-                logger.warning(
-                    "mode 'whole' misplaces labels of images under %d pixels; 'slide' does not.", self.map_size
-                )
+                self.small_images += 1
+                if str(self.small_images).strip("0") == "1":  # the first, the tenth, the hundredth, ...
+                    what = "mode 'whole' misplaces labels of images under %d pixels, %d so far; 'slide' does not."
+                    logger.warning(what, self.map_size, self.small_images)
             return Windows(image, [(0, 0)], cut, cut, cut=cut)
         side = config.slide_window
         canvas = (config.slide_canvas, config.slide_canvas)

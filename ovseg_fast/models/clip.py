@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..compat import ensure_importable
+from .. import compat
 from ..ops.common.attention import plain_attention
+from . import hub
 from .token_table import expand
 
 PACKAGED = Path(__file__).parent.parent / "weights"  # of this package
 TINY_CLIP = "world"  # tag of the tiny CLIP among them, which knows the procedural world
 TEXT_BATCH = 256  # prompts encoded at a time
+CLIP_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"  # in open_clip's repositories on the hub
 
 
 class SplitAttention(nn.Module):
@@ -210,7 +212,8 @@ class CLIP(nn.Module):
 
     Raises:
         ValueError: open_clip knows no such name, or the model is not a plain CLIP vision transformer with a causal
-            text encoder.
+            text encoder; or no such tag or file. ConnectionError: the weights cannot be downloaded.
+        ImportError: open_clip is missing, too old or cannot be imported.
     """
 
     def __init__(self, config: str | Mapping[str, Any], pretrained: str | Path | None = None) -> None:
@@ -234,14 +237,13 @@ def resize_positions(positions: Tensor, old: tuple[int, ...], new: tuple[int, ..
 
 
 def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | None) -> Any:
-    ensure_importable()
-    import open_clip
-
+    open_clip = compat.open_clip()
     if isinstance(config, str):
         known = open_clip.get_model_config(config)
         if known is None:
             raise ValueError(f"config must be a model name of open_clip's or a configuration dict, got {config!r}.")
         if pretrained is not None:
+            _check_pretrained(open_clip, config, str(pretrained))
             return open_clip.create_model(config, pretrained=str(pretrained))
     settings = dict(known if isinstance(config, str) else config)
     custom_text = settings.pop("custom_text", False)
@@ -253,13 +255,33 @@ def _open_clip_model(config: str | Mapping[str, Any], pretrained: str | Path | N
     return model
 
 
+def _check_pretrained(open_clip: Any, config: str, pretrained: str) -> None:
+    """Refuse weights that open_clip does not know or cannot get, before it builds anything."""
+    if Path(pretrained).is_file():
+        return
+    tags = open_clip.list_pretrained_tags_by_model(config)
+    if pretrained not in tags:
+        raise ValueError(
+            f"clip_pretrained must be a file or one of {', '.join(tags)} for {config}, got {pretrained!r}."
+        )
+    repository = open_clip.get_pretrained_cfg(config, pretrained).get("hf_hub")
+    if not repository:
+        return
+    owner, name, *path = repository.strip("/").split("/")
+    files = ["/".join(path)] if path else CLIP_FILES
+    try:
+        if not any(hub.cached(f"{owner}/{name}", file) for file in files):
+            hub.find(f"{owner}/{name}", files[0])
+    except ConnectionError as error:
+        advice = "a file of the same weights can be given instead of the tag"
+        raise ConnectionError(f"cannot download CLIP's weights '{pretrained}' ({error}); {advice}.") from error
+
+
 def _check_supported(visual: Any, text: Any) -> None:
     """Refuse towers that this adapter would run incorrectly."""
-    ensure_importable()
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-
+    transformer = compat.open_clip().transformer
     problem = None
-    if not isinstance(visual, VisionTransformer):
+    if not isinstance(visual, transformer.VisionTransformer):
         problem = f"its image encoder is a {type(visual).__name__}, not a vision transformer"
     elif visual.attn_pool is not None or visual.pool_type != "tok" or visual.final_ln_after_pool:
         problem = "its image encoder does not pool by the class token"
@@ -271,7 +293,7 @@ def _check_supported(visual: Any, text: Any) -> None:
         problem = "its text encoder does not read the end token"
     else:
         blocks = [*visual.transformer.resblocks, *text.transformer.resblocks]
-        if not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
+        if not all(isinstance(block, transformer.ResidualAttentionBlock) for block in blocks):
             problem = "its transformer blocks are not the plain pre-norm kind"
     if problem:
         raise ValueError(f"config must name a plain CLIP vision transformer; this model does not fit: {problem}.")

@@ -36,8 +36,8 @@ class Windows:
     decode: Mapping[str, Any] = field(default_factory=dict)
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """(B, 3, h, w) uint8, or floating point in 0..1, to floating point in 0..255.
+def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, h, w) uint8, or floating point in 0..1, to 0..255 in `dtype`.
 
     Raises:
         TypeError: another dtype. ValueError: another shape.
@@ -45,10 +45,10 @@ def to_pixels(images: Tensor) -> Tensor:
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"images must have shape (B, 3, h, w) with no size zero, got {tuple(images.shape)}.")
     if images.dtype == torch.uint8:
-        return images.to(torch.get_default_dtype())
+        return images.to(dtype)
     if not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating point in 0..1, got {images.dtype}.")
-    return images * 255
+    return (images.to(torch.promote_types(images.dtype, dtype)) * 255).to(dtype)
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -134,6 +134,7 @@ def torch_form(
     # (B or 1, T, 1, C): one row a class for all positions.
     q_guidance, k_guidance = terms[:, :classes].unsqueeze(2).chunk(2, -1)
 
+    pad_k = pad_v = weights.padding_token  # a compiler wants closures' variables set, even where nothing reads them
     if pads:
         normed = F.layer_norm(weights.padding_token, (channels,), *norm1)
         # The padding class has the same guidance in all images.
@@ -141,14 +142,14 @@ def torch_form(
         pad_v = F.linear(normed, weights.v_weight, weights.v_bias).view(wide)
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, s, heads, T, d): sums over the classes are matrix products at each position and head."""
-        q, k = F.elu(q).add(1), F.elu(k).add(1)
-        outer = torch.matmul(k.transpose(-1, -2), v)
+        """(B, s, heads, T, d), q and k with φ: sums over the classes are matrix products at each position and head."""
+        # Not kᵀv: the gradients of q and k are then contiguous, as compilers take those that elu's backward reads to be.
+        outer = torch.matmul(v.transpose(-1, -2), k)
         total = k.sum(-2)
         if pads:
             pad_sum = pads * F.elu(pad_k).add(1)
-            outer, total = outer + pad_sum[:, :, None] * pad_v[:, None, :], total + pad_sum
-        return torch.matmul(q, outer) / (torch.matmul(q, total.unsqueeze(-1)) + NORMALISER_EPS)
+            outer, total = outer + pad_v[:, :, None] * pad_sum[:, None, :], total + pad_sum
+        return torch.matmul(q, outer.transpose(-1, -2)) / (torch.matmul(q, total.unsqueeze(-1)) + NORMALISER_EPS)
 
     def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same; the padding classes are one key, whose score counts them."""
@@ -168,6 +169,8 @@ def torch_form(
         q = F.linear(normed, weights.q_weight[:, :channels]) + q_guidance
         k = F.linear(normed, weights.k_weight[:, :channels]) + k_guidance
         v = F.linear(normed, weights.v_weight, weights.v_bias)
+        if not full:
+            q, k = F.elu(q).add(1), F.elu(k).add(1)
         q, k, v = (part.unflatten(-1, wide).permute(0, 2, 3, 1, 4) for part in (q, k, v))
         attended = full_attention(q, k, v) if full else linear_attention(q, k, v)
         y = y + attended.permute(0, 3, 1, 2, 4).flatten(-2)

@@ -12,12 +12,22 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from ..files import read_text
+from ..images import MAX_SIDE
 from ..models.presets import get_preset
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by accelerate's names
 FREE_ON_RESUME = frozenset(
     {"out", "steps", "workers", "log_every", "checkpoint_every", "evaluate_every", "validation", "pictures"}
 )
+
+LARGEST = 2**63 - 1  # that TOML, torch and TensorBoard take
+LOWEST = {  # of whole numbers
+    **dict.fromkeys(("steps", "batch", "accumulation", "log_every", "checkpoint_every", "evaluate_every"), 1),
+    **dict.fromkeys(("warmup", "seed", "workers", "pictures"), 0),
+    "crop": 2,
+}
+HIGHEST = {"crop": MAX_SIDE, "workers": 1024}
 
 Config = TypeVar("Config")
 
@@ -50,9 +60,9 @@ class TrainingConfig:
             the model learns lists of any length; published training takes all.
         learning_rate: of the optimiser; its groups keep their ratios. warmup: steps of linear warm-up.
         clip_learning_rate: of CLIP's weights; as published 1/100 of the rest for CAT-Seg, 1/10 for Cascade-CLIP.
-        max_gradient_norm: the norm of all gradients is clipped to this (0.01 for CAT-Seg, none for Cascade-CLIP). Short
-            trainings of Cascade-CLIP need it: its first gradients are so large that AdamW, which remembers squares for
-            a thousand steps, hardly moves afterwards.
+        max_gradient_norm: the norm of all gradients is clipped to this (0.01 for CAT-Seg, none for Cascade-CLIP); inf:
+            not clipped. Short trainings of Cascade-CLIP need it: its first gradients are so large that AdamW, which
+            remembers squares for a thousand steps, hardly moves afterwards.
         precision: of autocast, `"fp32"`, `"bf16"` or `"fp16"`.
         seed: of random initial weights, order, augmentation and dropout.
         workers: processes that read images, per training process.
@@ -88,21 +98,47 @@ class TrainingConfig:
     pictures: int = 4
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            _check_type(kind, getattr(self, name), name)
         get_preset(self.model)
+        if not self.out:
+            raise ValueError("out must name a folder, got ''.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
-        for name in ("steps", "batch", "accumulation", "log_every", "checkpoint_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, lowest in LOWEST.items():
+            _check_range(name, getattr(self, name), lowest, HIGHEST.get(name, LARGEST))
+        for table in ("data", "validation"):
+            if getattr(self, table) is not None:
+                _check_range(f"{table}.limit", getattr(self, table).limit, 1, LARGEST)
         if self.batch % self.accumulation:
             raise ValueError(f"batch must be a multiple of accumulation, {self.accumulation}, got {self.batch}.")
         if self.scales is not None and not 0 < self.scales[0] <= self.scales[1] < math.inf:
             raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {list(self.scales)}.")
         for name in ("learning_rate", "clip_learning_rate", "max_gradient_norm"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+            if value == math.inf and name != "max_gradient_norm":
+                raise ValueError(f"{name} must be finite, got {value}.")
+        if self.transductive is not None and not 0 <= self.transductive <= 1:
+            raise ValueError(f"transductive must be a share of the steps in 0..1, got {self.transductive}.")
         if self.weights is not None and self.clip_pretrained is not None:
             raise ValueError("weights and clip_pretrained exclude each other: weights hold those of CLIP.")
+
+
+def as_config(config: TrainingConfig | Mapping[str, Any] | str | os.PathLike[str]) -> TrainingConfig:
+    """A configuration, given as such, as the keys and values of a file, or as the path of one.
+
+    Raises:
+        TypeError: it is something else. Otherwise as `read_toml`.
+    """
+    if isinstance(config, TrainingConfig):
+        return config
+    if isinstance(config, Mapping):
+        return cast(TrainingConfig, _build(TrainingConfig, config, ""))
+    if isinstance(config, (str, os.PathLike)):
+        return read_config(config)
+    raise TypeError(f"config must be a TrainingConfig, a dict or the path of a file, got {type(config).__name__}.")
 
 
 def read_config(path: str | os.PathLike[str]) -> TrainingConfig:
@@ -124,11 +160,12 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
         import tomllib
     else:
         import tomli as tomllib
+    text = read_text(file, "TOML file")
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"'{file}' is not UTF-8, expected a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"'{file}' is not a TOML file that can be read: it is nested too deeply.") from None
+    except ValueError as error:  # tomllib's own, or that of a number with thousands of digits
         raise ValueError(f"'{file}' is not a TOML file: {error}.") from None
     try:
         return cast(Config, _build(kind, values, ""))
@@ -159,7 +196,7 @@ def _respell(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     types = get_type_hints(kind)
     values = _respell(values, where) if kind is DataConfig else values
-    unknown = sorted(values.keys() - types.keys())
+    unknown = sorted(map(str, values.keys() - types.keys()))
     if unknown:
         raise ValueError(f"unknown key {where}{unknown[0]}; there are {', '.join(where + name for name in types)}.")
     for field in dataclasses.fields(kind):
@@ -169,19 +206,56 @@ def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _value(kind: Any, value: Any, name: str) -> Any:
-    kinds = [each for each in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if each is not NoneType]
-    if dataclasses.is_dataclass(kinds[0]):
-        if not isinstance(value, dict):
-            raise TypeError(f"{name} must be a table [{name}], got {value!r}.")
+    """A value of a file as the type of its field."""
+    kinds = _kinds(kind)
+    if dataclasses.is_dataclass(kinds[0]) and isinstance(value, Mapping):
         return _build(kinds[0], value, f"{name}.")
-    if get_origin(kinds[0]) is tuple:
-        parts = get_args(kinds[0])
-        if not isinstance(value, list) or len(value) != len(parts):
-            raise TypeError(f"{name} must be a list of {len(parts)} numbers, got {value!r}.")
-        return tuple(_value(parts[i], each, f"{name}[{i}]") for i, each in enumerate(value))
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if get_origin(kinds[0]) is tuple and isinstance(value, list):
+        value = tuple(_float(each, name) if type(each) is int else each for each in value)
+    elif float in kinds and type(value) is int:
+        value = _float(value, name)
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    _check_type(kind, value, name)
+    return value
+
+
+def _float(value: int, name: str) -> float:
+    try:
         return float(value)
-    if type(value) not in kinds:
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits 64 bits, got one of {len(str(value))} digits.") from None
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """The types of a field but None."""
+    return [each for each in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if each is not NoneType]
+
+
+def _check_type(kind: Any, value: Any, name: str) -> None:
+    kinds = _kinds(kind)
+    if value is None and isinstance(kind, UnionType):
+        return
+    if dataclasses.is_dataclass(kinds[0]):
+        if not isinstance(value, cast(type, kinds[0])):
+            raise TypeError(f"{name} must be a table [{name}], got {value!r}.")
+        for part, own in get_type_hints(kinds[0]).items():
+            _check_type(own, getattr(value, part), f"{name}.{part}")
+    elif get_origin(kinds[0]) is tuple:
+        parts = get_args(kinds[0])
+        if not isinstance(value, (tuple, list)) or len(value) != len(parts):
+            raise TypeError(f"{name} must be a list of {len(parts)} numbers, got {value!r}.")
+        for place, own in enumerate(parts):
+            _check_type(own, value[place], f"{name}[{place}]")
+    elif type(value) not in kinds and not (float in kinds and type(value) is int):
         words = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
         raise TypeError(f"{name} must be {' or '.join(words[each] for each in kinds)}, got {value!r}.")
-    return value
+    elif isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name} must hold no null character, got {value!r}.")
+
+
+def _check_range(name: str, value: int | None, lowest: int, highest: int) -> None:
+    if value is None or lowest <= value <= highest:
+        return
+    bound = f"at least {lowest}" if value < lowest else f"at most {highest}"
+    raise ValueError(f"{name} must be {bound}, got {value}.")

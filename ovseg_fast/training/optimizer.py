@@ -71,7 +71,7 @@ def poly(steps: int, rate: float, settings: Hyperparameters) -> Schedule:
     """Step -> factor of a group's learning rate `rate`: polynomial decay after a linear warm-up.
 
         decayed(step) = end + (rate − end) · (1 − step / steps)^power
-        lr(step) = warmup_start + (decayed(step) − warmup_start) · step / warmup      for the first `warmup` steps
+        lr(step) = decayed(step) · (ratio + (1 − ratio) · step / warmup)      for the first `warmup` steps
 
     Raises ValueError if `steps` is less than 1, `rate` is not positive, or `warmup` is negative.
     """
@@ -80,12 +80,12 @@ def poly(steps: int, rate: float, settings: Hyperparameters) -> Schedule:
         raise ValueError(f"rate must be positive, got {rate}.")
     if settings.warmup < 0:
         raise ValueError(f"warmup must be a number of steps, 0 or more, got {settings.warmup}.")
-    end, start = settings.end, settings.warmup_start
+    end, ratio = settings.end, settings.warmup_ratio
 
     def factor(step: int) -> float:
         lr = end + (rate - end) * (1 - min(step, steps) / steps) ** settings.power
         if step < settings.warmup:
-            lr = start + (lr - start) * step / settings.warmup
+            lr *= ratio + (1 - ratio) * step / settings.warmup
         return lr / rate
 
     return factor

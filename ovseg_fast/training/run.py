@@ -8,94 +8,66 @@ Several processes share each global batch; up to rounding, their gradients sum u
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
-from ..data import Dataset, open_dataset
+from ..compat import lacks_memory
 from ..data.augmentation import augmentation
-from ..evaluation.evaluate import evaluate
-from ..files import write_whole
+from ..files import check_writable, held
 from ..models import Hyperparameters, SegmentationModel, build
 from ..segmenter import Segmenter
 from ..vocabulary import fill_templates, prompt_name, tokenize
-from .config import PRECISIONS, DataConfig, TrainingConfig, check_resumable
+from .config import PRECISIONS, TrainingConfig, as_config
 from .finetuning import set_trainable
-from .images import TrainingImages, stream
-from .labels import pseudo_labels, seen_classes, seen_labels
-from .log import Log, comparison
+from .images import Batch, LeftOut, TrainingImages, collate, stream
+from .labels import seen_classes
+from .log import LINES, TENSORBOARD, Log
+from .objective import Objective
 from .optimizer import build_optimizer, build_schedule, with_clip_rate
+from .pairs import Contents, open_data, warn_of_masks
+from .start import check_crop, check_start, load_start
+from .state import State, check_optimizer, environment, undamaged
+from .validation import PICTURES, validate
 
-CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
-ENDLESS = 100_000  # images of a dataset without an end, if the configuration sets no limit
+CHECKPOINT, WEIGHTS, LOCK = "checkpoint.pt", "model.safetensors", ".lock"
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainingConfig, *, restart: bool = False, progress: bool = True) -> Path:
+def train(
+    config: TrainingConfig | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    restart: bool = False,
+    progress: bool = True,
+) -> Path:
     """Train a model as `config` says; resumes the run in `config.out`, if any, unless `restart`.
 
     Under `torchrun` or `accelerate launch`, every process makes the same call.
+
+    Args:
+        config: a `training.config.TrainingConfig`, a dict with the same keys, or the path of a TOML file with them.
 
     Returns:
         The file of the trained weights, `out/model.safetensors`.
 
     Raises:
-        ValueError, OSError: the configuration does not fit itself, the data, or the run that `out` holds.
+        ValueError, TypeError, OSError: the configuration does not fit itself, the data, or the run that `out` holds;
+            or, later, a file cannot be written or none of the images can be read.
         FloatingPointError: the loss is no longer finite; the last checkpoint stays. ImportError: accelerate is missing.
+        RuntimeError: the memory does not suffice, or a process that reads images died.
     """
-    run = Run(config, progress=progress)
+    run = Run(as_config(config), progress=progress)
     run.prepare(restart)
     return run.go()
-
-
-class Objective(nn.Module):
-    """A model with the texts of its classes: images and labels in, the published loss out.
-
-    Args:
-        prompts: of all classes, as tokens (T, P, 77) if the text encoder is trained, else as embeddings (T, P, E).
-        unseen: indices of the classes that are not trained on. sample_classes: see `TrainingConfig`.
-    """
-
-    def __init__(
-        self, model: SegmentationModel, prompts: Tensor, unseen: tuple[int, ...], sample_classes: bool = False
-    ) -> None:
-        super().__init__()
-        self.model, self.prompts, self.unseen, self.sample_classes = model, prompts, unseen, sample_classes
-        self.seen = seen_classes(len(prompts), unseen)
-
-    def _embed(self, classes: list[int]) -> Tensor:
-        prompts = self.prompts[classes]
-        return self.model.text_from_prompts(prompts if prompts.is_floating_point() else self.model.encode_text(prompts))
-
-    def forward(self, images: Tensor, labels: Tensor, transductive: bool = False) -> dict[str, Tensor]:
-        """(B, 3, s, s) uint8 and (B, s, s) indices of all classes -> named losses. Transductively, all classes are
-        trained on, the unseen ones by labels that the model predicts."""
-        if not transductive:
-            chosen = self._sample(labels) if self.sample_classes else self.seen
-            left_out = set(range(len(self.prompts))) - set(chosen)
-            return self.model.loss(images, seen_labels(labels, len(self.prompts), left_out), self._embed(chosen))
-        text = self._embed(list(range(len(self.prompts))))
-        with torch.no_grad():
-            logits = self.model.decode(self.model.encode_image(images), text)
-        return self.model.loss(images, pseudo_labels(logits, labels, self.unseen), text)
-
-    def _sample(self, labels: Tensor) -> list[int]:
-        """The seen classes that are in the labels, and any number of others, at least one."""
-        shown = set(labels.unique().tolist()).intersection(self.seen)
-        others = [index for index in self.seen if index not in shown]
-        if not others:
-            return self.seen
-        count = int(torch.randint(1, len(others) + 1, ()))
-        return sorted([*shown, *(others[place] for place in torch.randperm(len(others))[:count])])
 
 
 class Run:
@@ -112,27 +84,52 @@ class Run:
         if config.batch % share:
             raise ValueError(f"batch must be a multiple of accumulation times processes, {share}, got {config.batch}.")
         self.part = config.batch // share  # images that go forward at a time
-        self.dataset = open_data(config.data, "train")
-        torch.manual_seed(config.seed)
-        self.model = model or build(config.model, clip_pretrained=config.clip_pretrained)
-        if config.weights is not None:
-            checkpoints.load(self.model, config.weights)
-        self.settings = _settings(config, self.model.hyperparameters)
-        vocabulary = self.dataset.vocabulary
-        seen_only = self.model.seen_only if config.seen_only is None else config.seen_only
-        self.classes, self.unseen = vocabulary.classes, vocabulary.unseen if seen_only else ()
-        if config.transductive is not None and not self.unseen:
-            raise ValueError("transductive needs unseen classes: a dataset with a zero-shot split, and seen_only.")
+        self.dataset = open_data(config.data, "train", "data")
+        self.validation = None if config.validation is None else open_data(config.validation, "val", "validation")
+        self.classes = self.dataset.vocabulary.classes
+        self.contents = Contents.of(self.dataset)
+        self.given = model
 
     def prepare(self, restart: bool) -> None:
-        """Everything that may be refused, and the initial state."""
-        model, accelerator = self.model, self.accelerator
-        self.out.mkdir(parents=True, exist_ok=True)
-        saved = None if restart or not (self.out / CHECKPOINT).is_file() else self._read_checkpoint()
-        self.first = 0 if saved is None else int(saved["step"])
+        """Everything that may be refused, and the initial state. The folder is held until `go` ends."""
+        with ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                if not self.out.exists():
+                    stack.callback(_remove, self.out)  # nothing is left behind if the run is refused
+                self._check_folder()
+                stack.enter_context(held(self.out / LOCK, "a training run"))
+                stack.callback(_remove, self.out / LOCK)
+            self._prepare(restart)
+            self._lock = stack.pop_all()
+
+    def _prepare(self, restart: bool) -> None:
+        config, accelerator, path = self.config, self.accelerator, self.out / CHECKPOINT
+        self.environment = environment(accelerator.num_processes, accelerator.device)
+        saved = None if restart or not path.exists() else State.load(path)
         if saved is not None:
-            model.load_state_dict(saved["model"])
-        set_trainable(model, self.config.policy)
+            saved.check(path, config, self.contents, self.environment)
+        else:
+            check_start(config)
+        self.first = 0 if saved is None else saved.step
+        torch.manual_seed(config.seed)
+        if self.given is not None:
+            self.model = self.given
+        else:  # a resumed run needs nothing that it started from
+            self.model = build(config.model, clip_pretrained=None if saved else config.clip_pretrained)
+        model = self.model
+        if saved is None and config.weights is not None:
+            load_start(model, config.weights)
+        self.settings = _settings(config, model.hyperparameters)
+        seen_only = model.seen_only if config.seen_only is None else config.seen_only
+        self.unseen = self.dataset.vocabulary.unseen if seen_only else ()
+        trained = seen_classes(len(self.classes), self.unseen)
+        if config.transductive is not None and not self.unseen:
+            raise ValueError("transductive needs unseen classes: a dataset with a zero-shot split, and seen_only.")
+        names = set_trainable(model, config.policy)
+        check_crop(model, config)
+        if saved is not None:
+            with undamaged(path):
+                model.load_state_dict(saved.model)
         model.to(accelerator.device).train()
         segmenter = Segmenter(model)
         if any(parameter.requires_grad for parameter in model.text_encoder.parameters()):
@@ -140,21 +137,69 @@ class Run:
             texts = tokenize(prompts).to(accelerator.device)
         else:
             texts = segmenter.embed_text(self.classes, progress=self.progress)
-        objective = Objective(model, texts, self.unseen, self.config.sample_classes)
+        objective = Objective(model, texts, self.unseen, config.sample_classes)
         optimizer = build_optimizer(model, self.settings)
-        self.schedule = build_schedule(optimizer, self.settings, self.config.steps)
+        self.schedule = build_schedule(optimizer, self.settings, config.steps)
         if saved is not None:
-            optimizer.load_state_dict(saved["optimizer"])
+            with undamaged(path):
+                optimizer.load_state_dict(saved.optimizer)
+                check_optimizer(optimizer)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         if saved is not None and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
+            with undamaged(path):
+                accelerator.scaler.load_state_dict(saved.scaler)
+        self._tell(saved, len(names), trained)
+        if restart and accelerator.is_main_process:
+            self._discard()
+        accelerator.wait_for_everyone()
+
+    def _tell(self, saved: State | None, trained: int, classes: list[int]) -> None:
+        """What a user may not have meant, once all is known to fit."""
+        if not self.accelerator.is_main_process:
+            return
+        warn_of_masks(self.dataset, set(classes))
+        if self.settings.warmup > self.config.steps:
+            words = "the warm-up of %d steps is longer than the run of %d: the learning rate never reaches its peak"
+            logger.warning(words, self.settings.warmup, self.config.steps)
+        if saved is None:
+            logger.info("training %d tensors on %d images", trained, len(self.dataset))
+            return
+        logger.info("resuming after step %d of the run in %s", saved.step, self.out)
+        changed = [] if saved.data is None else self.contents.changed_files(saved.data).tolist()
+        if changed:
+            words = "%d of %d pairs changed since the run was last saved, and are used as they are now; the first is %s"
+            logger.warning(words, len(changed), len(self.dataset), self.dataset.pairs[changed[0]].name)
+
+    def _check_folder(self) -> None:
+        check_writable(self.out, "out")
+        for names, right, kind in (
+            ((CHECKPOINT, WEIGHTS, LINES), Path.is_file, "file"),
+            ((TENSORBOARD, PICTURES), Path.is_dir, "folder"),
+        ):
+            for path in (self.out / name for name in names):
+                if path.exists() and not right(path):
+                    raise ValueError(f"out must be a folder of a run, but '{path}' in it is not a {kind}.")
+
+    def _discard(self) -> None:
+        """Remove what an earlier run left. Its checkpoint goes first: without it, it is never resumed."""
+        pictures = sorted((self.out / PICTURES).glob("step_*.png"))
+        for path in (*(self.out / name for name in (CHECKPOINT, WEIGHTS, LINES)), *pictures):
+            path.unlink(missing_ok=True)
 
     def go(self) -> Path:
         """All remaining steps."""
         config, accelerator = self.config, self.accelerator
         out = self.out if accelerator.is_main_process else None
-        with closing(Log(out, accelerator, self.first, config.steps, config.log_every, self.progress)) as log:
-            for step, parts in self._batches():
+        left_out = LeftOut(len(self.dataset))
+        with (
+            self._lock,
+            closing(Log(out, accelerator, self.first, config.steps, config.log_every, self.progress)) as log,
+        ):
+            if self.first == config.steps:
+                self._write_weights()
+            if self.first:
+                self._validate(self.first, log)  # if a kill kept it from ending
+            for step, parts in self._batches(left_out):
                 # The rates follow from the step, not from how often the schedule was asked.
                 rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
                 for group, (rate, factor) in zip(self.optimizer.param_groups, rates, strict=True):
@@ -165,36 +210,60 @@ class Run:
                 if done % config.checkpoint_every == 0 or last:
                     log.report(done)  # raises rather than save what is not finite
                     self._write_checkpoint(done)
-                if config.validation is not None and (done % config.evaluate_every == 0 or last):
-                    log.write(done, self._evaluate(done))
-        if accelerator.is_main_process:
-            trained = seen_classes(len(self.classes), self.unseen)
-            checkpoints.save(self.model, self.out / WEIGHTS, [self.classes[index] for index in trained])
-        accelerator.wait_for_everyone()
+                if last:
+                    self._write_weights()
+                self._validate(done, log)
+        left_out.summarise()
         return self.out / WEIGHTS
 
-    def _batches(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+    def _batches(self, left_out: LeftOut) -> Iterator[tuple[int, list[Batch]]]:
         """Each remaining step with this process's share of its images, in parts that go forward one by one."""
         config, accelerator = self.config, self.accelerator
         steps = range(self.first, config.steps)
-        mine = [
+        mine = (
             [step * config.batch + (part * accelerator.num_processes + accelerator.process_index) * self.part + place
              for place in range(self.part)]
             for step in steps
             for part in range(config.accumulation)
-        ]  # fmt: skip
+        )  # fmt: skip
         recipe = asdict(self.model.augmentation)
         if config.scales is not None:
             recipe["scales"] = config.scales
         augment = augmentation(config.crop or self.model.config.image_size, **recipe, distortion=config.distortion)
         images = TrainingImages(self.dataset, augment, config.seed)
-        pin = accelerator.device.type == "cuda"
-        parts = iter(DataLoader(images, batch_sampler=mine, num_workers=config.workers, pin_memory=pin))
+        loader = DataLoader(
+            images,
+            batch_sampler=mine,  # type: ignore[arg-type]  # its length is never asked
+            num_workers=config.workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        with _loader_errors():
+            parts = iter(loader)
         for step in steps:
-            yield step, [next(parts) for _ in range(config.accumulation)]
+            batches = []
+            for _ in range(config.accumulation):
+                with _loader_errors():
+                    batch, skipped = next(parts)
+                left_out.add(skipped)
+                if batch is None:
+                    left_out.give_up()
+                batches.append(batch)
+            yield step, batches
 
-    def _step(self, step: int, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _step(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
         """One optimiser step; returns the losses of this process."""
+        try:
+            return self._steps_of(step, parts)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            cure = "lower batch or crop, or raise accumulation."
+            raise RuntimeError(
+                f"step {step + 1} needs more memory than there is ({_first_line(error)}); {cure}"
+            ) from error
+
+    def _steps_of(self, step: int, parts: list[Batch]) -> dict[str, Tensor]:
         accelerator = self.accelerator
         share = self.config.transductive
         transductive = share is not None and step >= share * self.config.steps
@@ -213,56 +282,38 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return totals
 
-    def _read_checkpoint(self) -> dict[str, Any]:
-        path = self.out / CHECKPOINT
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            began = saved["config"]
-        except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError):
-            raise ValueError(f"'{path}' is not a checkpoint of a run, or damaged; --restart starts over.") from None
-        check_resumable(began, self.config)
-        logger.info("resuming after step %d of the run in %s", saved["step"], self.out)
-        return saved
-
     def _write_checkpoint(self, step: int) -> None:
         scaler = self.accelerator.scaler
-        content = {
-            "config": asdict(self.config),
-            "step": step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
         if self.accelerator.is_main_process:
-            write_whole(self.out / CHECKPOINT, lambda file: torch.save(content, file))
+            state = State(
+                step,
+                self.model.state_dict(),
+                self.optimizer.state_dict(),
+                None if scaler is None else scaler.state_dict(),
+                asdict(self.config),
+                self.contents,
+                self.environment,
+            )
+            state.save(self.out / CHECKPOINT)
         self.accelerator.wait_for_everyone()
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """Scores on the validation images, and a picture of some; by the main process, the others wait."""
-        scores: dict[str, float] = {}
+    def _write_weights(self) -> None:
         if self.accelerator.is_main_process:
-            assert self.config.validation is not None
-            dataset = open_data(self.config.validation, "val")
-            segmenter = Segmenter(self.model)
-            scores = evaluate(segmenter, dataset, progress=self.progress).metrics
-            names = list(dataset.vocabulary.classes)
-            rows = []
-            for index in range(min(self.config.pictures, len(dataset))):
-                image, labels = dataset.read(index)
-                rows.append((image, labels, segmenter.encode(image).segment(names).labels))
-            if rows:
-                (self.out / "pictures").mkdir(exist_ok=True)
-                write_whole(self.out / "pictures" / f"step_{step:07}.png", comparison(rows, names).save)
+            trained = seen_classes(len(self.classes), self.unseen)
+            checkpoints.save(self.model, self.out / WEIGHTS, [self.classes[index] for index in trained])
         self.accelerator.wait_for_everyone()
-        return scores
 
-
-def open_data(config: DataConfig, split: str) -> Dataset:
-    """The dataset of a configuration; `split` if that names none. Raises ValueError if it holds no image."""
-    dataset = open_dataset(config.dataset, config.root, config.split or split, limit=config.limit, endless=ENDLESS)
-    if not len(dataset):
-        raise ValueError(f"the dataset {config.dataset} in '{config.root}' holds no image.")
-    return dataset
+    def _validate(self, step: int, log: Log) -> None:
+        """Scores on the validation images if they are due; by the main process, the others wait."""
+        config = self.config
+        if self.validation is None or not (step % config.evaluate_every == 0 or step == config.steps):
+            return
+        if self.accelerator.is_main_process and step not in log.validated:
+            picture = self.out / PICTURES / f"step_{step:07}.png"
+            scores = validate(Segmenter(self.model), self.validation, picture, config.pictures, self.progress)
+            if scores is not None:
+                log.write(step, scores)
+        self.accelerator.wait_for_everyone()
 
 
 def _settings(config: TrainingConfig, published: Hyperparameters) -> Hyperparameters:
@@ -274,8 +325,47 @@ def _settings(config: TrainingConfig, published: Hyperparameters) -> Hyperparame
 def _accelerator(config: TrainingConfig) -> Any:
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
     except ImportError:
         raise ImportError("training needs accelerate: pip install 'ovseg-fast[train]'") from None
+    gpu = torch.accelerator.is_available()
+    if config.precision == "fp16" and not gpu:
+        raise ValueError("precision fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32.")
+    precision = PRECISIONS[config.precision]
+    # An earlier run in this process may have had another precision, which accelerate would insist on.
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
     # Some trained parameters are never read, as published; see `finetuning.set_trainable`.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=PRECISIONS[config.precision], kwargs_handlers=[unused])
+    # Without cpu=True, accelerate takes each of several processes on a machine without a GPU for the only one.
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[unused], cpu=not gpu)
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(accelerator.num_processes):
+        cure = "start every one of them with torchrun or accelerate launch, or unset WORLD_SIZE."
+        raise ValueError(f"WORLD_SIZE is {started} but {accelerator.num_processes} train together; {cure}")
+    return accelerator
+
+
+@contextmanager
+def _loader_errors() -> Iterator[None]:
+    """Errors of the processes that read images, without what PyTorch wraps them in."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        if "in DataLoader worker process" in lines[0]:
+            raise RuntimeError(lines[-1].partition(": ")[2] or lines[-1]) from error
+        if "DataLoader worker" in str(error) and isinstance(error, RuntimeError):
+            cure = "most often memory or shared memory ran out; lower workers, or set workers = 0 to see more."
+            raise RuntimeError(f"a process that reads images died ({_first_line(error)}); {cure}") from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder that is empty."""
+    with suppress(OSError):  # it holds something, or, on Windows, is open
+        path.rmdir() if path.is_dir() else path.unlink()

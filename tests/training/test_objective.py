@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ovseg_fast.training.run import Objective
+from ovseg_fast.training.objective import Objective
 
 
 class Recorder(nn.Module):

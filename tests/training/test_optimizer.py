@@ -147,13 +147,13 @@ def test_poly_over_a_training():
     assert len({*starts}) == 2
     (first, at_first), *_, (last, at_last) = rates(model, 3000, 500)
     assert (first, last) == (0, 3000)
-    assert at_first == pytest.approx([1e-6] * len(starts))
+    assert at_first == pytest.approx([1e-6 * start for start in starts])  # a share of the rate, not a rate
     assert at_last == pytest.approx([1e-6] * len(starts))
     for step, found in rates(model, 3000, 500)[3:]:  # after the warm-up
         assert found == pytest.approx([1e-6 + (start - 1e-6) * (1 - step / 3000) ** 0.9 for start in starts])
     for step, found in rates(model, 3000, 500)[:3]:
         decayed = [1e-6 + (start - 1e-6) * (1 - step / 3000) ** 0.9 for start in starts]
-        assert found == pytest.approx([1e-6 + (rate - 1e-6) * step / 1500 for rate in decayed])
+        assert found == pytest.approx([rate * (1e-6 + (1 - 1e-6) * step / 1500) for rate in decayed])
 
 
 def test_schedules_stay_at_their_end():

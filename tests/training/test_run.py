@@ -12,67 +12,36 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import ovseg_fast as ovs
 from ovseg_fast import checkpoints
 from ovseg_fast.data.world.scenes import WORLD
 from ovseg_fast.training.config import DataConfig, TrainingConfig
 from ovseg_fast.training.run import CHECKPOINT, WEIGHTS, Run, train
-
-CLASSES = ("red", "green", "blue")
+from ovseg_fast.training.state import State
+from training import colours
+from training.colours import (
+    CLASSES,
+    assert_equal,
+    configuration,
+    make_data,
+    told,
+    train_without_dropout,
+    weights,
+    write,
+)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight pictures, each half of one of three colours and half of another, as a plain dataset."""
-    draw = np.random.default_rng(random.getrandbits(32))
-    for part in ("images", "masks"):
-        (tmp_path / "data" / part).mkdir(parents=True)
-    for number in range(8):
-        labels = np.repeat(draw.permutation(3)[:2], 48).astype(np.uint8)[None].repeat(96, 0)
-        pixels = np.eye(3)[labels] * 200 + draw.normal(30, 10, (96, 96, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"data/images/{number}.png")
-        Image.fromarray(labels).save(tmp_path / f"data/masks/{number}.png")
-    (tmp_path / "data/classes.txt").write_text("\n".join(CLASSES), encoding="utf-8")
+    make_data(tmp_path / "data")
     return tmp_path
 
 
-def configuration(folder: Path, **changes: object) -> TrainingConfig:
-    data = DataConfig("folder", str(folder / "data"))
-    config = TrainingConfig(
-        model="catseg-tiny", out=str(folder / "run"), steps=4, data=data, workers=0, log_every=2, checkpoint_every=2
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.read(path)[0]
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def write(config: TrainingConfig, path: Path) -> Path:
-    """The configuration as the file that `ovseg-fast train` takes."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if name not in tables]
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def command(*arguments: object, processes: int = 1) -> list[str]:
-    alone = [sys.executable, "-m", "ovseg_fast", "train", *map(str, arguments)]
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return alone if processes == 1 else [alone[0], *together, *alone[1:]]
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "ovseg_fast", "train", *map(str, arguments)]
 
 
 @pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
@@ -144,25 +113,33 @@ def steps_done(checkpoint: Path) -> int:
 @pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
 def test_two_processes_train_like_one_with_the_same_global_batch(folder, model):
     """Also where the images of one process show more classes than those of the other."""
-    config = configuration(folder, model=model, steps=2, batch=4, policy="full", warmup=0)
-    start = ovs.build(model)
-    file = folder / "start.safetensors"
-    for module in start.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    checkpoints.save(start, file)
-    alone, shared = (dataclasses.replace(config, weights=str(file), out=str(folder / name)) for name in ("1", "2"))
-    train(alone, progress=False)
+    config = configuration(folder, model=model, steps=2, policy="full", warmup=0, log_every=1)
+    alone, shared = (dataclasses.replace(config, out=str(folder / name)) for name in ("1", "2"))
+    train_without_dropout(alone)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        command(write(shared, folder / "shared.toml"), "--quiet", processes=2),
+        [*program, colours.__file__, write(shared, folder / "shared.toml")],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    began, one, two = (weights(path) for path in (file, Path(alone.out) / WEIGHTS, Path(shared.out) / WEIGHTS))
-    moved = torch.cat([(one[name] - began[name]).flatten() for name in began])
-    apart = torch.cat([(one[name] - two[name]).flatten() for name in began])
+    processes = [State.load(folder / name / CHECKPOINT).environment["processes"] for name in ("1", "2")]
+    assert processes == [1, 2], "two trainings side by side are not one in two processes"
+    torch.manual_seed(config.seed)
+    began = ovs.build(model).state_dict()
+    one, two = (weights(folder / name / WEIGHTS) for name in ("1", "2"))
+    moved = torch.cat([(one[name] - began[name]).flatten() for name in one])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
     assert moved.norm() > 0
     assert apart.norm() <= 0.05 * moved.norm()
+    assert [row["step"] for row in told(folder / "2")] == [1, 2], "one process writes the log"
+    assert [row["loss"] for row in told(folder / "2")] == pytest.approx([row["loss"] for row in told(folder / "1")])
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 3 but 1 train together; .*torchrun"):
+        train(configuration(folder), progress=False)
 
 
 def test_the_procedural_world_trains_on_seen_classes_alone(tmp_path):
