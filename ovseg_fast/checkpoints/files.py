@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -74,15 +75,26 @@ def unwrap(content: object, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         held = "an empty one" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise CheckpointError(f"{what} must hold a dict of tensors, got {held}.")
-    others = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    others = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
     if others:
-        kinds = [f"{key!r} ({type(content[key]).__name__})" for key in others]
+        kinds = [f"{key!r} ({_kind(content[key])})" for key in others]
         raise CheckpointError(
             f"{what} must hold tensors by name, bare or under 'model' or 'state_dict', got {first_of(kinds)}."
         )
     if all(PREFIX.match(key) for key in content):
         return {PREFIX.sub("", key, count=1): tensor for key, tensor in content.items()}
     return dict(content)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor that holds its numbers one by one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "quantized" if value.is_quantized else "without values" if value.is_meta else str(value.layout)
 
 
 def first_of(names: list[str], most: int = 5) -> str:

@@ -22,10 +22,8 @@ from ..models.token_table import compact, expand
 from ..vocabulary import check_classes
 from .errors import CheckpointError
 from .files import first_of, read, read_metadata, unwrap
-from .tensors import write_safetensors
+from .tensors import FORMAT, VERSION, write_safetensors
 from .upstream import Stored, matches_any, own_format, recognise, upstream_format
-
-FORMAT, VERSION = "ovseg-fast", "1"  # in the metadata of own files
 
 
 def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> None:

@@ -106,6 +106,7 @@ def test_files_that_are_not_checkpoints(tmp_path: Path, content: bytes, words: s
     assert words in str(error) and str(path) in str(error) and len(str(error).splitlines()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize.*")
 def test_other_archives_pickles_and_contents(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     with zipfile.ZipFile(path, "w") as archive:
@@ -132,6 +133,12 @@ def test_other_archives_pickles_and_contents(tmp_path: Path) -> None:
     assert "got a list" in str(refused(checkpoints.read, path))
     torch.save({"net": STATE, "epoch": 3}, path)
     assert "'net' (dict), 'epoch' (int)" in str(refused(checkpoints.read, path))
+    sparse, empty = torch.eye(3).to_sparse(), torch.ones(3, device="meta")
+    torch.save(
+        {"model": {"a": sparse, "b": empty, "c": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}}, path
+    )
+    error = refused(checkpoints.read, path)
+    assert "'a' (torch.sparse_coo), 'b' (without values), 'c' (quantized)" in str(error)
     assert "folder" in str(refused(checkpoints.read, tmp_path))
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint file '.*nothing\.pth'"):
         checkpoints.read(tmp_path / "nothing.pth")
