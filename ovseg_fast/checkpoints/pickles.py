@@ -199,6 +199,8 @@ def _check_sums(entries: list[zipfile.ZipInfo], archive: zipfile.ZipFile) -> Non
     for entry in entries:
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise ValueError("an entry has two sizes")
+        if entry.external_attr & 0x10 and not entry.is_dir():  # torch.load takes it for an empty folder
+            raise ValueError("an entry is a folder")
         with archive.open(entry) as stream:
             while stream.read(1 << 20):
                 pass

@@ -284,6 +284,24 @@ def test_flipped_bits_are_not_read_as_other_numbers(tmp_path: Path, rng: torch.G
             assert at not in (numbers, numbers + 7999)
 
 
+def test_an_entry_that_became_a_folder_by_one_bit_is_damage(tmp_path: Path) -> None:
+    """torch.load leaves its tensor as it was made; the folders of an archive that was packed again are no damage."""
+    save_zip(tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    for as_folder in (True, False):
+        with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
+            archive.writestr(entries[0][0].filename.partition("/")[0] + "/", b"")
+            for entry, content in entries:
+                copy = zipfile.ZipInfo(entry.filename)
+                copy.external_attr = 0x10 * (as_folder and entry.filename.endswith("data/0"))
+                archive.writestr(copy, content)
+        if as_folder:
+            assert "damaged" in str(refused(checkpoints.read, tmp_path / "b.pth"))
+        else:
+            assert_same(checkpoints.read(tmp_path / "b.pth")[0], STATE)
+
+
 def test_files_whose_checksums_were_left_out(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
