@@ -109,13 +109,13 @@ def file_kind(path: Path) -> str:
         FileNotFoundError: no such file. OSError: it cannot be read. CheckpointError: it is none of these.
     """
     try:
-        if path.is_dir():
-            raise CheckpointError(f"'{path}' is a folder, expected a checkpoint file.")
         with open(path, "rb") as file:
             head = file.read(1024)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a null character in the name
         raise FileNotFoundError(f"there is no checkpoint file '{path}'.") from None
     except OSError as error:
+        if path.is_dir():
+            raise CheckpointError(f"'{path}' is a folder, expected a checkpoint file.") from None
         raise OSError(f"cannot read '{path}': {error.strerror or error}.") from error
     if not head:
         raise CheckpointError(f"'{path}' is empty (0 bytes), expected a checkpoint; download or save it again.")
@@ -162,6 +162,8 @@ def _refuse_text(path: Path, head: bytes) -> None:
         return
     if text.startswith("version https://git-lfs"):
         raise CheckpointError(f"'{path}' is a Git LFS pointer, not the checkpoint itself; run 'git lfs pull' there.")
+    if path.name.endswith(".index.json"):
+        raise CheckpointError(f"'{path}' is the index of a checkpoint in several files; join them into one file first.")
     if re.search(r"<(!doctype|html|head|body)\b", text, re.IGNORECASE):
         raise CheckpointError(f"'{path}' is a web page about the checkpoint; download the checkpoint itself.")
     raise CheckpointError(f"'{path}' is a text file, expected a checkpoint (.pth, .pt, .bin or .safetensors).")

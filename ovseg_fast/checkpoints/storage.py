@@ -25,6 +25,8 @@ from .files import first_of, read, read_metadata, unwrap
 from .tensors import FORMAT, VERSION, write_safetensors
 from .upstream import Stored, matches_any, own_format, recognise, upstream_format
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> None:
     """Fill a model from an upstream state dict, all of it or nothing.
@@ -240,7 +242,7 @@ def _check_fit(state: Mapping[str, Tensor], stored: Mapping[str, Stored], name: 
 
 def _check_values(state: Mapping[str, Tensor], what: str) -> None:
     """Refuse values that are not finite floating-point numbers."""
-    integers = [f"'{key}' ({tensor.dtype})" for key, tensor in state.items() if not tensor.is_floating_point()]
+    integers = [f"'{key}' ({tensor.dtype})" for key, tensor in state.items() if tensor.dtype not in FLOATS]
     if integers:
         raise CheckpointError(f"{what} must hold floating-point tensors, got {first_of(integers)}.")
     broken = [f"'{key}'" for key, tensor in state.items() if not _is_finite(tensor)]

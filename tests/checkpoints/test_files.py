@@ -140,6 +140,10 @@ def test_other_archives_pickles_and_contents(tmp_path: Path) -> None:
     error = refused(checkpoints.read, path)
     assert "'a' (torch.sparse_coo), 'b' (without values), 'c' (quantized)" in str(error)
     assert "folder" in str(refused(checkpoints.read, tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert "in several files" in str(refused(checkpoints.read, tmp_path / "model.safetensors.index.json"))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+        checkpoints.read(tmp_path / "a\0b")
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint file '.*nothing\.pth'"):
         checkpoints.read(tmp_path / "nothing.pth")
 
