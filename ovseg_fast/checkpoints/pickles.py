@@ -57,7 +57,7 @@ def read_torch(path: Path, zipped: bool) -> object:
 def _load(path: Path, zipped: bool, allowed: dict[str, Any]) -> object:
     names = [name if "." in name else f"builtins.{name}" for name in allowed]
     pairs: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [*zip(allowed.values(), names, strict=True)]
-    with warnings.catch_warnings(), _LOADING, torch.serialization.safe_globals(pairs):
+    with _LOADING, warnings.catch_warnings(), torch.serialization.safe_globals(pairs):
         warnings.simplefilter("ignore")  # about old pickles; the sentences below say what matters
         # Mapping saves a second copy in memory. It needs a zipped file that is not packed, a name that it can encode,
         # and the name of another format misleads it.
