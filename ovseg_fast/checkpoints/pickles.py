@@ -7,6 +7,7 @@ known to be harmless get a stand-in that takes any arguments and keeps none: no 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -157,7 +158,7 @@ def check_archive(path: Path) -> None:
     It does not compare their checksums itself, so that a damaged file gives other numbers without a word.
 
     Raises:
-        CheckpointError: the archive is damaged, or torch.save did not write it.
+        CheckpointError: the archive is damaged, or torch.save did not write it. OSError: the disk fails.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -165,9 +166,11 @@ def check_archive(path: Path) -> None:
             _check_sums(archive.infolist(), archive)
     except CheckpointError:
         raise
-    except MemoryError as error:
-        raise MemoryError(f"there is not enough memory to read '{path}'.") from error
     except Exception as error:  # a damaged archive can fail as anything
+        if lacks_memory(error):
+            raise MemoryError(f"there is not enough memory to read '{path}'.") from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # this one is a seek to before the beginning
+            raise OSError(f"cannot read '{path}': {error.strerror or error}.") from error
         raise damaged(path) from error
 
 

@@ -306,6 +306,13 @@ def test_an_entry_that_became_a_folder_by_one_bit_is_damage(tmp_path: Path) -> N
             assert_same(checkpoints.read(tmp_path / "b.pth")[0], STATE)
 
 
+def test_a_disk_that_fails_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_zip(tmp_path / "a.pth")
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match=r"^cannot read '.*a\.pth': Input/output error\.$"):
+        checkpoints.read(tmp_path / "a.pth")
+
+
 def test_files_whose_checksums_were_left_out(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
