@@ -25,8 +25,8 @@ import torch
 
 from ovseg_fast import checkpoints
 from ovseg_fast.checkpoints.tensors import bytes_of, write_safetensors
+from ovseg_fast.evaluation.state import FORMAT, StateError
 from ovseg_fast.evaluation.state import State as EvaluationState
-from ovseg_fast.evaluation.state import StateError
 from ovseg_fast.training.state import State as TrainingState
 
 HEADER = 1000  # bytes at both ends, where headers and directories lie
@@ -102,7 +102,7 @@ def read_checkpoint(path: Path) -> Any:
 
 def evaluation_state(folder: Path, chance: random.Random) -> Kind:
     numbers = np.random.default_rng(chance.randrange(2**31))
-    fingerprint = {"state format": "2", "weights": "0123456789abcdef", "mode": "slide", "dataset": "folder"}
+    fingerprint = {"state format": FORMAT, "weights": "0123456789abcdef", "mode": "slide", "dataset": "folder"}
     state = EvaluationState.new(fingerprint, classes=12, images=40)
     state.matrix += numbers.integers(0, 10**6, (12, 12))
     state.done[:25] = True
