@@ -10,7 +10,7 @@ KERNELS := $(VENV)/kernels-$(if $(NVCC),built,without-nvcc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint bench gpu reproduce claims venv clean
+.PHONY: help demo test slow lint bench gpu reproduce claims torture venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,11 @@ reproduce: $(VENV)/installed ## train the tiny models from scratch and measure t
 
 claims: $(VENV)/installed ## the claims of both papers, tested small: about three hours of one core; resumes if stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims.py
+
+torture: $(VENV)/installed ## threads, kills and damaged files, at random: nothing is lost, wrong or half; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture/threads.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture/mutations.py
 
 venv: $(VENV)/installed $(KERNELS) ## .venv with the package (editable), its tools and the CUDA kernels; PYTHON=... chooses the Python
 

@@ -25,6 +25,7 @@ ABANDONED = 24 * 3600.0  # seconds after which a temporary file is nobody's, whe
 NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # some network and FUSE file systems
 NO_LOCKS = NO_FSYNC | {errno.ENOLCK}
 
+_own: set[Path] = set()  # temporary files of this process, which NFS would let it lock twice
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +75,7 @@ def write_whole(path: str | os.PathLike[str], writer: Callable[[Path], object]) 
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         os.close(held_file)
+        _own.discard(temporary)
 
 
 def _new_temporary(target: Path) -> tuple[Path, int]:
@@ -83,9 +85,11 @@ def _new_temporary(target: Path) -> tuple[Path, int]:
         # Not with tempfile, whose files only their owner may read.
         temporary = target.with_name(f".ovseg-{secrets.token_hex(8)}{suffix}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _own.add(temporary)
         if _lock(descriptor) is not False and temporary.exists():
             return temporary, descriptor
         os.close(descriptor)  # another process was just about to remove it as abandoned
+        _own.discard(temporary)
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -107,10 +111,12 @@ def remove_abandoned(folder: Path) -> None:
     A living process holds a lock on its own. Without locks, files are abandoned that are a day old.
     """
     try:
-        found = [Path(entry.path) for entry in os.scandir(folder) if TEMPORARY.fullmatch(entry.name)]
+        found = [Path(entry.path) for entry in os.scandir(os.path.realpath(folder)) if TEMPORARY.fullmatch(entry.name)]
     except OSError:
         return
     for path in found:
+        if path in _own:
+            continue
         with suppress(OSError):  # it is gone, or somebody else's
             descriptor = os.open(path, os.O_RDWR)
             try:

@@ -247,6 +247,17 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in others} | {"new.png"}
 
 
+def test_own_files_are_kept_where_a_process_may_lock_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovseg_fast.files._lock", lambda descriptor: True)  # as on NFS
+
+    def writer(file: Path) -> None:
+        file.write_bytes(b"new")
+        check_writable(tmp_path)
+
+    write_whole(tmp_path / "a.bin", writer)
+    assert (tmp_path / "a.bin").read_bytes() == b"new" and not files._own
+
+
 def test_without_locks_only_old_files_are_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ovseg_fast.files._lock", lambda descriptor: None)
     old, young = (tmp_path / f".ovseg-{digit * 16}.png" for digit in "01")

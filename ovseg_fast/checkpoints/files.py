@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -74,15 +75,26 @@ def unwrap(content: object, what: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         held = "an empty one" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise CheckpointError(f"{what} must hold a dict of tensors, got {held}.")
-    others = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    others = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
     if others:
-        kinds = [f"{key!r} ({type(content[key]).__name__})" for key in others]
+        kinds = [f"{key!r} ({_kind(content[key])})" for key in others]
         raise CheckpointError(
             f"{what} must hold tensors by name, bare or under 'model' or 'state_dict', got {first_of(kinds)}."
         )
     if all(PREFIX.match(key) for key in content):
         return {PREFIX.sub("", key, count=1): tensor for key, tensor in content.items()}
     return dict(content)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor that holds its numbers one by one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "quantized" if value.is_quantized else "without values" if value.is_meta else str(value.layout)
 
 
 def first_of(names: list[str], most: int = 5) -> str:
@@ -97,13 +109,13 @@ def file_kind(path: Path) -> str:
         FileNotFoundError: no such file. OSError: it cannot be read. CheckpointError: it is none of these.
     """
     try:
-        if path.is_dir():
-            raise CheckpointError(f"'{path}' is a folder, expected a checkpoint file.")
         with open(path, "rb") as file:
             head = file.read(1024)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a null character in the name
         raise FileNotFoundError(f"there is no checkpoint file '{path}'.") from None
     except OSError as error:
+        if path.is_dir():
+            raise CheckpointError(f"'{path}' is a folder, expected a checkpoint file.") from None
         raise OSError(f"cannot read '{path}': {error.strerror or error}.") from error
     if not head:
         raise CheckpointError(f"'{path}' is empty (0 bytes), expected a checkpoint; download or save it again.")
@@ -150,6 +162,8 @@ def _refuse_text(path: Path, head: bytes) -> None:
         return
     if text.startswith("version https://git-lfs"):
         raise CheckpointError(f"'{path}' is a Git LFS pointer, not the checkpoint itself; run 'git lfs pull' there.")
+    if path.name.endswith(".index.json"):
+        raise CheckpointError(f"'{path}' is the index of a checkpoint in several files; join them into one file first.")
     if re.search(r"<(!doctype|html|head|body)\b", text, re.IGNORECASE):
         raise CheckpointError(f"'{path}' is a web page about the checkpoint; download the checkpoint itself.")
     raise CheckpointError(f"'{path}' is a text file, expected a checkpoint (.pth, .pt, .bin or .safetensors).")

@@ -7,6 +7,7 @@ known to be harmless get a stand-in that takes any arguments and keeps none: no 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..compat import lacks_memory
 from .errors import CheckpointError, damaged
 
 LEGACY_START, LEGACY = b"\x80\x02", b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"  # before torch 1.6
@@ -56,7 +58,7 @@ def read_torch(path: Path, zipped: bool) -> object:
 def _load(path: Path, zipped: bool, allowed: dict[str, Any]) -> object:
     names = [name if "." in name else f"builtins.{name}" for name in allowed]
     pairs: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [*zip(allowed.values(), names, strict=True)]
-    with warnings.catch_warnings(), _LOADING, torch.serialization.safe_globals(pairs):
+    with _LOADING, warnings.catch_warnings(), torch.serialization.safe_globals(pairs):
         warnings.simplefilter("ignore")  # about old pickles; the sentences below say what matters
         # Mapping saves a second copy in memory. It needs a zipped file that is not packed, a name that it can encode,
         # and the name of another format misleads it.
@@ -72,6 +74,8 @@ def stand_in(name: str) -> type:
 
     class StandIn:
         def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+            if name == "getattr":  # of a class; what comes of it may be called, and gives the same again
+                return cls
             return super().__new__(cls) if made is None else made()
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
@@ -91,7 +95,7 @@ def _refused_name(error: Exception) -> str | None:
 def _error(path: Path, zipped: bool, error: Exception, name: str | None) -> Exception:
     """What torch.load's error means. An archive whose checksums are right is not damaged, whatever it holds."""
     text = str(error)
-    if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.IGNORECASE):
+    if lacks_memory(error):
         asked = re.search(r"allocate (\d+) bytes", text)
         if asked is None or int(asked[1]) <= path.stat().st_size:
             return MemoryError(f"there is not enough memory to read '{path}' ({path.stat().st_size:,} bytes).")
@@ -154,7 +158,7 @@ def check_archive(path: Path) -> None:
     It does not compare their checksums itself, so that a damaged file gives other numbers without a word.
 
     Raises:
-        CheckpointError: the archive is damaged, or torch.save did not write it.
+        CheckpointError: the archive is damaged, or torch.save did not write it. OSError: the disk fails.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -162,9 +166,11 @@ def check_archive(path: Path) -> None:
             _check_sums(archive.infolist(), archive)
     except CheckpointError:
         raise
-    except MemoryError as error:
-        raise MemoryError(f"there is not enough memory to read '{path}'.") from error
     except Exception as error:  # a damaged archive can fail as anything
+        if lacks_memory(error):
+            raise MemoryError(f"there is not enough memory to read '{path}'.") from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # this one is a seek to before the beginning
+            raise OSError(f"cannot read '{path}': {error.strerror or error}.") from error
         raise damaged(path) from error
 
 
@@ -196,7 +202,7 @@ def _check_sums(entries: list[zipfile.ZipInfo], archive: zipfile.ZipFile) -> Non
     for entry in entries:
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise ValueError("an entry has two sizes")
-        if entry.external_attr & 0x10:  # torch.load takes it for a folder, and leaves the tensor as it was made
+        if entry.external_attr & 0x10 and not entry.is_dir():  # torch.load takes it for an empty folder
             raise ValueError("an entry is a folder")
         with archive.open(entry) as stream:
             while stream.read(1 << 20):

@@ -22,10 +22,10 @@ from ..models.token_table import compact, expand
 from ..vocabulary import check_classes
 from .errors import CheckpointError
 from .files import first_of, read, read_metadata, unwrap
-from .tensors import write_safetensors
+from .tensors import FORMAT, VERSION, write_safetensors
 from .upstream import Stored, matches_any, own_format, recognise, upstream_format
 
-FORMAT, VERSION = "ovseg-fast", "1"  # in the metadata of own files
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def load_upstream(model: SegmentationModel, state_dict: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ def save(
     if model.preset is not None:
         metadata["preset"] = model.preset
     if classes is not None:
-        metadata["classes"] = json.dumps(check_classes(classes))
+        metadata["classes"] = json.dumps(check_classes(classes), ensure_ascii=False)
     tensors = compact(_tensors(model))
     if half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -244,7 +244,7 @@ def _check_fit(state: Mapping[str, Tensor], stored: Mapping[str, Stored], name: 
 
 def _check_values(state: Mapping[str, Tensor], what: str) -> None:
     """Refuse values that are not finite floating-point numbers."""
-    integers = [f"'{key}' ({tensor.dtype})" for key, tensor in state.items() if not tensor.is_floating_point()]
+    integers = [f"'{key}' ({tensor.dtype})" for key, tensor in state.items() if tensor.dtype not in FLOATS]
     if integers:
         raise CheckpointError(f"{what} must hold floating-point tensors, got {first_of(integers)}.")
     broken = [f"'{key}'" for key, tensor in state.items() if not _is_finite(tensor)]

@@ -16,8 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..compat import lacks_memory
 from .errors import CheckpointError, damaged
 
+FORMAT, VERSION = "ovseg-fast", "1"  # in the metadata of own files
 CHECKSUM = "crc32"  # key in the metadata
 COVERED = ("classes", "format", "preset", "version")  # keys that the checksum covers, besides all tensors
 DTYPES = {
@@ -52,7 +54,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            stream.write(_bytes(tensors[name]))
+            stream.write(bytes_of(tensors[name]))
 
 
 def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -65,10 +67,13 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor
         with _utf8(path) as name, safe_open(name, framework="pt") as file:
             metadata = {str(key): str(value) for key, value in (file.metadata() or {}).items()}
             state = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
-    except MemoryError as error:
-        raise MemoryError(f"there is not enough memory to read '{path}'.") from error
     except Exception as error:  # safetensors' own, or whatever torch makes of a strange shape
+        if lacks_memory(error):
+            raise MemoryError(f"there is not enough memory to read '{path}'.") from error
         raise damaged(path) from error
+    own = metadata.get("format") == FORMAT and metadata.get("version") == VERSION
+    if own and not metadata.keys() <= {CHECKSUM, *COVERED}:  # the checksum's own name may be damaged
+        raise damaged(path)
     if tensors and CHECKSUM in metadata and metadata[CHECKSUM] != checksum(state, metadata):
         raise CheckpointError(f"'{path}' is damaged: its content has another checksum than when it was saved.")
     return state, metadata
@@ -94,9 +99,10 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(_bytes(tensor), value)
+        value = zlib.crc32(bytes_of(tensor), value)
     return f"{value:08x}"
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as they lie in the memory, row by row."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

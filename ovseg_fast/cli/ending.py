@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..compat import lacks_memory
 from . import options
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # those that exist here end a command as Ctrl-C does
@@ -44,10 +45,8 @@ class Commands(click.Group):
                 return super().invoke(context)
             except KeyboardInterrupt:
                 _stop()
-            except (MemoryError, RecursionError) as error:
-                options.fail(error, options.FAILED)
-            except RuntimeError as error:
-                if "t allocate memory" not in str(error):
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error) and not isinstance(error, RecursionError):
                     raise
                 options.fail(error, options.FAILED)
 

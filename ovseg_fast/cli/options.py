@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ..compat import lacks_memory
 from ..files import check_writable
 
 if TYPE_CHECKING:
@@ -102,11 +103,11 @@ def sentence(error: BaseException) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:  # PyTorch's, of a worker: the last line is what it is about
         text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
-    lack = re.search(r"allocate (\d+) bytes|tried to allocate ([\d.]+ \w+)|unable to allocate ([\d.]+ \w+)", text, re.I)
-    if type(error).__name__ == "OutOfMemoryError" and lack:
-        return f"there is not enough memory on the GPU for another {lack[lack.lastindex or 0]}."
-    if lack and (isinstance(error, MemoryError) or "t allocate memory" in text):
-        return f"there is not enough memory for another {lack[lack.lastindex or 0]}{' bytes' if lack[1] else ''}."
+    lack = re.search(r"(?:tried to allocate|unable to (?:allocate|mmap)) ([\d.]+) (\w+)", text, re.IGNORECASE)
+    if lack and lacks_memory(error):
+        where = " on the GPU" if type(error).__name__ == "OutOfMemoryError" else ""
+        number = f"{int(lack[1]):,}" if lack[1].isdigit() else lack[1]
+        return f"there is not enough memory{where} for another {number} {lack[2]}."
     if isinstance(error, MemoryError) and not text:
         return "there is not enough memory."
     if isinstance(error, RecursionError):
@@ -133,4 +134,4 @@ def exit_on_error(code: int) -> Iterator[None]:
     except EXPECTED as error:
         if stopping.is_set():  # its consequence: a worker process got the signal too
             raise KeyboardInterrupt from error
-        fail(error, code)
+        fail(error, FAILED if lacks_memory(error) else code)

@@ -135,7 +135,7 @@ def test_make_weights_writes_what_upstream_would(tmp_path: Path) -> None:
     assert list(content) == ["model"]
     assert {key: tuple(tensor.shape) for key, tensor in content["model"].items()} == make_weights.shapes("catseg-vitb")
     assert not torch.equal(content["model"]["upsample1.bias"], make_weights.state_dict("catseg-vitb")["upsample1.bias"])
-    checkpoints.load(build_empty("catseg-vitb").to_empty(device="cpu"), path)
+    checkpoints.load(build_empty("catseg-vitb"), path)
 
 
 def test_make_weights_refuses_an_unknown_folder_and_preset(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -107,15 +107,66 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, model: nn.Module, monkeypat
     checkpoints.save(model, path, ["cat"])
     before = path.read_bytes()
 
-    def fail_halfway(tensors, file, metadata):
-        Path(file).write_bytes(before[:1000])
-        raise safetensors.SafetensorError("no space left on device")
+    def fail_halfway(file, tensors, metadata):
+        file.write_bytes(before[:1000])
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ovseg_fast.checkpoints.storage.save_file", fail_halfway)
-    with pytest.raises(OSError, match="no space left on device"):
+    monkeypatch.setattr("ovseg_fast.checkpoints.storage.write_safetensors", fail_halfway)
+    with pytest.raises(OSError, match=r"^cannot write '.*model\.safetensors': No space left on device\.$"):
         checkpoints.save(model, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_equal_models_give_equal_files(tmp_path: Path, model: nn.Module) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for path in paths:
+        checkpoints.save(model, path, ["cat", "空"])
+    assert len({path.read_bytes() for path in paths}) == 1
+    with safetensors.safe_open(paths[0], framework="pt") as file:
+        assert file.metadata()["format"] == "ovseg-fast"
+    assert checkpoints.classes(paths[0]) == ["cat", "空"]
+
+
+def test_altered_numbers_and_names_are_noticed(tmp_path: Path, model: nn.Module, rng: torch.Generator) -> None:
+    path = tmp_path / "model.safetensors"
+    checkpoints.save(model, path, ["cat"])
+    content, before = bytearray(path.read_bytes()), copy_of(model.state_dict())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for at in (start, len(content) - 1, *torch.randint(start, len(content), (10,), generator=rng).tolist()):
+        altered = bytearray(content)
+        altered[at] ^= 1
+        path.write_bytes(altered)
+        assert "has another checksum" in str(refused(checkpoints.load, model, path))
+    path.write_bytes(content.replace(b'[\\"cat\\"]', b'[\\"cut\\"]'))
+    assert "has another checksum" in str(refused(checkpoints.load, model, path))
+    assert_same(model.state_dict(), before)
+    path.write_bytes(content)
+    checkpoints.load(model, path)
+
+
+def test_files_without_a_checksum_still_load(tmp_path: Path, model: nn.Module, other: nn.Module) -> None:
+    metadata = {"format": "ovseg-fast", "version": "1", "preset": model.preset}
+    safetensors.torch.save_file(copy_of(model.state_dict()), tmp_path / "model.safetensors", metadata)
+    assert checkpoints.load(other, tmp_path / "model.safetensors") == metadata
+    assert_same(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_packaged_weights_have_a_checksum(name: str) -> None:
+    assert "crc32" in checkpoints.read(checkpoints.download(name))[1]
+
+
+def test_metadata_that_is_damaged_deep_or_huge(tmp_path: Path, model: nn.Module) -> None:
+    path = tmp_path / "model.safetensors"
+    state = copy_of(model.state_dict())
+    for classes in ("[" * 100_000, "9" * 100_000, '["' + "x" * 100_000, "{" * 3):
+        safetensors.torch.save_file(state, path, {"format": "ovseg-fast", "version": "1", "classes": classes})
+        assert str(path) in str(refused(checkpoints.classes, path))
+    for header in (b"[" * 100_000, b'{"a":' * 50_000, b"{\xff", b'{"a":{"dtype":"F32","shape":[1e400]}}', b"{" * 9):
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+        assert str(path) in str(refused(checkpoints.read, path))
+        assert str(path) in str(refused(checkpoints.classes, path))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
