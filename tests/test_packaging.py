@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from ovseg_fast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,6 +198,18 @@ def test_a_copied_tree_builds_where_it_is(tree: Path, nvcc: Path, tmp_path: Path
     (copy / "ovseg_fast" / "libovseg.so").unlink()
     build(copy, "build_editable", nvcc.parent)
     assert (copy / "ovseg_fast" / "libovseg.so").exists()
+
+
+def test_the_oldest_versions_that_are_tried_are_those_allowed() -> None:
+    """All lower bounds but those of torch and Triton, see docs/install.md."""
+    pattern = r'"([a-z_]+)>=([\d.]+)"'
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0].partition("[project]")[2]
+    allowed = dict(re.findall(pattern, re.sub(r"dev = \[.*?\n\]", "", project, flags=re.S)))
+    tried = dict(re.findall(r"^([a-z_]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), flags=re.M))
+    assert {allowed.pop("torch"), allowed.pop("triton")} == {"2.8", ".".join(map(str, backends.TRITON))}
+    assert allowed.keys() == tried.keys()
+    for name, bound in allowed.items():
+        assert (tried[name] + ".0.0").startswith(bound + "."), name
 
 
 @pytest.fixture

@@ -49,8 +49,7 @@ KERNEL_GRADIENT_FACTOR = 3
 # float32; the PyTorch form in the same dtype does so as often (81 small decoders in bfloat16: the kernels 56 times, the
 # PyTorch form 55 times), but not in the same calls. So the limit holds with ReLU deciding alike on both sides, which
 # tells whether a kernel is right. With ReLU free, the median error over many calls is held against the median of the
-# PyTorch form in the same dtype: measured 1.0 times that for the decoder, less for class aggregation, which keeps its
-# hidden units in float32.
+# PyTorch form in the same dtype: measured 1.0 times that for both.
 RELU_KINK = 1.5
 
 # Labels are those of the float64 PyTorch form wherever its two best scores, of at most about 1, lie further apart than

@@ -180,7 +180,7 @@ def random_row(seed: int) -> samples.Sample:
     return samples.Sample("upsampling_decoder", f"seed {seed}", built, frozenset())
 
 
-# The first seed once gave a call, of other sizes, where bfloat16 carried numbers over ReLU's zero in the CUDA C++ kernels
+# The first seed once gave a call, of other sizes, where bfloat16 carried numbers over ReLU's zero in CUDA C++ kernels
 # alone: gradients 0.048 off a float64 that decides by itself, those of the PyTorch form 0.005.
 @pytest.mark.parametrize("seed", [RELU_KINK_SEED, *range(5)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
