@@ -6,20 +6,25 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 RESULTS ?= build/benchmarks.json
 NVCC := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard $(CUDA_HOME)/bin/nvcc))
+CORE := tests/test_import.py tests/cli/test_core.py
 KERNELS := $(VENV)/kernels-$(if $(NVCC),built,without-nvcc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint bench gpu reproduce claims torture venv clean
+.PHONY: help demo test test-oldest slow lint bench gpu reproduce claims torture venv clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/installed ## segment a scene of things that the model was never trained on, by words
 	$(BIN)/ovseg-fast demo --out $(DEMO)
 
-test: lint venv ## linters, type checker, then all tests but the slow ones
+test: lint venv ## linters, type checker, all tests but the slow ones, then the core with the oldest versions allowed
 	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/python tests/oldest.py $(CORE)
+
+test-oldest: $(VENV)/installed ## images, masks, CLI and operators with the oldest versions that pyproject.toml allows
+	$(BIN)/python tests/oldest.py $(CORE) tests/cli/test_main.py tests/data tests/test_images.py tests/test_operators.py tests/ops
 
 slow: venv ## the slow tests
 	$(BIN)/pytest -m slow

@@ -259,6 +259,9 @@ def main(out: Path | None, minutes: float, only: str, skip_tests: bool, smoke: b
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
     if not smoke and not torch.cuda.is_available():
         raise click.ClickException("PyTorch finds no GPU here; --smoke tries the script without one.")
+    refused = backends.refusal("cost_volume", "triton", "cpu" if smoke else "cuda", None, None, True)
+    if refused:
+        raise click.ClickException(f"Triton's kernels cannot run here: {refused}.")
     run = Run(out, minutes, smoke)
     run.record("machine", value=run.results["machine"])
     click.echo(json.dumps(run.results["machine"], indent=1))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, util
+from importlib import import_module, metadata, util
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -27,11 +28,14 @@ LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels"}
 LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
 CAPABILITY = (8, 0)  # of the oldest GPUs that kernels are compiled for
-TRITON_INSTALLED = util.find_spec("triton") is not None
+TRITON = (3, 4)  # the oldest that compiles every kernel: 3.3 fails on cost_embedding, 3.2 aborts the process
+INTERPRETER = (3, 7)  # the oldest Triton whose interpreter runs with numpy 2.4 and later
 
 logger = logging.getLogger(__name__)
 
-_forced = threading.local()  # its `name`: the backend that this thread asks for, instead of the environment
+# Its `name`: the backend that this thread asks for, instead of the environment. No class with a default for it: Dynamo
+# would read that default, whatever a thread has set (tried on torch 2.7, 2.8 and 2.11).
+_forced = threading.local()
 _default = os.environ.get("OVSEG_BACKEND") or "auto"
 _last: dict[str, str] = {}
 
@@ -39,6 +43,8 @@ _last: dict[str, str] = {}
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force one backend for this thread's operator calls, whatever OVSEG_BACKEND: `with ovs.backend("torch"): ...`.
+
+    It holds in compiled functions too, around the call or inside: a call under another backend compiles again.
 
     Args:
         name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"`: the first of these that can run.
@@ -104,8 +110,8 @@ def refusal(
         return None
     if operator not in operators_with_kernels(name):
         return f"it has no {LANGUAGES[name]} kernel"
-    if name == "triton" and not TRITON_INSTALLED:
-        return "triton is not installed"
+    if name == "triton" and (reason := _triton_refusal()):
+        return reason
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
@@ -125,7 +131,37 @@ def refusal(
         return f"its kernels run on CUDA tensors, not on {device}"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU"
-    return None if forced else "on the CPU only Triton's slow interpreter runs it, and only if forced"
+    if not forced:
+        return "on the CPU only Triton's slow interpreter runs it, and only if forced"
+    return interpreter_refusal()
+
+
+@cache
+def _triton_refusal() -> str | None:
+    """Why the Triton that is installed does not compile the kernels, or None; without importing it, where possible."""
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # installed under another name
+        version = getattr(import_module("triton"), "__version__", "of no known version")
+    if _release(version) < TRITON:
+        return "its kernels need triton {}.{} or newer, this is {}".format(*TRITON, version)
+    return None
+
+
+@cache
+def interpreter_refusal() -> str | None:
+    """Why Triton's interpreter, which runs kernels on the CPU, cannot work with the numpy that is there, or None."""
+    triton, numpy = import_module("triton").__version__, metadata.version("numpy")
+    if _release(triton) < INTERPRETER and _release(numpy) >= (2, 4):
+        return f"the interpreter of triton {triton} needs a numpy older than 2.4, this is {numpy}"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 # torch.compiler.assume_constant_result(refusal), without importing the compiler, which takes as long as torch itself.

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -86,6 +86,91 @@ def test_a_forced_backend_is_the_threads_own() -> None:
         thread.start()
         thread.join()
     assert seen == ["auto"]
+
+
+def compiled_volume(seen: list[str]) -> Callable[..., torch.Tensor]:
+    """cost_volume compiled as one graph; `seen` gets the backend of each call that a graph holds, as it is compiled."""
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        seen.extend(
+            "triton" if "cost_volume" in name else "torch" for name in names if re.search("volume|matmul", name)
+        )
+        return graph.forward
+
+    torch.compiler.reset()
+    return torch.compile(ovs.ops.cost_volume, fullgraph=True, backend=note)
+
+
+def nested(*names: str) -> Callable[..., torch.Tensor]:
+    """cost_volume under these backends, the first one outermost, all within one compiled function."""
+
+    def function(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        if not names:
+            return ovs.ops.cost_volume(image, text)
+        with ovs.backend(names[0]):
+            if len(names) == 1:
+                return ovs.ops.cost_volume(image, text)
+            with ovs.backend(names[1]):
+                return ovs.ops.cost_volume(image, text)
+
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("inside", [(), ("torch",), ("triton",), ("torch", "triton"), ("triton", "torch")])
+@pytest.mark.parametrize("outside", [None, "torch", "triton"])
+def test_a_forced_backend_holds_in_compiled_functions(outside: str | None, inside: tuple[str, ...]) -> None:
+    torch.compiler.reset()
+    function, inputs = nested(*inside), (torch.randn(1, 2, 3, 16), torch.randn(2, 1, 16))
+    with ovs.backend(outside or "auto"):
+        function(*inputs)
+        assert ovs.last_backend("cost_volume") == [outside or "torch", *inside][-1]
+        assert backends.requested() == (outside or "auto")
+        volume()  # what a compiled function forces ends with it
+        assert ovs.last_backend("cost_volume") == (outside or "torch")
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_compiled_function_is_compiled_again_where_another_backend_is_forced() -> None:
+    seen: list[str] = []
+    function, inputs = compiled_volume(seen), (torch.randn(1, 2, 3, 16), torch.randn(2, 1, 16))
+    for name in ("torch", "triton", "torch", "triton"):
+        with ovs.backend(name):
+            function(*inputs)
+        assert ovs.last_backend("cost_volume") == name
+    function(*inputs)
+    assert ovs.last_backend("cost_volume") == "torch"
+    assert seen[:2] == ["torch", "triton"]
+    assert len(seen) <= 3  # once for each, "auto" may be told apart
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_threads_that_share_a_compiled_function_keep_their_backends() -> None:
+    function, inputs = compiled_volume([]), (torch.randn(1, 2, 3, 16), torch.randn(2, 1, 16))
+    ran = []
+
+    def call() -> None:
+        function(*inputs)
+        ran.append(ovs.last_backend("cost_volume"))
+
+    def other() -> None:
+        call()
+        with ovs.backend("torch"):
+            call()
+
+    with ovs.backend("triton"):
+        call()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        call()
+    assert ran == ["triton", "torch", "torch", "triton"]
+
+
+def test_nothing_hides_what_a_thread_has_forced_from_the_compiler() -> None:
+    """Before 2.12 Dynamo reads an attribute of the class, if there is one, instead of the thread's own."""
+    assert not hasattr(type(backends._forced), "name")
 
 
 def test_backward_runs_where_the_forward_ran() -> None:
@@ -201,6 +286,58 @@ util.find_spec = lambda name, package=None: None if name == "triton" else find(n
     report = run(hide + INFO)
     assert "triton is not installed" in report
     assert report.count("runs") == len(ovs.explain("cpu").choices)
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """Other versions of triton and numpy than those that are installed."""
+    checks = (backends._triton_refusal, backends.interpreter_refusal)
+
+    def versions(**installed: str) -> None:
+        find = backends.metadata.version
+        monkeypatch.setattr(backends.metadata, "version", lambda name: installed.get(name) or find(name))
+        if "triton" in installed:
+            monkeypatch.setattr("triton.__version__", installed["triton"])
+        for check in checks:
+            check.cache_clear()
+
+    yield versions
+    monkeypatch.undo()
+    for check in checks:
+        check.cache_clear()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [("2.3.1", False), ("3.2.0", False), ("3.3.1+git123", False), ("3.4.0", True), ("3.10.0", True), ("4.0", True)],
+)
+def test_a_triton_that_does_not_compile_the_kernels_is_refused(versions: Callable, version: str, runs: bool) -> None:
+    versions(triton=version, numpy="2.3.5")
+    reason = None if runs else f"its kernels need triton 3.4 or newer, this is {version}"
+    assert backends.refusal("cost_volume", "triton", "cpu", None, torch.float32, True) == reason
+    if not runs:
+        with (
+            ovs.backend("triton"),
+            pytest.raises(RuntimeError, match=r"cost_volume: the triton backend .* 3\.4 or newer"),
+        ):
+            volume()
+        volume()
+        assert ovs.last_backend("cost_volume") == "torch"
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.10.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)],
+)
+def test_an_interpreter_that_cannot_work_with_this_numpy_is_refused(
+    versions: Callable, triton: str, numpy: str, runs: bool
+) -> None:
+    versions(triton=triton, numpy=numpy)
+    reason = backends.refusal("cost_volume", "triton", "cpu", None, torch.float32, True)
+    expected = f"the interpreter of triton {triton} needs a numpy older than 2.4, this is {numpy}"
+    assert reason == (None if runs else expected)
 
 
 @pytest.mark.usefixtures("on_cpu")

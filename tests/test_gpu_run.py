@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
+import gpu
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,6 +55,15 @@ def test_without_a_gpu_it_says_so() -> None:
     run = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.strip() == "Error: PyTorch finds no GPU here; --smoke tries the script without one."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what the interpreter needs, without a GPU")
+def test_kernels_that_cannot_run_are_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reason = "the interpreter of triton 3.6.0 needs a numpy older than 2.4, this is 2.4.6"
+    monkeypatch.setattr(gpu.backends, "interpreter_refusal", lambda: reason)
+    with pytest.raises(click.ClickException, match=f"^Triton's kernels cannot run here: {reason}.$"):
+        gpu.main.main(["--smoke", "--out", str(tmp_path / "results.json")], standalone_mode=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_operator_has_one_prediction_above_its_floor() -> None:

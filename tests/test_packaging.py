@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from ovseg_fast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,10 +39,10 @@ def tree(tmp_path: Path) -> Path:
     """A copy of what packaging reads, so that nothing is built in the working tree."""
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("ovseg_fast", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "kernels"))
     (tree / "csrc").mkdir()
     (tree / "csrc" / "CMakeLists.txt").write_text(CMAKE_PROJECT)
     return tree
@@ -96,6 +100,19 @@ def test_wheel_holds_the_package_and_nothing_else(tree: Path) -> None:
     weights = {path.relative_to(tree).as_posix() for path in (tree / "ovseg_fast" / "weights").iterdir()}
     assert content == modules | kernels | weights | {"ovseg_fast/py.typed"}
     assert "ovseg-fast = ovseg_fast.cli:main" in scripts
+
+
+def test_source_distribution_holds_what_a_build_reads_and_no_tests(tree: Path) -> None:
+    (tree / "tests").mkdir()
+    for name in ("test_import.py", "conftest.py"):
+        shutil.copy(ROOT / "tests" / name, tree / "tests")
+    archive, _ = build(tree, "build_sdist", **WITHOUT)
+    with tarfile.open(archive) as content:
+        files = {name.partition("/")[2] for name in content.getnames()}
+    assert not [name for name in files if name.startswith("tests")]
+    sources = [path for folder in ("ovseg_fast", "kernels", "csrc") for path in (tree / folder).rglob("*")]
+    expected = {path.relative_to(tree).as_posix() for path in sources if path.is_file()}
+    assert {*expected, "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= files
 
 
 def test_wheel_with_the_native_library_is_for_one_platform_and_any_python(tree: Path, nvcc: Path) -> None:
@@ -181,6 +198,18 @@ def test_a_copied_tree_builds_where_it_is(tree: Path, nvcc: Path, tmp_path: Path
     (copy / "ovseg_fast" / "libovseg.so").unlink()
     build(copy, "build_editable", nvcc.parent)
     assert (copy / "ovseg_fast" / "libovseg.so").exists()
+
+
+def test_the_oldest_versions_that_are_tried_are_those_allowed() -> None:
+    """All lower bounds but those of torch and Triton, see docs/install.md."""
+    pattern = r'"([a-z_]+)>=([\d.]+)"'
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0].partition("[project]")[2]
+    allowed = dict(re.findall(pattern, re.sub(r"dev = \[.*?\n\]", "", project, flags=re.S)))
+    tried = dict(re.findall(r"^([a-z_]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), flags=re.M))
+    assert {allowed.pop("torch"), allowed.pop("triton")} == {"2.8", ".".join(map(str, backends.TRITON))}
+    assert allowed.keys() == tried.keys()
+    for name, bound in allowed.items():
+        assert (tried[name] + ".0.0").startswith(bound + "."), name
 
 
 @pytest.fixture

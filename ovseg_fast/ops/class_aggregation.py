@@ -143,7 +143,7 @@ def torch_form(
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, s, heads, T, d), q and k with φ: sums over the classes are matrix products at each position and head."""
-        # Not kᵀv: the gradients of q and k are then contiguous, as compilers take those that elu's backward reads to be.
+        # Not kᵀv: so the gradients of q and k are contiguous, as compilers take those that elu's backward reads to be.
         outer = torch.matmul(v.transpose(-1, -2), k)
         total = k.sum(-2)
         if pads:

@@ -100,8 +100,8 @@ class _MaskSums(torch.autograd.Function):
         ctx.terms = terms
         sums = logits.new_zeros(*logits.shape[:2], SUMS, dtype=_precision(logits))
         with torch.autocast(logits.device.type, enabled=False):
-            for image, classes, x, y in _resized(logits, labels):
-                _add_sums(sums[image, classes], x, y, *terms)
+            for image, classes, maps, y in _chunks(logits, labels):
+                _add_sums(sums[image, classes], _resize(maps, y), y, *terms)
         return sums
 
     @staticmethod
@@ -110,12 +110,9 @@ class _MaskSums(torch.autograd.Function):
         logits, labels = ctx.saved_tensors
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         with torch.autocast(logits.device.type, enabled=False):
-            for image, classes, x, y in _resized(logits, labels):
-                slope = _slope(grad[image, classes], x, y, *ctx.terms)
-                shape = [1, len(x), *logits.shape[2:]]
-                result[image, classes] = torch.ops.aten.upsample_bilinear2d_backward(
-                    slope[None], list(x.shape[1:]), shape, False, None, None
-                )[0]
+            for image, classes, maps, y in _chunks(logits, labels):
+                slope = _slope(grad[image, classes], _resize(maps, y), y, *ctx.terms)
+                result[image, classes] = _resize_backward(slope, maps)
         return result, None, None, None, None
 
 
@@ -123,15 +120,26 @@ def _precision(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _resized(logits: Tensor, labels: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """A few maps at a time: (image, classes, their logits x (t, H, W), their targets y (t, H, W))."""
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """A few maps at a time: (image, classes, their logits (t, h, w), their targets y (t, H, W))."""
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     chunk = CHUNK_ELEMENTS * (1 if logits.device.type == "cpu" else GPU_CHUNKS)
     for image, label in enumerate(labels):
         for part in tiles(logits.shape[1], max(1, chunk // label.numel())):
-            maps = logits[image, part].to(_precision(logits))[None]
-            x = F.interpolate(maps, label.shape, mode="bilinear", align_corners=False)[0]
-            yield image, part, x, label == classes[part]
+            yield image, part, logits[image, part].to(_precision(logits)), label == classes[part]
+
+
+def _resize(maps: Tensor, y: Tensor) -> Tensor:
+    """(t, h, w) -> (t, H, W), the size of y."""
+    return F.interpolate(maps[None], y.shape[1:], mode="bilinear", align_corners=False)[0]
+
+
+def _resize_backward(grad: Tensor, maps: Tensor) -> Tensor:
+    """Gradient of `maps` from that of `_resize`'s result."""
+    if torch.compiler.is_compiling():  # the operator below takes no symbolic sizes
+        return torch.func.vjp(lambda maps: _resize(maps, grad), maps)[1](grad)[0]
+    sizes = list(grad.shape[1:]), [1, *maps.shape]
+    return torch.ops.aten.upsample_bilinear2d_backward(grad[None], *sizes, False, None, None)[0]
 
 
 def _softplus(z: Tensor) -> Tensor:
