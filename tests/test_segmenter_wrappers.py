@@ -7,14 +7,19 @@ import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
 import ovseg_fast as ovs
+from ovseg_fast.cli import main, options
+from ovseg_fast.evaluation.evaluate import evaluate
 
 NAMES = ["green grass", "star", "red cross"]
 MODELS = ["catseg-tiny", "cascade-clip-tiny"]
@@ -210,6 +215,26 @@ def test_weights_that_are_not_finite_give_no_labels(
     name = spoil(seg.model, part, value)
     with pytest.raises(FloatingPointError, match=rf"as are the model's weights in '{name}'; load other weights\.$"):
         seg.segment(photo, NAMES)
+
+
+def test_numbers_that_are_not_finite_end_an_evaluation_and_a_command(
+    seg: ovs.Segmenter, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(seg.model, "conv1.weight", float("nan"))
+    vocabulary = SimpleNamespace(classes=tuple(NAMES), unseen=(), background=())
+    pair = Image.fromarray(photo), np.zeros(photo.shape[:2], np.int64)
+    dataset: Any = SimpleNamespace(
+        name="one", vocabulary=vocabulary, pairs=[SimpleNamespace(name="photo")], read=lambda index: pair
+    )
+    with pytest.raises(FloatingPointError, match=r"conv1\.weight"):
+        evaluate(seg, dataset, progress=False)
+    monkeypatch.setattr(options, "load_model", lambda *_, **__: seg)
+    pair[0].save(tmp_path / "photo.png")
+    arguments = ["segment", str(tmp_path / "photo.png"), "-c", ", ".join(NAMES), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert "logits are NaN or infinite" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["float16", "autocast"])

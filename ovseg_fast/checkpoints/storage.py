@@ -143,14 +143,14 @@ def classes(path: str | os.PathLike[str]) -> list[str] | None:
         raise CheckpointError(f"'{path}' holds a damaged class list; save it again.") from error
 
 
-def download(preset_name: str, *, advice: str = 'weights="{file}"') -> Path:
+def download(preset_name: str, *, command_line: bool = False) -> Path:
     """The weights of a preset: those in this package, or the published ones from the Hugging Face hub or its cache.
 
     The hub's own settings hold, such as `HF_HOME` for the cache and `HF_HUB_OFFLINE=1` for using only that.
 
     Args:
         preset_name: as for `ovseg_fast.load`.
-        advice: how the caller is given a file instead, for the error message; `{file}` stands for its name.
+        command_line: whether errors advise options of the command line instead of arguments in Python.
 
     Raises:
         ValueError: no such preset, or nothing is published for it on the hub.
@@ -159,16 +159,17 @@ def download(preset_name: str, *, advice: str = 'weights="{file}"') -> Path:
     preset = get_preset(preset_name)
     if preset.packaged is not None:
         return preset.packaged
+    given, random = ("--weights {}", "--weights random") if command_line else ('weights="{}"', "weights=None")
     file, space, note = preset.weights_file, preset.model.hub_space, preset.model.hub_note
     if file is None or space is None:
         known = f"the hub holds no weights of {preset_name}{note and f' ({note})'}"
-        raise ValueError(f"{known}; pass a file as weights, or None for random weights.")
+        raise ValueError(f"{known}; {given.format('FILE')} loads a file, {random} gives random weights.")
     try:
         return hub.find(space, file, "space") or _fetch(space, file)
     except ConnectionError as error:
         raise ConnectionError(
             f"cannot download {file}, the weights of {preset_name} ({error}); they are published at "
-            f"https://huggingface.co/spaces/{space}, and {advice.format(file=file)} loads a copy on disk."
+            f"https://huggingface.co/spaces/{space}, and {given.format(file)} loads a copy on disk."
         ) from error
 
 

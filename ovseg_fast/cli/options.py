@@ -88,7 +88,11 @@ def load_model(preset: str, weights: str, device: str | None, **options: Any) ->
 
     target = check_device(device)
     backends.check(target)
-    path = checkpoints.download(preset, advice="--weights {file}") if weights == "published" else weights
+    path = checkpoints.download(preset, command_line=True) if weights == "published" else Path(weights)
+    if weights != "random" and not path.is_file():
+        raise FileNotFoundError(
+            f"--weights must be a checkpoint file, `published` or `random`; there is no file '{path}'."
+        )
     return load(preset, weights=None if weights == "random" else path, device=target, **options)
 
 

@@ -88,6 +88,15 @@ def test_the_advice_is_of_the_interface_used(monkeypatch: pytest.MonkeyPatch) ->
     assert result.exit_code == 2
     assert "and --weights model_base.pth loads a copy on disk." in result.output
     assert result.output.count("\n") == 1
+    for weights, words in (
+        ("published", "--weights FILE loads a file, --weights random gives random weights."),
+        ("publishd", "--weights must be a checkpoint file, `published` or `random`; there is no file 'publishd'."),
+    ):
+        arguments = ["segment", __file__, "-c", "a, b", "-m", "cascade-clip-vitb", "-w", weights]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2 and words in result.output and result.output.count("\n") == 1
+    with pytest.raises(ValueError, match=r'weights="FILE" loads a file, weights=None gives random weights\.$'):
+        ovs.load("cascade-clip-vitb")
 
 
 @pytest.mark.parametrize("status", [403, 500, None])
