@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..data import Dataset
 
 SAVE_SECONDS = 20.0  # between two states on disk: what a kill costs at most, besides the current image
+LONGEST_NAME = 220  # of a result, in bytes: with the time of an earlier one, it is to stay below 255
 AHEAD = 4  # images read while the model works
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,10 @@ def check_target(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.suffix != ".json":
         raise ValueError(f"out must be a file ending in .json, got '{path}'.")
+    if "\0" in str(path) or len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ValueError(
+            f"out must be a file name of at most {LONGEST_NAME} bytes and without null, got {path.name!r}."
+        )
     if path.exists() and not path.is_file():
         raise ValueError(f"out must be a file, '{path}' is {'a folder' if path.is_dir() else 'not a plain one'}.")
     check_writable(next(folder for folder in path.absolute().parents if folder.exists()), "out")
@@ -199,6 +204,8 @@ class _Task:
             raise TypeError(what)
         if not len(dataset.pairs):
             raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise TypeError(f"limit must be a whole number of images, got {limit!r}.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 image, got {limit}.")
         segmenter.check_mode(mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -44,7 +45,9 @@ class Skipped(NamedTuple):
         if not memory and not isinstance(error, (ValueError, OSError)):
             raise error
         text = " ".join(str(error).split())
-        if memory and "memory" not in text.lower():
+        if memory and (asked := re.search(r"tried to allocate \d+ bytes", text)) is not None:
+            text = f"not enough memory ({asked[0]})"  # without PyTorch's place in its own code
+        elif memory and "memory" not in text.lower():
             text = f"not enough memory ({text or type(error).__name__})"
         return cls(name, text or repr(error))
 

@@ -36,7 +36,7 @@ from .log import LINES, TENSORBOARD, Log
 from .objective import Objective
 from .optimizer import build_optimizer, build_schedule, with_clip_rate
 from .pairs import Contents, open_data, warn_of_masks
-from .start import check_crop, check_start, load_start
+from .start import check_sizes, check_start, load_start
 from .state import State, check_optimizer, undamaged
 from .validation import PICTURES, validate
 
@@ -128,7 +128,7 @@ class Run:
         if config.transductive is not None and not self.unseen:
             raise ValueError("transductive needs unseen classes: a dataset with a zero-shot split, and seen_only.")
         names = set_trainable(model, config.policy)
-        check_crop(model, config)
+        check_sizes(model, config)
         if saved is not None:
             with undamaged(path):
                 model.load_state_dict(saved.model)

@@ -9,6 +9,7 @@ import torch
 from .. import checkpoints
 from ..checkpoints.files import file_kind
 from ..compat import ensure_importable, lacks_memory
+from ..images import MAX_SIDE
 from ..models import SegmentationModel
 from ..models.clip import TINY_CLIP
 from ..models.presets import get_preset
@@ -40,8 +41,12 @@ def load_start(model: SegmentationModel, path: str) -> None:
         ) from None
 
 
-def check_crop(model: SegmentationModel, config: TrainingConfig) -> None:
-    """Raises ValueError if the model does not take images of the configured crop."""
+def check_sizes(model: SegmentationModel, config: TrainingConfig) -> None:
+    """Raises ValueError if the model does not take images of the configured crop, or scales make them too large."""
+    side = config.crop or model.config.image_size
+    if config.scales is not None and side * config.scales[1] > MAX_SIDE:
+        wrong = f"got {list(config.scales)} times a crop of {side}"
+        raise ValueError(f"scales must make images of at most {MAX_SIDE} pixels a side, {wrong}.")
     if config.crop is None:
         return
     try:

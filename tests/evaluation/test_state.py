@@ -217,6 +217,9 @@ def test_a_target_that_cannot_be_written_is_told_first(segmenter, photos, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out must be a folder, .*file is a file"):
         check_target(tmp_path / "file" / "below" / "result.json")
+    for name in ("a" * 300 + ".json", "a" * 240 + ".json", "a\0.json"):
+        with pytest.raises(ValueError, match="out must be a file name of at most 220 bytes and without null, got"):
+            check_target(tmp_path / name)
     check_target(tmp_path / "new" / "below" / "result.json")
     assert not (tmp_path / "new").exists()
 
@@ -234,6 +237,8 @@ def test_arguments_of_another_kind(segmenter, photos):
         ovs.evaluate(segmenter.model, photos)
     with pytest.raises(TypeError, match=r"dataset must be a dataset, as .*open_dataset gives, got str"):
         ovs.evaluate(segmenter, "world")
+    with pytest.raises(TypeError, match="limit must be a whole number of images, got '3'"):
+        ovs.evaluate(segmenter, photos, limit="3")
     assert ovs.evaluate is evaluate
 
 

@@ -53,6 +53,13 @@ def test_a_crop_that_the_model_does_not_take_is_refused(folder):
     train(configuration(folder, crop=100, steps=1, out="other"), progress=False)
 
 
+def test_scales_that_make_images_too_large_are_refused(folder):
+    with pytest.raises(
+        ValueError, match=r"^scales must make images of at most 16384 pixels a side, got .* times a crop of 96"
+    ):
+        train(configuration(folder, scales=(1.0, 200.0)), progress=False)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_refused(folder):
     with pytest.raises(ValueError, match="precision fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32"):
