@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
-from ..compat import lacks_memory
+from ..compat import lacks_memory, require
 from ..data.augmentation import augmentation
 from ..evaluation.environment import environment
 from ..files import check_writable, held
@@ -325,11 +325,10 @@ def _settings(config: TrainingConfig, published: Hyperparameters) -> Hyperparame
 
 
 def _accelerator(config: TrainingConfig) -> Any:
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.state import AcceleratorState
-    except ImportError:
-        raise ImportError("training needs accelerate: pip install 'ovseg-fast[train]'") from None
+    require("accelerate", "accelerate", "training")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
     gpu = torch.accelerator.is_available()
     if config.precision == "fp16" and not gpu:
         raise ValueError("precision fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32.")

@@ -165,7 +165,7 @@ def test_what_it_lacks_is_refused_in_one_sentence(toy: str, folder: Path) -> Non
     for call in (checkpoints.to_upstream, lambda model: checkpoints.load_upstream(model, {})):
         with pytest.raises(ValueError, match=r"^Toy has no upstream format; .*\.$"):
             call(model)
-    with pytest.raises(ValueError, match="the hub holds no weights of toy-small; pass a file"):
+    with pytest.raises(ValueError, match="the hub holds no weights of toy-small; "):
         ovs.load(toy)
     with pytest.raises(ValueError, match="seen must be None, as Toy treats all classes alike"):
         ovs.Segmenter(model).segment(np.zeros((8, 8, 3), np.uint8), CLASSES, seen=["red"])
