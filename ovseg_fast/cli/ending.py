@@ -18,6 +18,7 @@ from ..compat import lacks_memory
 from . import options
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # those that exist here end a command as Ctrl-C does
+AGAIN = 10.0  # seconds after which an interrupt that was swallowed, as Python does in destructors, is raised again
 
 
 class Commands(click.Group):
@@ -67,7 +68,13 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _no_alarm() -> None:
+    if options.stopping.is_set() and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _stop() -> NoReturn:
+    _no_alarm()
     with suppress(ValueError):  # not in the main thread
         for name in SIGNALS[:2]:
             signal.signal(getattr(signal, name), signal.SIG_IGN)  # an impatient second Ctrl-C
@@ -89,6 +96,9 @@ def _signals_like_ctrl_c() -> Iterator[None]:
         options.stopping.set()
         if os.getpid() == owner and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each worker that stops too
+        if os.getpid() == owner and hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
@@ -101,5 +111,6 @@ def _signals_like_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
+        _no_alarm()
         for number in changed:
             signal.signal(number, before[number])

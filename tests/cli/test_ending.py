@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -96,6 +97,20 @@ def test_a_signal_ends_like_ctrl_c(capsys, name: str) -> None:
     assert capsys.readouterr().err == "ovseg-fast: stopped.\n" and cleaned
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert signal.getsignal(number) in (before, signal.default_int_handler)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_an_interrupt_that_was_swallowed_comes_again(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("ovseg_fast.cli.ending.AGAIN", 0.05)
+
+    def work() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        time.sleep(10)
+
+    assert ends(command(work), "work") == 130
+    assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
