@@ -51,13 +51,15 @@ def test_compiles_with_fixed_sizes(row: Sample, rng: torch.Generator) -> None:
 
 
 # One row of each kind, which takes seconds; the others are slow together.
-QUICK = {"small", "small, pooled, guidance of each image", "full attention, small"}
+QUICK = {"small", "full attention, small"}
 
 
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.id, marks=[] if row.name in QUICK else pytest.mark.slow) for row in ROWS]
 )
 def test_compiles_with_dynamic_sizes(row: Sample, rng: torch.Generator) -> None:
+    if row.function == "upsampling_decoder" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("torch 2.8 traces no gradient of group_norm with a symbolic number of channels; torch 2.11 does")
     check(row, rng, "aot_eager", dynamic=True)
 
 

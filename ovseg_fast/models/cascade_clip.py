@@ -172,7 +172,9 @@ class PromptedImageEncoder(nn.Module):
         sizes = [len(weights) for weights in stage_weights]
         maps, first = [], 0
         parts = (tensor.split(sizes) for tensor in own)
-        for weights, *layers in zip(stage_weights, *parts, strict=True):
+        for weights, *layers in zip(
+            [*stage_weights], *parts, strict=True
+        ):  # torch 2.8 traces no zip of a ParameterList
             stage = hidden[first : first + len(weights)]
             first += len(weights)
             options = {"weights": weights, "shared_eps": self.prompt_norm.eps}
