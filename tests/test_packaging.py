@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 
-from ovseg_fast import backends
+from ovseg_fast import backends, compat
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -208,6 +208,7 @@ def test_the_oldest_versions_that_are_tried_are_those_allowed() -> None:
     tried = dict(re.findall(r"^([a-z_]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), flags=re.M))
     assert {allowed.pop("torch"), allowed.pop("triton")} == {"2.8", ".".join(map(str, backends.TRITON))}
     assert allowed.keys() == tried.keys()
+    assert allowed["open_clip_torch"] == ".".join(map(str, compat.OLDEST_OPEN_CLIP))
     for name, bound in allowed.items():
         assert (tried[name] + ".0.0").startswith(bound + "."), name
 
