@@ -72,5 +72,5 @@ $(KERNELS): $(VENV)/installed $(shell find csrc -type f)
 	@touch $@
 
 clean: ## remove everything that make made, the virtual environment too
-	rm -rf $(VENV) build dist ovseg_fast.egg-info ovseg_fast/libovseg.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist ovseg_fast.egg-info ovseg_fast/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find ovseg_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -20,13 +20,15 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 
-BACKENDS = ("cuda", "triton", "torch")  # in order of preference
-LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels"}
-LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton"}
+BACKENDS = ("cuda", "triton", "cpu", "torch")  # in order of preference
+LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels", "cpu": "ovseg_fast.cpu"}
+LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton", "cpu": "CPU"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
+CPU_DTYPES = (torch.float32, torch.bfloat16)  # that kernels for CPUs take
 CAPABILITY = (8, 0)  # of the oldest GPUs that kernels are compiled for
 TRITON = (3, 4)  # the oldest that compiles every kernel: 3.3 fails on cost_embedding, 3.2 aborts the process
 INTERPRETER = (3, 7)  # the oldest Triton whose interpreter runs with numpy 2.4 and later
@@ -47,7 +49,7 @@ def backend(name: str) -> Iterator[None]:
     It holds in compiled functions too, around the call or inside: a call under another backend compiles again.
 
     Args:
-        name: `"cuda"`, `"triton"`, `"torch"`, or `"auto"`: the first of these that can run.
+        name: `"cuda"`, `"triton"`, `"cpu"`, `"torch"`, or `"auto"`: the first of these that can run.
 
     Raises:
         ValueError: no such backend. Operators that the forced backend cannot run raise `RuntimeError`.
@@ -86,7 +88,7 @@ def choose(
     asked, needed = requested(), (shared_memory or {}).get(dtype, 0)
     reasons: dict[str, str] = {}
     for name in BACKENDS if asked == "auto" else (asked,):
-        reason = (refusals or {}).get(name) or (_misaligned(tensors) if name == "cuda" else None)
+        reason = (refusals or {}).get(name) or _tensors_refusal(name, tensors)
         reason = reason or refusal(operator, name, device.type, device.index, dtype, asked != "auto", needed)
         if reason is None:
             if not torch.compiler.is_compiling():
@@ -110,6 +112,8 @@ def refusal(
         return None
     if operator not in operators_with_kernels(name):
         return f"it has no {LANGUAGES[name]} kernel"
+    if name == "cpu":
+        return _cpu_refusal(device, dtype)
     if name == "triton" and (reason := _triton_refusal()):
         return reason
     if dtype is not None and dtype not in DTYPES:
@@ -134,6 +138,15 @@ def refusal(
     if not forced:
         return "on the CPU only Triton's slow interpreter runs it, and only if forced"
     return interpreter_refusal()
+
+
+def _cpu_refusal(device: str, dtype: torch.dtype | None) -> str | None:
+    """Why the kernels for CPUs do not run on tensors of this device and dtype, or None if they do."""
+    if device != "cpu":
+        return f"its kernels run on CPU tensors, not on {device}"
+    if dtype is not None and dtype not in CPU_DTYPES:
+        return f"its kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return native.problem("cpu")
 
 
 @cache
@@ -247,13 +260,23 @@ def _cannot_run(operator: str, asked: str, reason: str | None) -> RuntimeError:
     return RuntimeError(f"{operator}: the {asked} backend was asked for but cannot run: {reason}.")
 
 
-def _misaligned(tensors: Iterable[Tensor]) -> str | None:
-    """Why kernels that read 16 bytes at a time cannot take these tensors."""
-    if torch.compiler.is_compiling():
+def _tensors_refusal(name: str, tensors: Iterable[Tensor]) -> str | None:
+    """Why the kernels of a backend cannot take these very tensors: kernels for CPUs have no gradients, CUDA C++ kernels
+    read 16 bytes at a time."""
+    if name == "cpu":
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return "its kernels have no gradient, which a tensor needs; use torch.no_grad()"
+        if not torch.compiler.is_compiling() and _is_transformed():
+            return "its kernels do not take part in torch.func and forward-mode transforms"
+    if name != "cuda" or torch.compiler.is_compiling():
         return None  # no addresses yet; the launchers copy what is not aligned
     plain = (tensor for tensor in tensors if type(tensor) in (Tensor, torch.nn.Parameter))
     misaligned = any(tensor.is_contiguous() and tensor.data_ptr() % 16 for tensor in plain)
     return "a tensor does not begin at a multiple of 16 bytes; give it a .clone()" if misaligned else None
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _checked(name: str, source: str) -> str:

@@ -1,6 +1,8 @@
-"""Finds, loads (when first needed) and checks the native library, `libovseg.so`, and calls its functions.
+"""Finds, loads (when first needed) and checks the native libraries, and calls their functions.
 
-Installing the package builds it from csrc if nvcc is found. `FUNCTIONS` and the params structs repeat ovseg.h.
+`libovseg.so` holds the CUDA C++ kernels, `libovseg_cpu.so` those for CPUs, both behind the interface of ovseg.h, which
+`FUNCTIONS` and the params structs repeat. Installing the package builds the first from csrc if nvcc is found, the
+second from csrc/cpu if a C++ compiler is.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ import torch
 from torch import Tensor
 
 ABI_VERSION = 2
+UNSUPPORTED_CPU = -101  # an error code of ovseg_cpu.h
+ISAS = ("avx512_bf16", "avx512", "avx2", "neon")  # that kernels for CPUs are compiled for
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REBUILD = "rebuild it with `pip install --force-reinstall --no-deps -e .`"
+LIBRARIES = {"cuda": "libovseg.so", "cpu": "libovseg_cpu.so"}  # by backend
+VARIABLES = {"cuda": "OVSEG_NATIVE_LIBRARY", "cpu": "OVSEG_CPU_LIBRARY"}  # of the environment: another file
+NEEDED = {"cuda": "nvcc is on PATH or in CUDA_HOME/bin", "cpu": "a C++17 compiler is on PATH"}  # to build it
 
 POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _RUN = (NUMBER, NUMBER, POINTER)  # dtype, device, stream: the last arguments of every operator
@@ -71,7 +78,10 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "ovseg_class_aggregation_resize_bwd": (*[POINTER] * 2, *[SIZE] * 6, *_RUN),
 }
 
-# Operators whose kernels were verified on a GPU; the others run only when forced.
+# Those that the library for CPUs has.
+CPU_FUNCTIONS = ("ovseg_spatial_aggregation_fwd",)
+
+# Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.
 VERIFIED: frozenset[str] = frozenset()
 
 # KB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -83,21 +93,19 @@ class NativeLibraryError(RuntimeError):
     """The native library cannot be used; the message says why and how to fix it."""
 
 
-def path() -> Path:
-    """Where the library is expected: the environment variable OVSEG_NATIVE_LIBRARY, otherwise next to this module."""
-    return Path(os.environ.get("OVSEG_NATIVE_LIBRARY") or Path(__file__).with_name("libovseg.so"))
+def path(kind: str = "cuda") -> Path:
+    """Where the library of a backend is expected: what its variable in `VARIABLES` says, or next to this module."""
+    return Path(os.environ.get(VARIABLES[kind]) or Path(__file__).with_name(LIBRARIES[kind]))
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    """The library, loaded and checked, with the types of its functions; raises NativeLibraryError."""
-    file = path()
+@cache
+def library(kind: str = "cuda") -> ctypes.CDLL:
+    """The library of a backend, loaded and checked, with the types of its functions; raises NativeLibraryError."""
+    file, variable = path(kind), VARIABLES[kind]
     if not file.exists():
-        if os.environ.get("OVSEG_NATIVE_LIBRARY"):
-            raise NativeLibraryError(f"OVSEG_NATIVE_LIBRARY names {file}, which does not exist; unset or correct it")
-        raise NativeLibraryError(
-            "the native library is not built; `pip install -e .` builds it if nvcc is on PATH or in CUDA_HOME/bin"
-        )
+        if os.environ.get(variable):
+            raise NativeLibraryError(f"{variable} names {file}, which does not exist; unset or correct it")
+        raise NativeLibraryError(f"{file.name} is not built; `pip install -e .` builds it if {NEEDED[kind]}")
     try:
         _check_whole(file)
         loaded = ctypes.CDLL(str(file))
@@ -109,13 +117,36 @@ def library() -> ctypes.CDLL:
         raise NativeLibraryError(f"the native library {file.name} {found}; {REBUILD}")
     try:
         loaded.ovseg_error_string.restype = ctypes.c_char_p
-        for name, types in FUNCTIONS.items():
+        for name in FUNCTIONS if kind == "cuda" else CPU_FUNCTIONS:
+            types = FUNCTIONS[name]
             first = ctypes.POINTER(types[0]) if issubclass(types[0], ctypes.Structure) else types[0]
             getattr(loaded, name).argtypes = (first, *types[1:])
-        loaded.ovseg_architectures.argtypes = (POINTER, NUMBER)
+        if kind == "cuda":
+            loaded.ovseg_architectures.argtypes = (POINTER, NUMBER)
+        else:
+            loaded.ovseg_cpu_isa.restype = ctypes.c_char_p
+            loaded.ovseg_cpu_choose.argtypes = (ctypes.c_char_p,)
     except AttributeError as error:
         raise NativeLibraryError(f"the native library {file.name} lacks a function ({error}); {REBUILD}") from error
+    if kind == "cpu":
+        _choose_isa(loaded)
     return loaded
+
+
+def _choose_isa(loaded: ctypes.CDLL) -> None:
+    """The instruction set that OVSEG_CPU_ISA names, or the best that the machine has."""
+    found, wanted = loaded.ovseg_cpu_isa(), os.environ.get("OVSEG_CPU_ISA")
+    if found is None:
+        raise NativeLibraryError(loaded.ovseg_error_string(UNSUPPORTED_CPU).decode())
+    if wanted and loaded.ovseg_cpu_choose(wanted.encode()):
+        there = [name for name in ISAS if not loaded.ovseg_cpu_choose(name.encode())]
+        loaded.ovseg_cpu_choose(found)
+        raise NativeLibraryError(f"OVSEG_CPU_ISA is {wanted!r}; this machine runs {', '.join(there)}")
+
+
+def isa() -> str:
+    """The instruction set that the kernels for CPUs run on. Raises NativeLibraryError if they cannot be used."""
+    return str(library("cpu").ovseg_cpu_isa().decode())
 
 
 def _check_whole(file: Path) -> None:
@@ -131,17 +162,17 @@ def _check_whole(file: Path) -> None:
         raise OSError(f"it has {size} bytes of {table + entry * count}")
 
 
-@lru_cache(maxsize=1)
-def problem() -> str | None:
-    """Why the library cannot be used, or None."""
+@cache
+def problem(kind: str = "cuda") -> str | None:
+    """Why the library of a backend cannot be used, or None."""
     try:
-        library()
+        library(kind)
     except NativeLibraryError as error:
         return str(error)
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def architectures() -> tuple[int, ...]:
     """The GPUs that the library was built for (80, 86, ...); none if it emulates one on the CPU."""
     found = (ctypes.c_int * 32)()
@@ -187,8 +218,9 @@ def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
     return [ctypes.byref(kind(*values))]
 
 
-def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None) -> None:
-    """Queue the kernels of `FUNCTIONS[name]` on the current stream of the tensors' device, without waiting.
+def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None, kind: str = "cuda") -> None:
+    """Queue the kernels of `FUNCTIONS[name]` on the current stream of the tensors' device, without waiting; or, with
+    `kind="cpu"`, run them on as many threads as PyTorch does.
 
     Args:
         arguments: those up to the dtype, the fields of a params struct one by one; tensors are contiguous and of one
@@ -199,11 +231,11 @@ def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None) 
     """
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else None
-    run = (DTYPE_CODES[first.dtype], max(first.get_device(), 0), stream)
-    error = getattr(library(), name)(*packed(name, arguments), *run)
+    device = torch.get_num_threads() if kind == "cpu" else max(first.get_device(), 0)
+    error = getattr(library(kind), name)(*packed(name, arguments), DTYPE_CODES[first.dtype], device, stream)
     if error:
         operator = name.removeprefix("ovseg_").rpartition("_")[0]
-        raise RuntimeError(f"{operator}: {library().ovseg_error_string(error).decode()}.")
+        raise RuntimeError(f"{operator}: {library(kind).ovseg_error_string(error).decode()}.")
 
 
 def _value(argument: Any) -> Any:

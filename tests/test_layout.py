@@ -28,7 +28,7 @@ LEVELS = (
     ("segmentation", "visualize", "images", "vocabulary", "data"),
     ("ops",),
     ("backends",),
-    ("cuda", "kernels"),
+    ("cuda", "cpu", "kernels"),
     ("native",),
     ("compat", "files", "fonts", "weights"),
 )

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .. import backends
 from .common import registration
-from .common.aggregation import Prepare, check_block, joint_weight, mlp_weights, need_gradient, prepare_now
+from .common.aggregation import Prepare, check_block, cpu_refusal, joint_weight, mlp_weights, need_gradient, prepare_now
 from .common.residual_mlp import mlp_backward, mlp_refusal, residual_mlp
 from .common.tiles import map_tiles, tile_size
 
 REGION_MASK = -100.0  # added, as published, to scores between regions that only the shift made neighbours
-WIDEST_WINDOW = 16  # of the Triton kernels
+WIDEST_WINDOW = 16  # of the Triton and the CPU kernels
 SHARED_MEMORY = {torch.float32: 163}  # KB that a block of the CUDA C++ kernel needs and not every GPU has
 
 
@@ -86,6 +86,7 @@ def spatial_aggregation(
     refusals = {
         "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
         "cuda": _cuda_refusal(channels, heads, window, weights.fc1_weight.shape[0]),
+        "cpu": cpu_refusal(channels, heads, weights.fc1_weight.shape[0]) or too_wide,
     }
     inputs = (x, guidance, *weights)
     backend = backends.choose("spatial_aggregation", *inputs, refusals=refusals, shared_memory=SHARED_MEMORY)

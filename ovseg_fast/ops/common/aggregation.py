@@ -60,3 +60,13 @@ def mlp_weights(weights: Any) -> tuple[Tensor, ...]:
 def need_gradient(*tensors: Tensor) -> bool:
     """Whether a backward pass may follow, which reads what the attention half gave."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def cpu_refusal(channels: int, heads: int, hidden: int) -> str | None:
+    """Why the CPU kernels, which read 16 numbers at a time, do not take these sizes; None if they do."""
+    if channels % 16 == 0 and channels // heads % 16 == 0 and hidden % 16 == 0:
+        return None
+    taken = "its CPU kernel takes channels, channels of a head and hidden units in multiples of 16"
+    if torch.compiler.is_compiling():
+        return taken  # sizes may be symbols
+    return f"{taken}, not {channels} channels in {heads} heads and {hidden} hidden units"

@@ -1,0 +1,11 @@
+// The table of the operators of one instruction set.
+
+#include "operators.h"
+
+namespace OVSEG_ISA {
+
+const Operators OPERATORS = {
+    spatial_aggregation,
+};
+
+}  // namespace OVSEG_ISA

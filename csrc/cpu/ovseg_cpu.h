@@ -1,0 +1,32 @@
+/* The interface of the CPU library, as far as it differs from that of the CUDA library, ovseg.h.
+ *
+ * The functions of operators that it has are those of ovseg.h with the same arguments, but for the last three: dtype is
+ * OVSEG_FLOAT32 or OVSEG_BFLOAT16, `device` is the number of threads to run on, the calling one among them, and `stream`
+ * is ignored. A function returns when its results are there. Tensors need no alignment beyond that of their numbers. The
+ * library allocates scratch memory by itself, keeps a few MB of it for each thread, and may be called by several threads
+ * at once and after a fork. Results do not depend on the number of threads. */
+
+#ifndef OVSEG_CPU_H
+#define OVSEG_CPU_H
+
+#include "../ovseg.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { OVSEG_OUT_OF_MEMORY = -100, OVSEG_UNSUPPORTED_CPU = -101 };
+
+/* The instruction set that the library runs on, "avx512" for example: at first the best that the machine has. Null if
+ * the machine has none of those that it was compiled for. */
+OVSEG_API const char *ovseg_cpu_isa(void);
+
+/* Chooses another one by its name, for all calls from now on; OVSEG_UNSUPPORTED_CPU if the machine or the library lacks
+ * it. */
+OVSEG_API int ovseg_cpu_choose(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

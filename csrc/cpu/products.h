@@ -1,0 +1,192 @@
+// Products of small matrices whose operands lie in the caches: C (rows, columns) = A (rows, depth) · B (depth, columns).
+//
+// B is packed into panels of some vectors of columns. A tile of rows and one panel's columns is added up in registers.
+// A is read where it lies, a number at a time for all lanes. With bfloat16 products a lane takes two depths at once.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+// Where an operand's numbers lie: at row * rows + depth * depths. For bfloat16, depths lie beside each other.
+template <typename P> struct Matrix {
+    const P *data;
+    int64_t rows, depths;
+};
+
+// Numbers of A at other places: row r and depth k at r + taps[k]. For convolutions.
+struct Taps {
+    const float *data;
+    const int32_t *taps;
+};
+
+INLINE Floats a_lane(const Matrix<float> &a, int row, int64_t k) {
+    return broadcast(a.data[row * a.rows + k * a.depths]);
+}
+INLINE Floats a_lane(const Taps &a, int row, int64_t k) { return broadcast(a.data[row + a.taps[k]]); }
+INLINE Floats b_lanes(const float *panel, int64_t k, int vectors, int vector) {
+    return load(panel + (k * vectors + vector) * LANES);
+}
+INLINE Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
+
+INLINE Matrix<float> below(const Matrix<float> &a, int64_t row) { return {a.data + row * a.rows, a.rows, a.depths}; }
+INLINE Taps below(const Taps &a, int64_t row) { return {a.data + row, a.taps}; }
+INLINE Matrix<float> deeper(const Matrix<float> &a, int64_t k) { return {a.data + k * a.depths, a.rows, a.depths}; }
+INLINE Taps deeper(const Taps &a, int64_t k) { return {a.data, a.taps + k}; }
+template <typename A> struct Pair {
+    static constexpr int SIZE = 1;
+};
+
+#if OVSEG_BF16_PRODUCTS
+struct Bf16Pairs {  // two numbers in each lane
+    __m512bh lanes;
+};
+
+INLINE Bf16Pairs a_lane(const Matrix<Bf16> &a, int row, int64_t k) {
+    int32_t pair;
+    memcpy(&pair, a.data + row * a.rows + 2 * k, sizeof pair);
+    return {(__m512bh)_mm512_set1_epi32(pair)};
+}
+INLINE Bf16Pairs b_lanes(const Bf16 *panel, int64_t k, int vectors, int vector) {
+    return {(__m512bh)_mm512_loadu_si512(panel + (k * vectors + vector) * 2 * LANES)};
+}
+INLINE Floats multiply_add(Bf16Pairs a, Bf16Pairs b, Floats sum) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, a.lanes, b.lanes);
+}
+INLINE Matrix<Bf16> below(const Matrix<Bf16> &a, int64_t row) { return {a.data + row * a.rows, a.rows, a.depths}; }
+INLINE Matrix<Bf16> deeper(const Matrix<Bf16> &a, int64_t k) { return {a.data + 2 * k, a.rows, a.depths}; }
+template <> struct Pair<Matrix<Bf16>> {
+    static constexpr int SIZE = 2;
+};
+#endif
+
+// Rows of a tile: as many sums as leave registers for B and A.
+template <int VECTORS> constexpr int tile_rows() {
+    constexpr int REGISTERS = LANES == 8 ? 16 : 32;
+    constexpr int ROWS = (REGISTERS - VECTORS - 1) / VECTORS;
+    return ROWS > 12 ? 12 : ROWS > 8 ? 8 : ROWS;
+}
+
+template <int ROWS, int VECTORS, typename A, typename P>
+INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, int64_t c_stride, bool add) {
+    Floats sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            sums[row][vector] = add ? load(c + row * c_stride + vector * LANES) : Floats{};
+        }
+    }
+    for (int64_t k = 0; k < steps; ++k) {
+        decltype(b_lanes(panel, k, VECTORS, 0)) b[VECTORS];
+#pragma GCC unroll 4
+        for (int vector = 0; vector < VECTORS; ++vector) b[vector] = b_lanes(panel, k, VECTORS, vector);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+            const auto lane = a_lane(a, row, k);
+#pragma GCC unroll 4
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                sums[row][vector] = multiply_add(lane, b[vector], sums[row][vector]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+        for (int vector = 0; vector < VECTORS; ++vector) store(c + row * c_stride + vector * LANES, sums[row][vector]);
+    }
+}
+
+template <int ROWS, int VECTORS, typename A, typename P>
+INLINE void multiply_rest(int64_t rows, const A &a, const P *panel, int64_t steps, float *c, int64_t c_stride,
+                          bool add) {
+    if (rows == ROWS) {
+        multiply_tile<ROWS, VECTORS>(a, panel, steps, c, c_stride, add);
+    } else if constexpr (ROWS > 1) {
+        multiply_rest<ROWS - 1, VECTORS>(rows, a, panel, steps, c, c_stride, add);
+    }
+}
+
+constexpr int64_t DEPTH_STEPS = 128;  // a panel of 4 vectors and as many steps fits the first-level cache
+
+// C = A · B, or C += A · B; C is (rows, panels · VECTORS · LANES), `depth` a multiple of the operand's pair.
+template <int VECTORS, typename A, typename P>
+__attribute__((noinline)) void multiply(const A &a, int64_t rows, const P *b, int64_t panels, int64_t depth, float *c,
+                                        int64_t c_stride, bool add) {
+    constexpr int ROWS = tile_rows<VECTORS>();
+    const int64_t steps = depth / Pair<A>::SIZE, panel_size = depth * VECTORS * LANES;
+    for (int64_t first = 0; first < steps; first += DEPTH_STEPS) {
+        const int64_t count = steps - first < DEPTH_STEPS ? steps - first : DEPTH_STEPS;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const P *columns = b + panel * panel_size + first * Pair<A>::SIZE * VECTORS * LANES;
+            float *to = c + panel * VECTORS * LANES;
+            int64_t row = 0;
+            for (; row + ROWS <= rows; row += ROWS) {
+                multiply_tile<ROWS, VECTORS>(deeper(below(a, row), first), columns, count, to + row * c_stride,
+                                             c_stride, add || first);
+            }
+            if (row < rows) {
+                multiply_rest<ROWS - 1, VECTORS>(rows - row, deeper(below(a, row), first), columns, count,
+                                                 to + row * c_stride, c_stride, add || first);
+            }
+        }
+    }
+}
+
+constexpr int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// Numbers of a packed B, with columns filled up to whole panels, depth up to pairs.
+template <typename P> constexpr int64_t packed_size(int64_t columns, int64_t depth, int vectors) {
+    return round_up(columns, vectors * LANES) * round_up(depth, int64_t(4 / sizeof(P)));
+}
+
+INLINE void pack_number(float *to, float x) { *to = x; }
+#if OVSEG_BF16_PRODUCTS
+INLINE void pack_number(Bf16 *to, Bf16 x) { *to = x; }
+INLINE void pack_number(Bf16 *to, float x) { from_float(to, x); }
+#else
+INLINE void pack_number(float *to, Bf16 x) { *to = to_float(x); }
+#endif
+
+// B from a matrix that holds its columns as rows, as weights do: (columns, depth), `stride` from row to row.
+template <int VECTORS, typename T, typename P>
+void pack_transposed(const T *from, int64_t stride, int64_t columns, int64_t depth, P *to) {
+    constexpr int PAIR = 4 / sizeof(P);
+    const int64_t width = VECTORS * LANES;
+    for (int64_t first = 0; first < columns; first += width) {
+        const int64_t count = columns - first < width ? columns - first : width;
+        for (int64_t k = 0; k < round_up(depth, PAIR); k += PAIR) {
+            for (int64_t column = 0; column < width; ++column) {
+                for (int part = 0; part < PAIR; ++part, ++to) {
+                    if (column < count && k + part < depth) {
+                        pack_number(to, from[(first + column) * stride + k + part]);
+                    } else {
+                        memset(to, 0, sizeof *to);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// B from a matrix that holds it as it is, of float32: (depth, columns), columns a multiple of the lanes. One panel after
+// the other of one vector or more, as panels of any width lie alike where they are that of the matrix; see its caller.
+INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t columns, float *to) {
+    for (int64_t k = 0; k < depth; ++k, to += columns) memcpy(to, from + k * stride, columns * sizeof *to);
+}
+
+#if OVSEG_BF16_PRODUCTS
+INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t columns, Bf16 *to) {
+    for (int64_t k = 0; k < depth; k += 2, to += 2 * columns) {
+        for (int64_t c = 0; c < columns; c += LANES) {
+            const Words low = bf16_bits(load(from + k * stride + c));
+            const Words high = k + 1 < depth ? bf16_bits(load(from + (k + 1) * stride + c)) : Words{};
+            const Words pairs = low | high << 16;
+            memcpy(to + 2 * c, &pairs, sizeof pairs);
+        }
+    }
+}
+#endif
+
+}  // namespace

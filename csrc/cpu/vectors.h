@@ -1,0 +1,133 @@
+// Loads, stores and the functions of numbers that the operators need, a vector at a time.
+
+#pragma once
+
+#include "isa.h"
+
+namespace {
+
+INLINE Floats broadcast(float value) { return value - Floats{}; }
+INLINE Floats bits_to_floats(Words bits) { return (Floats)bits; }
+INLINE Words floats_to_bits(Floats x) { return (Words)x; }
+
+INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
+// NaN in x stays.
+INLINE Floats at_least(Floats x, Floats low) { return select(x < low, low, x); }
+INLINE Floats at_most(Floats x, Floats high) { return select(x > high, high, x); }
+
+INLINE Words widen(Halves halves) { return __builtin_convertvector(halves, Words); }
+
+INLINE Floats load(const float *from) {
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE Floats load(const Bf16 *from) {
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return bits_to_floats(widen(halves) << 16);
+}
+
+INLINE void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
+
+// Rounded to the nearest, ties to even; NaN stays NaN.
+INLINE Words bf16_bits(Floats x) {
+    const Words bits = floats_to_bits(x);
+    const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (Words)select(x == x, bits_to_floats(rounded), bits_to_floats((bits >> 16) | 0x40u));
+}
+
+INLINE void store(Bf16 *to, Floats x) {
+#if OVSEG_BF16_PRODUCTS
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const Halves halves = __builtin_convertvector(bf16_bits(x), Halves);
+#endif
+    memcpy(to, &halves, sizeof halves);
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(Bf16 x) {
+    const uint32_t bits = (uint32_t)x.bits << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE void from_float(float *to, float x) { *to = x; }
+INLINE void from_float(Bf16 *to, float x) {
+    const Words bits = bf16_bits(broadcast(x));
+    to->bits = (uint16_t)bits[0];
+}
+
+INLINE float sum(Floats x) {
+    float total[LANES], *part = total;
+    store(part, x);
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
+    }
+    return total[0];
+}
+
+// NaN if any lane is.
+INLINE float largest(Floats x) {
+    float found[LANES];
+    store(found, x);
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+            const float other = found[lane + half];
+            if (!(found[lane] >= other || found[lane] != found[lane])) found[lane] = other;
+        }
+    }
+    return found[0];
+}
+
+// To the nearest whole number, for |x| < 2²².
+INLINE Floats round_to_nearest(Floats x) {
+    const Floats magic = broadcast(12582912.0f);  // 1.5 · 2²³: the sum has no digits after the point
+    return (x + magic) - magic;
+}
+
+// eˣ to about 1 in the last place; 0 below −87.3, infinity above 88.7; NaN stays.
+INLINE Floats exponential(Floats x) {
+    const Floats within = at_most(at_least(x, broadcast(-87.33654f)), broadcast(88.72283f));
+    const Floats n = round_to_nearest(within * broadcast(1.44269504f));
+    Floats r = within - n * broadcast(0.693359375f);
+    r = r - n * broadcast(-2.12194440e-4f);
+    Floats p = broadcast(1.9875691500e-4f);
+    p = p * r + broadcast(1.3981999507e-3f);
+    p = p * r + broadcast(8.3334519073e-3f);
+    p = p * r + broadcast(4.1665795894e-2f);
+    p = p * r + broadcast(1.6666665459e-1f);
+    p = p * r + broadcast(5.0000001201e-1f);
+    p = p * r * r + r + broadcast(1.0f);
+    // In two steps, as 2¹²⁸ is no float.
+    const Ints exponent = __builtin_convertvector(n, Ints), half = exponent >> 1;
+    const Floats first = (Floats)((half + 127) << 23), second = (Floats)((exponent - half + 127) << 23);
+    const Floats result = select(x < broadcast(-87.33654f), Floats{}, p * first * second);
+    return select(x > broadcast(88.72283f), broadcast(__builtin_inff()), result);
+}
+
+INLINE Floats sigmoid(Floats x) {
+    const Floats e = exponential(select(x < Floats{}, x, -x));  // of −|x|: no overflow
+    const Floats share = broadcast(1.0f) / (broadcast(1.0f) + e);
+    return select(x < Floats{}, e * share, share);
+}
+
+// x Φ(x), the exact GELU, with an error of Φ of at most 2e-7. Φ(x) − ½ = x p(x²) on −5..5, p fitted to Chebyshev nodes;
+// beyond, Φ is 0 or 1.
+INLINE Floats gelu(Floats x) {
+    const float p[] = {9.60935927e-05f, -0.00029224189f, 0.000393648814f, -0.000724244836f, 0.00185189657f,
+                       -0.00372089941f, 0.0064360329f,   -0.0105887103f,  0.0163535348f,    -0.0234232565f,
+                       0.0314568892f,   -0.0404249425f,  0.05151919f,     -0.0702968522f,   0.141363805f};
+    const Floats within = at_most(at_least(x, broadcast(-5.0f)), broadcast(5.0f));
+    const Floats w = within * within * broadcast(0.08f) - broadcast(1.0f);
+    Floats q = broadcast(p[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < 15; ++i) q = q * w + broadcast(p[i]);
+    const Floats phi = select(x < broadcast(-5.0f), Floats{}, within * q + broadcast(0.5f));
+    return x * select(x > broadcast(5.0f), broadcast(1.0f), phi);
+}
+
+}  // namespace
