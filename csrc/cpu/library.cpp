@@ -93,6 +93,10 @@ int ovseg_cpu_choose(const char *name) {
     return OVSEG_UNSUPPORTED_CPU;
 }
 
+int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) { return use.encoder_block(params, dtype, threads); });
+}
+
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
 }

@@ -5,6 +5,7 @@
 namespace OVSEG_ISA {
 
 const Operators OPERATORS = {
+    encoder_block,
     spatial_aggregation,
 };
 

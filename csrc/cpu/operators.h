@@ -9,12 +9,14 @@
 
 // Each is the operator's C function of ovseg.h; dtype is OVSEG_FLOAT32 or OVSEG_BFLOAT16.
 struct Operators {
+    int (*encoder_block)(const ovseg_encoder_block_params *params, int dtype, int threads);
     int (*spatial_aggregation)(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
 };
 
 #ifdef OVSEG_ISA
 namespace OVSEG_ISA {
 extern const Operators OPERATORS;
+int encoder_block(const ovseg_encoder_block_params *params, int dtype, int threads);
 int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
 }  // namespace OVSEG_ISA
 

@@ -68,7 +68,8 @@ template <int VECTORS> constexpr int tile_rows() {
     return ROWS > 12 ? 12 : ROWS > 8 ? 8 : ROWS;
 }
 
-template <int ROWS, int VECTORS, typename A, typename P>
+// A panel of B has STRIDE vectors, of which the tile takes the first.
+template <int ROWS, int VECTORS, int STRIDE = VECTORS, typename A, typename P>
 INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, int64_t c_stride, bool add) {
     Floats sums[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -79,9 +80,9 @@ INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, i
         }
     }
     for (int64_t k = 0; k < steps; ++k) {
-        decltype(b_lanes(panel, k, VECTORS, 0)) b[VECTORS];
+        decltype(b_lanes(panel, k, STRIDE, 0)) b[VECTORS];
 #pragma GCC unroll 4
-        for (int vector = 0; vector < VECTORS; ++vector) b[vector] = b_lanes(panel, k, VECTORS, vector);
+        for (int vector = 0; vector < VECTORS; ++vector) b[vector] = b_lanes(panel, k, STRIDE, vector);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
             const auto lane = a_lane(a, row, k);
@@ -98,13 +99,13 @@ INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, i
     }
 }
 
-template <int ROWS, int VECTORS, typename A, typename P>
+template <int ROWS, int VECTORS, int STRIDE = VECTORS, typename A, typename P>
 INLINE void multiply_rest(int64_t rows, const A &a, const P *panel, int64_t steps, float *c, int64_t c_stride,
                           bool add) {
     if (rows == ROWS) {
-        multiply_tile<ROWS, VECTORS>(a, panel, steps, c, c_stride, add);
+        multiply_tile<ROWS, VECTORS, STRIDE>(a, panel, steps, c, c_stride, add);
     } else if constexpr (ROWS > 1) {
-        multiply_rest<ROWS - 1, VECTORS>(rows, a, panel, steps, c, c_stride, add);
+        multiply_rest<ROWS - 1, VECTORS, STRIDE>(rows, a, panel, steps, c, c_stride, add);
     }
 }
 
@@ -216,9 +217,8 @@ INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t 
 INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t columns, Bf16 *to) {
     for (int64_t k = 0; k < depth; k += 2, to += 2 * columns) {
         for (int64_t c = 0; c < columns; c += LANES) {
-            const Words low = bf16_bits(load(from + k * stride + c));
-            const Words high = k + 1 < depth ? bf16_bits(load(from + (k + 1) * stride + c)) : Words{};
-            const Words pairs = low | high << 16;
+            const Floats second = k + 1 < depth ? load(from + (k + 1) * stride + c) : Floats{};
+            const Words pairs = bf16_pairs(load(from + k * stride + c), second);
             memcpy(to + 2 * c, &pairs, sizeof pairs);
         }
     }

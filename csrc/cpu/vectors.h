@@ -57,6 +57,16 @@ INLINE void store(Bf16 *to, Floats x) {
     memcpy(to, &halves, sizeof halves);
 }
 
+// bfloat16 of both, those of `low` in the lower halves of the words.
+INLINE Words bf16_pairs(Floats low, Floats high) {
+#if OVSEG_BF16_PRODUCTS
+    const Halves first = (Halves)_mm512_cvtneps_pbh((__m512)low), second = (Halves)_mm512_cvtneps_pbh((__m512)high);
+    return widen(first) | widen(second) << 16;
+#else
+    return bf16_bits(low) | bf16_bits(high) << 16;
+#endif
+}
+
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(Bf16 x) {
     const uint32_t bits = (uint32_t)x.bits << 16;
