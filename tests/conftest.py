@@ -121,6 +121,17 @@ def built_library() -> Path:
     return library
 
 
+@pytest.fixture(scope="session")
+def cpu_library() -> Path:
+    """The library with the kernels for CPUs, where it is built and the CPU runs it."""
+    library = native.path("cpu")
+    if not library.exists():
+        pytest.skip("the CPU kernels are not built here; `make venv` builds them where a C++ compiler is found")
+    if (problem := native.problem("cpu")) and "which this CPU lacks" in problem:
+        pytest.skip(problem)
+    return library
+
+
 @pytest.fixture
 def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     """Makes a file the native library for the rest of a test."""
