@@ -57,7 +57,7 @@ template <typename T> struct Block {
         int64_t tokens;
         bool regions_differ;
         float *y, *qkv, *scores, *attended, *result;
-        P *normed, *q, *keys, *values, *weights, *attended_operand;
+        P *normed, *q, *keys, *values, *weights, *attended_operand;  // values of one head, keys of all
         MlpScratch<P> mlp;
 
         void take(const Block &block, Arena &arena) {
@@ -71,7 +71,7 @@ template <typename T> struct Block {
             normed = arena.take<P>(most * channels);
             q = arena.take<P>(most * channels);
             keys = arena.take<P>(heads * packed_size<P>(most, block.head_width, SCORE_VECTORS));
-            values = arena.take<P>(round_up(most, pair) * channels);
+            values = arena.take<P>(round_up(most, pair) * block.head_width);
             weights = arena.take<P>(QUERY_ROWS * round_up(most, SCORE_PANEL));
             attended_operand = pair == 1 ? reinterpret_cast<P *>(attended) : arena.take<P>(most * channels);
             mlp = {normed, arena.take<P>(most * HIDDEN_CHUNK), qkv, result};
@@ -100,7 +100,7 @@ template <typename T> struct Block {
         for (int64_t token = s.tokens; token < round_up(s.tokens, SCORE_PANEL); ++token) s.region[token] = 0;
     }
 
-    // q, keys and values of all heads as the attention's products read them.
+    // q and keys of all heads as the attention's products read them, and the values.
     void split_heads(int64_t image, const Scratch &s) const {
         const int64_t stride = round_up(3 * channels, WEIGHT_PANEL), tokens = s.tokens;
         const T *q_terms = q_term + image * params.height * params.width * channels;
@@ -118,12 +118,11 @@ template <typename T> struct Block {
             const int64_t channel = head * head_width;
             pack_transposed<SCORE_VECTORS>(s.qkv + channels + channel, stride, tokens, head_width,
                                            s.keys + head * packed_size<P>(tokens, head_width, SCORE_VECTORS));
-            pack_rows(s.qkv + 2 * channels + channel, stride, tokens, head_width,
-                      s.values + channel * round_up(tokens, Operand<T>::PAIR));
         }
     }
 
-    // Rows of scores to rows of attention weights, whose sum is 1. Columns from `tokens` on become 0.
+    // Rows of scores to rows of attention weights, whose sum is 1; all are 0, as in PyTorch, if all scores are −∞.
+    // Columns from `tokens` on become 0.
     void softmax(int64_t first, int64_t count, const Scratch &s) const {
         const int64_t stride = round_up(s.tokens, SCORE_PANEL), whole = s.tokens / LANES * LANES;
         Ints tail;  // lanes that hold tokens in the last vector
@@ -145,33 +144,37 @@ template <typename T> struct Block {
                 const Floats x = load(scores + c);
                 most = select(most >= x, most, x);
             }
-            const Floats top = broadcast(largest(most));
+            const float found = largest(most);
+            const Floats top = broadcast(found == -__builtin_inff() ? 0.0f : found);
             Floats total{};
             for (int64_t c = 0; c < s.tokens; c += LANES) {
                 const Floats e = exponential(load(scores + c) - top);
                 store(scores + c, e);
                 total += e;
             }
-            const Floats share = broadcast(1.0f / sum(total));
+            const float whole_sum = sum(total);
+            const Floats share = broadcast(whole_sum == 0.0f ? 0.0f : 1.0f / whole_sum);
             P *weights = s.weights + row * stride;
             for (int64_t c = 0; c < s.tokens; c += LANES) store(weights + c, load(scores + c) * share);
         }
     }
 
+    // Into s.attended; VECTORS is of a panel of values.
     template <int VECTORS> void attend(const Scratch &s) const {
         const int64_t tokens = s.tokens, stride = round_up(tokens, SCORE_PANEL),
                       depth = round_up(tokens, Operand<T>::PAIR);
         for (int64_t head = 0; head < params.heads; ++head) {
             const int64_t channel = head * head_width;
             const P *keys = s.keys + head * packed_size<P>(tokens, head_width, SCORE_VECTORS);
+            pack_rows<VECTORS>(s.qkv + 2 * channels + channel, round_up(3 * channels, WEIGHT_PANEL), tokens, head_width,
+                               s.values);
             for (int64_t first = 0; first < tokens; first += QUERY_ROWS) {
                 const int64_t count = tokens - first < QUERY_ROWS ? tokens - first : QUERY_ROWS;
                 multiply<SCORE_VECTORS>(Matrix<P>{s.q + first * channels + channel, channels, 1}, count, keys,
                                         stride / SCORE_PANEL, head_width, s.scores, stride, false);
                 softmax(first, count, s);
-                multiply<VECTORS>(Matrix<P>{s.weights, stride, 1}, count, s.values + channel * depth,
-                                  head_width / (VECTORS * LANES), depth, s.attended + first * channels + channel,
-                                  channels, false);
+                multiply<VECTORS>(Matrix<P>{s.weights, stride, 1}, count, s.values, head_width / (VECTORS * LANES),
+                                  depth, s.attended + first * channels + channel, channels, false);
             }
         }
     }
