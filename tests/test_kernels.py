@@ -151,7 +151,7 @@ def poisoned() -> Any:
 
 
 def build(
-    row: Sample, rng: torch.Generator, dtype: torch.dtype, backend: str = "cpu"
+    row: Sample, rng: torch.Generator, dtype: torch.dtype, backend: str = "triton"
 ) -> tuple[samples.Call, samples.Call]:
     """A call for the kernel, and the same numbers in float64 for the PyTorch form."""
     call = row.build(rng, dtype, device(backend))
@@ -419,7 +419,7 @@ def test_widths_without_a_kernel_are_refused_where_it_is_forced(
 def test_a_call_that_needs_a_gradient_goes_to_pytorch(function: str, rng: torch.Generator) -> None:
     """Of any one argument. Where the kernels are forced it is refused, in one sentence."""
     row = first_row("cpu", function, "small")
-    call, _ = build(row, rng, torch.float32)
+    call, _ = build(row, rng, torch.float32, "cpu")
     for argument in range(len(floating(call))):
         leaves = map_tensors(torch.clone, call)
         leaf = floating(leaves)[argument].requires_grad_()
@@ -446,7 +446,7 @@ def test_any_number_of_threads_gives_the_same_bits(function: str, dtype: torch.d
     threads = torch.get_num_threads()
     try:
         for row in rows:
-            call, _ = build(row, rng, dtype)
+            call, _ = build(row, rng, dtype, "cpu")
             with ovs.backend("cpu"), CustomCalls() as seen:
                 row.run(call)
             for operator, arguments in seen.calls.items():
@@ -483,7 +483,7 @@ def test_every_instruction_set_follows_float64(
 ) -> None:
     assert native.isa() == chosen_isa
     for row in (row for name, row in CASES if (name, row.function) == ("cpu", function)):
-        call, wide = build(row, rng, dtype)
+        call, wide = build(row, rng, dtype, "cpu")
         with ovs.backend("cpu"):
             results = row.run(call)
         assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
