@@ -133,15 +133,15 @@ def cpu_library() -> Path:
 
 
 @pytest.fixture
-def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Makes a file the native library for the rest of a test."""
+def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes a file the native library of a backend, by default "cuda", for the rest of a test."""
 
     def forget() -> None:
         for function in (native.library, native.problem, native.architectures):
             function.cache_clear()
 
-    def use(path: Path) -> None:
-        monkeypatch.setenv("OVSEG_NATIVE_LIBRARY", str(path))
+    def use(path: Path, kind: str = "cuda") -> None:
+        monkeypatch.setenv(native.VARIABLES[kind], str(path))
         forget()
 
     yield use
