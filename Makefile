@@ -7,7 +7,8 @@ DEMO := build/demo
 RESULTS ?= build/benchmarks.json
 NVCC := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard $(CUDA_HOME)/bin/nvcc))
 CORE := tests/test_import.py tests/cli/test_core.py
-KERNELS := $(VENV)/kernels-$(if $(NVCC),built,without-nvcc)
+COMPILER := $(firstword $(foreach name,$(CXX) c++ g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+KERNELS := $(VENV)/kernels$(if $(NVCC),-cuda)$(if $(COMPILER),-cpu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -55,7 +56,7 @@ torture: $(VENV)/installed ## threads, kills and damaged files, at random: nothi
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture/kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture/mutations.py
 
-venv: $(VENV)/installed $(KERNELS) ## .venv with the package (editable), its tools and the CUDA kernels; PYTHON=... chooses the Python
+venv: $(VENV)/installed $(KERNELS) ## .venv with the package (editable), its tools and the native kernels; PYTHON=... chooses the Python
 
 # torch first, by itself: the constraint decides which build, before anything that depends on torch is resolved.
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
@@ -65,8 +66,8 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	OVSEG_BUILD_CUDA=0 $(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The CUDA kernels by themselves: pip would hide their messages and would not see that a source has changed. Without nvcc
-# this says so; if nvcc appears later, the file to make has another name.
+# The native kernels by themselves: pip would hide their messages and would not see that a source has changed. Without
+# nvcc or a C++ compiler this says so; if one appears later, the file to make has another name.
 $(KERNELS): $(VENV)/installed $(shell find csrc -type f)
 	@$(BIN)/python setup.py --quiet build_native --inplace
 	@touch $@

@@ -20,7 +20,7 @@ from setuptools.command.build import build
 CSRC = Path("csrc")
 REINSTALL = "`pip install --force-reinstall --no-deps -e .`"
 HOW = f"put nvcc on PATH or name CUDA_HOME, then {REINSTALL}"
-MACHINES = ("x86_64", "aarch64")  # that there are CPU kernels for
+MACHINES = {"x86_64": "-march=x86-64-v4 -mavx512bf16", "aarch64": ""}  # with CPU kernels; the newest that they ask for
 
 
 def wanted(variable: str) -> str:
@@ -55,12 +55,24 @@ def cpu_compiler() -> tuple[str | None, str]:
     compiler = next(filter(None, map(shutil.which, names)), None)
     if not compiler:
         reason = reason or f"no C++ compiler found ({', '.join(names)}); install one, then {REINSTALL}"
+    elif not reason and not compiles(compiler, *MACHINES[machine].split()):
+        newer = "GCC 11, clang 12 or newer"
+        reason = f"{compiler} does not know C++17 or this machine's instruction sets; install {newer}, then {REINSTALL}"
     if reason and build == "1":
         sys.exit(f"OVSEG_BUILD_CPU=1, but {reason}")
     return (
         None if reason else compiler,
         f"CPU kernels not built, {reason}" if reason else f"CPU kernels built with {compiler}",
     )
+
+
+def compiles(compiler: str, *options: str) -> bool:
+    """Whether a C++ compiler takes these options."""
+    command = [compiler, "-std=c++17", *options, "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def architectures() -> list[str]:

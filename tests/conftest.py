@@ -121,16 +121,27 @@ def built_library() -> Path:
     return library
 
 
+@pytest.fixture(scope="session")
+def cpu_library() -> Path:
+    """The library with the kernels for CPUs, where it is built and the CPU runs it."""
+    library = native.path("cpu")
+    if not library.exists():
+        pytest.skip("the CPU kernels are not built here; `make venv` builds them where a C++ compiler is found")
+    if (problem := native.problem("cpu")) and "which this CPU lacks" in problem:
+        pytest.skip(problem)
+    return library
+
+
 @pytest.fixture
-def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Makes a file the native library for the rest of a test."""
+def use_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes a file the native library of a backend, by default "cuda", for the rest of a test."""
 
     def forget() -> None:
         for function in (native.library, native.problem, native.architectures):
             function.cache_clear()
 
-    def use(path: Path) -> None:
-        monkeypatch.setenv("OVSEG_NATIVE_LIBRARY", str(path))
+    def use(path: Path, kind: str = "cuda") -> None:
+        monkeypatch.setenv(native.VARIABLES[kind], str(path))
         forget()
 
     yield use

@@ -47,10 +47,27 @@ def on_cpu() -> None:
         pytest.skip("the choice on a machine without a GPU")
 
 
+def free() -> str:
+    """What runs `volume` where nothing is forced and there is no GPU."""
+    return (
+        "cpu" if native.problem("cpu") is None and "cost_volume" in backends.operators_with_kernels("cpu") else "torch"
+    )
+
+
 @pytest.mark.usefixtures("on_cpu")
-def test_on_the_cpu_the_pytorch_form_runs() -> None:
+def test_on_the_cpu_its_kernels_run_where_they_can_and_the_pytorch_form_elsewhere() -> None:
+    volume()
+    assert ovs.last_backend("cost_volume") == free()
+    for dtype in (torch.float64, torch.float16):
+        volume(dtype)
+        assert ovs.last_backend("cost_volume") == "torch"
+
+
+def test_without_the_library_the_pytorch_form_runs(use_library: Callable, tmp_path: Path) -> None:
+    use_library(tmp_path / "none.so", "cpu")
     volume()
     assert ovs.last_backend("cost_volume") == "torch"
+    assert set(ovs.explain("cpu").choices.values()) == {"torch"}
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -64,7 +81,7 @@ def test_forced_backends_nest_and_end() -> None:
         volume()
         assert ovs.last_backend("cost_volume") == "triton"
     volume()
-    assert ovs.last_backend("cost_volume") == "torch"
+    assert ovs.last_backend("cost_volume") == free()
 
 
 def test_a_backend_ends_with_an_error_too() -> None:
@@ -89,12 +106,13 @@ def test_a_forced_backend_is_the_threads_own() -> None:
 
 
 def compiled_volume(seen: list[str]) -> Callable[..., torch.Tensor]:
-    """cost_volume compiled as one graph; `seen` gets the backend of each call that a graph holds, as it is compiled."""
+    """cost_volume compiled as one graph; `seen` gets "torch" or "kernel" for each call that a graph holds, as it is
+    compiled."""
 
     def note(graph: torch.fx.GraphModule, inputs: object) -> Callable:
         names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         seen.extend(
-            "triton" if "cost_volume" in name else "torch" for name in names if re.search("volume|matmul", name)
+            "kernel" if "cost_volume" in name else "torch" for name in names if re.search("volume|matmul", name)
         )
         return graph.forward
 
@@ -125,10 +143,10 @@ def test_a_forced_backend_holds_in_compiled_functions(outside: str | None, insid
     function, inputs = nested(*inside), (torch.randn(1, 2, 3, 16), torch.randn(2, 1, 16))
     with ovs.backend(outside or "auto"):
         function(*inputs)
-        assert ovs.last_backend("cost_volume") == [outside or "torch", *inside][-1]
+        assert ovs.last_backend("cost_volume") == [outside or free(), *inside][-1]
         assert backends.requested() == (outside or "auto")
         volume()  # what a compiled function forces ends with it
-        assert ovs.last_backend("cost_volume") == (outside or "torch")
+        assert ovs.last_backend("cost_volume") == (outside or free())
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -140,8 +158,8 @@ def test_a_compiled_function_is_compiled_again_where_another_backend_is_forced()
             function(*inputs)
         assert ovs.last_backend("cost_volume") == name
     function(*inputs)
-    assert ovs.last_backend("cost_volume") == "torch"
-    assert seen[:2] == ["torch", "triton"]
+    assert ovs.last_backend("cost_volume") == free()
+    assert seen[:2] == ["torch", "kernel"]
     assert len(seen) <= 3  # once for each, "auto" may be told apart
 
 
@@ -165,7 +183,7 @@ def test_threads_that_share_a_compiled_function_keep_their_backends() -> None:
         thread.start()
         thread.join()
         call()
-    assert ran == ["triton", "torch", "torch", "triton"]
+    assert ran == ["triton", free(), "torch", "triton"]
 
 
 def test_nothing_hides_what_a_thread_has_forced_from_the_compiler() -> None:
@@ -183,10 +201,10 @@ def test_backward_runs_where_the_forward_ran() -> None:
     assert image.grad is not None and image.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["Triton", "", "cpu"])
+@pytest.mark.parametrize("name", ["Triton", "", "gpu"])
 def test_an_unknown_backend_is_refused(name: str) -> None:
     with (
-        pytest.raises(ValueError, match=f"^backend must be one of auto, cuda, triton, torch, got '{name}'.$"),
+        pytest.raises(ValueError, match=f"^backend must be one of auto, cuda, triton, cpu, torch, got '{name}'.$"),
         ovs.backend(name),
     ):
         pass
@@ -198,7 +216,7 @@ def test_an_unknown_operator_is_refused() -> None:
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton", "cpu"):
         reason = backends.refusal("cost_volume", name, "cpu", None, torch.float64, True)
         assert reason
         with ovs.backend(name), pytest.raises(RuntimeError) as caught:
@@ -207,7 +225,7 @@ def test_a_forced_backend_that_cannot_run_says_why() -> None:
 
 
 def test_bad_input_is_refused_before_the_choice() -> None:
-    for name in ("cuda", "triton", "torch"):
+    for name in ("cuda", "triton", "cpu", "torch"):
         with ovs.backend(name), pytest.raises(ValueError, match="cost_volume: T must be at least 1"):
             ovs.ops.cost_volume(torch.randn(1, 2, 3, 16), torch.randn(0, 1, 16))
 
@@ -219,19 +237,22 @@ def test_each_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFi
             volume(dtype)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(set(lines)) == 2
-    assert all(line.startswith("cost_volume runs on torch; cuda: ") and "; triton: " in line for line in lines)
+    for line, name in zip(lines, (free(), "torch"), strict=True):
+        assert line.startswith(f"cost_volume runs on {name}; cuda: ") and "; triton: " in line
     assert "float64" in lines[1] and "float64" not in lines[0]
 
 
 def test_explain_names_every_operator_its_choice_and_the_reasons() -> None:
     explanation = ovs.explain("cpu")
-    assert set(explanation.choices.values()) == {"torch"}
+    on_cpu = set(backends.operators_with_kernels("cpu")) if native.problem("cpu") is None else set()
+    assert explanation.choices == {name: "cpu" if name in on_cpu else "torch" for name in explanation.choices}
     assert {"cost_volume", "label_map"} <= set(explanation.choices) <= set(ovs.ops.__all__)
     table = str(explanation)
     for operator, reasons in explanation.reasons.items():
         assert operator in table
         assert reasons["torch"] is None
         assert all(reasons[name] in table for name in ("cuda", "triton"))
+        assert reasons["cpu"] is None or reasons["cpu"] in table
 
 
 def test_explain_of_a_forced_backend_that_cannot_run(use_library: Callable, tmp_path: Path) -> None:
@@ -263,7 +284,7 @@ def test_a_bad_environment_is_told_at_the_first_use_and_not_at_import() -> None:
         except ValueError as error:
             print(error)
     """
-    expected = "OVSEG_BACKEND must be one of auto, cuda, triton, torch, got 'gpu'."
+    expected = "OVSEG_BACKEND must be one of auto, cuda, triton, cpu, torch, got 'gpu'."
     assert run(code, OVSEG_BACKEND="gpu").strip() == expected
 
 
@@ -323,7 +344,7 @@ def test_a_triton_that_does_not_compile_the_kernels_is_refused(versions: Callabl
         ):
             volume()
         volume()
-        assert ovs.last_backend("cost_volume") == "torch"
+        assert ovs.last_backend("cost_volume") == free()
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -375,8 +396,22 @@ def test_info_says_what_the_library_was_built_for(
     assert info.native_library() == "built for compute capability 8.0, 9.0, 12.0"
 
 
+def test_info_says_what_the_cpu_kernels_run_on(cpu_library: Path) -> None:
+    code = "import torch; torch.set_num_threads({}); " + INFO
+    assert re.search(rf"libovseg_cpu +{native.isa()}, 2 threads\n", run(code.format(2)))
+    report = run(code.format(1), OVSEG_CPU_ISA="avx9")
+    assert re.search(r"libovseg_cpu +OVSEG_CPU_ISA is 'avx9'; this machine runs ", report)
+
+
+def test_info_with_a_cpu_library_that_is_not_there(tmp_path: Path) -> None:
+    report = run(INFO, OVSEG_CPU_LIBRARY=str(tmp_path / "none.so"))
+    said = r"OVSEG_CPU_LIBRARY names .*none.so, which does not exist; unset or correct it"
+    assert re.search(rf"libovseg_cpu +{said}", report)
+    assert re.search(rf"\[\d+\] {said}", report)
+
+
 def test_info_with_a_bad_environment() -> None:
-    assert "OVSEG_BACKEND must be one of auto, cuda, triton, torch, got 'gpu'." in run(INFO, OVSEG_BACKEND="gpu")
+    assert "OVSEG_BACKEND must be one of auto, cuda, triton, cpu, torch, got 'gpu'." in run(INFO, OVSEG_BACKEND="gpu")
 
 
 def test_tensors_made_under_inference_mode_cannot_take_part_in_gradients() -> None:

@@ -1,15 +1,17 @@
-"""What every kernel promises, Triton's and CUDA C++ alike, over the one table of sample inputs.
+"""What every kernel promises, Triton's, CUDA C++ and those for CPUs alike, over the one table of sample inputs.
 
-On a machine with a GPU the kernels run there. Elsewhere Triton's interpreter and the emulator of csrc run them on the
-CPU: they tell whether their numbers are right, not whether a GPU takes them, for which see test_resources.
+On a machine with a GPU the kernels for GPUs run there. Elsewhere Triton's interpreter and the emulator of csrc run them
+on the CPU: they tell whether their numbers are right, not whether a GPU takes them, for which see test_resources. The
+kernels for CPUs run as they are, on every instruction set that the machine has.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -20,15 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ovseg_fast as ovs
 import samples
 from layouts import LAYOUTS
-from ovseg_fast import backends, ops
+from ovseg_fast import backends, native, ops
 from samples import Sample, floating, map_floating, map_tensors, select, tensors
 from test_operators import assert_same, gradients
 from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIBRARY_ONLY = {"embed_volume", "guidance_term"}  # a library convolution each, and nothing around it
-# Operators whose CUDA C++ kernels take the published widths only.
-WIDE_ONLY = {"class_aggregation", "spatial_aggregation"}
+# Operators whose native kernels take some widths only, and the tags of the rows that have them.
+SOME_WIDTHS = {"class_aggregation", "spatial_aggregation"}
+WIDTHS = {"cuda": {"wide"}, "cpu": {"wide", "sixteens"}}
+DTYPES = {"cpu": backends.CPU_DTYPES}  # of a backend; the others take all three
+KERNELS = ("triton", "cuda", "cpu")
 
 
 def takes(backend: str, row: Sample) -> bool:
@@ -36,24 +41,45 @@ def takes(backend: str, row: Sample) -> bool:
     if row.operator not in backends.operators_with_kernels(backend) or row.function in LIBRARY_ONLY:
         return False
     if backend == "triton":
-        return DEVICE == "cuda" or "wide" not in row.tags
-    return row.operator not in WIDE_ONLY or "wide" in row.tags
+        return DEVICE == "cuda" or not row.tags & {"wide", "sixteens"}
+    return row.operator not in SOME_WIDTHS or bool(row.tags & WIDTHS[backend])
 
 
 # Backend and row.
-CASES = [(name, row) for name in ("triton", "cuda") for row in select(without=("bench",)) if takes(name, row)]
+CASES = [(name, row) for name in KERNELS for row in select(without=("bench",)) if takes(name, row)]
 FUNCTIONS = sorted({(name, row.function) for name, row in CASES})
-DIFFERENTIABLE = {row.function for _, row in CASES if row.operator != "label_map"}
+CPU_FUNCTIONS = [function for name, function in FUNCTIONS if name == "cpu"]
 
 
-def cases(*tags: str, differentiable: bool = False) -> pytest.MarkDecorator:
-    """Runs a test for every case with one of the tags; on demand only for those that have gradients."""
-    chosen = [
-        pytest.param(name, row, id=f"{name}-{row.id}")
-        for name, row in CASES
-        if row.tags & set(tags) and (not differentiable or row.function in DIFFERENTIABLE)
-    ]
+def differentiable(function: str) -> bool:
+    return samples.HELPERS.get(function, function) != "label_map"
+
+
+def has_gradient(backend: str, function: str) -> bool:
+    """Whether the kernels of a backend have the gradient of a function."""
+    return backend != "cpu" and differentiable(function)
+
+
+def device(backend: str) -> str:
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+def cases(*tags: str) -> pytest.MarkDecorator:
+    """Runs a test for every case with one of the tags."""
+    chosen = [pytest.param(name, row, id=f"{name}-{row.id}") for name, row in CASES if row.tags & set(tags)]
     return pytest.mark.parametrize(("backend", "row"), chosen)
+
+
+def with_dtypes(*tags: str) -> list[Any]:
+    """Every case with one of the tags, or every case, in each dtype that the backend takes. In the interpreter the rows
+    of many classes, which are there for the counting, take one precision."""
+    return [
+        pytest.param(name, row, dtype, id=f"{name}-{row.id}-{dtype}")
+        for name, row in CASES
+        if not tags or row.tags & set(tags)
+        for dtype in DTYPES.get(name, backends.DTYPES)
+        if DEVICE == "cuda" or name == "cpu" or dtype == torch.float32 or "many-classes" not in row.tags
+    ]
 
 
 def first_row(backend: str, function: str, tag: str) -> Sample:
@@ -61,12 +87,13 @@ def first_row(backend: str, function: str, tag: str) -> Sample:
 
 
 @pytest.fixture(autouse=True)
-def _emulation(request: pytest.FixtureRequest) -> None:
-    if request.node.callspec.params["backend"] == "cuda":
-        request.getfixturevalue("emulation")
+def _library(request: pytest.FixtureRequest) -> None:
+    backend = request.node.callspec.params.get("backend", "cpu")
+    if fixture := {"cuda": "emulation", "cpu": "cpu_library"}.get(backend):
+        request.getfixturevalue(fixture)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_every_function_with_kernels_has_cases(backend: str) -> None:
     """An operator without wide rows would drop out of all that follows, and nothing would say so."""
     operators = backends.operators_with_kernels(backend)
@@ -123,9 +150,11 @@ def poisoned() -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-def build(row: Sample, rng: torch.Generator, dtype: torch.dtype) -> tuple[samples.Call, samples.Call]:
+def build(
+    row: Sample, rng: torch.Generator, dtype: torch.dtype, backend: str = "triton"
+) -> tuple[samples.Call, samples.Call]:
     """A call for the kernel, and the same numbers in float64 for the PyTorch form."""
-    call = row.build(rng, dtype, DEVICE)
+    call = row.build(rng, dtype, device(backend))
     if dtype != torch.float32:
         for name in RELU_BIASES.get(row.function, ()):
             bias = samples.arguments(row.function, call)[name]
@@ -163,25 +192,16 @@ def check_gradients(
         assert float((result - truth).norm()) <= KERNEL_GRADIENT_FACTOR * KERNEL[dtype] * float(scale), name
 
 
-# In the interpreter the rows of many classes, which are there for the counting, take one precision.
-PRECISIONS = [
-    pytest.param(name, row, dtype, id=f"{name}-{row.id}-{dtype}")
-    for name, row in CASES
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if DEVICE == "cuda" or dtype == torch.float32 or "many-classes" not in row.tags
-]
-
-
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("backend", "row", "dtype"), PRECISIONS)
+@pytest.mark.parametrize(("backend", "row", "dtype"), with_dtypes())
 def test_kernel_follows_float64(backend: str, row: Sample, dtype: torch.dtype, rng: torch.Generator) -> None:
     """Results and gradients, out of poisoned memory."""
-    call, wide = build(row, rng, dtype)
+    call, wide = build(row, rng, dtype, backend)
     with ovs.backend(backend):
         results = row.run(call)
         assert ovs.last_backend(row.operator) == backend
         assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
-        if row.function in DIFFERENTIABLE and row.operator not in DECIDING:
+        if has_gradient(backend, row.function) and row.operator not in DECIDING:
             names = [
                 f"{name} {place}".removesuffix(" 0")
                 for name, value in samples.arguments(row.function, call).items()
@@ -196,7 +216,7 @@ def test_kernel_follows_float64(backend: str, row: Sample, dtype: torch.dtype, r
 @cases("odd")
 def test_layout_of_the_inputs_does_not_matter(backend: str, row: Sample, layout: str, rng: torch.Generator) -> None:
     """But for rounding: PyTorch's own products, which project the guidance, may sum another layout in another order."""
-    call, _ = build(row, rng, torch.float32)
+    call, _ = build(row, rng, torch.float32, backend)
     rearranged = map_tensors(LAYOUTS[layout], call)
     with ovs.backend(backend):
         for result, truth in zip(tensors(row.run(rearranged)), tensors(row.run(call)), strict=True):
@@ -212,17 +232,17 @@ def expanded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS.values(), expanded])
-@pytest.mark.parametrize(("backend", "function"), [case for case in FUNCTIONS if case[1] in DIFFERENTIABLE])
+@pytest.mark.parametrize(("backend", "function"), [case for case in FUNCTIONS if has_gradient(*case)])
 def test_layout_of_the_gradient_does_not_matter(
     backend: str, function: str, layout: Callable[[torch.Tensor], torch.Tensor], rng: torch.Generator
 ) -> None:
     """But for rounding: PyTorch's own sums, such as those of a bias, may take another layout in another order."""
     row = first_row(backend, function, "small")
-    call, _ = build(row, rng, torch.float32)
+    call, _ = build(row, rng, torch.float32, backend)
     leaves = map_floating(lambda tensor: tensor.requires_grad_(), call)
     with ovs.backend(backend):
         outputs = tensors(row.run(leaves))
-        grads = [layout(torch.randn(output.shape, generator=rng).to(DEVICE)) for output in outputs]
+        grads = [layout(torch.randn(output.shape, generator=rng).to(output.device)) for output in outputs]
         results, truths = (
             torch.autograd.grad(outputs, floating(leaves), given, retain_graph=True, materialize_grads=True)
             for given in (grads, [grad.contiguous() for grad in grads])
@@ -234,11 +254,11 @@ def test_layout_of_the_gradient_does_not_matter(
 
 @cases("odd")
 def test_runs_repeat_bit_by_bit_and_leave_the_inputs_alone(backend: str, row: Sample, rng: torch.Generator) -> None:
-    call, _ = build(row, rng, torch.float32)
+    call, _ = build(row, rng, torch.float32, backend)
     before = map_tensors(torch.clone, call)
     with ovs.backend(backend):
         runs = [
-            [*tensors(row.run(call)), *(gradients(row, call) if row.function in DIFFERENTIABLE else [])]
+            [*tensors(row.run(call)), *(gradients(row, call) if has_gradient(backend, row.function) else [])]
             for _ in range(2)
         ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -252,7 +272,7 @@ def test_nan_and_infinity_come_out_where_pytorch_has_them(
 ) -> None:
     """One element of one argument at a time, at a random place. Labels alone cannot tell, see test_label_map."""
     row = first_row(backend, function, "odd")
-    call, _ = build(row, rng, torch.float32)
+    call, _ = build(row, rng, torch.float32, backend)
     came_out = False
     for argument in range(len(floating(call))):
         bad = map_tensors(torch.clone, call)
@@ -281,88 +301,198 @@ class CustomCalls(TorchDispatchMode):
 @pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
 def test_custom_operators_pass_opcheck(backend: str, function: str, rng: torch.Generator) -> None:
     """Schema, fake, autograd registration and tracing with dynamic sizes, of forward and backward alike."""
+    with_gradient = has_gradient(backend, function)
     rows = [row for name, row in CASES if (name, row.function) == (backend, function) and "small" in row.tags]
     with ovs.backend(backend), CustomCalls() as seen:
         for row in rows:  # not all of them need all operators: maps of full size are not resized
-            call, _ = build(row, rng, torch.float32)
-            if function in DIFFERENTIABLE:
+            call, _ = build(row, rng, torch.float32, backend)
+            if with_gradient:
                 gradients(row, call)
             else:
                 row.run(call)
     assert seen.calls
-    assert (function in DIFFERENTIABLE) == any(operator.name().endswith("_backward") for operator in seen.calls)
+    assert with_gradient == any(operator.name().endswith("_backward") for operator in seen.calls)
     for operator, arguments in seen.calls.items():
-        differentiable = not operator.name().endswith("_backward") and function in DIFFERENTIABLE
+        needed = with_gradient and not operator.name().endswith("_backward")
         arguments = map_tensors(torch.Tensor.detach, tuple(arguments))
         for tensor in tensors(arguments):
-            tensor.requires_grad_(differentiable and tensor.is_floating_point())
+            tensor.requires_grad_(needed and tensor.is_floating_point())
         torch.library.opcheck(operator, arguments, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
 def test_compiles_as_one_graph_with_dynamic_sizes(backend: str, function: str, rng: torch.Generator) -> None:
-    left_out = {"empty", "one-class", "many-classes"}
+    left_out, with_gradient = {"empty", "one-class", "many-classes"}, has_gradient(backend, function)
     rows = [row for case, row in CASES if (case, row.function) == (backend, function) and not row.tags & left_out]
     rows.sort(key=lambda row: "small" not in row.tags)  # they come first
     torch.compiler.reset()
     compiled = torch.compile(getattr(ops, function), fullgraph=True, dynamic=True, backend="aot_eager")
 
     def results_and_gradients(run: Callable[..., Any], call: samples.Call) -> list[torch.Tensor]:
-        leaves = map_floating(lambda tensor: tensor.clone().requires_grad_(function in DIFFERENTIABLE), call)
+        leaves = map_floating(lambda tensor: tensor.clone().requires_grad_(with_gradient), call)
         results = tensors(run(*leaves[0], **leaves[1]))
-        if function not in DIFFERENTIABLE:
+        if not with_gradient:
             return results
         total = sum(result.square().sum() for result in results)
         return [*results, *torch.autograd.grad(total, floating(leaves), materialize_grads=True)]
 
     with ovs.backend(backend):
         for row in rows[:2]:
-            call, _ = build(row, rng, torch.float32)
+            call, _ = build(row, rng, torch.float32, backend)
             found, expected = (results_and_gradients(run, call) for run in (compiled, getattr(ops, function)))
             for result, truth in zip(found, expected, strict=True):
                 assert torch.allclose(result, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
     assert ovs.last_backend(rows[0].operator) == backend
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@cases("small", differentiable=True)
+@pytest.mark.parametrize(
+    ("backend", "row", "dtype"),
+    [
+        case
+        for case in with_dtypes("small")
+        if differentiable(case.values[1].function) and case.values[2] != torch.float32
+    ],
+)
 def test_autocast_gives_what_the_low_precision_gives(
     backend: str, row: Sample, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
-    call, _ = build(row, rng, torch.float32)
+    call, _ = build(row, rng, torch.float32, backend)
     expected_dtype = torch.float32 if row.operator in WITHOUT_AUTOCAST else dtype
     low = map_floating(lambda tensor: tensor.to(expected_dtype), call)
     with ovs.backend(backend):
         expected = row.run(low)
-        with torch.autocast(DEVICE, dtype):
+        with torch.autocast(device(backend), dtype):
             results = row.run(call)
     for result, truth in zip(tensors(results), tensors(expected), strict=True):
         assert result.dtype == expected_dtype
         assert torch.equal(result, truth)
 
 
-@pytest.mark.parametrize(("backend", "function"), FUNCTIONS)
-def test_what_the_kernels_do_not_take_is_refused_where_they_are_forced(
-    backend: str, function: str, rng: torch.Generator
+@pytest.mark.parametrize(
+    ("backend", "function", "dtype"),
+    [
+        *((*case, torch.float64) for case in FUNCTIONS),
+        *(("cpu", function, torch.float16) for function in CPU_FUNCTIONS),
+    ],
+)
+def test_dtypes_without_a_kernel_are_refused_where_it_is_forced(
+    backend: str, function: str, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     row = first_row(backend, function, "small")
-    call = row.build(rng, torch.float64, DEVICE)
-    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the {backend} backend .* float64"):
+    call = row.build(rng, dtype, device(backend))
+    name = str(dtype).removeprefix("torch.")
+    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the {backend} backend .* {name}"):
         row.run(call)
     with ovs.backend("auto"):
         row.run(call)
     assert ovs.last_backend(row.operator) == "torch"
 
 
-@pytest.mark.parametrize("backend", ["cuda"])
 @pytest.mark.parametrize(
-    "row", [row for row in select(without=("bench", "wide")) if row.operator in WIDE_ONLY], ids=lambda row: row.id
+    ("backend", "row"),
+    [
+        pytest.param(name, row, id=f"{name}-{row.id}")
+        for name in ("cuda", "cpu")
+        for row in select(without=("bench",))
+        if row.operator in SOME_WIDTHS & {*backends.operators_with_kernels(name)} and not takes(name, row)
+    ],
 )
 def test_widths_without_a_kernel_are_refused_where_it_is_forced(
     backend: str, row: Sample, rng: torch.Generator
 ) -> None:
     """The rows that `takes` leaves out, each for what its kernel does not take."""
-    call = row.build(rng, torch.float32, DEVICE)
-    expected = "linear attention, not full" if call[1].get("attention") == "full" else "128 channels in 4 heads"
-    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the cuda .*{expected}"):
+    call = row.build(rng, torch.float32, device(backend))
+    expected = "128 channels in 4 heads" if backend == "cuda" else "multiples of 16, not"
+    if call[1].get("attention") == "full":
+        expected = "linear attention, not full"
+    with ovs.backend(backend), pytest.raises(RuntimeError, match=f"{row.operator}: the {backend} .*{expected}"):
         row.run(call)
+    with ovs.backend("auto"):
+        row.run(call)
+    assert ovs.last_backend(row.operator) != backend
+
+
+# --- kernels for CPUs alone ---
+
+
+@pytest.mark.parametrize("function", [function for function in CPU_FUNCTIONS if differentiable(function)])
+def test_a_call_that_needs_a_gradient_goes_to_pytorch(function: str, rng: torch.Generator) -> None:
+    """Of any one argument. Where the kernels are forced it is refused, in one sentence."""
+    row = first_row("cpu", function, "small")
+    call, _ = build(row, rng, torch.float32, "cpu")
+    for argument in range(len(floating(call))):
+        leaves = map_tensors(torch.clone, call)
+        leaf = floating(leaves)[argument].requires_grad_()
+        with (
+            ovs.backend("cpu"),
+            pytest.raises(RuntimeError, match=f"^{row.operator}: the cpu .* gradient[^.]*\\.") as no,
+        ):
+            row.run(leaves)
+        assert "\n" not in str(no.value)
+        results = tensors(row.run(leaves))
+        assert ovs.last_backend(row.operator) == "torch"
+        torch.autograd.grad(sum(result.sum() for result in results), leaf)
+        with torch.no_grad():
+            row.run(leaves)
+        assert ovs.last_backend(row.operator) == "cpu"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", backends.CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("function", CPU_FUNCTIONS)
+def test_any_number_of_threads_gives_the_same_bits(function: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """More than there are tasks or cores, too. Of the kernels alone: PyTorch's own products may depend on it."""
+    rows = [row for name, row in CASES if (name, row.function) == ("cpu", function)]
+    threads = torch.get_num_threads()
+    try:
+        for row in rows:
+            call, _ = build(row, rng, dtype, "cpu")
+            with ovs.backend("cpu"), CustomCalls() as seen:
+                row.run(call)
+            for operator, arguments in seen.calls.items():
+                results = []
+                for count in (1, 2, 3, 64):
+                    torch.set_num_threads(count)
+                    results.append(tensors(operator(*arguments)))
+                for others in results[1:]:
+                    assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True)), row.id
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def chosen_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on one instruction set."""
+    library, name = native.library("cpu"), request.param
+    before = native.isa()
+    if library.ovseg_cpu_choose(name.encode()):
+        pytest.skip(f"this machine lacks {name}")
+    yield name
+    library.ovseg_cpu_choose(before.encode())
+
+
+ISAS = [name for name in native.ISAS if (name == "neon") == (platform.machine().lower() in ("aarch64", "arm64"))]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", backends.CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("function", CPU_FUNCTIONS)
+@pytest.mark.parametrize("chosen_isa", ISAS, indirect=True)
+def test_every_instruction_set_follows_float64(
+    chosen_isa: str, function: str, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    assert native.isa() == chosen_isa
+    for row in (row for name, row in CASES if (name, row.function) == ("cpu", function)):
+        call, wide = build(row, rng, dtype, "cpu")
+        with ovs.backend("cpu"):
+            results = row.run(call)
+        assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
+
+
+@pytest.mark.parametrize("function", [function for function in CPU_FUNCTIONS if differentiable(function)])
+@pytest.mark.parametrize("chosen_isa", ISAS, indirect=True)
+def test_every_instruction_set_lets_nan_and_infinity_through(
+    chosen_isa: str, function: str, rng: torch.Generator
+) -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        test_nan_and_infinity_come_out_where_pytorch_has_them("cpu", function, value, rng)

@@ -1,3 +1,5 @@
+// Threads that sleep until a call has tasks for them, and the memory of calls and threads.
+
 #include "pool.h"
 
 #include <pthread.h>
@@ -9,11 +11,12 @@
 #include <mutex>
 #include <new>
 #include <thread>
-#include <vector>
 
 #include "ovseg_cpu.h"
 
 namespace {
+
+constexpr int MOST_THREADS = 1024;
 
 struct Job {
     ovseg_task task;
@@ -23,6 +26,7 @@ struct Job {
     int working = 0;               // threads that joined and have not left; guarded by the pool's mutex
     std::atomic<int64_t> next{0};  // the task that is taken next
     std::atomic<bool> failed{false};
+    Job *after = nullptr;  // in the pool's list; guarded by its mutex
 
     void work() {
         for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
@@ -37,18 +41,23 @@ struct Job {
 struct Pool {
     std::mutex mutex;
     std::condition_variable wake, left;
-    std::vector<Job *> jobs;
+    Job *jobs = nullptr;  // all that run, the newest first; their memory is their callers'
     int threads = 0;
+
+    Job *wanting() {
+        Job *job = jobs;
+        while (job && !job->helpers) job = job->after;
+        return job;
+    }
 
     void loop() {
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            auto found = std::find_if(jobs.begin(), jobs.end(), [](const Job *job) { return job->helpers > 0; });
-            if (found == jobs.end()) {
+            Job *job = wanting();
+            if (!job) {
                 wake.wait(lock);
                 continue;
             }
-            Job *job = *found;
             --job->helpers;
             ++job->working;
             lock.unlock();
@@ -60,11 +69,12 @@ struct Pool {
     }
 
     void run(Job &job) {
+        const int helpers = job.helpers;
         {
             std::unique_lock<std::mutex> lock(mutex);
             int busy = 0;
-            for (const Job *other : jobs) busy += other->helpers + other->working;
-            while (threads < busy + job.helpers && threads < 1024) {
+            for (const Job *other = jobs; other; other = other->after) busy += other->helpers + other->working;
+            while (threads < busy + helpers && threads < MOST_THREADS) {
                 try {
                     std::thread([this] { loop(); }).detach();
                 } catch (...) {  // the system has no more threads: those that are there do
@@ -72,26 +82,28 @@ struct Pool {
                 }
                 ++threads;
             }
-            jobs.push_back(&job);
+            job.after = jobs;
+            jobs = &job;
         }
-        wake.notify_all();
+        for (int i = 0; i < helpers; ++i) wake.notify_one();  // not all: once there may have been many more
         job.work();
         std::unique_lock<std::mutex> lock(mutex);
         job.helpers = 0;
         left.wait(lock, [&job] { return job.working == 0; });
-        jobs.erase(std::find(jobs.begin(), jobs.end(), &job));
+        Job **place = &jobs;
+        while (*place != &job) place = &(*place)->after;
+        *place = job.after;
     }
 };
 
-// Never destroyed, as its threads sleep on it until the process ends. A forked child has none of the threads: it begins
-// with a pool of its own.
+// Never destroyed, as its threads sleep on it until the process ends. A forked child has none of the threads, and its
+// copy of the mutex may be locked for ever: it begins with a pool of its own.
 std::atomic<Pool *> pool{nullptr};
+[[maybe_unused]] const int forks = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
 
 Pool *the_pool() {
     Pool *found = pool;
     if (found) return found;
-    static const int once = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
-    (void)once;
     Pool *made = new (std::nothrow) Pool;
     if (made && !pool.compare_exchange_strong(found, made)) {
         delete made;

@@ -207,19 +207,26 @@ void pack_transposed(const T *from, int64_t stride, int64_t columns, int64_t dep
     }
 }
 
-// B from a matrix that holds it as it is, of float32: (depth, columns), columns a multiple of the lanes. One panel after
-// the other of one vector or more, as panels of any width lie alike where they are that of the matrix; see its caller.
+// B from a matrix of float32 that holds it as it is: (depth, columns), columns a multiple of a panel's.
+template <int VECTORS>
 INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t columns, float *to) {
-    for (int64_t k = 0; k < depth; ++k, to += columns) memcpy(to, from + k * stride, columns * sizeof *to);
+    for (int64_t first = 0; first < columns; first += VECTORS * LANES) {
+        for (int64_t k = 0; k < depth; ++k, to += VECTORS * LANES) {
+            memcpy(to, from + k * stride + first, VECTORS * sizeof(Floats));
+        }
+    }
 }
 
 #if OVSEG_BF16_PRODUCTS
+template <int VECTORS>
 INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t columns, Bf16 *to) {
-    for (int64_t k = 0; k < depth; k += 2, to += 2 * columns) {
-        for (int64_t c = 0; c < columns; c += LANES) {
-            const Floats second = k + 1 < depth ? load(from + (k + 1) * stride + c) : Floats{};
-            const Words pairs = bf16_pairs(load(from + k * stride + c), second);
-            memcpy(to + 2 * c, &pairs, sizeof pairs);
+    for (int64_t first = 0; first < columns; first += VECTORS * LANES) {
+        for (int64_t k = 0; k < depth; k += 2) {
+            const float *row = from + k * stride + first;
+            for (int64_t c = 0; c < VECTORS * LANES; c += LANES, to += 2 * LANES) {
+                const Words pairs = bf16_pairs(load(row + c), k + 1 < depth ? load(row + stride + c) : Floats{});
+                memcpy(to, &pairs, sizeof pairs);
+            }
         }
     }
 }

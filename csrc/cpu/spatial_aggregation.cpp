@@ -57,7 +57,7 @@ template <typename T> struct Block {
         int64_t tokens;
         bool regions_differ;
         float *y, *qkv, *scores, *tops, *shares, *attended, *result;
-        P *normed, *q, *k, *keys, *values, *weights, *attended_operand;
+        P *normed, *q, *k, *keys, *values, *weights, *attended_operand;  // values of one head, keys of all
         MlpScratch<P> mlp;
 
         void take(const Block &block, Arena &arena) {
@@ -74,7 +74,7 @@ template <typename T> struct Block {
             q = arena.take<P>(most * channels);
             k = arena.take<P>(most * channels);
             keys = arena.take<P>(heads * packed_size<P>(most, block.head_width, SCORE_VECTORS));
-            values = arena.take<P>(round_up(most, pair) * channels);
+            values = arena.take<P>(round_up(most, pair) * block.head_width);
             weights = arena.take<P>(QUERY_ROWS * round_up(most, SCORE_PANEL));
             attended_operand = pair == 1 ? reinterpret_cast<P *>(attended) : arena.take<P>(most * channels);
             mlp = {normed, arena.take<P>(most * HIDDEN_CHUNK), qkv, result};
@@ -103,7 +103,7 @@ template <typename T> struct Block {
         for (int64_t token = s.tokens; token < round_up(s.tokens, SCORE_PANEL); ++token) s.region[token] = 0;
     }
 
-    // q, keys and values of all heads as the attention's products read them.
+    // q and keys of all heads as the attention's products read them, and the values.
     void split_heads(int64_t image, const Scratch &s) const {
         const int64_t stride = round_up(3 * channels, WEIGHT_PANEL), tokens = s.tokens;
         const T *q_terms = q_term + image * params.height * params.width * channels;
@@ -121,12 +121,11 @@ template <typename T> struct Block {
             const int64_t channel = head * head_width;
             pack_transposed<SCORE_VECTORS>(s.k + channel, channels, tokens, head_width,
                                            s.keys + head * packed_size<P>(tokens, head_width, SCORE_VECTORS));
-            pack_rows(s.qkv + 2 * channels + channel, stride, tokens, head_width,
-                      s.values + channel * round_up(tokens, Operand<T>::PAIR));
         }
     }
 
-    // Rows of scores to those of the softmax before its division by their sums. Columns from `tokens` on become 0.
+    // Rows of scores to those of the softmax before its division by their sums, whose reciprocals are `shares`; 0, as in
+    // PyTorch, if all scores are −∞. Columns from `tokens` on become 0.
     void exponentiate(int64_t first, int64_t count, const Scratch &s) const {
         const int64_t stride = round_up(s.tokens, SCORE_PANEL), whole = s.tokens / LANES * LANES;
         const Floats nothing = broadcast(-__builtin_inff());
@@ -149,7 +148,8 @@ template <typename T> struct Block {
                 store(scores + whole, last);
                 most = larger(last, most);
             }
-            s.tops[row] = largest(most);
+            const float found = largest(most);
+            s.tops[row] = found == -__builtin_inff() ? 0.0f : found;
         }
         for (int64_t row = 0; row < count; ++row) {
             const float *scores = s.scores + row * stride;
@@ -161,24 +161,28 @@ template <typename T> struct Block {
                 store(weights + c, e);
                 total += e;
             }
-            s.shares[row] = 1.0f / sum(total);
+            const float all = sum(total);
+            s.shares[row] = all == 0.0f ? 0.0f : 1.0f / all;
         }
     }
 
+    // Into s.attended; VECTORS is of a panel of values.
     template <int VECTORS> void attend(const Scratch &s) const {
         const int64_t tokens = s.tokens, stride = round_up(tokens, SCORE_PANEL),
                       depth = round_up(tokens, Operand<T>::PAIR);
         for (int64_t head = 0; head < params.heads; ++head) {
             const int64_t channel = head * head_width;
             const P *keys = s.keys + head * packed_size<P>(tokens, head_width, SCORE_VECTORS);
+            pack_rows<VECTORS>(s.qkv + 2 * channels + channel, round_up(3 * channels, WEIGHT_PANEL), tokens, head_width,
+                               s.values);
             for (int64_t first = 0; first < tokens; first += QUERY_ROWS) {
                 const int64_t count = tokens - first < QUERY_ROWS ? tokens - first : QUERY_ROWS;
                 multiply<SCORE_VECTORS>(Matrix<P>{s.q + first * channels + channel, channels, 1}, count, keys,
                                         stride / SCORE_PANEL, head_width, s.scores, stride, false);
                 exponentiate(first, count, s);
                 float *attended = s.attended + first * channels + channel;
-                multiply<VECTORS>(Matrix<P>{s.weights, stride, 1}, count, s.values + channel * depth,
-                                  head_width / (VECTORS * LANES), depth, attended, channels, false);
+                multiply<VECTORS>(Matrix<P>{s.weights, stride, 1}, count, s.values, head_width / (VECTORS * LANES),
+                                  depth, attended, channels, false);
                 for (int64_t row = 0; row < count; ++row) {
                     for (int64_t c = 0; c < head_width; c += LANES) {
                         float *number = attended + row * channels + c;

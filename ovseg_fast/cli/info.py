@@ -19,7 +19,7 @@ def report() -> str:
         "ovseg-fast": [("version", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
         + [(name, _version(name)) for name in _PACKAGES],
         "devices": _devices(),
-        "native library": [("libovseg", native_library())],
+        "native libraries": [("libovseg", native_library()), ("libovseg_cpu", cpu_library())],
         "models": [(preset.name, f"{preset.note}; {_weights(preset)}") for preset in PRESETS.values()],
     }
     width = max(len(name) for rows in sections.values() for name, _ in rows)
@@ -75,3 +75,9 @@ def native_library() -> str:
     return f"built for compute capability {native.capabilities()}" + (
         f"; no GPU has verified {', '.join(sorted(unverified))} yet" if unverified else ""
     )
+
+
+def cpu_library() -> str:
+    """What the kernels for CPUs run on, or why they cannot be used and how to fix it."""
+    threads = torch.get_num_threads()
+    return native.problem("cpu") or f"{native.isa()}, {threads} thread{'' if threads == 1 else 's'}"

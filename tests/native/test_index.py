@@ -209,7 +209,7 @@ import torch
 import ovseg_fast as ovs
 from ovseg_fast import native
 from samples import floating, map_floating, tensors
-from test_kernels import CASES, DIFFERENTIABLE
+from test_kernels import CASES, has_gradient
 
 called, call = set(), native.call
 native.call = lambda name, *arguments: (called.add(name), call(name, *arguments))[1]
@@ -218,7 +218,7 @@ for row in [row for backend, row in CASES if backend == "cuda" and "small" in ro
     for dtype in (torch.float32, torch.bfloat16):
         inputs = row.build(torch.Generator().manual_seed(0), dtype, "cpu")
         with ovs.backend("cuda"):
-            if row.function not in DIFFERENTIABLE:
+            if not has_gradient("cuda", row.function):
                 row.run(inputs)
             else:
                 inputs = map_floating(lambda tensor: tensor.requires_grad_(), inputs)
@@ -229,25 +229,13 @@ print(*sorted(called))
 """
 
 
-def sanitizer() -> str:
-    """The address sanitizer's library, which has to be loaded before Python's own memory is asked for."""
-    compiler = emulated.compiler()
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    path = found.stdout.strip()
-    if not Path(path).is_absolute():
-        pytest.skip("this compiler brings no libasan.so")
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"), [(0, ""), (len(TOLD), "heap-buffer-overflow"), (len(TOLD) + 1, "heap-buffer-overflow")]
 )
 def test_sanitizer_sees_what_is_past_the_end(compile: Callable[..., Path], fault: int, said: str) -> None:
     """Of shared memory, and of a tensor: that it works with the emulator's fibers."""
-    sanitizer()
+    emulated.sanitizer("address")
     sources = (SOURCES / "faults.cu", CSRC / "emulator" / "emulator.cpp")
     program = compile("faults", SANITIZE, "-g1", "-x", "c++", *sources)
     result = subprocess.run([program, str(fault)], capture_output=True, text=True, check=False)
@@ -258,7 +246,7 @@ def test_sanitizer_sees_what_is_past_the_end(compile: Callable[..., Path], fault
 def test_small_cases_of_every_kernel_are_clean_under_sanitizers() -> None:
     environment = {
         **os.environ,
-        "LD_PRELOAD": sanitizer(),
+        "LD_PRELOAD": emulated.sanitizer("address"),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "CUDA_VISIBLE_DEVICES": "",

@@ -20,7 +20,18 @@ import torch
 import ovseg_fast as ovs
 import samples
 from native import emulated
-from native.header import ABOUT_ITSELF, DECLARED, HEADER, OPERATOR_FUNCTIONS, STRUCTS, defined, name_of
+from native.header import (
+    ABOUT_ITSELF,
+    CPU_ABOUT_ITSELF,
+    CPU_DECLARED,
+    CPU_HEADER,
+    DECLARED,
+    HEADER,
+    OPERATOR_FUNCTIONS,
+    STRUCTS,
+    defined,
+    name_of,
+)
 from ovseg_fast import backends, native, ops
 from ovseg_fast.ops.spatial_aggregation import SHARED_MEMORY
 
@@ -57,10 +68,11 @@ def refused(call: samples.Call, words: str) -> None:
 # --- one interface, said twice ---
 
 
-def test_the_header_is_read_in_full() -> None:
+def test_the_headers_are_read_in_full() -> None:
     assert len(DECLARED) == len(re.findall("^OVSEG_API ", HEADER, re.MULTILINE))
-    assert set(DECLARED) > ABOUT_ITSELF
-    assert len(STRUCTS) == len(re.findall("^typedef struct", HEADER, re.MULTILINE))
+    assert len(CPU_DECLARED) == len(re.findall("^OVSEG_API ", CPU_HEADER, re.MULTILINE))
+    assert set(DECLARED) > ABOUT_ITSELF and {*DECLARED, *CPU_DECLARED} > CPU_ABOUT_ITSELF
+    assert len(STRUCTS) == len(re.findall("^typedef struct", HEADER + CPU_HEADER, re.MULTILINE))
     assert STRUCTS["ovseg_residual_mlp_params"][1] == "const void *y"
 
 
@@ -79,9 +91,10 @@ def test_functions_are_declared_to_python_as_in_the_header() -> None:
 
 def test_functions_with_many_pointers_take_a_params_struct() -> None:
     """Of more than ten, nobody keeps the order in mind."""
-    many = {name for name, parameters in DECLARED.items() if sum("*" in word for word in parameters) > 1 + 10}
+    declared = {**DECLARED, **CPU_DECLARED}
+    many = {name for name, parameters in declared.items() if sum("*" in word for word in parameters) > 1 + 10}
     assert many == set()
-    used = {word.split()[1] for parameters in DECLARED.values() for word in parameters if "_params" in word}
+    used = {word.split()[1] for parameters in declared.values() for word in parameters if "_params" in word}
     assert used == set(STRUCTS)
 
 

@@ -6,7 +6,8 @@ then cast, so one seed gives a float32 and a float64 call the very same inputs.
 
 Tags: small (cheap enough for a numerical derivative), odd (sizes that are no multiple of anything), one-class,
 many-classes (300), batch, per-image (guidance differs between the images), empty (no image), wide (few tokens of the
-published widths, which are all that some CUDA C++ kernels take), bench (the published size).
+published widths, which are all that some CUDA C++ kernels take), sixteens (widths in multiples of 16, which some CPU
+kernels want; for these alone), bench (the published size).
 """
 
 from __future__ import annotations

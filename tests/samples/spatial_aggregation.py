@@ -40,7 +40,11 @@ def spatial_aggregation(
 
 
 SPATIAL_AGGREGATION = [
-    row("spatial_aggregation", "usual", spatial_aggregation(classes=2, height=12, width=6, channels=32, window=6)),
+    row(
+        "spatial_aggregation",
+        "usual",
+        spatial_aggregation(classes=2, height=12, width=6, channels=32, heads=4, window=6),
+    ),
     row(
         "spatial_aggregation",
         "small",
@@ -131,6 +135,52 @@ SPATIAL_AGGREGATION = [
         "odd",
     ),
     row("spatial_aggregation", "wide, no image", spatial_aggregation(batch=0, window=4, **WIDE), "wide", "empty"),
+    row(
+        "spatial_aggregation",
+        "sixteens",
+        spatial_aggregation(batch=2, height=5, width=7, channels=48, guidance=5, hidden=80, window=4, shift=2, heads=3),
+        "sixteens",
+        "odd",
+        "batch",
+    ),
+    row(
+        "spatial_aggregation",
+        "sixteens, one token a window",
+        spatial_aggregation(height=3, width=2, channels=16, hidden=16, heads=1, window=1),
+        "sixteens",
+        "small",
+    ),
+    row(
+        "spatial_aggregation",
+        "sixteens, wide map",
+        spatial_aggregation(height=3, width=10, channels=32, hidden=144, window=3, shift=1),
+        "sixteens",
+        "odd",
+    ),
+    row(
+        "spatial_aggregation",
+        "sixteens, largest window",
+        spatial_aggregation(
+            classes=1, height=16, width=17, channels=80, hidden=272, guidance=3, heads=5, window=16, shift=3
+        ),
+        "sixteens",
+        "odd",
+        "one-class",
+    ),
+    row(
+        "spatial_aggregation",
+        "sixteens, long heads",
+        spatial_aggregation(classes=2, height=7, width=7, channels=160, hidden=32, heads=1, window=7, shift=3),
+        "sixteens",
+        "odd",
+    ),
+    row(
+        "spatial_aggregation",
+        "sixteens, 300 classes",
+        spatial_aggregation(classes=300, height=4, width=4, channels=16, hidden=32, heads=1, window=2, shift=1),
+        "sixteens",
+        "many-classes",
+    ),
     *(
         row(
             "spatial_aggregation",
