@@ -88,6 +88,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 # Those of the library for CPUs: the same functions of operators, and its own.
 CPU_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "ovseg_class_aggregation_fwd": FUNCTIONS["ovseg_class_aggregation_fwd"],
+    "ovseg_class_aggregation_resize_fwd": FUNCTIONS["ovseg_class_aggregation_resize_fwd"],
     "ovseg_encoder_block_fwd": (_ENCODER_BLOCK, *_RUN),
     "ovseg_spatial_aggregation_fwd": FUNCTIONS["ovseg_spatial_aggregation_fwd"],
 }
