@@ -72,7 +72,7 @@ template <typename T> struct Layer {
         memset(pad_products, 0, channels * head_width * sizeof *pad_products);
         if (!params.pads) return;
         copy_to_floats(static_cast<const T *>(params.padding_token), channels, token);
-        layer_norm(token, norm1_weight, norm1_bias, channels, normed);
+        layer_norm(token, channels, 1, norm1_weight, norm1_bias, channels, normed);
         multiply<WEIGHT_VECTORS>(Matrix<P>{normed, channels, 1}, 1, keys, keys_width / WEIGHT_PANEL, channels, key,
                                  keys_width, false);
         const T *term = terms + classes * 2 * channels + channels;  // the same in all images
@@ -150,9 +150,9 @@ template <typename T> struct Layer {
                         store(y + c, total * broadcast(share));
                     }
                 }
-                layer_norm(y, norm1_weight, norm1_bias, channels, s.mlp.normed + row * channels);
             }
         }
+        layer_norm(s.y, channels, rows.total(), norm1_weight, norm1_bias, channels, s.mlp.normed);
     }
 
     const T *terms_of(const Rows &rows) const {
