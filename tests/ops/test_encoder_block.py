@@ -66,7 +66,7 @@ def test_under_autocast_sums_of_residuals_stay_in_float32() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert ops.encoder_block(*call, **options).dtype == torch.float32
         assert ovs.last_backend("encoder_block") == "torch"
-        with ovs.backend("cpu"), pytest.raises(RuntimeError, match="encoder_block: the cpu .* under autocast"):
+        with ovs.backend("cpu"), pytest.raises(RuntimeError, match=r"encoder_block: the cpu .* under autocast"):
             ops.encoder_block(*call, **options)
 
 
