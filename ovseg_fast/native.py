@@ -79,7 +79,11 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 # Those that the library for CPUs has.
-CPU_FUNCTIONS = ("ovseg_spatial_aggregation_fwd",)
+CPU_FUNCTIONS = (
+    "ovseg_cost_embedding_fwd",
+    "ovseg_cost_volume_fwd",
+    "ovseg_spatial_aggregation_fwd",
+)
 
 # Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.
 VERIFIED: frozenset[str] = frozenset()

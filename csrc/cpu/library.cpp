@@ -93,6 +93,22 @@ int ovseg_cpu_choose(const char *name) {
     return OVSEG_UNSUPPORTED_CPU;
 }
 
+int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *weight, const void *bias, void *out,
+                             int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t classes,
+                             int64_t prompts, int64_t outputs, int64_t size, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.cost_embedding(image, text, weight, bias, out, batch, height, width, channels, classes, prompts,
+                                  outputs, size, dtype, threads);
+    });
+}
+
+int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
+                          int64_t prompts, int64_t channels, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.cost_volume(image, text, cost, batch, patches, prompts, channels, dtype, threads);
+    });
+}
+
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
 }

@@ -5,6 +5,8 @@
 namespace OVSEG_ISA {
 
 const Operators OPERATORS = {
+    cost_embedding,
+    cost_volume,
     spatial_aggregation,
 };
 
