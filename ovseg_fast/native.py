@@ -83,6 +83,7 @@ CPU_FUNCTIONS = (
     "ovseg_cost_embedding_fwd",
     "ovseg_cost_volume_fwd",
     "ovseg_spatial_aggregation_fwd",
+    "ovseg_upsampling_decoder_norm_fwd",
 )
 
 # Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.

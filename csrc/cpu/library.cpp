@@ -112,3 +112,13 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
 }
+
+int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const void *weight, const void *bias, void *out,
+                                      float *statistics, float *, int64_t batch, int64_t classes, int64_t positions,
+                                      int64_t channels, int64_t groups, int64_t, float eps, int dtype, int threads,
+                                      void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.upsampling_decoder_norm(y, term, weight, bias, out, statistics, batch, classes, positions, channels,
+                                           groups, eps, dtype, threads);
+    });
+}

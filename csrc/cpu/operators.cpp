@@ -8,6 +8,7 @@ const Operators OPERATORS = {
     cost_embedding,
     cost_volume,
     spatial_aggregation,
+    upsampling_decoder_norm,
 };
 
 }  // namespace OVSEG_ISA

@@ -15,6 +15,9 @@ struct Operators {
     int (*cost_volume)(const void *image, const void *text, void *cost, int64_t batch, int64_t patches, int64_t prompts,
                        int64_t channels, int dtype, int threads);
     int (*spatial_aggregation)(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
+    int (*upsampling_decoder_norm)(const void *y, const void *term, const void *weight, const void *bias, void *out,
+                                   float *statistics, int64_t batch, int64_t classes, int64_t positions,
+                                   int64_t channels, int64_t groups, float eps, int dtype, int threads);
 };
 
 #ifdef OVSEG_ISA
@@ -26,6 +29,9 @@ int cost_embedding(const void *image, const void *text, const void *weight, cons
 int cost_volume(const void *image, const void *text, void *cost, int64_t batch, int64_t patches, int64_t prompts,
                 int64_t channels, int dtype, int threads);
 int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
+int upsampling_decoder_norm(const void *y, const void *term, const void *weight, const void *bias, void *out,
+                            float *statistics, int64_t batch, int64_t classes, int64_t positions, int64_t channels,
+                            int64_t groups, float eps, int dtype, int threads);
 }  // namespace OVSEG_ISA
 
 namespace {

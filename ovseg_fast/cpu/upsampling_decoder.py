@@ -1,0 +1,22 @@
+"""Launcher of `csrc/cpu/upsampling_decoder.cpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+
+def guided_group_norm(
+    y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(B, T, H, W, D) and (B, H, W, D) -> out (B, T, H, W, D), and mean and 1 / s of each group, (B, T, groups, 2)."""
+    batch, classes, height, width, channels = y.shape
+    out = y.new_empty(y.shape)
+    statistics = y.new_empty(batch, classes, groups, 2, dtype=torch.float32)
+    sizes = (batch, classes, height * width, channels, groups, 0)  # no chunk, as no moments
+    native.call(
+        "ovseg_upsampling_decoder_norm_fwd", y, term, weight, bias, out, statistics, None, *sizes, eps, kind="cpu"
+    )
+    return out, statistics
