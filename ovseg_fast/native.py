@@ -82,6 +82,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 CPU_FUNCTIONS = (
     "ovseg_cost_embedding_fwd",
     "ovseg_cost_volume_fwd",
+    "ovseg_gaussian_aggregation_fwd",
+    "ovseg_layer_gather_fwd",
     "ovseg_spatial_aggregation_fwd",
     "ovseg_upsampling_decoder_norm_fwd",
 )

@@ -9,16 +9,23 @@ namespace {
 
 constexpr float LENGTH_EPS = 1e-12f;
 
-// x / max(‖x‖, ε), one row.
-template <typename T> INLINE void unit_length(const T *x, int64_t channels, float *to) {
-    copy_to_floats(x, channels, to);
+// 1 / max(‖x‖, ε) of a row.
+INLINE float inverse_length(const float *x, int64_t channels) {
     Floats squares{};
     int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES) squares += load(to + c) * load(to + c);
+    for (; c + LANES <= channels; c += LANES) squares += load(x + c) * load(x + c);
     float total = sum(squares);
-    for (; c < channels; ++c) total += to[c] * to[c];
-    const float length = __builtin_sqrtf(total), scale = 1.0f / (length < LENGTH_EPS ? LENGTH_EPS : length);
-    for (c = 0; c + LANES <= channels; c += LANES) store(to + c, load(to + c) * broadcast(scale));
+    for (; c < channels; ++c) total += x[c] * x[c];
+    const float length = __builtin_sqrtf(total);
+    return 1.0f / (length < LENGTH_EPS ? LENGTH_EPS : length);
+}
+
+// A row with length 1.
+template <typename T> INLINE void unit_length(const T *x, int64_t channels, float *to) {
+    copy_to_floats(x, channels, to);
+    const float scale = inverse_length(to, channels);
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) store(to + c, load(to + c) * broadcast(scale));
     for (; c < channels; ++c) to[c] *= scale;
 }
 

@@ -109,6 +109,25 @@ int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64
     });
 }
 
+int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, void *out, int64_t layers, int64_t size,
+                                   int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.gaussian_aggregation(features, weights, out, layers, size, dtype, threads);
+    });
+}
+
+int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
+                           const void *norm_weight, const void *norm_bias, const void *projection, const void *weights,
+                           void *out, int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,
+                           int64_t width, int64_t batch_stride, int64_t token_stride, float shared_eps, float norm_eps,
+                           int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.layer_gather(hidden, shared_weight, shared_bias, norm_weight, norm_bias, projection, weights, out,
+                                layers, batch, tokens, patches, channels, width, batch_stride, token_stride, shared_eps,
+                                norm_eps, dtype, threads);
+    });
+}
+
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
 }

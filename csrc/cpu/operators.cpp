@@ -5,10 +5,7 @@
 namespace OVSEG_ISA {
 
 const Operators OPERATORS = {
-    cost_embedding,
-    cost_volume,
-    spatial_aggregation,
-    upsampling_decoder_norm,
+    cost_embedding, cost_volume, gaussian_aggregation, layer_gather, spatial_aggregation, upsampling_decoder_norm,
 };
 
 }  // namespace OVSEG_ISA

@@ -14,6 +14,13 @@ struct Operators {
                           int64_t prompts, int64_t outputs, int64_t size, int dtype, int threads);
     int (*cost_volume)(const void *image, const void *text, void *cost, int64_t batch, int64_t patches, int64_t prompts,
                        int64_t channels, int dtype, int threads);
+    int (*gaussian_aggregation)(const void *features, const void *weights, void *out, int64_t layers, int64_t size,
+                                int dtype, int threads);
+    int (*layer_gather)(const void *const *hidden, const void *shared_weight, const void *shared_bias,
+                        const void *norm_weight, const void *norm_bias, const void *projection, const void *weights,
+                        void *out, int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,
+                        int64_t width, int64_t batch_stride, int64_t token_stride, float shared_eps, float norm_eps,
+                        int dtype, int threads);
     int (*spatial_aggregation)(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
     int (*upsampling_decoder_norm)(const void *y, const void *term, const void *weight, const void *bias, void *out,
                                    float *statistics, int64_t batch, int64_t classes, int64_t positions,
@@ -28,6 +35,12 @@ int cost_embedding(const void *image, const void *text, const void *weight, cons
                    int64_t size, int dtype, int threads);
 int cost_volume(const void *image, const void *text, void *cost, int64_t batch, int64_t patches, int64_t prompts,
                 int64_t channels, int dtype, int threads);
+int gaussian_aggregation(const void *features, const void *weights, void *out, int64_t layers, int64_t size, int dtype,
+                         int threads);
+int layer_gather(const void *const *hidden, const void *shared_weight, const void *shared_bias, const void *norm_weight,
+                 const void *norm_bias, const void *projection, const void *weights, void *out, int64_t layers,
+                 int64_t batch, int64_t tokens, int64_t patches, int64_t channels, int64_t width, int64_t batch_stride,
+                 int64_t token_stride, float shared_eps, float norm_eps, int dtype, int threads);
 int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
 int upsampling_decoder_norm(const void *y, const void *term, const void *weight, const void *bias, void *out,
                             float *statistics, int64_t batch, int64_t classes, int64_t positions, int64_t channels,
