@@ -88,6 +88,11 @@ CPU_FUNCTIONS = (
     "ovseg_upsampling_decoder_norm_fwd",
 )
 
+# Those that ovseg_cpu.h adds.
+CPU_ONLY: dict[str, tuple[Any, ...]] = {
+    "ovseg_upsampling_stage_fwd": (*[POINTER] * 9, *[SIZE] * 7, REAL, *_RUN),
+}
+
 # Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.
 VERIFIED: frozenset[str] = frozenset()
 
@@ -124,8 +129,8 @@ def library(kind: str = "cuda") -> ctypes.CDLL:
         raise NativeLibraryError(f"the native library {file.name} {found}; {REBUILD}")
     try:
         loaded.ovseg_error_string.restype = ctypes.c_char_p
-        for name in FUNCTIONS if kind == "cuda" else CPU_FUNCTIONS:
-            types = FUNCTIONS[name]
+        for name in FUNCTIONS if kind == "cuda" else (*CPU_FUNCTIONS, *CPU_ONLY):
+            types = _types(name)
             first = ctypes.POINTER(types[0]) if issubclass(types[0], ctypes.Structure) else types[0]
             getattr(loaded, name).argtypes = (first, *types[1:])
         if kind == "cuda":
@@ -217,7 +222,7 @@ def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
     Raises TypeError for a wrong number of fields.
     """
     values = [_value(argument) for argument in arguments]
-    kind = FUNCTIONS[name][0]
+    kind = _types(name)[0]
     if not issubclass(kind, ctypes.Structure):
         return values
     if len(values) != len(kind._fields_):
@@ -243,6 +248,10 @@ def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None, 
     if error:
         operator = name.removeprefix("ovseg_").rpartition("_")[0]
         raise RuntimeError(f"{operator}: {library(kind).ovseg_error_string(error).decode()}.")
+
+
+def _types(name: str) -> tuple[Any, ...]:
+    return FUNCTIONS[name] if name in FUNCTIONS else CPU_ONLY[name]
 
 
 def _value(argument: Any) -> Any:

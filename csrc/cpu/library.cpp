@@ -141,3 +141,14 @@ int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const voi
                                            groups, eps, dtype, threads);
     });
 }
+
+int ovseg_upsampling_stage_fwd(const void *x, const void *term, const void *up, const void *norm1_weight,
+                               const void *norm1_bias, const void *conv, const void *norm2_weight,
+                               const void *norm2_bias, void *out, int64_t batch, int64_t classes, int64_t height,
+                               int64_t width, int64_t channels, int64_t outputs, int64_t groups, float eps, int dtype,
+                               int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.upsampling_stage(x, term, up, norm1_weight, norm1_bias, conv, norm2_weight, norm2_bias, out, batch,
+                                    classes, height, width, channels, outputs, groups, eps, dtype, threads);
+    });
+}

@@ -1,6 +1,8 @@
-"""Launcher of `csrc/cpu/upsampling_decoder.cpp`."""
+"""Launchers of `csrc/cpu/upsampling_decoder.cpp` and `csrc/cpu/upsampling_stage.cpp`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +22,14 @@ def guided_group_norm(
         "ovseg_upsampling_decoder_norm_fwd", y, term, weight, bias, out, statistics, None, *sizes, eps, kind="cpu"
     )
     return out, statistics
+
+
+def upsampling_stage(x: Tensor, term: Tensor, *others: Any) -> Tensor:
+    """(B, T, H, W, C) -> (B, T, 2H, 2W, D); `others`: up and the weights around the second convolution, groups, eps."""
+    *weights, groups, eps = others
+    batch, classes, height, width, channels = x.shape
+    outputs = term.shape[-1]
+    out = x.new_empty(batch, classes, 2 * height, 2 * width, outputs)
+    sizes = (batch, classes, height, width, channels, outputs, groups)
+    native.call("ovseg_upsampling_stage_fwd", x, term, *weights, out, *sizes, eps, kind="cpu")
+    return out

@@ -90,6 +90,10 @@ def upsampling_decoder(
     if joint_weight is None:
         joint_weight = joint_kernel(up_weight, conv1_weight)
 
+    if backend == "cpu" and x.shape[-1] % 16 == 0 and norm1_weight.numel() % 16 == 0:
+        weights = (joint_weight, norm1_weight, norm1_bias, conv2_weight, norm2_weight, norm2_bias)
+        return torch.ops.ovseg_fast.upsampling_stage(*registration.autocast(x, term, *weights), groups, EPS, backend)
+
     def norm(maps: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         y = maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
         if backend == "torch":
@@ -126,4 +130,13 @@ registration.define(
     "upsampling_decoder",
     lambda y, term, weight, bias, groups, eps: (y.new_empty(y.shape), y.new_empty(*y.shape[:2], groups, 2).float()),
     saved=(1,),
+)
+
+# The whole stage, for channels in multiples of 16; only the kernels for CPUs have it.
+registration.define(
+    "upsampling_stage(Tensor x, Tensor term, Tensor joint_weight, Tensor norm1_weight, Tensor norm1_bias, "
+    "Tensor conv2_weight, Tensor norm2_weight, Tensor norm2_bias, int groups, float eps) -> Tensor",
+    "upsampling_decoder",
+    lambda x, term, *_: x.new_empty(*x.shape[:2], *term.shape[1:]),
+    differentiable=False,
 )
