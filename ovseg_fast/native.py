@@ -90,6 +90,7 @@ CPU_FUNCTIONS = (
 
 # Those that ovseg_cpu.h adds.
 CPU_ONLY: dict[str, tuple[Any, ...]] = {
+    "ovseg_upsampling_head_fwd": (*[POINTER] * 4, *[SIZE] * 4, *_RUN),
     "ovseg_upsampling_stage_fwd": (*[POINTER] * 9, *[SIZE] * 7, REAL, *_RUN),
 }
 

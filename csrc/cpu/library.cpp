@@ -142,6 +142,13 @@ int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const voi
     });
 }
 
+int ovseg_upsampling_head_fwd(const void *x, const void *weight, const void *bias, void *out, int64_t maps,
+                              int64_t height, int64_t width, int64_t channels, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.upsampling_head(x, weight, bias, out, maps, height, width, channels, dtype, threads);
+    });
+}
+
 int ovseg_upsampling_stage_fwd(const void *x, const void *term, const void *up, const void *norm1_weight,
                                const void *norm1_bias, const void *conv, const void *norm2_weight,
                                const void *norm2_bias, void *out, int64_t batch, int64_t classes, int64_t height,

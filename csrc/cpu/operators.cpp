@@ -5,8 +5,8 @@
 namespace OVSEG_ISA {
 
 const Operators OPERATORS = {
-    cost_embedding,          cost_volume,      gaussian_aggregation, layer_gather, spatial_aggregation,
-    upsampling_decoder_norm, upsampling_stage,
+    cost_embedding,          cost_volume,     gaussian_aggregation, layer_gather, spatial_aggregation,
+    upsampling_decoder_norm, upsampling_head, upsampling_stage,
 };
 
 }  // namespace OVSEG_ISA

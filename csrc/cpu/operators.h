@@ -25,6 +25,8 @@ struct Operators {
     int (*upsampling_decoder_norm)(const void *y, const void *term, const void *weight, const void *bias, void *out,
                                    float *statistics, int64_t batch, int64_t classes, int64_t positions,
                                    int64_t channels, int64_t groups, float eps, int dtype, int threads);
+    int (*upsampling_head)(const void *x, const void *weight, const void *bias, void *out, int64_t maps, int64_t height,
+                           int64_t width, int64_t channels, int dtype, int threads);
     int (*upsampling_stage)(const void *x, const void *term, const void *up, const void *norm1_weight,
                             const void *norm1_bias, const void *conv, const void *norm2_weight, const void *norm2_bias,
                             void *out, int64_t batch, int64_t classes, int64_t height, int64_t width, int64_t channels,
@@ -49,6 +51,8 @@ int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtyp
 int upsampling_decoder_norm(const void *y, const void *term, const void *weight, const void *bias, void *out,
                             float *statistics, int64_t batch, int64_t classes, int64_t positions, int64_t channels,
                             int64_t groups, float eps, int dtype, int threads);
+int upsampling_head(const void *x, const void *weight, const void *bias, void *out, int64_t maps, int64_t height,
+                    int64_t width, int64_t channels, int dtype, int threads);
 int upsampling_stage(const void *x, const void *term, const void *up, const void *norm1_weight, const void *norm1_bias,
                      const void *conv, const void *norm2_weight, const void *norm2_bias, void *out, int64_t batch,
                      int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t groups,

@@ -35,6 +35,12 @@ OVSEG_API int ovseg_upsampling_stage_fwd(const void *x, const void *term, const 
                                          int64_t height, int64_t width, int64_t channels, int64_t outputs,
                                          int64_t groups, float eps, int dtype, int device, void *stream);
 
+/* The upsampling decoder's last convolution: x (maps, height, width, channels), an even number of channels, weight (1,
+ * channels, 3, 3) with padding 1, bias (1) -> out (maps, height, width). */
+OVSEG_API int ovseg_upsampling_head_fwd(const void *x, const void *weight, const void *bias, void *out, int64_t maps,
+                                        int64_t height, int64_t width, int64_t channels, int dtype, int device,
+                                        void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -25,7 +25,7 @@ struct Arguments {
 // VECTORS: of a panel of the outputs, all of which fill whole panels.
 template <typename T, int VECTORS> struct Stage {
     typedef typename Operand<T>::Type P;
-    static constexpr bool SAME = sizeof(P) == sizeof(float);  // whether operands are float32, as results are
+    static constexpr bool SAME = sizeof(T) == sizeof(float);  // whether results, operands and outputs are of one type
 
     const Arguments &a;
     int64_t panels;

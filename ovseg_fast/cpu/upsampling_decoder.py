@@ -1,4 +1,4 @@
-"""Launchers of `csrc/cpu/upsampling_decoder.cpp` and `csrc/cpu/upsampling_stage.cpp`."""
+"""Launchers of `csrc/cpu/upsampling_decoder.cpp`, `upsampling_stage.cpp` and `upsampling_head.cpp`."""
 
 from __future__ import annotations
 
@@ -32,4 +32,13 @@ def upsampling_stage(x: Tensor, term: Tensor, *others: Any) -> Tensor:
     out = x.new_empty(batch, classes, 2 * height, 2 * width, outputs)
     sizes = (batch, classes, height, width, channels, outputs, groups)
     native.call("ovseg_upsampling_stage_fwd", x, term, *weights, out, *sizes, eps, kind="cpu")
+    return out
+
+
+def upsampling_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, T, H, W, D), (1, D, 3, 3) and (1,) -> (B, T, H, W)."""
+    batch, classes, height, width, channels = x.shape
+    out = x.new_empty(batch, classes, height, width)
+    sizes = (batch * classes, height, width, channels)
+    native.call("ovseg_upsampling_head_fwd", x, weight, bias, out, *sizes, kind="cpu")
     return out

@@ -106,6 +106,13 @@ def upsampling_decoder(
     return norm(F.conv2d(_maps(x), conv2_weight, padding=1), None, norm2_weight, norm2_bias)
 
 
+def logit_map(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution after the last stage: (B, T, H, W, D), (1, D, 3, 3) and (1,) -> (B, T, H, W)."""
+    if backends.choose("upsampling_decoder", x, weight, bias) == "cpu" and x.shape[-1] % 2 == 0:
+        return torch.ops.ovseg_fast.upsampling_head(*registration.autocast(x, weight, bias), "cpu")
+    return F.conv2d(_maps(x), weight, bias, padding=1).squeeze(1).unflatten(0, x.shape[:2])
+
+
 def joint_kernel(up_weight: Tensor, conv1_weight: Tensor) -> Tensor:
     """Both convolutions in one: (C, D, 4, 4), whose tap j sums up[a] · conv1[m] over a - m + 2 = j."""
     return F.conv2d(up_weight, conv1_weight[:, : up_weight.shape[1]], padding=2)
@@ -132,11 +139,17 @@ registration.define(
     saved=(1,),
 )
 
-# The whole stage, for channels in multiples of 16; only the kernels for CPUs have it.
+# Only the kernels for CPUs have these two: the whole stage, for channels in multiples of 16, and the last convolution.
 registration.define(
     "upsampling_stage(Tensor x, Tensor term, Tensor joint_weight, Tensor norm1_weight, Tensor norm1_bias, "
     "Tensor conv2_weight, Tensor norm2_weight, Tensor norm2_bias, int groups, float eps) -> Tensor",
     "upsampling_decoder",
     lambda x, term, *_: x.new_empty(*x.shape[:2], *term.shape[1:]),
+    differentiable=False,
+)
+registration.define(
+    "upsampling_head(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "upsampling_decoder",
+    lambda x, *_: x.new_empty(x.shape[:-1]),
     differentiable=False,
 )
