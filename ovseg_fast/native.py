@@ -86,12 +86,24 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Those of the library for CPUs: the same functions of operators, and its own.
+# Those of the library for CPUs: some of the same, and those of ovseg_cpu.h.
 CPU_FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "ovseg_class_aggregation_fwd": FUNCTIONS["ovseg_class_aggregation_fwd"],
-    "ovseg_class_aggregation_resize_fwd": FUNCTIONS["ovseg_class_aggregation_resize_fwd"],
+    **{
+        name: FUNCTIONS[name]
+        for name in (
+            "ovseg_class_aggregation_fwd",
+            "ovseg_class_aggregation_resize_fwd",
+            "ovseg_cost_embedding_fwd",
+            "ovseg_cost_volume_fwd",
+            "ovseg_gaussian_aggregation_fwd",
+            "ovseg_layer_gather_fwd",
+            "ovseg_spatial_aggregation_fwd",
+            "ovseg_upsampling_decoder_norm_fwd",
+        )
+    },
     "ovseg_encoder_block_fwd": (_ENCODER_BLOCK, *_RUN),
-    "ovseg_spatial_aggregation_fwd": FUNCTIONS["ovseg_spatial_aggregation_fwd"],
+    "ovseg_upsampling_head_fwd": (*[POINTER] * 4, *[SIZE] * 4, *_RUN),
+    "ovseg_upsampling_stage_fwd": (*[POINTER] * 9, *[SIZE] * 7, REAL, *_RUN),
 }
 
 # Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.

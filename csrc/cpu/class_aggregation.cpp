@@ -285,7 +285,7 @@ template <typename T> int run(const ovseg_class_aggregation_params &params, int 
 
 namespace OVSEG_ISA {
 
-int class_aggregation(const ovseg_class_aggregation_params *params, int dtype, int threads) {
+int class_aggregation(const ovseg_class_aggregation_params *params, int dtype, int threads, void *) {
     const int64_t channels = params->channels, heads = params->heads;
     if (heads < 1 || channels % 16 || channels % heads || channels / heads % 16 || params->hidden % 16 ||
         params->pooling < 1 || params->pooling > params->height || params->pooling > params->width ||
