@@ -81,12 +81,17 @@ INLINE void from_float(Bf16 *to, float x) {
     to->bits = (uint16_t)bits[0];
 }
 
+// Written out, as GCC makes no constant of a loop over lanes.
+#if OVSEG_LANES == 16
+constexpr Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif OVSEG_LANES == 8
+constexpr Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr Ints LANE_NUMBERS = {0, 1, 2, 3};
+#endif
+
 // Lanes from the other half of each group of 2 · `half` lanes.
-INLINE Floats swap_halves(Floats x, int half) {
-    Ints lanes;
-    for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane ^ half;
-    return __builtin_shuffle(x, lanes);
-}
+INLINE Floats swap_halves(Floats x, int half) { return __builtin_shuffle(x, LANE_NUMBERS ^ half); }
 
 INLINE float sum(Floats x) {
 #pragma GCC unroll 4
