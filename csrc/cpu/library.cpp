@@ -110,6 +110,21 @@ int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype,
     return with_operators(dtype, [&](const Operators &use) { return use.encoder_block(params, dtype, threads); });
 }
 
+int ovseg_kept_label_map_fwd(const ovseg_kept_label_map_params *params, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) { return use.kept_label_map(params, dtype, threads); });
+}
+
+int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offset, const int64_t *positions,
+                        void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width,
+                        int64_t window_height, int64_t window_width, int64_t canvas_height, int64_t canvas_width,
+                        int64_t out_height, int64_t out_width, int64_t k, int dtype, int threads, void *stream) {
+    const ovseg_kept_label_map_params params{
+        logits,     whole,     offset, positions, nullptr,       scores,       labels,        windows,
+        classes,    classes,   height, width,     window_height, window_width, canvas_height, canvas_width,
+        out_height, out_width, k,      0.0};
+    return ovseg_kept_label_map_fwd(&params, dtype, threads, stream);
+}
+
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
 }

@@ -5,10 +5,7 @@
 namespace OVSEG_ISA {
 
 const Operators OPERATORS = {
-    class_aggregation,
-    class_aggregation_resize,
-    encoder_block,
-    spatial_aggregation,
+    class_aggregation, class_aggregation_resize, encoder_block, kept_label_map, spatial_aggregation,
 };
 
 }  // namespace OVSEG_ISA

@@ -14,6 +14,7 @@ struct Operators {
                                     int64_t width, int64_t low_height, int64_t low_width, int64_t channels, int dtype,
                                     int threads);
     int (*encoder_block)(const ovseg_encoder_block_params *params, int dtype, int threads);
+    int (*kept_label_map)(const ovseg_kept_label_map_params *params, int dtype, int threads);
     int (*spatial_aggregation)(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
 };
 
@@ -24,6 +25,7 @@ int class_aggregation(const ovseg_class_aggregation_params *params, int dtype, i
 int class_aggregation_resize(const void *x, const void *y, void *out, int64_t maps, int64_t height, int64_t width,
                              int64_t low_height, int64_t low_width, int64_t channels, int dtype, int threads);
 int encoder_block(const ovseg_encoder_block_params *params, int dtype, int threads);
+int kept_label_map(const ovseg_kept_label_map_params *params, int dtype, int threads);
 int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
 }  // namespace OVSEG_ISA
 
