@@ -135,6 +135,22 @@ int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, vo
     });
 }
 
+int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offset, const int64_t *positions,
+                        void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width,
+                        int64_t window_height, int64_t window_width, int64_t canvas_height, int64_t canvas_width,
+                        int64_t out_height, int64_t out_width, int64_t k, int dtype, int threads, void *stream) {
+    const ovseg_label_map_kept_params params{
+        logits,     whole,     offset, positions, nullptr,       scores,       labels,        windows,
+        classes,    classes,   height, width,     window_height, window_width, canvas_height, canvas_width,
+        out_height, out_width, k,      0.0};
+    return ovseg_label_map_kept_fwd(&params, dtype, threads, stream);
+}
+
+int ovseg_label_map_kept_fwd(const ovseg_label_map_kept_params *params, int dtype, int threads, void *stream) {
+    return with_operators(dtype,
+                          [&](const Operators &use) { return use.label_map_kept(params, dtype, threads, stream); });
+}
+
 int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
                            const void *norm_weight, const void *norm_bias, const void *projection, const void *weights,
                            void *out, int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,
@@ -163,20 +179,22 @@ int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const voi
     });
 }
 
-int ovseg_upsampling_head_fwd(const void *x, const void *weight, const void *bias, void *out, int64_t maps,
-                              int64_t height, int64_t width, int64_t channels, int dtype, int threads, void *stream) {
+int ovseg_upsampling_decoder_head_fwd(const void *x, const void *weight, const void *bias, void *out, int64_t maps,
+                                      int64_t height, int64_t width, int64_t channels, int dtype, int threads,
+                                      void *stream) {
     return with_operators(dtype, [&](const Operators &use) {
-        return use.upsampling_head(x, weight, bias, out, maps, height, width, channels, dtype, threads, stream);
+        return use.upsampling_decoder_head(x, weight, bias, out, maps, height, width, channels, dtype, threads, stream);
     });
 }
 
-int ovseg_upsampling_stage_fwd(const void *x, const void *term, const void *up, const void *norm1_weight,
-                               const void *norm1_bias, const void *conv, const void *norm2_weight,
-                               const void *norm2_bias, void *out, int64_t batch, int64_t classes, int64_t height,
-                               int64_t width, int64_t channels, int64_t outputs, int64_t groups, float eps, int dtype,
-                               int threads, void *stream) {
+int ovseg_upsampling_decoder_stage_fwd(const void *x, const void *term, const void *up, const void *norm1_weight,
+                                       const void *norm1_bias, const void *conv, const void *norm2_weight,
+                                       const void *norm2_bias, void *out, int64_t batch, int64_t classes,
+                                       int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t groups,
+                                       float eps, int dtype, int threads, void *stream) {
     return with_operators(dtype, [&](const Operators &use) {
-        return use.upsampling_stage(x, term, up, norm1_weight, norm1_bias, conv, norm2_weight, norm2_bias, out, batch,
-                                    classes, height, width, channels, outputs, groups, eps, dtype, threads, stream);
+        return use.upsampling_decoder_stage(x, term, up, norm1_weight, norm1_bias, conv, norm2_weight, norm2_bias, out,
+                                            batch, classes, height, width, channels, outputs, groups, eps, dtype,
+                                            threads, stream);
     });
 }

@@ -15,11 +15,12 @@
     USE(cost_volume)              \
     USE(encoder_block)            \
     USE(gaussian_aggregation)     \
+    USE(label_map_kept)           \
     USE(layer_gather)             \
     USE(spatial_aggregation)      \
     USE(upsampling_decoder_norm)  \
-    USE(upsampling_head)          \
-    USE(upsampling_stage)
+    USE(upsampling_decoder_head)  \
+    USE(upsampling_decoder_stage)
 
 struct Operators {
 #define OVSEG_FIELD(name) decltype(ovseg_##name##_fwd) *name;

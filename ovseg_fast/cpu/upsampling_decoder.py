@@ -1,4 +1,4 @@
-"""Launchers of `csrc/cpu/upsampling_decoder.cpp`, `upsampling_stage.cpp` and `upsampling_head.cpp`."""
+"""Launchers of `csrc/cpu/upsampling_decoder.cpp`, `upsampling_decoder_stage.cpp` and `upsampling_decoder_head.cpp`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def guided_group_norm(
     return out, statistics
 
 
-def upsampling_stage(x: Tensor, term: Tensor, *others: Any) -> Tensor:
+def upsampling_decoder_stage(x: Tensor, term: Tensor, *others: Any) -> Tensor:
     """(B, T, H, W, C) -> (B, T, 2H, 2W, D); `others`: up and the weights around the second convolution, groups, eps."""
     *weights, groups, eps = others
     batch, classes, height, width, channels = x.shape
     outputs = term.shape[-1]
     out = x.new_empty(batch, classes, 2 * height, 2 * width, outputs)
     sizes = (batch, classes, height, width, channels, outputs, groups)
-    native.call("ovseg_upsampling_stage_fwd", x, term, *weights, out, *sizes, eps, kind="cpu")
+    native.call("ovseg_upsampling_decoder_stage_fwd", x, term, *weights, out, *sizes, eps, kind="cpu")
     return out
 
 
-def upsampling_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsampling_decoder_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, T, H, W, D), (1, D, 3, 3) and (1,) -> (B, T, H, W)."""
     batch, classes, height, width, channels = x.shape
     out = x.new_empty(batch, classes, height, width)
     sizes = (batch * classes, height, width, channels)
-    native.call("ovseg_upsampling_head_fwd", x, weight, bias, out, *sizes, kind="cpu")
+    native.call("ovseg_upsampling_decoder_head_fwd", x, weight, bias, out, *sizes, kind="cpu")
     return out

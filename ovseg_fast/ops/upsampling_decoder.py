@@ -92,7 +92,9 @@ def upsampling_decoder(
 
     if backend == "cpu" and x.shape[-1] % 16 == 0 and norm1_weight.numel() % 16 == 0:
         weights = (joint_weight, norm1_weight, norm1_bias, conv2_weight, norm2_weight, norm2_bias)
-        return torch.ops.ovseg_fast.upsampling_stage(*registration.autocast(x, term, *weights), groups, EPS, backend)
+        return torch.ops.ovseg_fast.upsampling_decoder_stage(
+            *registration.autocast(x, term, *weights), groups, EPS, backend
+        )
 
     def norm(maps: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         y = maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
@@ -109,7 +111,7 @@ def upsampling_decoder(
 def logit_map(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The convolution after the last stage: (B, T, H, W, D), (1, D, 3, 3) and (1,) -> (B, T, H, W)."""
     if backends.choose("upsampling_decoder", x, weight, bias) == "cpu" and x.shape[-1] % 2 == 0:
-        return torch.ops.ovseg_fast.upsampling_head(*registration.autocast(x, weight, bias), "cpu")
+        return torch.ops.ovseg_fast.upsampling_decoder_head(*registration.autocast(x, weight, bias), "cpu")
     return F.conv2d(_maps(x), weight, bias, padding=1).squeeze(1).unflatten(0, x.shape[:2])
 
 
@@ -141,14 +143,14 @@ registration.define(
 
 # Only the kernels for CPUs have these two: the whole stage, for channels in multiples of 16, and the last convolution.
 registration.define(
-    "upsampling_stage(Tensor x, Tensor term, Tensor joint_weight, Tensor norm1_weight, Tensor norm1_bias, "
+    "upsampling_decoder_stage(Tensor x, Tensor term, Tensor joint_weight, Tensor norm1_weight, Tensor norm1_bias, "
     "Tensor conv2_weight, Tensor norm2_weight, Tensor norm2_bias, int groups, float eps) -> Tensor",
     "upsampling_decoder",
     lambda x, term, *_: x.new_empty(*x.shape[:2], *term.shape[1:]),
     differentiable=False,
 )
 registration.define(
-    "upsampling_head(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "upsampling_decoder_head(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     "upsampling_decoder",
     lambda x, *_: x.new_empty(x.shape[:-1]),
     differentiable=False,

@@ -97,8 +97,8 @@ int run(const void *x, const void *weight, const void *bias, void *out, int64_t 
 
 namespace OVSEG_ISA {
 
-int upsampling_head(const void *x, const void *weight, const void *bias, void *out, int64_t maps, int64_t height,
-                    int64_t width, int64_t channels, int dtype, int threads, void *) {
+int upsampling_decoder_head(const void *x, const void *weight, const void *bias, void *out, int64_t maps,
+                            int64_t height, int64_t width, int64_t channels, int dtype, int threads, void *) {
     if (channels % 2) return OVSEG_UNSUPPORTED_SIZE;
     return dtype == OVSEG_FLOAT32 ? run<float>(x, weight, bias, out, maps, height, width, channels, threads)
                                   : run<Bf16>(x, weight, bias, out, maps, height, width, channels, threads);

@@ -14,7 +14,7 @@
 
 namespace {
 
-// Arguments of ovseg_upsampling_stage_fwd.
+// Arguments of ovseg_upsampling_decoder_stage_fwd.
 struct Arguments {
     const void *x, *term, *up, *norm1_weight, *norm1_bias, *conv, *norm2_weight, *norm2_bias;
     void *out;
@@ -199,10 +199,10 @@ template <typename T> int run(const Arguments &a, int threads) {
 
 namespace OVSEG_ISA {
 
-int upsampling_stage(const void *x, const void *term, const void *up, const void *norm1_weight, const void *norm1_bias,
-                     const void *conv, const void *norm2_weight, const void *norm2_bias, void *out, int64_t batch,
-                     int64_t classes, int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t groups,
-                     float eps, int dtype, int threads, void *) {
+int upsampling_decoder_stage(const void *x, const void *term, const void *up, const void *norm1_weight,
+                             const void *norm1_bias, const void *conv, const void *norm2_weight, const void *norm2_bias,
+                             void *out, int64_t batch, int64_t classes, int64_t height, int64_t width, int64_t channels,
+                             int64_t outputs, int64_t groups, float eps, int dtype, int threads, void *) {
     const Arguments arguments{x,     term,    up,     norm1_weight, norm1_bias, conv,    norm2_weight, norm2_bias, out,
                               batch, classes, height, width,        channels,   outputs, groups,       eps};
     if (channels % 16 || outputs % 16 || groups < 1 || outputs % groups) return OVSEG_UNSUPPORTED_SIZE;
