@@ -26,8 +26,8 @@ OVSEG_API const char *ovseg_cpu_isa(void);
 OVSEG_API int ovseg_cpu_choose(const char *name);
 
 /* A stage of the upsampling decoder: x (batch, classes, height, width, channels), term (batch, 2 height, 2 width,
- * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs, 3,
- * 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and
+ * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs,
+ * 3, 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and
  * outputs are multiples of 16. */
 OVSEG_API int ovseg_upsampling_stage_fwd(const void *x, const void *term, const void *up, const void *norm1_weight,
                                          const void *norm1_bias, const void *conv, const void *norm2_weight,
