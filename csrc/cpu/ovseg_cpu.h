@@ -45,8 +45,8 @@ typedef struct {
 OVSEG_API int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *stream);
 
 /* A stage of the upsampling decoder: x (batch, classes, height, width, channels), term (batch, 2 height, 2 width,
- * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs, 3,
- * 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and
+ * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs,
+ * 3, 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and
  * outputs are multiples of 16. */
 OVSEG_API int ovseg_upsampling_decoder_stage_fwd(const void *x, const void *term, const void *up,
                                                  const void *norm1_weight, const void *norm1_bias, const void *conv,

@@ -2,8 +2,8 @@
 //
 //     out[y, x] = bias + Σ_ij p[y + i − 1, x + j − 1, 3i + j],    p[y, x, k] = Σ_c x[y, x, c] · weight[c, k]
 //
-// A task is the map of one class: the nine products of each pixel, three rows at a time, and their sums. Products beyond
-// the map are 0, whatever the weights.
+// A task is the map of one class: the nine products of each pixel, three rows at a time, and their sums. Products
+// beyond the map are 0, whatever the weights.
 
 #include "operators.h"
 #include "transformer.h"

@@ -3,10 +3,10 @@
 //     y = ReLU(GN(up(x) + term)),   out = ReLU(GN(W ∗ y))        up: transposed convolution 4 × 4, stride 2, padding 1
 //                                                                W: 3 × 3, padding 1
 //
-// A task is the map of one class, from x to out. Each quarter of up's outputs, those of one parity of row and column, is
-// a convolution 2 × 2 of x. Convolutions read maps with a border of zeros: a row of a window, which is some neighbouring
-// pixels with their channels, is one run of numbers, so that a product takes the pixels of a row of the map as its rows
-// and reads them where they lie.
+// A task is the map of one class, from x to out. Each quarter of up's outputs, those of one parity of row and column,
+// is a convolution 2 × 2 of x. Convolutions read maps with a border of zeros: a row of a window, which is some
+// neighbouring pixels with their channels, is one run of numbers, so that a product takes the pixels of a row of the
+// map as its rows and reads them where they lie.
 
 #include "group_norm.h"
 #include "operators.h"
@@ -74,8 +74,8 @@ template <typename T, int VECTORS> struct Stage {
             return s.pack_row(static_cast<const T *>(s.a.conv) + 3 * row, 9 * outputs, 9, 1, 3, outputs,
                               s.conv + 3 * row * outputs * outputs);
         }
-        // An even output meets the pixel before its own with tap 3 and its own with tap 1; an odd one its own with tap 2
-        // and the next with tap 0.
+        // An even output meets the pixel before its own with tap 3 and its own with tap 1; an odd one its own with tap
+        // 2 and the next with tap 0.
         const int64_t row_parity = index / 4, column_parity = index / 2 % 2, row = index % 2;
         const T *from =
             static_cast<const T *>(s.a.up) + (row_parity ? 2 - 2 * row : 3 - 2 * row) * 4 + (column_parity ? 2 : 3);
