@@ -291,6 +291,8 @@ template <typename T> struct Layer {
 
 template <typename T> int run(const ovseg_class_aggregation_params &params, int threads) {
     Layer<T> layer(params);
+    ovseg_expect_writes(params.out,
+                        size_t(params.batch * params.classes * layer.positions * params.channels) * sizeof(T));
     return prepare_and_run(layer, threads, params.batch * layer.groups);
 }
 

@@ -74,6 +74,7 @@ int run(const void *x, const void *y, void *out, int64_t maps, int64_t height, i
                    low_width,
                    channels,
                    pieces};
+    ovseg_expect_writes(out, size_t(maps * height * width * channels) * sizeof(T));
     return ovseg_parallel(threads, maps * pieces, Resize<T>::task, &call);
 }
 

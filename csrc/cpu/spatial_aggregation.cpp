@@ -245,6 +245,8 @@ template <typename T> struct Block {
 
 template <typename T> int run(const ovseg_spatial_aggregation_params &params, int threads) {
     Block<T> block(params);
+    const int64_t numbers = params.batch * params.classes * params.height * params.width * params.channels;
+    ovseg_expect_writes(params.out, size_t(numbers) * sizeof(T));
     const int64_t tasks = params.batch * params.classes * block.rows * block.columns;
     return prepare_and_run(block, threads, tasks);
 }

@@ -217,14 +217,14 @@ def _run_kept(
     position[names] = torch.arange(len(names), device=names.device)
     parts = [part._replace(classes=position[part.classes], total=len(names)) for part in parts]
     offset = None if offset is None else offset[names]
-    maps = [*(part.logits for part in parts), None][:2]
-    if _choose(maps[0], maps[1], offset) == "cpu":
+    maps = parts[0].logits, parts[1].logits if len(parts) > 1 else None
+    if _choose(*maps, offset) == "cpu":
         slots = torch.cat([part.slots() for part in parts])
         scores, labels = torch.ops.ovseg_fast.label_map_kept(
             *maps, offset, slots, dropped, *_numbers(placement), k or 0, function != "label_map", "cpu"
         )
     else:
-        dense = [*(part.dense() for part in parts), None][:2]
+        dense = parts[0].dense(), parts[1].dense() if len(parts) > 1 else None
         scores, labels = _run(function, dense[0], placement, dense[1], offset, k)
     return scores, names.int()[labels.long()]
 
