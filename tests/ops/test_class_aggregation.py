@@ -21,7 +21,7 @@ from ovseg_fast import ops
 from samples import map_floating
 from test_kernels import DEVICE
 from test_operators import gradients
-from tolerances import RELU_KINK, REWRITE_FLOAT64, relative_error
+from tolerances import KERNEL, RELU_KINK, REWRITE_FLOAT64, relative_error
 
 GOLDENS = {
     "class_pool2_t7": 2,
@@ -123,3 +123,27 @@ def test_over_many_calls_low_precision_gradients_are_no_further_off_than_the_pyt
             with ovs.backend(backend):
                 found.append(relative_error(torch.cat([grad.flatten() for grad in gradients(row, call)]), truths))
     assert median(errors["triton"]) <= RELU_KINK * median(errors["torch"])
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"classes": 385, "height": 2, "width": 2, "per_image": True}, id="parts of several lengths"),
+        pytest.param({"classes": 385, "height": 2, "width": 3, "pooling": 2}, id="parts, pooled"),
+        pytest.param({"classes": 40, "height": 3, "width": 3, "heads": 1}, id="a last task of fewer positions"),
+        pytest.param({"classes": 30, "height": 7, "width": 11, "pooling": 3, "per_image": True}, id="a border dropped"),
+        pytest.param({"classes": 2, "height": 13, "width": 9, "hidden": 208, "pad_length": 10**4}, id="many pads"),
+    ],
+)
+def test_rows_of_the_kernels_for_cpus(sizes: dict[str, Any], dtype: torch.dtype, rng: torch.Generator) -> None:
+    """They take a few positions at a time, or of one position some classes at a time."""
+    build = samples.class_aggregation(batch=2, channels=32, **sizes)
+    call = build(samples.Draw(rng, dtype, "cpu"))
+    (x, guidance, weights), keywords = map_floating(Tensor.double, call)
+    with ovs.backend("torch"):
+        expected = ops.class_aggregation(x, guidance, weights, **keywords)
+    (x, guidance, weights), keywords = call
+    with ovs.backend("cpu"):
+        assert relative_error(ops.class_aggregation(x, guidance, weights, **keywords), expected) <= KERNEL[dtype]
