@@ -37,7 +37,7 @@ from .models.steady import (
 )
 from .ops.common.attention import prepare_attention
 from .segmentation import Segmentation
-from .vocabulary import check_classes, fill_templates, prompt_name
+from .vocabulary import check_classes, fill_templates, prompt_name, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,12 @@ class Segmenter:
         """Raises ValueError for a mode that the model does not have."""
         if mode not in self.model.modes:
             raise ValueError(f"mode must be {' or '.join(map(repr, self.model.modes))}, got {mode!r}.")
+
+    def check_prompts(self, classes: Sequence[str], seen: Collection[str] | None = None) -> None:
+        """Raises what `segment` would for these names, without running the text encoder."""
+        names = check_classes(classes)
+        self._offset(names, seen)
+        tokenize(fill_templates(names, self.templates))
 
     def encode(self, image: ImageSource, mode: str = "slide", *, progress: bool = False) -> EncodedImage:
         """Run the image encoder once, to prompt the result many times. Arguments and errors as `segment`."""

@@ -74,7 +74,7 @@ def evaluate_command(
         if seen_offset is not None:
             segmenter.model.seen_offset = seen_offset
         seen = _trained_on(weights, dataset.vocabulary.classes)
-        run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume)
+        run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume, progress=not quiet)
     with options.exit_on_error(options.FAILED), counted_warnings():
         result = run.go(progress=not quiet)
     if not quiet:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, backends
@@ -85,7 +86,9 @@ def evaluate(
         EvaluationError: no image could be evaluated.
         OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
-    run = Run(segmenter, dataset, out, mode=mode, seen=seen, groups=groups, limit=limit, restart=restart)
+    run = Run(
+        segmenter, dataset, out, mode=mode, seen=seen, groups=groups, limit=limit, restart=restart, progress=progress
+    )
     return run.go(progress=progress, save_seconds=save_seconds)
 
 
@@ -104,9 +107,11 @@ class Run:
         groups: Mapping[str, Sequence[str]] | None = None,
         limit: int | None = None,
         restart: bool = False,
+        progress: bool = True,
     ) -> None:
-        self.task = task = _Task(segmenter, dataset, mode, seen, groups, limit)
+        self.task = task = Task(segmenter, dataset, mode, seen=seen, groups=groups, limit=limit)
         self.target = None if out is None else check_target(out)
+        self.text = segmenter.embed_text(task.names, progress=progress)
         self.partial = None if self.target is None else self.target.with_name(f"{self.target.stem}.partial.npz")
         self.settings = {**task.settings(), "limit": limit}
         fingerprint = task.fingerprint()
@@ -131,7 +136,9 @@ class Run:
         """Evaluate what is left."""
         task, state, partial, target = self.task, self.state, self.partial, self.target
         with self._lock:
-            skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
+            skipped = _run(
+                task, self.text, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds
+            )
             if not state.done.any():
                 if partial is not None:
                     partial.unlink(missing_ok=True)
@@ -184,7 +191,7 @@ def _alone(target: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-class _Task:
+class Task:
     """The arguments of `evaluate`, checked. T `names` are prompted, names[t] counts as class class_of[t]; `split` are
     the indices of the seen classes, `offset` the argument `seen` of `Segmenter.segment`."""
 
@@ -192,10 +199,11 @@ class _Task:
         self,
         segmenter: Segmenter,
         dataset: Dataset,
-        mode: str,
-        seen: Collection[str] | None,
-        groups: Mapping[str, Sequence[str]] | None,
-        limit: int | None,
+        mode: str = "slide",
+        *,
+        seen: Collection[str] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        limit: int | None = None,
     ) -> None:
         if not isinstance(segmenter, Segmenter):
             raise TypeError(f"segmenter must be a Segmenter, as ovseg_fast.load gives, got {type(segmenter).__name__}.")
@@ -229,6 +237,7 @@ class _Task:
                 self.offset["seen"] = [name for name, position in pairs if position in self.split]
         elif vocabulary.unseen:
             self.split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
+        segmenter.check_prompts(self.names, **self.offset)
 
     def fingerprint(self) -> dict[str, str]:
         parts = {
@@ -292,14 +301,15 @@ def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
     return names, np.array([index for _, index in prompted], dtype=np.int64)
 
 
-def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_seconds: float) -> list[Skipped]:
+def _run(
+    task: Task, text: Tensor, state: State, partial: Path | None, progress: bool, save_seconds: float
+) -> list[Skipped]:
     """Evaluate what is missing in `state`, in place; returns what could not be evaluated."""
     segmenter = task.segmenter
     device = segmenter.device if segmenter.device.type == "cuda" else torch.device("cpu")
     confusion = ConfusionMatrix(len(task.classes), device)
     confusion.matrix += torch.from_numpy(state.matrix).to(device)
     class_of = torch.from_numpy(task.class_of).to(device)
-    text = segmenter.embed_text(task.names, progress=progress)
     left = np.flatnonzero(~state.done).tolist()
     skipped: list[Skipped] = []
     hidden = None if progress else True  # None: only on a terminal

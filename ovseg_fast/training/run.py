@@ -38,7 +38,7 @@ from .optimizer import build_optimizer, build_schedule, with_clip_rate
 from .pairs import Contents, open_data, warn_of_masks
 from .start import check_sizes, check_start, load_start
 from .state import State, check_optimizer, undamaged
-from .validation import PICTURES, validate
+from .validation import PICTURES, check_names, validate
 
 CHECKPOINT, WEIGHTS, LOCK = "checkpoint.pt", "model.safetensors", ".lock"
 
@@ -134,6 +134,7 @@ class Run:
                 model.load_state_dict(saved.model)
         model.to(accelerator.device).train()
         segmenter = Segmenter(model)
+        check_names(segmenter, self.classes, self.validation)
         if any(parameter.requires_grad for parameter in model.text_encoder.parameters()):
             prompts = fill_templates([prompt_name(name) for name in self.classes], segmenter.templates)
             texts = tokenize(prompts).to(accelerator.device)

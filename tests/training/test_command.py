@@ -55,6 +55,25 @@ def test_what_can_be_known_is_refused_before_the_first_step(folder, changes, wor
     assert not (folder / "run").exists()
 
 
+@pytest.mark.parametrize("policy", ["attention", "none"])  # whether the text encoder is trained
+@pytest.mark.parametrize("table", ["data", "validation"])
+def test_names_that_cannot_be_prompted_are_refused_before_the_first_step(folder, table, policy):
+    make_data(folder / "long", 2)
+    (folder / "long/classes.txt").write_text("word " * 100 + "\ngreen\nblue", encoding="utf-8")
+    long = DataConfig("folder", str(folder / "long"))
+    words = f"in [{table}]: a prompt must fit into CLIP's 77 tokens", "word word"
+    refused(run(folder, policy=policy, **{table: long}), *words)
+    assert not (folder / "run").exists()
+
+
+def test_a_validation_list_that_changed_refuses_the_resumption(folder):
+    make_data(folder / "other", 2)
+    validation = DataConfig("folder", str(folder / "other"))
+    assert run(folder, validation=validation).exit_code == 0
+    (folder / "other/classes.txt").write_text("red\ngreen\n<start_of_text>", encoding="utf-8")
+    refused(run(folder, validation=validation, steps=2), "in [validation]: a prompt must not spell out CLIP's special")
+
+
 def test_a_training_that_ends_early_has_exit_code_1(folder):
     for mask in (folder / "data/masks").iterdir():
         mask.write_bytes(b"")
