@@ -216,6 +216,7 @@ class Task:
             raise TypeError(f"limit must be a whole number of images, got {limit!r}.")
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 image, got {limit}.")
+        backends.requested()  # raises for a bad OVSEG_BACKEND
         segmenter.check_mode(mode)
         self.segmenter, self.dataset, self.pairs, self.mode = segmenter, dataset, dataset.pairs[:limit], mode
         folder = getattr(dataset, "image_folder", None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import checkpoints
+from .. import backends, checkpoints
 from ..compat import lacks_memory, require
 from ..data.augmentation import augmentation
 from ..evaluation.environment import environment
@@ -65,7 +65,8 @@ def train(
         ValueError, TypeError, OSError: the configuration does not fit itself, the data, or the run that `out` holds;
             or, later, a file cannot be written or none of the images can be read.
         FloatingPointError: the loss is no longer finite; the last checkpoint stays. ImportError: accelerate is missing.
-        RuntimeError: the memory does not suffice, or a process that reads images died.
+        RuntimeError: the backend asked for cannot run here, the memory does not suffice, or a process that reads images
+            died.
     """
     run = Run(as_config(config), progress=progress)
     run.prepare(restart)
@@ -81,6 +82,7 @@ class Run:
     ) -> None:
         self.config, self.out = config, Path(config.out)
         self.accelerator = _accelerator(config)
+        backends.check(self.accelerator.device, training=True)
         self.progress = progress and self.accelerator.is_main_process
         share = config.accumulation * self.accelerator.num_processes
         if config.batch % share:

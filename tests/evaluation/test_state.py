@@ -15,6 +15,7 @@ from PIL import Image
 
 import ovseg_fast as ovs
 from evaluation.photo_folder import PhotoFolder, make_photos
+from ovseg_fast import backends
 from ovseg_fast.evaluation import evaluate as evaluation
 from ovseg_fast.evaluation.evaluate import Run, check_target, evaluate
 from ovseg_fast.evaluation.state import State, StateError, stamp
@@ -240,6 +241,13 @@ def test_arguments_of_another_kind(segmenter, photos):
     with pytest.raises(TypeError, match="limit must be a whole number of images, got '3'"):
         ovs.evaluate(segmenter, photos, limit="3")
     assert ovs.evaluate is evaluate
+
+
+def test_a_bad_backend_is_no_fault_of_the_images(segmenter, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_default", "foo")
+    with pytest.raises(ValueError, match=r"^OVSEG_BACKEND must be one of .*, got 'foo'"):
+        run(segmenter, photos, tmp_path / "new" / "result.json")
+    assert not (tmp_path / "new").exists()
 
 
 # Memory, and names of any kind

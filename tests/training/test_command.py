@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
+from ovseg_fast import backends
 from ovseg_fast.cli.train import train_command
 from ovseg_fast.training.config import DataConfig
 from ovseg_fast.training.run import CHECKPOINT, WEIGHTS
@@ -72,6 +73,22 @@ def test_a_validation_list_that_changed_refuses_the_resumption(folder):
     assert run(folder, validation=validation).exit_code == 0
     (folder / "other/classes.txt").write_text("red\ngreen\n<start_of_text>", encoding="utf-8")
     refused(run(folder, validation=validation, steps=2), "in [validation]: a prompt must not spell out CLIP's special")
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("foo", "OVSEG_BACKEND must be one of auto, cuda, triton, cpu, torch, got 'foo'"),
+        ("triton", "the triton backend was asked for but cannot run"),
+        ("cpu", "training: the cpu backend was asked for but cannot run: its kernels have no gradient"),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_a_backend_that_cannot_train_is_refused_before_the_first_step(folder, monkeypatch, backend, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_default", backend)
+    refused(run(folder), words)
+    assert not (folder / "run").exists()
 
 
 def test_a_training_that_ends_early_has_exit_code_1(folder):
