@@ -68,8 +68,7 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
         ImageError: a folder, an empty, damaged or truncated file, not an image, too small, too large, or of a kind
             without an agreed conversion to RGB.
     """
-    if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
-        raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
+    check_max_side(max_side)
     if isinstance(source, Image.Image):
         path = getattr(source, "filename", "")
         return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side, upright)
@@ -86,6 +85,12 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
         "an image must be a path, a PIL image or a uint8 array (H, W, 3), got "
         f"{type(source).__module__}.{type(source).__qualname__}."
     )
+
+
+def check_max_side(max_side: int) -> None:
+    """Raises ValueError for anything but a whole number of pixels."""
+    if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
+        raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
 
 
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from . import visualize
+from .arguments import check_number
 from .files import write_whole
 
 NOT_KEPT = "this result keeps no scores; call segment with scores=True, and read .scores before you pickle it."
@@ -113,6 +114,7 @@ class Segmentation:
         Raises:
             ValueError: another suffix, `alpha` outside 0..1, or `scores` for a picture. OSError: it cannot be written.
         """
+        check_number("alpha", alpha, 0, 1, "an opacity")
         suffix = Path(path).suffix.lower()
         if suffix not in (".png", ".jpg", ".jpeg", ".npz"):
             raise ValueError(f"path must end in .png or .jpg (overlay) or .npz (labels), got '{path}'.")

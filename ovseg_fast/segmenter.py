@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoints, ops
-from .images import MAX_SIDE, ImageSource, load_image
+from .arguments import check_number
+from .images import MAX_SIDE, ImageSource, check_max_side, load_image
 from .layers.prepared import Prepared
 from .models import SegmentationModel, build, get_preset
 from .models.base import is_compiled, unwrap
@@ -66,6 +67,7 @@ def load(
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
     """
     target = check_device(device)
+    check_max_side(max_side)
     get_preset(name)
     prepare_attention(attention)
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
@@ -100,6 +102,7 @@ class Segmenter:
     def __init__(
         self, model: SegmentationModel, *, templates: Sequence[str] | None = None, max_side: int = MAX_SIDE
     ) -> None:
+        check_max_side(max_side)
         self._lock = threading.Lock()
         self._compile_options: dict[str, Any] | None = None
         self.model, self.max_side = model, max_side
@@ -228,15 +231,17 @@ class Segmenter:
             if classes is None:
                 raise ValueError("classes must be a list of names such as ['cat', 'grass'], got None and no text.")
             names = check_classes(classes)
-            embeddings = self.embed_text(names, progress=progress)
         else:
             with undisturbed():
                 embeddings = _own_embeddings(text).to(self.device, self.model.pixel_mean.dtype)
             names = [f"class {i}" for i in range(len(embeddings))] if classes is None else check_classes(classes)
             if len(names) != len(embeddings):
                 raise ValueError(f"classes must name the {len(embeddings)} rows of text, got {len(names)} names.")
+        offset = self._offset(names, seen)  # first what may be refused
+        if text is None:
+            embeddings = self.embed_text(names, progress=progress)
         with undisturbed(), without_autocast(self.device):
-            return _Prompts(names, self.model.text_from_prompts(embeddings), self._offset(names, seen))
+            return _Prompts(names, self.model.text_from_prompts(embeddings), offset)
 
     def _offset(self, names: list[str], seen: Collection[str] | None) -> Tensor | None:
         """What is subtracted from each class's probability, (T,), or None."""
@@ -246,13 +251,15 @@ class Segmenter:
                 method = type(model).__name__
                 raise ValueError(f"seen must be None, as {method} treats all classes alike, got {seen!r}.")
             return None
+        offset = check_number("the model's seen_offset", model.seen_offset, 0, 1, "a probability")
         if seen is None:
             seen = model.trained_on
         elif isinstance(seen, str) or not set(seen) <= set(names):
             raise ValueError(f"seen must be a list of names out of classes, got {seen!r}.")
         known = {prompt_name(entry).casefold() for entry in seen}
         flags = [prompt_name(name).casefold() in known for name in names]
-        return model.seen_offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
+        with undisturbed():
+            return offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
 
     def _runner(self, part: str) -> tuple[Callable[..., Any], bool]:
         """A method of the model in evaluation mode, and whether it is compiled; it is not while the model trains."""

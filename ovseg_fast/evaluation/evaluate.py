@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, backends
+from ..arguments import check_number, check_whole
 from ..data.masks import NO_CLASS
 from ..files import check_writable, held
 from ..segmenter import Segmenter
@@ -86,6 +87,8 @@ def evaluate(
         EvaluationError: no image could be evaluated.
         OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
+    if save_seconds is not None:
+        check_number("save_seconds", save_seconds, 0, what="a number of seconds")
     run = Run(
         segmenter, dataset, out, mode=mode, seen=seen, groups=groups, limit=limit, restart=restart, progress=progress
     )
@@ -212,10 +215,10 @@ class Task:
             raise TypeError(what)
         if not len(dataset.pairs):
             raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
-            raise TypeError(f"limit must be a whole number of images, got {limit!r}.")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be at least 1 image, got {limit}.")
+        if limit is not None:
+            check_whole("limit", limit, "images")
+            if limit < 1:
+                raise ValueError(f"limit must be at least 1 image, got {limit}.")
         backends.requested()  # raises for a bad OVSEG_BACKEND
         segmenter.check_mode(mode)
         self.segmenter, self.dataset, self.pairs, self.mode = segmenter, dataset, dataset.pairs[:limit], mode

@@ -56,6 +56,15 @@ def test_what_can_be_known_is_refused_before_the_first_step(folder, changes, wor
     assert not (folder / "run").exists()
 
 
+@pytest.mark.parametrize("value", ["1e38", "nan", "1e-300"])
+def test_a_rate_that_cannot_be_used_is_refused_before_the_first_step(folder, value):
+    config = write(configuration(folder, learning_rate=0.5), folder / "run.toml")
+    config.write_text(config.read_text().replace("learning_rate = 0.5", f"learning_rate = {value}"))
+    result = CliRunner().invoke(train_command, [str(config), "--quiet"], catch_exceptions=False)
+    refused(result, "learning_rate must be a rate in 1e-12..1, got")
+    assert not (folder / "run").exists()
+
+
 @pytest.mark.parametrize("policy", ["attention", "none"])  # whether the text encoder is trained
 @pytest.mark.parametrize("table", ["data", "validation"])
 def test_names_that_cannot_be_prompted_are_refused_before_the_first_step(folder, table, policy):
