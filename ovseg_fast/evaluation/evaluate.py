@@ -24,6 +24,7 @@ from .. import __version__, backends
 from ..arguments import check_number, check_whole
 from ..data.masks import NO_CLASS
 from ..files import check_writable, held
+from ..models.steady import autocast_dtype
 from ..segmenter import Segmenter
 from ..vocabulary import check_classes
 from .environment import environment
@@ -242,6 +243,9 @@ class Task:
         elif vocabulary.unseen:
             self.split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
         segmenter.check_prompts(self.names, **self.offset)
+        self.precision = str(segmenter.model.pixel_mean.dtype).removeprefix("torch.")
+        if (cast := autocast_dtype(segmenter.device)) is not None:
+            self.precision += f" under autocast to {str(cast).removeprefix('torch.')}"
 
     def fingerprint(self) -> dict[str, str]:
         parts = {
@@ -249,6 +253,7 @@ class Task:
             "classes": [self.classes, self.names, self.class_of.tolist()],
             "seen classes": [self.split, self.offset, self.segmenter.model.seen_offset],
             "mode": self.mode,
+            "precision": self.precision,
             "dataset": self.dataset.name,
             "folder": str(self.folder),
             "images": [pair.name for pair in self.pairs],
@@ -269,7 +274,8 @@ class Task:
             "templates": list(self.segmenter.templates),
             "groups": {name: prompted for name, prompted in members.items() if prompted != [name]},
             "seen": None if self.split is None else [self.classes[i] for i in self.split],
-            "precision": str(model.pixel_mean.dtype).removeprefix("torch."),
+            "precision": self.precision,
+            "float32_products": torch.get_float32_matmul_precision(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
         }
         if model.seen_offset is not None:

@@ -26,6 +26,7 @@ from ..data.augmentation import augmentation
 from ..evaluation.environment import environment
 from ..files import check_writable, held
 from ..models import Hyperparameters, SegmentationModel, build
+from ..models.steady import autocast_dtype
 from ..segmenter import Segmenter
 from ..vocabulary import fill_templates, prompt_name, tokenize
 from .config import PRECISIONS, TrainingConfig, as_config
@@ -83,6 +84,10 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.accelerator = _accelerator(config)
         backends.check(self.accelerator.device, training=True)
+        if autocast_dtype(self.accelerator.device) is not None:
+            raise ValueError("training must be called outside of torch.autocast: it runs under precision.")
+        if not torch.is_grad_enabled():
+            raise ValueError("training needs gradients: call it outside of torch.no_grad and torch.inference_mode.")
         self.progress = progress and self.accelerator.is_main_process
         share = config.accumulation * self.accelerator.num_processes
         if config.batch % share:

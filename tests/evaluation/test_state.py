@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from evaluation.photo_folder import PhotoFolder, make_photos
 from ovseg_fast import backends
 from ovseg_fast.evaluation import evaluate as evaluation
 from ovseg_fast.evaluation.evaluate import Run, check_target, evaluate
-from ovseg_fast.evaluation.state import State, StateError, stamp
+from ovseg_fast.evaluation.state import FORMAT, State, StateError, stamp
 from ovseg_fast.files import held
 
 DAMAGED = r"result\.partial\.npz' is not the state of an evaluation, or is damaged; start over .*\(--restart\).*\.$"
@@ -116,6 +117,38 @@ def test_a_state_of_an_older_version_is_refused(segmenter, photos, tmp_path):
         run(segmenter, photos, out)
 
 
+def autocast(dtype):
+    return torch.autocast("cpu", dtype) if dtype else nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.bfloat16, None), (None, torch.bfloat16), (torch.bfloat16, torch.float16)]
+)
+def test_a_run_under_autocast_resumes_under_the_same_only(segmenter, photos, tmp_path, before, after):
+    out = tmp_path / "result.json"
+    with autocast(before):
+        stop_after(segmenter, photos, 2, out)
+    with autocast(after), pytest.raises(StateError, match=r"an evaluation with other precision; .*--restart"):
+        run(segmenter, photos, out)
+    with autocast(before):
+        result = run(segmenter, photos, out)
+        assert result.metrics == run(segmenter, photos).metrics
+    said = {None: "float32", torch.bfloat16: "float32 under autocast to bfloat16"}[before]
+    assert result.settings["precision"] == said
+
+
+def test_another_backend_and_other_products_are_told(segmenter, photos, tmp_path, caplog):
+    out, before = tmp_path / "result.json", torch.get_float32_matmul_precision()
+    stop_after(segmenter, photos, 2, out)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with caplog.at_level(logging.WARNING), ovs.backend("torch"):
+            assert run(segmenter, photos, out).settings["float32_products"] == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert f"backend auto is now torch, float32 products {before} is now high" in caplog.text
+
+
 def test_another_environment_is_told(segmenter, photos, tmp_path, caplog):
     out = tmp_path / "result.json"
     stop_after(segmenter, photos, 2, out)
@@ -136,7 +169,7 @@ def test_another_environment_is_told(segmenter, photos, tmp_path, caplog):
 def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     """Cut to any length, or with any byte changed."""
     path = tmp_path / "result.partial.npz"
-    fingerprint = {"state format": "2", "model": "x"}
+    fingerprint = {"state format": FORMAT, "model": "x"}
     state = State.new(fingerprint, 6, 9)
     state.matrix += np.random.randint(0, 10**9, (6, 6))
     state.done[:4], state.stamps[:4], state.seconds = True, np.random.randint(0, 10**9, (4, 4)), 2.5

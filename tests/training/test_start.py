@@ -96,6 +96,21 @@ def test_runs_of_several_precisions_in_one_process(folder):
         assert Run(config, progress=False).accelerator.mixed_precision == {"fp32": "no"}.get(precision, precision)
 
 
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), r"outside of torch\.autocast"),
+        (torch.no_grad, "training needs gradients"),
+        (torch.inference_mode, "training needs gradients"),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_a_block_that_would_change_the_training_is_refused(folder, block, words):
+    with block(), pytest.raises(ValueError, match=words):
+        train(configuration(folder), progress=False)
+    assert not (folder / "run").exists()
+
+
 def test_train_in_python(folder):
     values = dataclasses.asdict(configuration(folder, steps=1))
     assert ovs.train({**values, "data": {"dataset": "folder", "root": "data"}}, progress=False).is_file()
