@@ -38,7 +38,7 @@ from .models.steady import (
 )
 from .ops.common.attention import prepare_attention
 from .segmentation import Segmentation
-from .vocabulary import check_classes, fill_templates, prompt_name, tokenize
+from .vocabulary import check_classes, check_seen, check_templates, fill_templates, prompt_name, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Segmenter:
         self._lock = threading.Lock()
         self._compile_options: dict[str, Any] | None = None
         self.model, self.max_side = model, max_side
-        self.templates = tuple(self.model.templates if templates is None else templates)
+        self.templates = check_templates(self.model.templates if templates is None else templates)
         wanted, got = self.model.prompts_per_class, len(self.templates)
         if wanted not in (None, got):
             raise ValueError(f"templates must hold as many prompts as the model takes per class, {wanted}, got {got}.")
@@ -254,8 +254,8 @@ class Segmenter:
         offset = check_number("the model's seen_offset", model.seen_offset, 0, 1, "a probability")
         if seen is None:
             seen = model.trained_on
-        elif isinstance(seen, str) or not set(seen) <= set(names):
-            raise ValueError(f"seen must be a list of names out of classes, got {seen!r}.")
+        else:
+            check_seen(seen, names, "classes")
         known = {prompt_name(entry).casefold() for entry in seen}
         flags = [prompt_name(name).casefold() in known for name in names]
         with undisturbed():
@@ -418,16 +418,31 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 def _own_embeddings(text: Tensor | ArrayLike) -> Tensor:
     """(T, P, E) unit-length floats from a caller's embeddings."""
-    embeddings = torch.as_tensor(text)
+    try:
+        embeddings = torch.as_tensor(text).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        form = "a tensor or an array of floating-point embeddings, (T, P, E) or (T, E)"
+        raise TypeError(f"text must be {form}, got {type(text).__name__}.") from None
+    kinds = {"nested": embeddings.is_nested, "meta": embeddings.is_meta, "sparse": embeddings.layout != torch.strided}
+    for kind, wrong in kinds.items():
+        if wrong:
+            raise TypeError(f"text must be a dense tensor of numbers, got a {kind} one.")
     if not embeddings.is_floating_point():
         raise TypeError(f"text must be floating-point embeddings, got {embeddings.dtype}.")
+    if embeddings.element_size() == 1:
+        embeddings = embeddings.float()  # PyTorch does not compute in 8 bits
     if embeddings.dim() == 2:
         embeddings = embeddings.unsqueeze(1)
     if embeddings.dim() != 3 or 0 in embeddings.shape:
         raise ValueError(f"text must have shape (T, P, E) or (T, E) with no size zero, got {tuple(embeddings.shape)}.")
     if not embeddings.isfinite().all():
         raise ValueError("text must be finite, got NaN or infinite embeddings.")
-    return F.normalize(embeddings.detach(), dim=-1)
+    unit = F.normalize(embeddings, dim=-1)
+    lost = (unit.float().norm(dim=-1) - 1).abs() > 0.1  # zeros, or numbers whose squares overflow
+    if lost.any():
+        length = float(embeddings[lost][0].double().norm())
+        raise ValueError(f"text must have rows that can be scaled to length 1, got one of length {length:g}.")
+    return unit
 
 
 def _bar(items: Sequence[Any], what: str, show: bool) -> Any:

@@ -26,7 +26,7 @@ from ..data.masks import NO_CLASS
 from ..files import check_writable, held
 from ..models.steady import autocast_dtype
 from ..segmenter import Segmenter
-from ..vocabulary import check_classes
+from ..vocabulary import check_classes, check_seen
 from .environment import environment
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
@@ -227,8 +227,8 @@ class Task:
         self.folder = None if folder is None else os.path.abspath(folder)
         vocabulary = dataset.vocabulary
         self.classes = classes = list(vocabulary.classes)
-        if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
-            raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
+        if seen is not None:
+            check_seen(seen, classes, "the dataset's classes")
         if groups is None:
             groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
         names, self.class_of = prompts_of(classes, groups)

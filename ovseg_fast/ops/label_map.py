@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..arguments import check_whole
 from .common import registration
 from .common.checks import check_positive, check_tensors
 from .common.tiles import tiles
@@ -124,6 +125,8 @@ def _run(
         raise TypeError(f"{function}: placement must be an ovseg_fast.ops.Placement, got {type(placement).__name__}.")
     placement.check(function, windows)
     most = min(classes, MOST_LABELS)
+    if k is not None:
+        check_whole(f"{function}: k", k)
     if k is not None and not 1 <= k <= most:
         raise ValueError(f"{function}: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
     whole, offset = (None if tensor is None else tensor.to(logits.dtype) for tensor in (whole, offset))

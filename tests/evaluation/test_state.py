@@ -271,6 +271,9 @@ def test_arguments_of_another_kind(segmenter, photos):
         ovs.evaluate(segmenter.model, photos)
     with pytest.raises(TypeError, match=r"dataset must be a dataset, as .*open_dataset gives, got str"):
         ovs.evaluate(segmenter, "world")
+    for seen in (5, "cat", ["dog"], [["cat"]]):
+        with pytest.raises((TypeError, ValueError), match="seen must be a list of names out of the dataset's classes"):
+            ovs.evaluate(segmenter, photos, seen=seen)
     with pytest.raises(TypeError, match="limit must be a whole number of images, got '3'"):
         ovs.evaluate(segmenter, photos, limit="3")
     assert ovs.evaluate is evaluate
