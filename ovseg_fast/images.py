@@ -58,7 +58,7 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
     16-bit colours the upper 8 bits are kept.
 
     Args:
-        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB; it is left as it is.
+        source: a path, a PIL image, which threads may share, or a uint8 array (H, W, 3) of RGB; it is left as it is.
         max_side: largest accepted side in pixels; the smallest is 2. PIL's own limit on pixels does not apply.
         upright: apply the EXIF orientation; without it the pixels stay as they are stored.
 
@@ -71,7 +71,8 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
     check_max_side(max_side)
     if isinstance(source, Image.Image):
         path = getattr(source, "filename", "")
-        return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side, upright)
+        with _given_lock:
+            return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side, upright)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             got = f"{source.dtype} of shape {source.shape}"
@@ -227,6 +228,7 @@ def enough_memory(name: str) -> Iterator[None]:
         raise TooLargeError(f"{name} is too large for the memory.") from error
 
 
+_given_lock = threading.Lock()  # PIL decodes an opened image at its first use, and not for two threads at once
 _pixels_lock = threading.Lock()
 _pixels_lifted = 0  # blocks in which PIL's limit is lifted
 _pixels_limit: int | None = None
