@@ -248,9 +248,12 @@ def explain(device: torch.device | str | None = None) -> Explanation:
     return Explanation(str(where), asked, choices, reasons)
 
 
-def check(device: torch.device) -> None:
-    """Raises RuntimeError if the backend that this thread asks for cannot run on tensors of `device` at all."""
+def check(device: torch.device, *, training: bool = False) -> None:
+    """Raises RuntimeError if the backend that this thread asks for cannot run on tensors of `device` at all, or not
+    for training; ValueError for a bad OVSEG_BACKEND."""
     found = explain(device)
+    if training and found.asked == "cpu":
+        raise _cannot_run("training", found.asked, "its kernels have no gradient")
     for operator, choice in found.choices.items():
         if choice is None:
             raise _cannot_run(operator, found.asked, found.reasons[operator][found.asked])

@@ -58,7 +58,7 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
     16-bit colours the upper 8 bits are kept.
 
     Args:
-        source: a path, a PIL image, or a uint8 array (H, W, 3) of RGB; it is left as it is.
+        source: a path, a PIL image, which threads may share, or a uint8 array (H, W, 3) of RGB; it is left as it is.
         max_side: largest accepted side in pixels; the smallest is 2. PIL's own limit on pixels does not apply.
         upright: apply the EXIF orientation; without it the pixels stay as they are stored.
 
@@ -68,11 +68,11 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
         ImageError: a folder, an empty, damaged or truncated file, not an image, too small, too large, or of a kind
             without an agreed conversion to RGB.
     """
-    if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
-        raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
+    check_max_side(max_side)
     if isinstance(source, Image.Image):
         path = getattr(source, "filename", "")
-        return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side, upright)
+        with _given_lock:
+            return _decode(source, f"image '{path}'" if path else "the given PIL image", max_side, upright)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             got = f"{source.dtype} of shape {source.shape}"
@@ -86,6 +86,12 @@ def load_image(source: ImageSource, max_side: int = MAX_SIDE, *, upright: bool =
         "an image must be a path, a PIL image or a uint8 array (H, W, 3), got "
         f"{type(source).__module__}.{type(source).__qualname__}."
     )
+
+
+def check_max_side(max_side: int) -> None:
+    """Raises ValueError for anything but a whole number of pixels."""
+    if isinstance(max_side, bool) or not isinstance(max_side, int) or max_side < MIN_SIDE:
+        raise ValueError(f"max_side must be a whole number of pixels, at least {MIN_SIDE}, got {max_side!r}.")
 
 
 def list_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -222,6 +228,7 @@ def enough_memory(name: str) -> Iterator[None]:
         raise TooLargeError(f"{name} is too large for the memory.") from error
 
 
+_given_lock = threading.Lock()  # PIL decodes an opened image at its first use, and not for two threads at once
 _pixels_lock = threading.Lock()
 _pixels_lifted = 0  # blocks in which PIL's limit is lifted
 _pixels_limit: int | None = None

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from . import visualize
+from .arguments import check_number, check_whole
 from .files import write_whole
 
 NOT_KEPT = "this result keeps no scores; call segment with scores=True, and read .scores before you pickle it."
@@ -75,8 +76,10 @@ class Segmentation:
             the offset of seen classes (for Cascade-CLIP `scores` is their softmax over all classes).
 
         Raises:
-            ValueError: k is not in 1..min(T, 8). RuntimeError: the result does not keep what that needs.
+            TypeError: k is no whole number. ValueError: it is not in 1..min(T, 8). RuntimeError: the result does not
+                keep what that needs.
         """
+        check_whole("k", k)
         if self._compute_top is not None:
             return self._compute_top(k)
         if not 1 <= k <= len(self.classes):
@@ -113,6 +116,7 @@ class Segmentation:
         Raises:
             ValueError: another suffix, `alpha` outside 0..1, or `scores` for a picture. OSError: it cannot be written.
         """
+        check_number("alpha", alpha, 0, 1, "an opacity")
         suffix = Path(path).suffix.lower()
         if suffix not in (".png", ".jpg", ".jpeg", ".npz"):
             raise ValueError(f"path must end in .png or .jpg (overlay) or .npz (labels), got '{path}'.")

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoints, ops
-from .images import MAX_SIDE, ImageSource, load_image
+from .arguments import check_number
+from .images import MAX_SIDE, ImageSource, check_max_side, load_image
 from .layers.prepared import Prepared
 from .models import SegmentationModel, build, get_preset
 from .models.base import is_compiled, unwrap
@@ -37,7 +38,7 @@ from .models.steady import (
 )
 from .ops.common.attention import prepare_attention
 from .segmentation import Segmentation
-from .vocabulary import check_classes, fill_templates, prompt_name
+from .vocabulary import check_classes, check_seen, check_templates, fill_templates, prompt_name, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def load(
         checkpoints.CheckpointError: the file is damaged or belongs to another model.
     """
     target = check_device(device)
+    check_max_side(max_side)
     get_preset(name)
     prepare_attention(attention)
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
@@ -100,10 +102,11 @@ class Segmenter:
     def __init__(
         self, model: SegmentationModel, *, templates: Sequence[str] | None = None, max_side: int = MAX_SIDE
     ) -> None:
+        check_max_side(max_side)
         self._lock = threading.Lock()
         self._compile_options: dict[str, Any] | None = None
         self.model, self.max_side = model, max_side
-        self.templates = tuple(self.model.templates if templates is None else templates)
+        self.templates = check_templates(self.model.templates if templates is None else templates)
         wanted, got = self.model.prompts_per_class, len(self.templates)
         if wanted not in (None, got):
             raise ValueError(f"templates must hold as many prompts as the model takes per class, {wanted}, got {got}.")
@@ -187,6 +190,12 @@ class Segmenter:
         if mode not in self.model.modes:
             raise ValueError(f"mode must be {' or '.join(map(repr, self.model.modes))}, got {mode!r}.")
 
+    def check_prompts(self, classes: Sequence[str], seen: Collection[str] | None = None) -> None:
+        """Raises what `segment` would for these names, without running the text encoder."""
+        names = check_classes(classes)
+        self._offset(names, seen)
+        tokenize(fill_templates(names, self.templates))
+
     def encode(self, image: ImageSource, mode: str = "slide", *, progress: bool = False) -> EncodedImage:
         """Run the image encoder once, to prompt the result many times. Arguments and errors as `segment`."""
         self.check_mode(mode)
@@ -222,15 +231,17 @@ class Segmenter:
             if classes is None:
                 raise ValueError("classes must be a list of names such as ['cat', 'grass'], got None and no text.")
             names = check_classes(classes)
-            embeddings = self.embed_text(names, progress=progress)
         else:
             with undisturbed():
                 embeddings = _own_embeddings(text).to(self.device, self.model.pixel_mean.dtype)
             names = [f"class {i}" for i in range(len(embeddings))] if classes is None else check_classes(classes)
             if len(names) != len(embeddings):
                 raise ValueError(f"classes must name the {len(embeddings)} rows of text, got {len(names)} names.")
+        offset = self._offset(names, seen)  # first what may be refused
+        if text is None:
+            embeddings = self.embed_text(names, progress=progress)
         with undisturbed(), without_autocast(self.device):
-            return _Prompts(names, self.model.text_from_prompts(embeddings), self._offset(names, seen))
+            return _Prompts(names, self.model.text_from_prompts(embeddings), offset)
 
     def _offset(self, names: list[str], seen: Collection[str] | None) -> Tensor | None:
         """What is subtracted from each class's probability, (T,), or None."""
@@ -240,13 +251,15 @@ class Segmenter:
                 method = type(model).__name__
                 raise ValueError(f"seen must be None, as {method} treats all classes alike, got {seen!r}.")
             return None
+        offset = check_number("the model's seen_offset", model.seen_offset, 0, 1, "a probability")
         if seen is None:
             seen = model.trained_on
-        elif isinstance(seen, str) or not set(seen) <= set(names):
-            raise ValueError(f"seen must be a list of names out of classes, got {seen!r}.")
+        else:
+            check_seen(seen, names, "classes")
         known = {prompt_name(entry).casefold() for entry in seen}
         flags = [prompt_name(name).casefold() in known for name in names]
-        return model.seen_offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
+        with undisturbed():
+            return offset * torch.tensor(flags, dtype=model.pixel_mean.dtype, device=self.device)
 
     def _runner(self, part: str) -> tuple[Callable[..., Any], bool]:
         """A method of the model in evaluation mode, and whether it is compiled; it is not while the model trains."""
@@ -415,16 +428,31 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 def _own_embeddings(text: Tensor | ArrayLike) -> Tensor:
     """(T, P, E) unit-length floats from a caller's embeddings."""
-    embeddings = torch.as_tensor(text)
+    try:
+        embeddings = torch.as_tensor(text).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        form = "a tensor or an array of floating-point embeddings, (T, P, E) or (T, E)"
+        raise TypeError(f"text must be {form}, got {type(text).__name__}.") from None
+    kinds = {"nested": embeddings.is_nested, "meta": embeddings.is_meta, "sparse": embeddings.layout != torch.strided}
+    for kind, wrong in kinds.items():
+        if wrong:
+            raise TypeError(f"text must be a dense tensor of numbers, got a {kind} one.")
     if not embeddings.is_floating_point():
         raise TypeError(f"text must be floating-point embeddings, got {embeddings.dtype}.")
+    if embeddings.element_size() == 1:
+        embeddings = embeddings.float()  # PyTorch does not compute in 8 bits
     if embeddings.dim() == 2:
         embeddings = embeddings.unsqueeze(1)
     if embeddings.dim() != 3 or 0 in embeddings.shape:
         raise ValueError(f"text must have shape (T, P, E) or (T, E) with no size zero, got {tuple(embeddings.shape)}.")
     if not embeddings.isfinite().all():
         raise ValueError("text must be finite, got NaN or infinite embeddings.")
-    return F.normalize(embeddings.detach(), dim=-1)
+    unit = F.normalize(embeddings, dim=-1)
+    lost = (unit.float().norm(dim=-1) - 1).abs() > 0.1  # zeros, or numbers whose squares overflow
+    if lost.any():
+        length = float(embeddings[lost][0].double().norm())
+        raise ValueError(f"text must have rows that can be scaled to length 1, got one of length {length:g}.")
+    return unit
 
 
 def _bar(items: Sequence[Any], what: str, show: bool) -> Any:

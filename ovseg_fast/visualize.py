@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from . import fonts
+from .arguments import check_number, check_whole
 from .fonts import Font
 
 SPREAD = 1024  # colours that are chosen to be far apart; further ones are only different
@@ -27,6 +28,7 @@ GRADIENT = ((24, 18, 62), (52, 60, 140), (28, 118, 158), (52, 170, 132), (164, 2
 
 def palette(n: int) -> np.ndarray:
     """Colours of classes 0..n-1, (n, 3) uint8, all different; each is the same for every n. ValueError: n < 0."""
+    check_whole("n", n, "colours")
     if n < 0:
         raise ValueError(f"n must be the number of colours, at least 0, got {n}.")
     spread = _spread_colours()
@@ -61,8 +63,7 @@ def overlay(
         ValueError, TypeError: labels that do not fit `image` or `classes`, `alpha` outside 0..1, or no font.
     """
     labels = check_label_map(labels, len(classes), image)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be an opacity in 0..1, got {alpha!r}.")
+    alpha = check_number("alpha", alpha, 0, 1, "an opacity")
     shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
     factor = math.ceil(LEGEND_MIN_SIDE / max(image.size)) if legend else 1
     if factor > 1:
@@ -108,14 +109,16 @@ def cost_map(values: ArrayLike, low: float | None = None, high: float | None = N
             greatest.
 
     Raises:
-        ValueError: `values` is not two-dimensional, empty or not finite, or `low` is above `high`.
+        ValueError, TypeError: `values` is not two-dimensional, or empty; a number is not finite; or `low` is above
+            `high`.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or not array.size:
         raise ValueError(f"values must have shape (H, W) with no size zero, got {array.shape}.")
     if not np.isfinite(array).all():
         raise ValueError("values must be finite, got NaN or infinite ones.")
-    low, high = float(array.min() if low is None else low), float(array.max() if high is None else high)
+    low = float(array.min()) if low is None else check_number("low", low)
+    high = float(array.max()) if high is None else check_number("high", high)
     if not low <= high:
         raise ValueError(f"low must not be above high, got {low} and {high}.")
     place = np.clip((array - low) / (high - low), 0, 1) if high > low else np.full(array.shape, 0.5)
@@ -155,8 +158,7 @@ def panels(
     rows = [row for row in rows if row]
     if not rows:
         raise ValueError("rows must hold at least one panel, got none.")
-    if side < 32:
-        raise ValueError(f"side must be at least 32 pixels, got {side}.")
+    check_number("side", side, 32, what="a number of pixels")
     first = rows[0][0].image
     width, height = (max(1, round(side * length / max(first.size))) for length in first.size)
     size = max(11, round(side / 15))

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -139,19 +139,44 @@ def prompt_name(entry: str) -> str:
     return entry.split(",", 1)[0].strip()
 
 
+def check_seen(seen: Collection[str], names: Sequence[str], of: str) -> None:
+    """Raises TypeError or ValueError if `seen` is no list of some of the names, which are those `of` something."""
+    wrong = f"seen must be a list of names out of {of}, got {seen!r}."
+    if isinstance(seen, str) or not isinstance(seen, Collection):
+        raise TypeError(wrong)
+    if any(name not in names for name in seen):
+        raise ValueError(wrong)
+
+
+def check_templates(templates: Iterable[str]) -> tuple[str, ...]:
+    """Sentences with one `{}` each, at least one.
+
+    Raises:
+        TypeError: `templates` is a string, or holds something else. ValueError: no template, or one without exactly one
+            `{}`.
+    """
+    if isinstance(templates, str):
+        raise TypeError(f"templates must be a list of sentences, got the string {_short(templates)}.")
+    if not isinstance(templates, Iterable):
+        raise TypeError(f"templates must be a list of sentences, got {type(templates).__name__}.")
+    templates = tuple(templates)
+    if not templates:
+        raise ValueError("templates must hold at least one sentence with a {}, got none.")
+    for template in templates:
+        if not isinstance(template, str):
+            raise TypeError(f"templates must hold sentences, got {type(template).__name__}.")
+        if template.count("{}") != 1:
+            raise ValueError(f"a template must hold {{}} exactly once, got {_short(template)}.")
+    return templates
+
+
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """Prompts: P templates, sentences with one `{}`, filled with the first synonym of T names -> T lists of P prompts.
 
     Raises:
-        TypeError: `templates` is a string. ValueError: no template, or one without exactly one `{}`.
+        TypeError, ValueError: as `check_templates`.
     """
-    if isinstance(templates, str):
-        raise TypeError(f"templates must be a list of sentences, got the string {_short(templates)}.")
-    if not templates:
-        raise ValueError("templates must hold at least one sentence with a {}, got none.")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"a template must hold {{}} exactly once, got {_short(template)}.")
+    templates = check_templates(templates)
     # Not str.format: a template may hold other braces.
     return [[template.replace("{}", prompt_name(name)) for template in templates] for name in names]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ovseg_fast.images import ImageError, list_images, load_image
 
@@ -371,6 +372,21 @@ def test_named_twice_comes_once(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.png")
     paths = [tmp_path / "b.png", tmp_path, tmp_path / "." / "b.png", f"{tmp_path}/../{tmp_path.name}/a.png"]
     assert list_images(paths) == [tmp_path / "b.png", tmp_path / "a.png"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "jpg", "tif"])
+def test_threads_may_share_an_image_that_is_opened_but_not_decoded(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(photograph(600, 700))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(path, **({"exif": exif} if suffix != "gif" else {}))
+    expected = pixels(path)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(6):
+            with Image.open(path) as opened:
+                found = list(threads.map(pixels, [opened] * 8))
+            assert all(np.array_equal(each, expected) for each in found)
 
 
 def test_broken_link_in_a_folder_is_not_passed_over(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ LEVELS = (
     ("backends",),
     ("cuda", "cpu", "kernels"),
     ("native",),
-    ("compat", "files", "fonts", "weights"),
+    ("arguments", "compat", "files", "fonts", "weights"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -254,9 +254,28 @@ def test_top_is_the_best_classes_in_order_without_all_maps(seg, photo, classes, 
         ({"text": torch.ones(2, 1, 31)}, ValueError, "text must have shape"),
         ({"text": torch.full((2, 1, 64), float("nan"))}, ValueError, "finite"),
         ({"text": torch.ones(2, 1, 64), "classes": NAMES}, ValueError, "name the 2 rows"),
+        ({"text": torch.ones(2, 64, dtype=torch.float64) * 1e200}, ValueError, "text must have rows .* length inf"),
+        ({"text": torch.ones(2, 64) * 1e25}, ValueError, "text must have rows .* length 8e"),
+        ({"text": torch.full((2, 64), 6e4, dtype=torch.float16)}, ValueError, "text must have rows .* length 4"),
+        ({"text": torch.eye(64)[:2] * torch.tensor([[1.0], [0.0]])}, ValueError, "text must have rows .* length 0"),
+        ({"text": torch.ones(2, 64) * 1e-20}, ValueError, "text must have rows .* length 8e-20"),
+        ({"text": "cat"}, TypeError, r"text must be a tensor or an array .*, got str\."),
+        ({"text": [[1.0, 2.0], [3.0]]}, TypeError, r"text must be a tensor or an array .*, got list\."),
+        ({"text": [[10**400]]}, TypeError, r"text must be a tensor or an array .*, got list\."),
+        ({"text": np.array([["a", 1.0]], dtype=object)}, TypeError, r"text must be a tensor .*, got ndarray\."),
+        ({"text": {"cat": 1}}, TypeError, r"text must be a tensor or an array .*, got dict\."),
+        ({"text": torch.ones(2, 64).to_sparse()}, TypeError, "text must be a dense tensor .*, got a sparse one"),
+        ({"text": torch.ones(2, 64, device="meta")}, TypeError, "text must be a dense tensor .*, got a meta one"),
+        (
+            {"text": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)},
+            TypeError,
+            "got a nested one",
+        ),
     ],
 )
-def test_bad_arguments(seg, photo, arguments, error, words):
+def test_bad_arguments(seg, photo, arguments, error, words, monkeypatch):
+    if "must have shape" not in words:  # of a width that only the model knows
+        monkeypatch.setattr(seg.model, "encode_pixels", None)
     with pytest.raises(error, match=words) as caught:
         seg.segment(photo, **arguments)
     assert "\n" not in str(caught.value)
@@ -274,6 +293,35 @@ def test_bad_arguments(seg, photo, arguments, error, words):
 def test_bad_loading(name, arguments, error, words):
     with pytest.raises(error, match=words):
         ovs.load(name, **arguments)
+
+
+@pytest.mark.parametrize("seen", [5, "cat", b"cat", ["dog"], [3], [["cat"]], NAMES[0][0], iter(NAMES)])
+def test_seen_is_a_list_of_names(cascade, photo, seen, monkeypatch):
+    monkeypatch.setattr(cascade.model, "encode_pixels", None)
+    with pytest.raises((TypeError, ValueError), match=r"^seen must be a list of names out of classes, got .*\.$"):
+        cascade.segment(photo, NAMES, seen=seen)
+
+
+@pytest.mark.parametrize("k", ["a", 1.5, True, None, float("nan"), [1]])
+@pytest.mark.parametrize("kept", [True, False])
+def test_top_takes_a_whole_number(seg, photo, k, kept):
+    out = seg.segment(photo, NAMES)
+    if not kept:
+        scores = out.scores
+        out = ovs.Segmentation(out.image, NAMES, out.labels, lambda: scores)
+    with pytest.raises(TypeError, match=r"^k must be a whole number, got "):
+        out.top(k)
+    assert np.array_equal(out.top(np.int64(2))[0], out.top(2)[0])
+
+
+@pytest.mark.parametrize(
+    "templates", ["a photo of {}", 5, [], ["a photo"], [5], ["{} {}"], [None], ["a {}", b"a {}"], {"a {}": 1, "b": 2}]
+)
+def test_templates_are_refused_when_a_segmenter_is_made(seg, templates):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^(templates must hold|templates must be|a template must) .*got"
+    ):
+        ovs.Segmenter(seg.model, templates=templates)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

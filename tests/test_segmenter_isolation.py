@@ -136,6 +136,21 @@ def test_no_call_changes_a_mode_even_for_a_moment(seg: ovs.Segmenter, photo: np.
     assert seen and all(found == modes for found in seen)
 
 
+@pytest.mark.parametrize("added", ["weight_norm", "spectral_norm"])
+def test_a_parametrised_model_in_training_mode(added: str, seg: ovs.Segmenter, photo: np.ndarray) -> None:
+    """Spectral norm also changes its buffers in training mode, which a call must not do."""
+    parametrise = getattr(torch.nn.utils.parametrizations, added)
+    for module in list(seg.model.modules()):
+        if isinstance(module, torch.nn.Linear):
+            parametrise(module)
+    expected = seg.segment(photo, NAMES)
+    seg.model.train()
+    before = {name: tensor.clone() for name, tensor in seg.model.state_dict().items()}
+    assert_equal(seg.segment(photo, NAMES), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in seg.model.state_dict().items())
+    assert all(module.training for module in seg.model.modules())
+
+
 def test_threads_that_share_a_segmenter(capsys: pytest.CaptureFixture[str]) -> None:
     assert threads.main(8) == 0
     assert capsys.readouterr().out.count("0 wrong of 32 calls") == 2

@@ -382,7 +382,7 @@ def test_cost_map_of_one_value_is_one_colour_of_the_middle() -> None:
         ((np.array([[0.0, np.nan]]),), "finite"),
         ((np.array([[0.0, np.inf]]),), "finite"),
         ((np.zeros((2, 3)), 1.0, 0.0), "low must not be above high, got 1.0 and 0.0"),
-        ((np.zeros((2, 3)), float("nan"), 0.0), "low must not be above high, got nan"),
+        ((np.zeros((2, 3)), float("nan"), 0.0), "low must be a finite number, got nan"),
     ],
 )
 def test_bad_cost_maps(arguments: tuple, words: str) -> None:
@@ -449,7 +449,7 @@ def test_bad_pages() -> None:
     for rows in ([], [[]], [[], []]):
         with pytest.raises(ValueError, match="at least one panel, got none"):
             panels(rows)
-    with pytest.raises(ValueError, match="side must be at least 32 pixels, got 31"):
+    with pytest.raises(ValueError, match="side must be a number of pixels of at least 32, got 31"):
         panels([[Panel(photograph(5, 5))]], side=31)
 
 

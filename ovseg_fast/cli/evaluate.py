@@ -23,7 +23,7 @@ from .repeats import counted_warnings
 @click.option("-o", "--out", type=options.PATH, help="Result (.json).  [default: out/MODEL_DATASET_SPLIT_MODE.json]")
 @click.option(
     "--seen-offset",
-    type=click.FloatRange(0, 1),
+    type=options.SHARE,
     help="Subtracted from seen classes' probabilities (Cascade-CLIP: 0.1, transductive 0).  [default: the model's]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate only the first images, this many.")
@@ -74,7 +74,7 @@ def evaluate_command(
         if seen_offset is not None:
             segmenter.model.seen_offset = seen_offset
         seen = _trained_on(weights, dataset.vocabulary.classes)
-        run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume)
+        run = Run(segmenter, dataset, target, mode=mode, seen=seen, limit=limit, restart=not resume, progress=not quiet)
     with options.exit_on_error(options.FAILED), counted_warnings():
         result = run.go(progress=not quiet)
     if not quiet:

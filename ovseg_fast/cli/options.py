@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -32,6 +33,22 @@ EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, Impor
 stopping = threading.Event()  # set once a signal asked the command to end
 
 PATH = click.Path(path_type=Path)
+
+
+class _Share(click.FloatRange):
+    """A number in 0..1, which NaN, unlike for click, is not."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range 0<=x<=1.", param, ctx)
+        return number
+
+
+SHARE = _Share()  # the type of every option that is no whole number
 
 _weights = click.option(
     "-w",

@@ -38,7 +38,7 @@ KINDS = ("overlay", "labels", "npz")
     show_default=True,
     help="What to write for each image; may be repeated. `labels` is a PNG of class indices.",
 )
-@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the colours.")
+@click.option("--alpha", type=options.SHARE, default=0.5, show_default=True, help="Opacity of the colours.")
 @click.option("--font", help="Font file for the legend's names.  [default: PIL's own or one of the system]")
 @options.max_side
 @options.quiet("No progress bar and no summary.")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..arguments import check_number
 from ..compat import ensure_importable
 from .masks import NO_CLASS
 
@@ -52,12 +53,16 @@ def augmentation(
         labels (size, size), and raises ValueError for an image or labels of another form or size.
 
     Raises:
-        ValueError: size is not a whole number of at least 2, or scales are not two ascending numbers above 0.
+        ValueError: size is not a whole number of at least 2, scales are not two ascending numbers above 0, or another
+            number is out of its range.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 2:
         raise ValueError(f"size must be a whole number of pixels, at least 2, got {size!r}.")
     if not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf):
         raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {scales!r}.")
+    if not longest >= 1:
+        raise ValueError(f"longest must be a number of at least 1, got {longest!r}.")
+    check_number("largest_share", largest_share, 0, 1, "a share")
     flip, colours = [v2.RandomHorizontalFlip()], _distortion() if distortion else []
     last = [*flip, *colours] if flip_first else [*colours, *flip]
     steps = [ShorterSide(size, scales, longest), Crop(size, largest_share), *last, Pad(size, fill)]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image
 
+from ..arguments import check_whole
 from ..files import read_text
-from ..images import MAX_SIDE, enough_memory, load_image, suffixes
+from ..images import MAX_SIDE, check_max_side, enough_memory, load_image, suffixes
 from ..vocabulary import check_classes, read_classes
 from .conventions import DATASETS, Convention, KnownDataset
 from .masks import DataError, MaskValues, read_mask
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .world.scenes import WorldScenes
 
 WORLD_SPLITS = {"train": "train", "test": "test", "all": "all", "val": "test"}
+MOST_SCENES = 10_000_000  # of the world, whose names take a gigabyte
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,12 @@ def open_dataset(
         ValueError: no such dataset or split, none of the expected folders, a wrong number of class names, or a bad
             `limit` or `seed`.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    check_max_side(max_side)
+    if limit is not None:
+        check_whole("limit", limit, "images")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1 image, got {limit}.")
+    check_whole("seed", seed)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
     if name not in (*DATASETS, WORLD.name):
@@ -143,6 +149,8 @@ def open_dataset(
     if known is None:
         from .world.scenes import WorldScenes  # the drawing code, loaded only if something is drawn
 
+        if (limit or 0) > MOST_SCENES:
+            raise ValueError(f"limit must be at most {MOST_SCENES:,} scenes of the world, got {limit}.")
         return WorldScenes.first(limit or endless, WORLD_SPLITS[split], seed)
     if root is None:
         raise ValueError(f"root must be the folder that {name} lies in, got None.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, backends
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +19,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "backend": backends.requested(),
+        "float32 products": torch.get_float32_matmul_precision(),
         "ovseg-fast": __version__,
         "torch": torch.__version__.partition("+")[0],
         "machine": platform.machine(),

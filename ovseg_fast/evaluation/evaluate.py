@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, backends
+from ..arguments import check_number, check_whole
 from ..data.masks import NO_CLASS
 from ..files import check_writable, held
+from ..models.steady import autocast_dtype
 from ..segmenter import Segmenter
-from ..vocabulary import check_classes
+from ..vocabulary import check_classes, check_seen
 from .environment import environment
 from .metrics import ConfusionMatrix, Scores
 from .results import Evaluation, Skipped
@@ -85,7 +88,11 @@ def evaluate(
         EvaluationError: no image could be evaluated.
         OSError: `out` cannot be written. Errors of the model other than a lack of memory are passed on.
     """
-    run = Run(segmenter, dataset, out, mode=mode, seen=seen, groups=groups, limit=limit, restart=restart)
+    if save_seconds is not None:
+        check_number("save_seconds", save_seconds, 0, what="a number of seconds")
+    run = Run(
+        segmenter, dataset, out, mode=mode, seen=seen, groups=groups, limit=limit, restart=restart, progress=progress
+    )
     return run.go(progress=progress, save_seconds=save_seconds)
 
 
@@ -104,9 +111,11 @@ class Run:
         groups: Mapping[str, Sequence[str]] | None = None,
         limit: int | None = None,
         restart: bool = False,
+        progress: bool = True,
     ) -> None:
-        self.task = task = _Task(segmenter, dataset, mode, seen, groups, limit)
+        self.task = task = Task(segmenter, dataset, mode, seen=seen, groups=groups, limit=limit)
         self.target = None if out is None else check_target(out)
+        self.text = segmenter.embed_text(task.names, progress=progress)
         self.partial = None if self.target is None else self.target.with_name(f"{self.target.stem}.partial.npz")
         self.settings = {**task.settings(), "limit": limit}
         fingerprint = task.fingerprint()
@@ -131,7 +140,9 @@ class Run:
         """Evaluate what is left."""
         task, state, partial, target = self.task, self.state, self.partial, self.target
         with self._lock:
-            skipped = _run(task, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds)
+            skipped = _run(
+                task, self.text, state, partial, progress, SAVE_SECONDS if save_seconds is None else save_seconds
+            )
             if not state.done.any():
                 if partial is not None:
                     partial.unlink(missing_ok=True)
@@ -184,7 +195,7 @@ def _alone(target: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-class _Task:
+class Task:
     """The arguments of `evaluate`, checked. T `names` are prompted, names[t] counts as class class_of[t]; `split` are
     the indices of the seen classes, `offset` the argument `seen` of `Segmenter.segment`."""
 
@@ -192,10 +203,11 @@ class _Task:
         self,
         segmenter: Segmenter,
         dataset: Dataset,
-        mode: str,
-        seen: Collection[str] | None,
-        groups: Mapping[str, Sequence[str]] | None,
-        limit: int | None,
+        mode: str = "slide",
+        *,
+        seen: Collection[str] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        limit: int | None = None,
     ) -> None:
         if not isinstance(segmenter, Segmenter):
             raise TypeError(f"segmenter must be a Segmenter, as ovseg_fast.load gives, got {type(segmenter).__name__}.")
@@ -204,18 +216,19 @@ class _Task:
             raise TypeError(what)
         if not len(dataset.pairs):
             raise ValueError(f"dataset {dataset.name} is empty, expected at least one image with its mask.")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
-            raise TypeError(f"limit must be a whole number of images, got {limit!r}.")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be at least 1 image, got {limit}.")
+        if limit is not None:
+            check_whole("limit", limit, "images")
+            if limit < 1:
+                raise ValueError(f"limit must be at least 1 image, got {limit}.")
+        backends.requested()  # raises for a bad OVSEG_BACKEND
         segmenter.check_mode(mode)
         self.segmenter, self.dataset, self.pairs, self.mode = segmenter, dataset, dataset.pairs[:limit], mode
         folder = getattr(dataset, "image_folder", None)
         self.folder = None if folder is None else os.path.abspath(folder)
         vocabulary = dataset.vocabulary
         self.classes = classes = list(vocabulary.classes)
-        if seen is not None and (isinstance(seen, str) or not set(seen) <= set(classes)):
-            raise ValueError(f"seen must be a list of names out of the dataset's classes, got {seen!r}.")
+        if seen is not None:
+            check_seen(seen, classes, "the dataset's classes")
         if groups is None:
             groups = {classes[0]: vocabulary.background} if vocabulary.background else {}
         names, self.class_of = prompts_of(classes, groups)
@@ -229,6 +242,10 @@ class _Task:
                 self.offset["seen"] = [name for name, position in pairs if position in self.split]
         elif vocabulary.unseen:
             self.split = [i for i in range(len(classes)) if i not in vocabulary.unseen]
+        segmenter.check_prompts(self.names, **self.offset)
+        self.precision = str(segmenter.model.pixel_mean.dtype).removeprefix("torch.")
+        if (cast := autocast_dtype(segmenter.device)) is not None:
+            self.precision += f" under autocast to {str(cast).removeprefix('torch.')}"
 
     def fingerprint(self) -> dict[str, str]:
         parts = {
@@ -236,6 +253,7 @@ class _Task:
             "classes": [self.classes, self.names, self.class_of.tolist()],
             "seen classes": [self.split, self.offset, self.segmenter.model.seen_offset],
             "mode": self.mode,
+            "precision": self.precision,
             "dataset": self.dataset.name,
             "folder": str(self.folder),
             "images": [pair.name for pair in self.pairs],
@@ -256,7 +274,8 @@ class _Task:
             "templates": list(self.segmenter.templates),
             "groups": {name: prompted for name, prompted in members.items() if prompted != [name]},
             "seen": None if self.split is None else [self.classes[i] for i in self.split],
-            "precision": str(model.pixel_mean.dtype).removeprefix("torch."),
+            "precision": self.precision,
+            "float32_products": torch.get_float32_matmul_precision(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}",
         }
         if model.seen_offset is not None:
@@ -292,14 +311,15 @@ def prompts_of(classes: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
     return names, np.array([index for _, index in prompted], dtype=np.int64)
 
 
-def _run(task: _Task, state: State, partial: Path | None, progress: bool, save_seconds: float) -> list[Skipped]:
+def _run(
+    task: Task, text: Tensor, state: State, partial: Path | None, progress: bool, save_seconds: float
+) -> list[Skipped]:
     """Evaluate what is missing in `state`, in place; returns what could not be evaluated."""
     segmenter = task.segmenter
     device = segmenter.device if segmenter.device.type == "cuda" else torch.device("cpu")
     confusion = ConfusionMatrix(len(task.classes), device)
     confusion.matrix += torch.from_numpy(state.matrix).to(device)
     class_of = torch.from_numpy(task.class_of).to(device)
-    text = segmenter.embed_text(task.names, progress=progress)
     left = np.flatnonzero(~state.done).tolist()
     skipped: list[Skipped] = []
     hidden = None if progress else True  # None: only on a terminal

@@ -20,7 +20,7 @@ from ..files import write_whole
 from ..models import SegmentationModel
 from .environment import tell_changes
 
-FORMAT = "2"  # of the file
+FORMAT = "3"  # of the file
 CURE = "start over with restart=True (--restart), which discards it."
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -51,7 +52,12 @@ def in_evaluation(model: Module) -> Module:
 
 def _twin(module: Any, made: dict[int, nn.Module]) -> Any:
     if id(module) not in made:
-        twin = made[id(module)] = copy.copy(module)
+        if is_parametrized(module):  # refuses to be copied
+            twin = object.__new__(type(module))
+            twin.__dict__.update(module.__dict__)
+        else:
+            twin = copy.copy(module)
+        made[id(module)] = twin
         twin.training = False
         children = module._modules.items()
         twin._modules = {name: child if child is None else _twin(child, made) for name, child in children}

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..arguments import check_whole
 from .common import registration
 from .common.checks import check_positive, check_tensors
 from .common.tiles import tiles
@@ -180,6 +181,8 @@ def _check_placement(function: str, placement: Placement, windows: int) -> None:
 
 def _check_k(function: str, k: int | None, classes: int) -> None:
     most = min(classes, MOST_LABELS)
+    if k is not None:
+        check_whole(f"{function}: k", k)
     if k is not None and not 1 <= k <= most:
         raise ValueError(f"{function}: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from ..arguments import check_number
 from ..files import read_text
 from ..images import MAX_SIDE
 from ..models.presets import get_preset
@@ -27,7 +28,9 @@ LOWEST = {  # of whole numbers
     **dict.fromkeys(("warmup", "seed", "workers", "pictures"), 0),
     "crop": 2,
 }
-HIGHEST = {"crop": MAX_SIDE, "workers": 1024}
+HIGHEST = {"crop": MAX_SIDE, "workers": 1024, "batch": 65_536, "pictures": 1000}
+RATES = 1e-12, 1.0  # of learning: AdamW moves a weight by about the rate, so beyond lie no movement and no training
+NORMS = 1e-12, 1e12
 
 Config = TypeVar("Config")
 
@@ -114,14 +117,13 @@ class TrainingConfig:
             raise ValueError(f"batch must be a multiple of accumulation, {self.accumulation}, got {self.batch}.")
         if self.scales is not None and not 0 < self.scales[0] <= self.scales[1] < math.inf:
             raise ValueError(f"scales must be two numbers above 0, the smaller one first, got {list(self.scales)}.")
-        for name in ("learning_rate", "clip_learning_rate", "max_gradient_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}.")
-            if value == math.inf and name != "max_gradient_norm":
-                raise ValueError(f"{name} must be finite, got {value}.")
-        if self.transductive is not None and not 0 <= self.transductive <= 1:
-            raise ValueError(f"transductive must be a share of the steps in 0..1, got {self.transductive}.")
+        for name in ("learning_rate", "clip_learning_rate"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), *RATES, "a rate")
+        if self.max_gradient_norm is not None and self.max_gradient_norm != math.inf:
+            check_number("max_gradient_norm", self.max_gradient_norm, *NORMS, "inf or a number")
+        if self.transductive is not None:
+            check_number("transductive", self.transductive, 0, 1, "a share of the steps")
         if self.weights is not None and self.clip_pretrained is not None:
             raise ValueError("weights and clip_pretrained exclude each other: weights hold those of CLIP.")
 

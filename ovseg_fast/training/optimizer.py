@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import check_number, check_whole
 from ..models import Hyperparameters, SegmentationModel
 from ..models.base import check_model
 
@@ -20,6 +21,7 @@ def with_clip_rate(settings: Hyperparameters, rate: float) -> Hyperparameters:
     """The same with another learning rate for CLIP's weights. Raises ValueError if the method has no CLIP."""
     if settings.clip is None:
         raise ValueError(f"clip_learning_rate is for methods with a CLIP of their own, got {rate}.")
+    check_number("clip_learning_rate", rate, 0)
     return replace(settings, factors={**settings.factors, settings.clip: rate / settings.learning_rate})
 
 
@@ -28,6 +30,8 @@ def parameter_groups(model: SegmentationModel, settings: Hyperparameters | None 
     published ones by default. Raises TypeError for another model, ValueError if no parameter requires gradients."""
     check_model(model)
     settings = settings or model.hyperparameters
+    for name in ("learning_rate", "weight_decay"):
+        check_number(name, getattr(settings, name), 0)
     undecayed = set(_undecayed(model, settings.no_decay))
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -76,7 +80,7 @@ def poly(steps: int, rate: float, settings: Hyperparameters) -> Schedule:
     Raises ValueError if `steps` is less than 1, `rate` is not positive, or `warmup` is negative.
     """
     _check_steps(steps)
-    if rate <= 0:
+    if check_number("rate", rate) <= 0:
         raise ValueError(f"rate must be positive, got {rate}.")
     if settings.warmup < 0:
         raise ValueError(f"warmup must be a number of steps, 0 or more, got {settings.warmup}.")
@@ -103,5 +107,6 @@ def _undecayed(model: nn.Module, kinds: Iterable[str]) -> Iterable[str]:
 
 
 def _check_steps(steps: int) -> None:
+    check_whole("steps", steps)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")

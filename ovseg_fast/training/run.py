@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .. import checkpoints
+from .. import backends, checkpoints
 from ..compat import lacks_memory, require
 from ..data.augmentation import augmentation
 from ..evaluation.environment import environment
 from ..files import check_writable, held
 from ..models import Hyperparameters, SegmentationModel, build
+from ..models.steady import autocast_dtype
 from ..segmenter import Segmenter
 from ..vocabulary import fill_templates, prompt_name, tokenize
 from .config import PRECISIONS, TrainingConfig, as_config
@@ -38,7 +39,7 @@ from .optimizer import build_optimizer, build_schedule, with_clip_rate
 from .pairs import Contents, open_data, warn_of_masks
 from .start import check_sizes, check_start, load_start
 from .state import State, check_optimizer, undamaged
-from .validation import PICTURES, validate
+from .validation import PICTURES, check_names, validate
 
 CHECKPOINT, WEIGHTS, LOCK = "checkpoint.pt", "model.safetensors", ".lock"
 
@@ -65,7 +66,8 @@ def train(
         ValueError, TypeError, OSError: the configuration does not fit itself, the data, or the run that `out` holds;
             or, later, a file cannot be written or none of the images can be read.
         FloatingPointError: the loss is no longer finite; the last checkpoint stays. ImportError: accelerate is missing.
-        RuntimeError: the memory does not suffice, or a process that reads images died.
+        RuntimeError: the backend asked for cannot run here, the memory does not suffice, or a process that reads images
+            died.
     """
     run = Run(as_config(config), progress=progress)
     run.prepare(restart)
@@ -81,6 +83,11 @@ class Run:
     ) -> None:
         self.config, self.out = config, Path(config.out)
         self.accelerator = _accelerator(config)
+        backends.check(self.accelerator.device, training=True)
+        if autocast_dtype(self.accelerator.device) is not None:
+            raise ValueError("training must be called outside of torch.autocast: it runs under precision.")
+        if not torch.is_grad_enabled():
+            raise ValueError("training needs gradients: call it outside of torch.no_grad and torch.inference_mode.")
         self.progress = progress and self.accelerator.is_main_process
         share = config.accumulation * self.accelerator.num_processes
         if config.batch % share:
@@ -134,6 +141,7 @@ class Run:
                 model.load_state_dict(saved.model)
         model.to(accelerator.device).train()
         segmenter = Segmenter(model)
+        check_names(segmenter, self.classes, self.validation)
         if any(parameter.requires_grad for parameter in model.text_encoder.parameters()):
             prompts = fill_templates([prompt_name(name) for name in self.classes], segmenter.templates)
             texts = tokenize(prompts).to(accelerator.device)

@@ -9,7 +9,7 @@ import torch
 from .. import checkpoints
 from ..checkpoints.files import file_kind
 from ..compat import ensure_importable, lacks_memory
-from ..images import MAX_SIDE
+from ..images import MAX_SIDE, MIN_SIDE
 from ..models import SegmentationModel
 from ..models.clip import TINY_CLIP
 from ..models.presets import get_preset
@@ -42,11 +42,11 @@ def load_start(model: SegmentationModel, path: str) -> None:
 
 
 def check_sizes(model: SegmentationModel, config: TrainingConfig) -> None:
-    """Raises ValueError if the model does not take images of the configured crop, or scales make them too large."""
+    """Raises ValueError if the model does not take images of the crop, or scales make them too small or too large."""
     side = config.crop or model.config.image_size
-    if config.scales is not None and side * config.scales[1] > MAX_SIDE:
+    if config.scales is not None and not MIN_SIDE <= side * config.scales[0] <= side * config.scales[1] <= MAX_SIDE:
         wrong = f"got {list(config.scales)} times a crop of {side}"
-        raise ValueError(f"scales must make images of at most {MAX_SIDE} pixels a side, {wrong}.")
+        raise ValueError(f"scales must make images of {MIN_SIDE} to {MAX_SIDE} pixels a side, {wrong}.")
     if config.crop is None:
         return
     try:

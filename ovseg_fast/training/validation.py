@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ..compat import lacks_memory
 from ..data import Dataset
-from ..evaluation.evaluate import EvaluationError, evaluate
+from ..evaluation.evaluate import EvaluationError, Task, evaluate
 from ..evaluation.results import Skipped
 from ..files import write_whole
 from ..segmenter import Segmenter
@@ -19,6 +20,19 @@ from .log import comparison
 PICTURES = "pictures"
 
 logger = logging.getLogger(__name__)
+
+
+def check_names(segmenter: Segmenter, classes: Sequence[str], validation: Dataset | None) -> None:
+    """Raises ValueError that names the table if the classes to train on, or those of the validation data, cannot be
+    prompted."""
+    table = "data"
+    try:
+        segmenter.check_prompts(classes)
+        table = "validation"
+        if validation is not None:
+            Task(segmenter, validation)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"in [{table}]: {error}") from None
 
 
 def validate(

@@ -140,6 +140,21 @@ def test_a_result_that_cannot_be_written_is_told_before_the_model_is_loaded(fold
         refused(run(*ARGUMENTS, *WEIGHTS, "-o", "other.json"), "an evaluation into 'other.json' is under way")
 
 
+@pytest.mark.parametrize("name", ["word " * 100, "<end_of_text>"])
+def test_a_name_that_cannot_be_prompted_is_refused_before_anything_is_begun(folder, monkeypatch, name):
+    monkeypatch.setattr("evaluation.photo_folder.CLASSES", ("cat", "grass", "sky", "wall", name))
+    refused(run(*ARGUMENTS, *WEIGHTS, "-o", "new/result.json"), "a prompt must", name[:5])
+    assert not (folder / "new").exists()
+
+
+def test_weights_that_give_no_text_are_refused_before_anything_is_begun(folder):
+    model = ovs.build("catseg-tiny")
+    torch.nn.init.constant_(model.text_encoder.text_projection, 1e38)
+    checkpoints.save(model, folder / "large.safetensors")
+    refused(run(*ARGUMENTS, "-w", "large.safetensors", "-o", "new/result.json"), "text embeddings are NaN or infinite")
+    assert not (folder / "new").exists()
+
+
 def test_what_fails_once_begun_gives_exit_code_1(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from PIL import Image
 
 import ovseg_fast as ovs
 from evaluation.photo_folder import PhotoFolder, make_photos
+from ovseg_fast import backends
 from ovseg_fast.evaluation import evaluate as evaluation
 from ovseg_fast.evaluation.evaluate import Run, check_target, evaluate
-from ovseg_fast.evaluation.state import State, StateError, stamp
+from ovseg_fast.evaluation.state import FORMAT, State, StateError, stamp
 from ovseg_fast.files import held
 
 DAMAGED = r"result\.partial\.npz' is not the state of an evaluation, or is damaged; start over .*\(--restart\).*\.$"
@@ -115,6 +117,38 @@ def test_a_state_of_an_older_version_is_refused(segmenter, photos, tmp_path):
         run(segmenter, photos, out)
 
 
+def autocast(dtype):
+    return torch.autocast("cpu", dtype) if dtype else nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.bfloat16, None), (None, torch.bfloat16), (torch.bfloat16, torch.float16)]
+)
+def test_a_run_under_autocast_resumes_under_the_same_only(segmenter, photos, tmp_path, before, after):
+    out = tmp_path / "result.json"
+    with autocast(before):
+        stop_after(segmenter, photos, 2, out)
+    with autocast(after), pytest.raises(StateError, match=r"an evaluation with other precision; .*--restart"):
+        run(segmenter, photos, out)
+    with autocast(before):
+        result = run(segmenter, photos, out)
+        assert result.metrics == run(segmenter, photos).metrics
+    said = {None: "float32", torch.bfloat16: "float32 under autocast to bfloat16"}[before]
+    assert result.settings["precision"] == said
+
+
+def test_another_backend_and_other_products_are_told(segmenter, photos, tmp_path, caplog):
+    out, before = tmp_path / "result.json", torch.get_float32_matmul_precision()
+    stop_after(segmenter, photos, 2, out)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with caplog.at_level(logging.WARNING), ovs.backend("torch"):
+            assert run(segmenter, photos, out).settings["float32_products"] == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert f"backend auto is now torch, float32 products {before} is now high" in caplog.text
+
+
 def test_another_environment_is_told(segmenter, photos, tmp_path, caplog):
     out = tmp_path / "result.json"
     stop_after(segmenter, photos, 2, out)
@@ -135,7 +169,7 @@ def test_another_environment_is_told(segmenter, photos, tmp_path, caplog):
 def test_a_damaged_state_is_refused_or_unchanged(tmp_path):
     """Cut to any length, or with any byte changed."""
     path = tmp_path / "result.partial.npz"
-    fingerprint = {"state format": "2", "model": "x"}
+    fingerprint = {"state format": FORMAT, "model": "x"}
     state = State.new(fingerprint, 6, 9)
     state.matrix += np.random.randint(0, 10**9, (6, 6))
     state.done[:4], state.stamps[:4], state.seconds = True, np.random.randint(0, 10**9, (4, 4)), 2.5
@@ -237,9 +271,19 @@ def test_arguments_of_another_kind(segmenter, photos):
         ovs.evaluate(segmenter.model, photos)
     with pytest.raises(TypeError, match=r"dataset must be a dataset, as .*open_dataset gives, got str"):
         ovs.evaluate(segmenter, "world")
+    for seen in (5, "cat", ["dog"], [["cat"]]):
+        with pytest.raises((TypeError, ValueError), match="seen must be a list of names out of the dataset's classes"):
+            ovs.evaluate(segmenter, photos, seen=seen)
     with pytest.raises(TypeError, match="limit must be a whole number of images, got '3'"):
         ovs.evaluate(segmenter, photos, limit="3")
     assert ovs.evaluate is evaluate
+
+
+def test_a_bad_backend_is_no_fault_of_the_images(segmenter, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_default", "foo")
+    with pytest.raises(ValueError, match=r"^OVSEG_BACKEND must be one of .*, got 'foo'"):
+        run(segmenter, photos, tmp_path / "new" / "result.json")
+    assert not (tmp_path / "new").exists()
 
 
 # Memory, and names of any kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
+from ovseg_fast import backends
 from ovseg_fast.cli.train import train_command
 from ovseg_fast.training.config import DataConfig
 from ovseg_fast.training.run import CHECKPOINT, WEIGHTS
@@ -52,6 +53,50 @@ def test_a_training_and_what_its_resumption_refuses(folder):
 )
 def test_what_can_be_known_is_refused_before_the_first_step(folder, changes, words):
     refused(run(folder, **changes), *words)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["1e38", "nan", "1e-300"])
+def test_a_rate_that_cannot_be_used_is_refused_before_the_first_step(folder, value):
+    config = write(configuration(folder, learning_rate=0.5), folder / "run.toml")
+    config.write_text(config.read_text().replace("learning_rate = 0.5", f"learning_rate = {value}"))
+    result = CliRunner().invoke(train_command, [str(config), "--quiet"], catch_exceptions=False)
+    refused(result, "learning_rate must be a rate in 1e-12..1, got")
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("policy", ["attention", "none"])  # whether the text encoder is trained
+@pytest.mark.parametrize("table", ["data", "validation"])
+def test_names_that_cannot_be_prompted_are_refused_before_the_first_step(folder, table, policy):
+    make_data(folder / "long", 2)
+    (folder / "long/classes.txt").write_text("word " * 100 + "\ngreen\nblue", encoding="utf-8")
+    long = DataConfig("folder", str(folder / "long"))
+    words = f"in [{table}]: a prompt must fit into CLIP's 77 tokens", "word word"
+    refused(run(folder, policy=policy, **{table: long}), *words)
+    assert not (folder / "run").exists()
+
+
+def test_a_validation_list_that_changed_refuses_the_resumption(folder):
+    make_data(folder / "other", 2)
+    validation = DataConfig("folder", str(folder / "other"))
+    assert run(folder, validation=validation).exit_code == 0
+    (folder / "other/classes.txt").write_text("red\ngreen\n<start_of_text>", encoding="utf-8")
+    refused(run(folder, validation=validation, steps=2), "in [validation]: a prompt must not spell out CLIP's special")
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("foo", "OVSEG_BACKEND must be one of auto, cuda, triton, cpu, torch, got 'foo'"),
+        ("triton", "the triton backend was asked for but cannot run"),
+        ("cpu", "training: the cpu backend was asked for but cannot run: its kernels have no gradient"),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_a_backend_that_cannot_train_is_refused_before_the_first_step(folder, monkeypatch, backend, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_default", backend)
+    refused(run(folder), words)
     assert not (folder / "run").exists()
 
 

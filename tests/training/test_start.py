@@ -53,11 +53,13 @@ def test_a_crop_that_the_model_does_not_take_is_refused(folder):
     train(configuration(folder, crop=100, steps=1, out="other"), progress=False)
 
 
-def test_scales_that_make_images_too_large_are_refused(folder):
+@pytest.mark.parametrize("scales", [(1.0, 200.0), (1e-9, 1.0), (1.0, 1e308)])
+def test_scales_that_make_images_too_small_or_too_large_are_refused(folder, scales):
     with pytest.raises(
-        ValueError, match=r"^scales must make images of at most 16384 pixels a side, got .* times a crop of 96"
+        ValueError, match=r"^scales must make images of 2 to 16384 pixels a side, got .* times a crop of 96"
     ):
-        train(configuration(folder, scales=(1.0, 200.0)), progress=False)
+        train(configuration(folder, scales=scales), progress=False)
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
@@ -92,6 +94,21 @@ def test_runs_of_several_precisions_in_one_process(folder):
     for precision in ("fp32", "bf16", "fp32"):
         config = configuration(folder, steps=1, precision=precision, out=precision)
         assert Run(config, progress=False).accelerator.mixed_precision == {"fp32": "no"}.get(precision, precision)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), r"outside of torch\.autocast"),
+        (torch.no_grad, "training needs gradients"),
+        (torch.inference_mode, "training needs gradients"),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_a_block_that_would_change_the_training_is_refused(folder, block, words):
+    with block(), pytest.raises(ValueError, match=words):
+        train(configuration(folder), progress=False)
+    assert not (folder / "run").exists()
 
 
 def test_train_in_python(folder):

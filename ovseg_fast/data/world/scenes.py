@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...arguments import check_whole
 from ..vocabularies import WORLD
 from .classes import ARTICLES, CLASS_WORDS, FIRST_GROUND, GROUNDS, OBJECTS, ON, PREFIXES, SUFFIXES, SYNONYMS
 from .drawing import Random, draw_ground, draw_object, light
@@ -79,6 +80,7 @@ class World:
     vocabulary = WORLD
 
     def __init__(self, seed: int = 0, difficulty: Difficulty | None = None) -> None:
+        check_whole("seed", seed)
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
         self.seed = seed
@@ -167,6 +169,8 @@ class World:
 
 
 def _check_number(index: int, size: int) -> None:
+    check_whole("index", index)
+    check_whole("size", size, "pixels")
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}.")
     if size < 32:
