@@ -31,9 +31,10 @@ POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, cty
 _RUN = (NUMBER, NUMBER, POINTER)  # dtype, device, stream: the last arguments of every operator
 
 
-def _params(pointers: str, sizes: str) -> type[ctypes.Structure]:
+def _params(pointers: str, sizes: str, reals: str = "") -> type[ctypes.Structure]:
     """A params struct of ovseg.h with these fields."""
-    fields = [*((name, POINTER) for name in pointers.split()), *((name, SIZE) for name in sizes.split())]
+    kinds = {POINTER: pointers, SIZE: sizes, ctypes.c_double: reals}
+    fields = [(name, kind) for kind, names in kinds.items() for name in names.split()]
     return type("Params", (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -50,6 +51,12 @@ _CLASS_AGGREGATION = _params(
 _RESIDUAL_MLP = _params(
     "grad y norm_weight norm_bias fc1_weight fc1_bias fc2_weight y_grad normed activated units_grad sums",
     "rows channels hidden gelu",
+)
+_ENCODER_BLOCK = _params(
+    "x norm1_weight norm1_bias q_weight k_weight v_weight qkv_bias proj_weight proj_bias norm2_weight norm2_bias "
+    "fc1_weight fc1_bias fc2_weight fc2_bias out",
+    "batch tokens channels hidden heads quick dense",
+    "norm1_eps norm2_eps",
 )
 
 # Argument types of the operators' functions, or a params struct that holds all but the last three; each function
@@ -78,8 +85,14 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "ovseg_class_aggregation_resize_bwd": (*[POINTER] * 2, *[SIZE] * 6, *_RUN),
 }
 
-# Those that the library for CPUs has.
-CPU_FUNCTIONS = ("ovseg_spatial_aggregation_fwd",)
+
+# Those of the library for CPUs: the same functions of operators, and its own.
+CPU_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "ovseg_class_aggregation_fwd": FUNCTIONS["ovseg_class_aggregation_fwd"],
+    "ovseg_class_aggregation_resize_fwd": FUNCTIONS["ovseg_class_aggregation_resize_fwd"],
+    "ovseg_encoder_block_fwd": (_ENCODER_BLOCK, *_RUN),
+    "ovseg_spatial_aggregation_fwd": FUNCTIONS["ovseg_spatial_aggregation_fwd"],
+}
 
 # Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.
 VERIFIED: frozenset[str] = frozenset()
@@ -117,8 +130,7 @@ def library(kind: str = "cuda") -> ctypes.CDLL:
         raise NativeLibraryError(f"the native library {file.name} {found}; {REBUILD}")
     try:
         loaded.ovseg_error_string.restype = ctypes.c_char_p
-        for name in FUNCTIONS if kind == "cuda" else CPU_FUNCTIONS:
-            types = FUNCTIONS[name]
+        for name, types in (FUNCTIONS if kind == "cuda" else CPU_FUNCTIONS).items():
             first = ctypes.POINTER(types[0]) if issubclass(types[0], ctypes.Structure) else types[0]
             getattr(loaded, name).argtypes = (first, *types[1:])
         if kind == "cuda":
@@ -210,7 +222,7 @@ def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
     Raises TypeError for a wrong number of fields.
     """
     values = [_value(argument) for argument in arguments]
-    kind = FUNCTIONS[name][0]
+    kind = {**FUNCTIONS, **CPU_FUNCTIONS}[name][0]
     if not issubclass(kind, ctypes.Structure):
         return values
     if len(values) != len(kind._fields_):

@@ -135,6 +135,14 @@ def decoder_stage(x: Tensor, guidance: Tensor, **parameters: Tensor) -> Counterp
     )
 
 
+def encoder_block(x: Tensor, *, heads: int, dense: bool = False, **others: Any) -> Counterpart:
+    weights = {ENCODER_NAMES[name]: others.pop(name) for name in ENCODER_NAMES}
+    if dense:
+        return Counterpart(lambda: literal.clip_value_block(weights, "", x), lambda out: out)
+    options = {**others, "head_width": x.shape[-1] // heads}
+    return Counterpart(lambda: literal.clip_block(weights, "", x, **options), lambda out: out)
+
+
 def layer_gather(
     hidden: Sequence[Tensor],
     patches: int,
@@ -231,12 +239,22 @@ def top_labels(*, k: int, **parameters: Any) -> Counterpart:
     )
 
 
+ENCODER_NAMES = {  # of our weights in CLIP's blocks
+    **{f"norm{i}_{kind}": f"ln_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")},
+    **{f"{part}_weight": f"attn.{part}_proj_weight" for part in "qkv"},
+    "qkv_bias": "attn.in_proj_bias",
+    **{f"proj_{kind}": f"attn.out_proj.{kind}" for kind in ("weight", "bias")},
+    **{f"fc1_{kind}": f"mlp.c_fc.{kind}" for kind in ("weight", "bias")},
+    **{f"fc2_{kind}": f"mlp.c_proj.{kind}" for kind in ("weight", "bias")},
+}
+
 COUNTERPARTS: dict[str, Callable[..., Counterpart]] = {
     "cost_volume": cost_volume,
     "cost_embedding": cost_embedding,
     "embed_volume": embed_volume,
     "spatial_aggregation": spatial_aggregation,
     "class_aggregation": class_aggregation,
+    "encoder_block": encoder_block,
     "layer_gather": layer_gather,
     "gaussian_aggregation": gaussian_aggregation,
     "mask_attention": mask_attention,

@@ -93,6 +93,23 @@ int ovseg_cpu_choose(const char *name) {
     return OVSEG_UNSUPPORTED_CPU;
 }
 
+int ovseg_class_aggregation_fwd(const ovseg_class_aggregation_params *params, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) { return use.class_aggregation(params, dtype, threads); });
+}
+
+int ovseg_class_aggregation_resize_fwd(const void *x, const void *y, void *out, int64_t maps, int64_t height,
+                                       int64_t width, int64_t low_height, int64_t low_width, int64_t channels,
+                                       int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.class_aggregation_resize(x, y, out, maps, height, width, low_height, low_width, channels, dtype,
+                                            threads);
+    });
+}
+
+int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *) {
+    return with_operators(dtype, [&](const Operators &use) { return use.encoder_block(params, dtype, threads); });
+}
+
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
 }

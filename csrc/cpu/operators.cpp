@@ -5,6 +5,9 @@
 namespace OVSEG_ISA {
 
 const Operators OPERATORS = {
+    class_aggregation,
+    class_aggregation_resize,
+    encoder_block,
     spatial_aggregation,
 };
 

@@ -25,6 +25,25 @@ OVSEG_API const char *ovseg_cpu_isa(void);
  * it. */
 OVSEG_API int ovseg_cpu_choose(const char *name);
 
+/* One block of CLIP's vision transformer. channels and hidden multiples of 16, channels of a head even. */
+typedef struct {
+    const void *x;                              /* (batch, tokens, channels) */
+    const void *norm1_weight, *norm1_bias;      /* (channels) */
+    const void *q_weight, *k_weight, *v_weight; /* (channels, channels) */
+    const void *qkv_bias;                       /* (3 * channels) */
+    const void *proj_weight, *proj_bias;        /* (channels, channels), (channels) */
+    const void *norm2_weight, *norm2_bias;      /* (channels) */
+    const void *fc1_weight, *fc1_bias;          /* (hidden, channels), (hidden) */
+    const void *fc2_weight, *fc2_bias;          /* (channels, hidden), (channels) */
+    void *out;                                  /* like x */
+    int64_t batch, tokens, channels, hidden, heads;
+    int64_t quick; /* 1 for QuickGELU, 0 for GELU */
+    int64_t dense; /* 1: no attention; each token's value is added to the first token */
+    double norm1_eps, norm2_eps;
+} ovseg_encoder_block_params;
+
+OVSEG_API int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

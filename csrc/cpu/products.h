@@ -68,7 +68,8 @@ template <int VECTORS> constexpr int tile_rows() {
     return ROWS > 12 ? 12 : ROWS > 8 ? 8 : ROWS;
 }
 
-template <int ROWS, int VECTORS, typename A, typename P>
+// A panel of B has STRIDE vectors, of which the tile takes the first.
+template <int ROWS, int VECTORS, int STRIDE = VECTORS, typename A, typename P>
 INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, int64_t c_stride, bool add) {
     Floats sums[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -79,9 +80,9 @@ INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, i
         }
     }
     for (int64_t k = 0; k < steps; ++k) {
-        decltype(b_lanes(panel, k, VECTORS, 0)) b[VECTORS];
+        decltype(b_lanes(panel, k, STRIDE, 0)) b[VECTORS];
 #pragma GCC unroll 4
-        for (int vector = 0; vector < VECTORS; ++vector) b[vector] = b_lanes(panel, k, VECTORS, vector);
+        for (int vector = 0; vector < VECTORS; ++vector) b[vector] = b_lanes(panel, k, STRIDE, vector);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
             const auto lane = a_lane(a, row, k);
@@ -98,13 +99,13 @@ INLINE void multiply_tile(const A &a, const P *panel, int64_t steps, float *c, i
     }
 }
 
-template <int ROWS, int VECTORS, typename A, typename P>
+template <int ROWS, int VECTORS, int STRIDE = VECTORS, typename A, typename P>
 INLINE void multiply_rest(int64_t rows, const A &a, const P *panel, int64_t steps, float *c, int64_t c_stride,
                           bool add) {
     if (rows == ROWS) {
-        multiply_tile<ROWS, VECTORS>(a, panel, steps, c, c_stride, add);
+        multiply_tile<ROWS, VECTORS, STRIDE>(a, panel, steps, c, c_stride, add);
     } else if constexpr (ROWS > 1) {
-        multiply_rest<ROWS - 1, VECTORS>(rows, a, panel, steps, c, c_stride, add);
+        multiply_rest<ROWS - 1, VECTORS, STRIDE>(rows, a, panel, steps, c, c_stride, add);
     }
 }
 
@@ -149,24 +150,60 @@ INLINE void pack_number(Bf16 *to, float x) { from_float(to, x); }
 INLINE void pack_number(float *to, Bf16 x) { *to = to_float(x); }
 #endif
 
+// A square of LANES × LANES words, its rows `stride` words apart, with rows and columns exchanged.
+INLINE void transpose(const void *from, int64_t stride, void *to, int64_t to_stride) {
+    Words rows[LANES];
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; ++row)
+        memcpy(&rows[row], static_cast<const char *>(from) + 4 * row * stride, sizeof rows[row]);
+#pragma GCC unroll 4
+    for (int half = 1; half < LANES; half *= 2) {
+        Ints low, high;  // lanes of a pair of rows that go to the first and to the second of them
+        for (int lane = 0; lane < LANES; ++lane) {
+            low[lane] = lane & half ? lane - half + LANES : lane;
+            high[lane] = lane & half ? lane + LANES : lane + half;
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < LANES; ++row) {
+            if (row & half) continue;
+            const Words first = rows[row], second = rows[row + half];
+            rows[row] = __builtin_shuffle(first, second, (Words)low);
+            rows[row + half] = __builtin_shuffle(first, second, (Words)high);
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; ++row)
+        memcpy(static_cast<char *>(to) + 4 * row * to_stride, &rows[row], sizeof rows[row]);
+}
+
 // B from a matrix that holds its columns as rows, as weights do: (columns, depth), `stride` from row to row.
 template <int VECTORS, typename T, typename P>
 void pack_transposed(const T *from, int64_t stride, int64_t columns, int64_t depth, P *to) {
     constexpr int PAIR = 4 / sizeof(P);
-    const int64_t width = VECTORS * LANES;
-    for (int64_t first = 0; first < columns; first += width) {
-        const int64_t count = columns - first < width ? columns - first : width;
-        for (int64_t k = 0; k < round_up(depth, PAIR); k += PAIR) {
-            for (int64_t column = 0; column < width; ++column) {
-                for (int part = 0; part < PAIR; ++part, ++to) {
-                    if (column < count && k + part < depth) {
-                        pack_number(to, from[(first + column) * stride + k + part]);
-                    } else {
-                        memset(to, 0, sizeof *to);
-                    }
+    const int64_t width = VECTORS * LANES, words = round_up(depth, PAIR) / PAIR;
+    for (int64_t first = 0; first < columns; first += LANES) {
+        P *panel = to + first / width * width * words * PAIR + first % width * PAIR;
+        int64_t word = 0;
+        if (sizeof(T) == sizeof(P) && first + LANES <= columns && stride % PAIR == 0) {
+            for (; (word + LANES) * PAIR <= depth; word += LANES) {
+                transpose(from + first * stride + word * PAIR, stride / PAIR, panel + word * width * PAIR, width);
+            }
+        }
+        for (; word < words; ++word) {
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                for (int part = 0; part < PAIR; ++part) {
+                    P *number = panel + (word * width + lane) * PAIR + part;
+                    memset(number, 0, sizeof *number);
+                    const int64_t column = first + lane, k = word * PAIR + part;
+                    if (column < columns && k < depth) pack_number(number, from[column * stride + k]);
                 }
             }
         }
+    }
+    // Vectors of the last panel without a column.
+    for (int64_t first = round_up(columns, LANES); first < round_up(columns, width); first += LANES) {
+        P *panel = to + first / width * width * words * PAIR + first % width * PAIR;
+        for (int64_t word = 0; word < words; ++word) memset(panel + word * width * PAIR, 0, 4 * LANES);
     }
 }
 
@@ -187,9 +224,7 @@ INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t 
         for (int64_t k = 0; k < depth; k += 2) {
             const float *row = from + k * stride + first;
             for (int64_t c = 0; c < VECTORS * LANES; c += LANES, to += 2 * LANES) {
-                const Words low = bf16_bits(load(row + c));
-                const Words high = k + 1 < depth ? bf16_bits(load(row + stride + c)) : Words{};
-                const Words pairs = low | high << 16;
+                const Words pairs = bf16_pairs(load(row + c), k + 1 < depth ? load(row + stride + c) : Floats{});
                 memcpy(to, &pairs, sizeof pairs);
             }
         }

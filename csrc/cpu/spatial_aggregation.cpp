@@ -56,8 +56,8 @@ template <typename T> struct Block {
         int32_t region[LARGEST_WINDOW * LARGEST_WINDOW + SCORE_PANEL];  // of each token
         int64_t tokens;
         bool regions_differ;
-        float *y, *qkv, *scores, *attended, *result;
-        P *normed, *q, *keys, *values, *weights, *attended_operand;  // values of one head, keys of all
+        float *y, *qkv, *scores, *tops, *shares, *attended, *result;
+        P *normed, *q, *k, *keys, *values, *weights, *attended_operand;  // values of one head, keys of all
         MlpScratch<P> mlp;
 
         void take(const Block &block, Arena &arena) {
@@ -66,10 +66,13 @@ template <typename T> struct Block {
             y = arena.take<float>(most * channels);
             qkv = arena.take<float>(most * round_up(3 * channels, WEIGHT_PANEL));
             scores = arena.take<float>(QUERY_ROWS * round_up(most, SCORE_PANEL));
+            tops = arena.take<float>(QUERY_ROWS);
+            shares = arena.take<float>(QUERY_ROWS);
             attended = arena.take<float>(most * channels);
             result = arena.take<float>(most * block.width);
             normed = arena.take<P>(most * channels);
             q = arena.take<P>(most * channels);
+            k = arena.take<P>(most * channels);
             keys = arena.take<P>(heads * packed_size<P>(most, block.head_width, SCORE_VECTORS));
             values = arena.take<P>(round_up(most, pair) * block.head_width);
             weights = arena.take<P>(QUERY_ROWS * round_up(most, SCORE_PANEL));
@@ -110,24 +113,24 @@ template <typename T> struct Block {
             const int64_t at = s.position[token] * channels;
             for (int64_t c = 0; c < channels; c += LANES) {
                 store(s.q + token * channels + c, (load(row + c) + load(q_terms + at + c)) * broadcast(scale));
-                store(row + channels + c, load(row + channels + c) + load(k_terms + at + c));
+                store(s.k + token * channels + c, load(row + channels + c) + load(k_terms + at + c));
                 store(row + 2 * channels + c, load(row + 2 * channels + c) + load(v_bias + c));
             }
         }
         for (int64_t head = 0; head < params.heads; ++head) {
             const int64_t channel = head * head_width;
-            pack_transposed<SCORE_VECTORS>(s.qkv + channels + channel, stride, tokens, head_width,
+            pack_transposed<SCORE_VECTORS>(s.k + channel, channels, tokens, head_width,
                                            s.keys + head * packed_size<P>(tokens, head_width, SCORE_VECTORS));
         }
     }
 
-    // Rows of scores to rows of attention weights, whose sum is 1; all are 0, as in PyTorch, if all scores are −∞.
-    // Columns from `tokens` on become 0.
-    void softmax(int64_t first, int64_t count, const Scratch &s) const {
+    // Rows of scores to those of the softmax before its division by their sums, whose reciprocals are `shares`; 0, as in
+    // PyTorch, if all scores are −∞. Columns from `tokens` on become 0.
+    void exponentiate(int64_t first, int64_t count, const Scratch &s) const {
         const int64_t stride = round_up(s.tokens, SCORE_PANEL), whole = s.tokens / LANES * LANES;
+        const Floats nothing = broadcast(-__builtin_inff());
         Ints tail;  // lanes that hold tokens in the last vector
         for (int lane = 0; lane < LANES; ++lane) tail[lane] = -(whole + lane < s.tokens);
-        const Floats nothing = broadcast(-__builtin_inff());
         for (int64_t row = 0; row < count; ++row) {
             float *scores = s.scores + row * stride;
             if (s.regions_differ) {
@@ -138,24 +141,28 @@ template <typename T> struct Block {
                     store(scores + c, load(scores + c) + select(other != own, broadcast(REGION_MASK), Floats{}));
                 }
             }
-            if (whole < s.tokens) store(scores + whole, select(tail, load(scores + whole), nothing));
             Floats most = nothing;
-            for (int64_t c = 0; c < s.tokens; c += LANES) {
-                const Floats x = load(scores + c);
-                most = select(most >= x, most, x);
+            for (int64_t c = 0; c < whole; c += LANES) most = larger(load(scores + c), most);
+            if (whole < s.tokens) {
+                const Floats last = select(tail, load(scores + whole), nothing);
+                store(scores + whole, last);
+                most = larger(last, most);
             }
             const float found = largest(most);
-            const Floats top = broadcast(found == -__builtin_inff() ? 0.0f : found);
+            s.tops[row] = found == -__builtin_inff() ? 0.0f : found;
+        }
+        for (int64_t row = 0; row < count; ++row) {
+            const float *scores = s.scores + row * stride;
+            P *weights = s.weights + row * stride;
+            const Floats top = broadcast(s.tops[row]);
             Floats total{};
             for (int64_t c = 0; c < s.tokens; c += LANES) {
-                const Floats e = exponential(load(scores + c) - top);
-                store(scores + c, e);
+                const Floats e = exponential_of_negative(load(scores + c) - top);
+                store(weights + c, e);
                 total += e;
             }
-            const float whole_sum = sum(total);
-            const Floats share = broadcast(whole_sum == 0.0f ? 0.0f : 1.0f / whole_sum);
-            P *weights = s.weights + row * stride;
-            for (int64_t c = 0; c < s.tokens; c += LANES) store(weights + c, load(scores + c) * share);
+            const float all = sum(total);
+            s.shares[row] = all == 0.0f ? 0.0f : 1.0f / all;
         }
     }
 
@@ -172,9 +179,16 @@ template <typename T> struct Block {
                 const int64_t count = tokens - first < QUERY_ROWS ? tokens - first : QUERY_ROWS;
                 multiply<SCORE_VECTORS>(Matrix<P>{s.q + first * channels + channel, channels, 1}, count, keys,
                                         stride / SCORE_PANEL, head_width, s.scores, stride, false);
-                softmax(first, count, s);
+                exponentiate(first, count, s);
+                float *attended = s.attended + first * channels + channel;
                 multiply<VECTORS>(Matrix<P>{s.weights, stride, 1}, count, s.values, head_width / (VECTORS * LANES),
-                                  depth, s.attended + first * channels + channel, channels, false);
+                                  depth, attended, channels, false);
+                for (int64_t row = 0; row < count; ++row) {
+                    for (int64_t c = 0; c < head_width; c += LANES) {
+                        float *number = attended + row * channels + c;
+                        store(number, load(number) * broadcast(s.shares[row]));
+                    }
+                }
             }
         }
     }
@@ -184,10 +198,9 @@ template <typename T> struct Block {
         const int64_t tokens = s.tokens, offset = map * params.height * params.width;
         if (!tokens) return;
         for (int64_t token = 0; token < tokens; ++token) {
-            float *y = s.y + token * channels;
-            copy_to_floats(x + (offset + s.position[token]) * channels, channels, y);
-            layer_norm(y, norm1_weight, norm1_bias, channels, s.normed + token * channels);
+            copy_to_floats(x + (offset + s.position[token]) * channels, channels, s.y + token * channels);
         }
+        layer_norm(s.y, channels, tokens, norm1_weight, norm1_bias, channels, s.normed);
         const int64_t stride = round_up(3 * channels, WEIGHT_PANEL);
         multiply<WEIGHT_VECTORS>(Matrix<P>{s.normed, channels, 1}, tokens, qkv, stride / WEIGHT_PANEL, channels, s.qkv,
                                  stride, false);

@@ -12,21 +12,46 @@ constexpr int64_t HIDDEN_CHUNK = 128;               // hidden units of the MLP t
 constexpr int WEIGHT_VECTORS = LANES == 8 ? 2 : 4;  // of a panel of weights: AVX2 has half the registers
 constexpr int64_t WEIGHT_PANEL = WEIGHT_VECTORS * LANES;
 
-// LN(x) of one row, both of `channels` numbers, a multiple of the lanes.
+// LN(x) of some rows at a time, whose sums then do not wait for each other.
+template <int ROWS, typename P>
+INLINE void layer_norm_rows(const float *x, int64_t stride, const float *weight, const float *bias, int64_t channels,
+                            P *out) {
+    Floats totals[ROWS]{}, squares[ROWS]{}, means[ROWS], scales[ROWS];
+    for (int64_t c = 0; c < channels; c += LANES) {
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) totals[row] += load(x + row * stride + c);
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) means[row] = broadcast(sum(totals[row]) / channels);
+    for (int64_t c = 0; c < channels; c += LANES) {
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            const Floats centred = load(x + row * stride + c) - means[row];
+            squares[row] += centred * centred;
+        }
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; ++row) {
+        scales[row] = broadcast(1.0f / __builtin_sqrtf(sum(squares[row]) / channels + NORM_EPS));
+    }
+    for (int64_t c = 0; c < channels; c += LANES) {
+        const Floats gain = load(weight + c), offset = load(bias + c);
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; ++row) {
+            store(out + row * channels + c, (load(x + row * stride + c) - means[row]) * scales[row] * gain + offset);
+        }
+    }
+}
+
+// LN(x): x (rows, channels), `stride` from row to row, out (rows, channels); channels are a multiple of the lanes.
 template <typename P>
-INLINE void layer_norm(const float *x, const float *weight, const float *bias, int64_t channels, P *out) {
-    Floats total{};
-    for (int64_t c = 0; c < channels; c += LANES) total += load(x + c);
-    const float mean = sum(total) / channels;
-    Floats squares{};
-    for (int64_t c = 0; c < channels; c += LANES) {
-        const Floats centred = load(x + c) - broadcast(mean);
-        squares += centred * centred;
-    }
-    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / channels + NORM_EPS);
-    for (int64_t c = 0; c < channels; c += LANES) {
-        store(out + c, (load(x + c) - broadcast(mean)) * broadcast(scale) * load(weight + c) + load(bias + c));
-    }
+void layer_norm(const float *x, int64_t stride, int64_t rows, const float *weight, const float *bias, int64_t channels,
+                P *out) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4)
+        layer_norm_rows<4>(x + row * stride, stride, weight, bias, channels, out + row * channels);
+    for (; row < rows; ++row)
+        layer_norm_rows<1>(x + row * stride, stride, weight, bias, channels, out + row * channels);
 }
 
 template <typename T> INLINE void copy_to_floats(const T *from, int64_t count, float *to) {
@@ -91,10 +116,7 @@ template <typename P> struct MlpScratch {
 template <bool GELU, typename P>
 void mlp(const PackedMlp<P> &weights, const float *y, int64_t y_stride, int64_t rows, const MlpScratch<P> &scratch) {
     const int64_t channels = weights.channels, width = round_up(channels, WEIGHT_PANEL);
-    for (int64_t row = 0; row < rows; ++row) {
-        layer_norm(y + row * y_stride, weights.norm_weight, weights.norm_bias, channels,
-                   scratch.normed + row * channels);
-    }
+    layer_norm(y, y_stride, rows, weights.norm_weight, weights.norm_bias, channels, scratch.normed);
     for (int64_t unit = 0; unit < weights.hidden; unit += HIDDEN_CHUNK) {
         const int64_t units = weights.hidden - unit < HIDDEN_CHUNK ? weights.hidden - unit : HIDDEN_CHUNK;
         multiply<WEIGHT_VECTORS>(Matrix<P>{scratch.normed, channels, 1}, rows, weights.fc1 + unit * channels,

@@ -11,8 +11,18 @@ INLINE Floats bits_to_floats(Words bits) { return (Floats)bits; }
 INLINE Words floats_to_bits(Floats x) { return (Words)x; }
 
 INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
+// The larger ones; of a pair with NaN, the second.
+INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
 // NaN in x stays.
-INLINE Floats at_least(Floats x, Floats low) { return select(x < low, low, x); }
+INLINE Floats at_least(Floats x, Floats low) { return larger(low, x); }
 INLINE Floats at_most(Floats x, Floats high) { return select(x > high, high, x); }
 
 INLINE Words widen(Halves halves) { return __builtin_convertvector(halves, Words); }
@@ -47,6 +57,16 @@ INLINE void store(Bf16 *to, Floats x) {
     memcpy(to, &halves, sizeof halves);
 }
 
+// bfloat16 of both, those of `low` in the lower halves of the words.
+INLINE Words bf16_pairs(Floats low, Floats high) {
+#if OVSEG_BF16_PRODUCTS
+    const Halves first = (Halves)_mm512_cvtneps_pbh((__m512)low), second = (Halves)_mm512_cvtneps_pbh((__m512)high);
+    return widen(first) | widen(second) << 16;
+#else
+    return bf16_bits(low) | bf16_bits(high) << 16;
+#endif
+}
+
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(Bf16 x) {
     const uint32_t bits = (uint32_t)x.bits << 16;
@@ -61,26 +81,24 @@ INLINE void from_float(Bf16 *to, float x) {
     to->bits = (uint16_t)bits[0];
 }
 
-INLINE float sum(Floats x) {
-    float total[LANES], *part = total;
-    store(part, x);
-    for (int half = LANES / 2; half; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) total[lane] += total[lane + half];
-    }
-    return total[0];
+// Lanes from the other half of each group of 2 · `half` lanes.
+INLINE Floats swap_halves(Floats x, int half) {
+    Ints lanes;
+    for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane ^ half;
+    return __builtin_shuffle(x, lanes);
 }
 
-// NaN if any lane is.
+INLINE float sum(Floats x) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) x += swap_halves(x, half);
+    return x[0];
+}
+
+// Of lanes without NaN.
 INLINE float largest(Floats x) {
-    float found[LANES];
-    store(found, x);
-    for (int half = LANES / 2; half; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) {
-            const float other = found[lane + half];
-            if (!(found[lane] >= other || found[lane] != found[lane])) found[lane] = other;
-        }
-    }
-    return found[0];
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) x = larger(x, swap_halves(x, half));
+    return x[0];
 }
 
 // To the nearest whole number, for |x| < 2²².
@@ -89,11 +107,9 @@ INLINE Floats round_to_nearest(Floats x) {
     return (x + magic) - magic;
 }
 
-// eˣ to about 1 in the last place; 0 below −87.3, infinity above 88.7; NaN stays.
-INLINE Floats exponential(Floats x) {
-    const Floats within = at_most(at_least(x, broadcast(-87.33654f)), broadcast(88.72283f));
-    const Floats n = round_to_nearest(within * broadcast(1.44269504f));
-    Floats r = within - n * broadcast(0.693359375f);
+// eˣ⁻ⁿˡⁿ² for the whole number n next to x / ln 2.
+INLINE Floats exponential_of_rest(Floats x, Floats n) {
+    Floats r = x - n * broadcast(0.693359375f);
     r = r - n * broadcast(-2.12194440e-4f);
     Floats p = broadcast(1.9875691500e-4f);
     p = p * r + broadcast(1.3981999507e-3f);
@@ -101,12 +117,26 @@ INLINE Floats exponential(Floats x) {
     p = p * r + broadcast(4.1665795894e-2f);
     p = p * r + broadcast(1.6666665459e-1f);
     p = p * r + broadcast(5.0000001201e-1f);
-    p = p * r * r + r + broadcast(1.0f);
+    return p * (r * r) + r + broadcast(1.0f);
+}
+
+// eˣ to about 1 in the last place; 0 below −87.3, infinity above 88.7; NaN stays.
+INLINE Floats exponential(Floats x) {
+    const Floats within = at_most(at_least(x, broadcast(-87.33654f)), broadcast(88.72283f));
+    const Floats n = round_to_nearest(within * broadcast(1.44269504f)), p = exponential_of_rest(within, n);
     // In two steps, as 2¹²⁸ is no float.
     const Ints exponent = __builtin_convertvector(n, Ints), half = exponent >> 1;
     const Floats first = (Floats)((half + 127) << 23), second = (Floats)((exponent - half + 127) << 23);
     const Floats result = select(x < broadcast(-87.33654f), Floats{}, p * first * second);
     return select(x > broadcast(88.72283f), broadcast(__builtin_inff()), result);
+}
+
+// eˣ for x ≤ 0, in fewer steps.
+INLINE Floats exponential_of_negative(Floats x) {
+    const Floats within = at_least(x, broadcast(-87.33654f));
+    const Floats n = round_to_nearest(within * broadcast(1.44269504f));
+    const Floats scale = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+    return select(x < broadcast(-87.33654f), Floats{}, exponential_of_rest(within, n) * scale);
 }
 
 INLINE Floats sigmoid(Floats x) {

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
-from .. import compat
+from .. import compat, ops
 from ..ops.common.attention import plain_attention
 from . import hub
 from .token_table import expand
@@ -24,6 +25,12 @@ from .token_table import expand
 PACKAGED = Path(__file__).parent.parent / "weights"  # of this package
 TINY_CLIP = "world"  # tag of the tiny CLIP among them, which knows the procedural world
 TEXT_BATCH = 256  # prompts encoded at a time
+PLAIN = {  # full names of the classes of which a block that is one operator is made
+    "torch.nn.modules.normalization.LayerNorm", "open_clip.transformer.LayerNorm", f"{__name__}.SplitAttention",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.GELU", "open_clip.transformer.QuickGELU",
+}  # fmt: skip
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"  # of a module
 CLIP_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"  # in open_clip's repositories on the hub
 
 
@@ -57,7 +64,7 @@ class SplitAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, around open_clip's sub-modules."""
+    """Pre-norm transformer block, around open_clip's sub-modules: one operator, unless somebody has changed one."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -66,13 +73,46 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        if self._is_plain():
+            return self._operator(x, causal=causal)
         x = x + self.ls_1(self.attn(self.ln_1(x), causal))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def dense(self, x: Tensor) -> Tensor:
         """CAT-Seg's last block: no attention, and at every position the residual of the class token."""
+        if self._is_plain():
+            return self._operator(x, dense=True)
         x = x[:, :1] + self.ls_1(self.attn.value_only(self.ln_1(x)))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def _operator(self, x: Tensor, *, causal: bool = False, dense: bool = False) -> Tensor:
+        attn, mlp, ln_1, ln_2 = self.attn, cast(Any, self.mlp), cast(Any, self.ln_1), cast(Any, self.ln_2)
+        layers = (ln_1, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj)
+        norm1, proj, norm2, fc1, fc2 = ((layer.weight, layer.bias) for layer in layers)
+        qkv = (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight, attn.in_proj_bias)
+        weights = ops.EncoderBlockWeights(*norm1, *qkv, *proj, *norm2, *fc1, *fc2)
+        return ops.encoder_block(
+            x,
+            weights,
+            heads=attn.heads,
+            activation="gelu" if type(mlp.gelu) is nn.GELU else "quick_gelu",
+            causal=causal,
+            dense=dense,
+            eps=(ln_1.eps, ln_2.eps),
+            attention=attn.attention,
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether the sub-modules are those of CLIP, without hooks: no adapters, layer scale or quantisation."""
+        mlp: Any = self.mlp
+        if type(mlp) is not nn.Sequential or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
+            return False
+        parts = (self.ln_1, self.attn, self.attn.out_proj, self.ls_1, self.ln_2, *mlp, self.ls_2)
+        if any(f"{type(part).__module__}.{type(part).__qualname__}" not in PLAIN for part in parts):
+            return False
+        if getattr(mlp.gelu, "approximate", "none") != "none" or module_hooks._has_any_global_hook():
+            return False
+        return not any(any(getattr(part, kind) for kind in HOOKS) or "forward" in vars(part) for part in (*parts, mlp))
 
 
 class Blocks(nn.Module):

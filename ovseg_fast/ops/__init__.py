@@ -11,6 +11,7 @@ Tensors are channels-last tokens: B images, T classes, P prompts a class, H × W
 from .class_aggregation import ClassAggregationWeights, class_aggregation
 from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
+from .encoder_block import EncoderBlockWeights, encoder_block
 from .gaussian_aggregation import gaussian_aggregation
 from .label_map import Placement, label_map, score_map, top_labels
 from .layer_gather import layer_gather
@@ -21,12 +22,14 @@ from .upsampling_decoder import guidance_term, upsampling_decoder
 
 __all__ = [
     "ClassAggregationWeights",
+    "EncoderBlockWeights",
     "Placement",
     "SpatialAggregationWeights",
     "class_aggregation",
     "cost_embedding",
     "cost_volume",
     "embed_volume",
+    "encoder_block",
     "gaussian_aggregation",
     "guidance_term",
     "label_map",

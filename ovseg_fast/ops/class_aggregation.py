@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from .common import registration
-from .common.aggregation import Prepare, check_block, joint_weight, mlp_weights, need_gradient, prepare_now
+from .common.aggregation import Prepare, check_block, cpu_refusal, joint_weight, mlp_weights, need_gradient, prepare_now
 from .common.residual_mlp import mlp_backward, mlp_refusal, residual_mlp
 from .common.tiles import map_tiles, tile_size
 
@@ -92,9 +92,11 @@ def class_aggregation(
     too_wide = None
     if channels // heads > KERNEL_HEAD_CHANNELS:
         too_wide = f"its kernels take heads of up to {KERNEL_HEAD_CHANNELS} channels, not {channels // heads}"
+    hidden = weights.fc1_weight.shape[0]
     refusals = {
         "triton": too_wide or mlp_refusal(x, weights.fc1_weight),
-        "cuda": _cuda_refusal(height, width, channels, heads, weights.fc1_weight.shape[0], attention),
+        "cuda": _cuda_refusal(height, width, channels, heads, hidden, attention),
+        "cpu": _linear_refusal(attention) or cpu_refusal(channels, heads, hidden),
     }
     backend = backends.choose("class_aggregation", x, guidance, *weights, refusals=refusals)
     pads, full = max(pad_length - classes, 0), attention == "full"
@@ -199,10 +201,14 @@ def resize_aligned(x: Tensor, height: int, width: int) -> Tensor:
     return maps.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
+def _linear_refusal(attention: str) -> str | None:
+    return None if attention == "linear" else f"its kernel takes linear attention, not {attention}"
+
+
 def _cuda_refusal(height: int, width: int, channels: int, heads: int, hidden: int, attention: str) -> str | None:
     """Why the CUDA C++ kernels do not take such a call; None if they do."""
-    if attention != "linear":
-        return f"its kernel takes linear attention, not {attention}"
+    if reason := _linear_refusal(attention):
+        return reason
     taken = "its kernel takes 128 channels in 4 heads, hidden units in multiples of 32 and maps of up to 2^23 positions"
     fits = max(height, width) <= 2**15 and height * width <= 2**23
     if fits and channels == 128 and heads == 4 and hidden % 32 == 0:

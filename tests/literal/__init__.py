@@ -9,9 +9,9 @@ checkpoints, found below a `prefix` that ends in a dot (or is empty). Class tens
 from .cascade_head import cascade_decoder, cascade_head, cascade_masks, cascade_stages, decoder_layer, stage_scores
 from .catseg_head import aggregator_layer, catseg_head, class_scores, select_classes
 from .class_aggregation import class_aggregation, linear_attention
-from .clip_block import clip_block, clip_value_block
 from .cost_embedding import cost_embedding
 from .cost_volume import cost_volume
+from .encoder_block import clip_block, clip_value_block
 from .gaussian_aggregation import gaussian_aggregation, gaussian_weights
 from .image_encoder import dense_image_encoder, prompted_image_encoder, resize_positions
 from .label_map import (

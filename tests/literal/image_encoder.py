@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._layers import count, layer_norm, linear
-from .clip_block import clip_block, clip_value_block
+from .encoder_block import clip_block, clip_value_block
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], mode: str) -> Tensor:

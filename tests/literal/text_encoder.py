@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._layers import count, layer_norm
-from .clip_block import clip_block
+from .encoder_block import clip_block
 
 
 def text_encoder(weights: dict[str, Tensor], ids: Tensor, prefix: str = "") -> Tensor:

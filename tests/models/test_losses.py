@@ -80,7 +80,7 @@ def some_tokens(rng, classes=CLASSES):
 @pytest.fixture
 def small_heads(monkeypatch):
     """The literal CLIP with the small presets' heads."""
-    monkeypatch.setattr(sys.modules["literal.clip_block"], "HEAD_WIDTH", 16)
+    monkeypatch.setattr(sys.modules["literal.encoder_block"], "HEAD_WIDTH", 16)
 
 
 def leaves(model):

@@ -25,6 +25,7 @@ from ._sample import HELPERS, WIDE, Build, Call, Draw, Sample
 from .class_aggregation import CLASS_AGGREGATION, class_aggregation
 from .cost_embedding import COST_EMBEDDING, cost_embedding, embed_volume
 from .cost_volume import COST_VOLUME, cost_volume
+from .encoder_block import ENCODER_BLOCK, encoder_block
 from .gaussian_aggregation import GAUSSIAN_AGGREGATION, gaussian_aggregation
 from .label_map import LABEL_MAP, label_map
 from .layer_gather import LAYER_GATHER, layer_gather
@@ -36,6 +37,7 @@ from .upsampling_decoder import UPSAMPLING_DECODER, guidance_term, upsampling_de
 SAMPLES = [
     *COST_VOLUME,
     *COST_EMBEDDING,
+    *ENCODER_BLOCK,
     *SPATIAL_AGGREGATION,
     *CLASS_AGGREGATION,
     *UPSAMPLING_DECODER,
@@ -49,6 +51,7 @@ SAMPLES = [
 # The NamedTuple that an operator takes its weights in.
 WEIGHTS: dict[str, Any] = {
     "class_aggregation": ops.ClassAggregationWeights,
+    "encoder_block": ops.EncoderBlockWeights,
     "spatial_aggregation": ops.SpatialAggregationWeights,
 }
 
@@ -66,6 +69,7 @@ __all__ = [
     "cost_volume",
     "draw",
     "embed_volume",
+    "encoder_block",
     "floating",
     "gaussian_aggregation",
     "guidance_term",

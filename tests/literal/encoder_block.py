@@ -22,19 +22,30 @@ def project_qkv(weights: dict[str, Tensor], prefix: str, x: Tensor) -> tuple[Ten
     return q, k, v
 
 
-def clip_mlp(weights: dict[str, Tensor], prefix: str, x: Tensor) -> Tensor:
-    """x + MLP(ln_2(x)) with QuickGELU, x·sigmoid(1.702 x)."""
-    hidden = linear(weights, prefix + "mlp.c_fc", layer_norm(weights, prefix + "ln_2", x))
-    return x + linear(weights, prefix + "mlp.c_proj", hidden * torch.sigmoid(1.702 * hidden))
+def clip_mlp(
+    weights: dict[str, Tensor], prefix: str, x: Tensor, activation: str = "quick_gelu", eps: float = 1e-5
+) -> Tensor:
+    """x + MLP(ln_2(x)) with QuickGELU, x·sigmoid(1.702 x), or, as later CLIP models, GELU."""
+    hidden = linear(weights, prefix + "mlp.c_fc", layer_norm(weights, prefix + "ln_2", x, eps))
+    hidden = F.gelu(hidden) if activation == "gelu" else hidden * torch.sigmoid(1.702 * hidden)
+    return x + linear(weights, prefix + "mlp.c_proj", hidden)
 
 
-def clip_block(weights: dict[str, Tensor], prefix: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def clip_block(
+    weights: dict[str, Tensor],
+    prefix: str,
+    x: Tensor,
+    mask: Tensor | None = None,
+    head_width: int | None = None,
+    activation: str = "quick_gelu",
+    eps: tuple[float, float] = (1e-5, 1e-5),
+) -> Tensor:
     """x (N, L, D), mask (L, L) added to the scores; `prefix` ends in `resblocks.<i>.` -> (N, L, D)."""
-    heads = x.shape[-1] // HEAD_WIDTH
-    normed = layer_norm(weights, prefix + "ln_1", x)
+    heads = x.shape[-1] // (head_width or HEAD_WIDTH)
+    normed = layer_norm(weights, prefix + "ln_1", x, eps[0])
     q, k, v = (split_heads(y, heads) for y in project_qkv(weights, prefix + "attn.", normed))
     out = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    return clip_mlp(weights, prefix, x + linear(weights, prefix + "attn.out_proj", out))
+    return clip_mlp(weights, prefix, x + linear(weights, prefix + "attn.out_proj", out), activation, eps[1])
 
 
 def clip_value_block(weights: dict[str, Tensor], prefix: str, x: Tensor) -> Tensor:
