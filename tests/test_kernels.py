@@ -119,6 +119,8 @@ CANCELLED = {
 
 # Operators that take their inputs as they are under autocast, as PyTorch's own losses take them in float32.
 WITHOUT_AUTOCAST = {"mask_losses"}
+# Kernels that are left aside under autocast, which test_encoder_block shows.
+REFUSES_AUTOCAST = {("cpu", "encoder_block")}
 
 # ReLU has no derivative at 0: where rounding decides the side of an input, either gradient is right. Low precision does
 # so often; there a larger bias moves the inputs away from 0.
@@ -350,7 +352,9 @@ def test_compiles_as_one_graph_with_dynamic_sizes(backend: str, function: str, r
     [
         case
         for case in with_dtypes("small")
-        if differentiable(case.values[1].function) and case.values[2] != torch.float32
+        if differentiable(case.values[1].function)
+        and case.values[2] != torch.float32
+        and (case.values[0], case.values[1].operator) not in REFUSES_AUTOCAST
     ],
 )
 def test_autocast_gives_what_the_low_precision_gives(

@@ -245,6 +245,7 @@ template <typename T> struct Block {
             float *column = scores + vector * LANES;
             Floats most = broadcast(-__builtin_inff()), total{};
             for (int64_t key = 0; key < tokens; ++key) most = larger(load(column + key * PANEL), most);
+            most = select(most == broadcast(-__builtin_inff()), Floats{}, most);  // all −∞: all weights become 0
             for (int64_t key = 0; key < depth; key += 2) {
                 const Floats first = exponential_of_negative(load(column + key * PANEL) - most);
                 Floats second{};
@@ -252,7 +253,7 @@ template <typename T> struct Block {
                 total += first + second;
                 store_rows(weights, key, vector * LANES, first, second);
             }
-            shares[vector] = broadcast(1.0f) / total;
+            shares[vector] = select(total == Floats{}, Floats{}, broadcast(1.0f) / total);
         }
         multiply_columns<USED>(Matrix<P>{values, panels * PANEL, 1}, head_width, weights, depth, scores);
         P *to = attended + index * PANEL * channels + channel * PANEL;

@@ -60,6 +60,16 @@ def test_weights_that_do_not_fit() -> None:
         ops.encoder_block(x, weights._replace(qkv_bias=weights.qkv_bias[:16]), **options)
 
 
+def test_under_autocast_sums_of_residuals_stay_in_float32() -> None:
+    """So the CPU kernel, whose output is of the dtype of its products, is left aside."""
+    call, options = samples.draw(samples.encoder_block(), torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert ops.encoder_block(*call, **options).dtype == torch.float32
+        assert ovs.last_backend("encoder_block") == "torch"
+        with ovs.backend("cpu"), pytest.raises(RuntimeError, match=r"encoder_block: the cpu .* under autocast"):
+            ops.encoder_block(*call, **options)
+
+
 # --- CLIP's blocks ---
 
 
