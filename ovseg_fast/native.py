@@ -59,6 +59,12 @@ _ENCODER_BLOCK = _params(
     "norm1_eps norm2_eps",
 )
 
+_LABEL_MAP_KEPT = _params(
+    "logits whole offset positions slots scores labels",
+    "windows maps classes height width window_height window_width canvas_height canvas_width out_height out_width k",
+    "dropped",
+)
+
 # Argument types of the operators' functions, or a params struct that holds all but the last three; each function
 # returns an error code.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -86,12 +92,26 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Those of the library for CPUs: the same functions of operators, and its own.
+# Those of the library for CPUs: some of the same, and those of ovseg_cpu.h.
 CPU_FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "ovseg_class_aggregation_fwd": FUNCTIONS["ovseg_class_aggregation_fwd"],
-    "ovseg_class_aggregation_resize_fwd": FUNCTIONS["ovseg_class_aggregation_resize_fwd"],
+    **{
+        name: FUNCTIONS[name]
+        for name in (
+            "ovseg_class_aggregation_fwd",
+            "ovseg_class_aggregation_resize_fwd",
+            "ovseg_cost_embedding_fwd",
+            "ovseg_cost_volume_fwd",
+            "ovseg_gaussian_aggregation_fwd",
+            "ovseg_label_map_fwd",
+            "ovseg_layer_gather_fwd",
+            "ovseg_spatial_aggregation_fwd",
+            "ovseg_upsampling_decoder_norm_fwd",
+        )
+    },
     "ovseg_encoder_block_fwd": (_ENCODER_BLOCK, *_RUN),
-    "ovseg_spatial_aggregation_fwd": FUNCTIONS["ovseg_spatial_aggregation_fwd"],
+    "ovseg_label_map_kept_fwd": (_LABEL_MAP_KEPT, *_RUN),
+    "ovseg_upsampling_decoder_head_fwd": (*[POINTER] * 4, *[SIZE] * 4, *_RUN),
+    "ovseg_upsampling_decoder_stage_fwd": (*[POINTER] * 9, *[SIZE] * 7, REAL, *_RUN),
 }
 
 # Operators whose CUDA C++ kernels were verified on a GPU; the others run only when forced.

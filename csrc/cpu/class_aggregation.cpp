@@ -16,10 +16,13 @@
 namespace {
 
 constexpr int64_t MOST_ROWS = 192;  // that are worked through at once
+constexpr int64_t AHEAD = 8;        // classes whose rows are fetched before they are needed
 constexpr float NORMALISER_EPS = 1e-6f;
 
 // elu(x) + 1
-INLINE Floats feature(Floats x) { return select(x > Floats{}, x + broadcast(1.0f), exponential(at_most(x, Floats{}))); }
+INLINE Floats feature(Floats x) {
+    return select(x > Floats{}, x + broadcast(1.0f), exponential_of_negative(at_most(x, Floats{})));
+}
 
 template <typename T> struct Layer {
     typedef typename Operand<T>::Type P;
@@ -126,6 +129,15 @@ template <typename T> struct Layer {
         return position / columns * params.pooling * params.width + position % columns * params.pooling;
     }
 
+    // Has the processor fetch what gather reads for a row of a later class: it is far away, and no pattern foretells it.
+    void fetch(const T *token) const {
+        const int64_t bytes = params.pooling * channels * int64_t(sizeof *token);
+        for (int64_t line = 0; line < params.pooling; ++line) {
+            const char *from = reinterpret_cast<const char *>(token + line * params.width * channels);
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+        }
+    }
+
     // y and n.
     void gather(const Rows &rows, const Scratch &s) const {
         const float share = 1.0f / float(params.pooling * params.pooling);
@@ -135,6 +147,7 @@ template <typename T> struct Layer {
             for (int64_t i = 0; i < rows.count; ++i) {
                 const int64_t row = i * rows.classes + t;
                 const T *token = from + place(rows.position + i) * channels;
+                if (t + AHEAD < rows.classes) fetch(token + AHEAD * map * channels);
                 float *y = s.y + row * channels;
                 if (params.pooling == 1) {
                     copy_to_floats(token, channels, y);
@@ -278,6 +291,8 @@ template <typename T> struct Layer {
 
 template <typename T> int run(const ovseg_class_aggregation_params &params, int threads) {
     Layer<T> layer(params);
+    ovseg_expect_writes(params.out,
+                        size_t(params.batch * params.classes * layer.positions * params.channels) * sizeof(T));
     return prepare_and_run(layer, threads, params.batch * layer.groups);
 }
 
@@ -285,7 +300,7 @@ template <typename T> int run(const ovseg_class_aggregation_params &params, int 
 
 namespace OVSEG_ISA {
 
-int class_aggregation(const ovseg_class_aggregation_params *params, int dtype, int threads) {
+int class_aggregation(const ovseg_class_aggregation_params *params, int dtype, int threads, void *) {
     const int64_t channels = params->channels, heads = params->heads;
     if (heads < 1 || channels % 16 || channels % heads || channels / heads % 16 || params->hidden % 16 ||
         params->pooling < 1 || params->pooling > params->height || params->pooling > params->width ||

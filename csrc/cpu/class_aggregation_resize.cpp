@@ -74,6 +74,7 @@ int run(const void *x, const void *y, void *out, int64_t maps, int64_t height, i
                    low_width,
                    channels,
                    pieces};
+    ovseg_expect_writes(out, size_t(maps * height * width * channels) * sizeof(T));
     return ovseg_parallel(threads, maps * pieces, Resize<T>::task, &call);
 }
 
@@ -82,7 +83,7 @@ int run(const void *x, const void *y, void *out, int64_t maps, int64_t height, i
 namespace OVSEG_ISA {
 
 int class_aggregation_resize(const void *x, const void *y, void *out, int64_t maps, int64_t height, int64_t width,
-                             int64_t low_height, int64_t low_width, int64_t channels, int dtype, int threads) {
+                             int64_t low_height, int64_t low_width, int64_t channels, int dtype, int threads, void *) {
     if (channels % 16) return OVSEG_UNSUPPORTED_SIZE;
     const auto use = dtype == OVSEG_FLOAT32 ? run<float> : run<Bf16>;
     return use(x, y, out, maps, height, width, low_height, low_width, channels, threads);

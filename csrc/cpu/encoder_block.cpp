@@ -427,7 +427,7 @@ template <typename T> int run(const ovseg_encoder_block_params &params, int thre
 
 namespace OVSEG_ISA {
 
-int encoder_block(const ovseg_encoder_block_params *params, int dtype, int threads) {
+int encoder_block(const ovseg_encoder_block_params *params, int dtype, int threads, void *) {
     const int64_t channels = params->channels, heads = params->heads;
     if (heads < 1 || channels % 16 || channels % heads || channels / heads % 2 || params->hidden % 16 ||
         params->tokens < 1) {

@@ -93,23 +93,108 @@ int ovseg_cpu_choose(const char *name) {
     return OVSEG_UNSUPPORTED_CPU;
 }
 
-int ovseg_class_aggregation_fwd(const ovseg_class_aggregation_params *params, int dtype, int threads, void *) {
-    return with_operators(dtype, [&](const Operators &use) { return use.class_aggregation(params, dtype, threads); });
+int ovseg_class_aggregation_fwd(const ovseg_class_aggregation_params *params, int dtype, int threads, void *stream) {
+    return with_operators(dtype,
+                          [&](const Operators &use) { return use.class_aggregation(params, dtype, threads, stream); });
 }
 
 int ovseg_class_aggregation_resize_fwd(const void *x, const void *y, void *out, int64_t maps, int64_t height,
                                        int64_t width, int64_t low_height, int64_t low_width, int64_t channels,
-                                       int dtype, int threads, void *) {
+                                       int dtype, int threads, void *stream) {
     return with_operators(dtype, [&](const Operators &use) {
         return use.class_aggregation_resize(x, y, out, maps, height, width, low_height, low_width, channels, dtype,
-                                            threads);
+                                            threads, stream);
     });
 }
 
-int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *) {
-    return with_operators(dtype, [&](const Operators &use) { return use.encoder_block(params, dtype, threads); });
+int ovseg_cost_embedding_fwd(const void *image, const void *text, const void *weight, const void *bias, void *out,
+                             int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t classes,
+                             int64_t prompts, int64_t outputs, int64_t size, int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.cost_embedding(image, text, weight, bias, out, batch, height, width, channels, classes, prompts,
+                                  outputs, size, dtype, threads, stream);
+    });
 }
 
-int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
-    return with_operators(dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads); });
+int ovseg_cost_volume_fwd(const void *image, const void *text, void *cost, int64_t batch, int64_t patches,
+                          int64_t prompts, int64_t channels, int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.cost_volume(image, text, cost, batch, patches, prompts, channels, dtype, threads, stream);
+    });
+}
+
+int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *stream) {
+    return with_operators(dtype,
+                          [&](const Operators &use) { return use.encoder_block(params, dtype, threads, stream); });
+}
+
+int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, void *out, int64_t layers, int64_t size,
+                                   int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.gaussian_aggregation(features, weights, out, layers, size, dtype, threads, stream);
+    });
+}
+
+int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offset, const int64_t *positions,
+                        void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width,
+                        int64_t window_height, int64_t window_width, int64_t canvas_height, int64_t canvas_width,
+                        int64_t out_height, int64_t out_width, int64_t k, int dtype, int threads, void *stream) {
+    const ovseg_label_map_kept_params params{
+        logits,     whole,     offset, positions, nullptr,       scores,       labels,        windows,
+        classes,    classes,   height, width,     window_height, window_width, canvas_height, canvas_width,
+        out_height, out_width, k,      0.0};
+    return ovseg_label_map_kept_fwd(&params, dtype, threads, stream);
+}
+
+int ovseg_label_map_kept_fwd(const ovseg_label_map_kept_params *params, int dtype, int threads, void *stream) {
+    return with_operators(dtype,
+                          [&](const Operators &use) { return use.label_map_kept(params, dtype, threads, stream); });
+}
+
+int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
+                           const void *norm_weight, const void *norm_bias, const void *projection, const void *weights,
+                           void *out, int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,
+                           int64_t width, int64_t batch_stride, int64_t token_stride, float shared_eps, float norm_eps,
+                           int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.layer_gather(hidden, shared_weight, shared_bias, norm_weight, norm_bias, projection, weights, out,
+                                layers, batch, tokens, patches, channels, width, batch_stride, token_stride, shared_eps,
+                                norm_eps, dtype, threads, stream);
+    });
+}
+
+int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads,
+                                  void *stream) {
+    return with_operators(
+        dtype, [&](const Operators &use) { return use.spatial_aggregation(params, dtype, threads, stream); });
+}
+
+int ovseg_upsampling_decoder_norm_fwd(const void *y, const void *term, const void *weight, const void *bias, void *out,
+                                      float *statistics, float *moments, int64_t batch, int64_t classes,
+                                      int64_t positions, int64_t channels, int64_t groups, int64_t chunk, float eps,
+                                      int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.upsampling_decoder_norm(y, term, weight, bias, out, statistics, moments, batch, classes, positions,
+                                           channels, groups, chunk, eps, dtype, threads, stream);
+    });
+}
+
+int ovseg_upsampling_decoder_head_fwd(const void *x, const void *weight, const void *bias, void *out, int64_t maps,
+                                      int64_t height, int64_t width, int64_t channels, int dtype, int threads,
+                                      void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.upsampling_decoder_head(x, weight, bias, out, maps, height, width, channels, dtype, threads, stream);
+    });
+}
+
+int ovseg_upsampling_decoder_stage_fwd(const void *x, const void *term, const void *up, const void *norm1_weight,
+                                       const void *norm1_bias, const void *conv, const void *norm2_weight,
+                                       const void *norm2_bias, void *out, int64_t batch, int64_t classes,
+                                       int64_t height, int64_t width, int64_t channels, int64_t outputs, int64_t groups,
+                                       float eps, int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.upsampling_decoder_stage(x, term, up, norm1_weight, norm1_bias, conv, norm2_weight, norm2_bias, out,
+                                            batch, classes, height, width, channels, outputs, groups, eps, dtype,
+                                            threads, stream);
+    });
 }

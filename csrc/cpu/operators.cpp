@@ -4,11 +4,7 @@
 
 namespace OVSEG_ISA {
 
-const Operators OPERATORS = {
-    class_aggregation,
-    class_aggregation_resize,
-    encoder_block,
-    spatial_aggregation,
-};
+#define OVSEG_ENTRY(name) name,
+const Operators OPERATORS = {OVSEG_OPERATORS(OVSEG_ENTRY)};
 
 }  // namespace OVSEG_ISA

@@ -7,37 +7,49 @@
 #include "ovseg_cpu.h"
 #include "pool.h"
 
-// Each is the operator's C function of ovseg.h; dtype is OVSEG_FLOAT32 or OVSEG_BFLOAT16.
+// Each is the C function ovseg_<name>_fwd; dtype is OVSEG_FLOAT32 or OVSEG_BFLOAT16.
+#define OVSEG_OPERATORS(USE)      \
+    USE(class_aggregation)        \
+    USE(class_aggregation_resize) \
+    USE(cost_embedding)           \
+    USE(cost_volume)              \
+    USE(encoder_block)            \
+    USE(gaussian_aggregation)     \
+    USE(label_map_kept)           \
+    USE(layer_gather)             \
+    USE(spatial_aggregation)      \
+    USE(upsampling_decoder_norm)  \
+    USE(upsampling_decoder_head)  \
+    USE(upsampling_decoder_stage)
+
 struct Operators {
-    int (*class_aggregation)(const ovseg_class_aggregation_params *params, int dtype, int threads);
-    int (*class_aggregation_resize)(const void *x, const void *y, void *out, int64_t maps, int64_t height,
-                                    int64_t width, int64_t low_height, int64_t low_width, int64_t channels, int dtype,
-                                    int threads);
-    int (*encoder_block)(const ovseg_encoder_block_params *params, int dtype, int threads);
-    int (*spatial_aggregation)(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
+#define OVSEG_FIELD(name) decltype(ovseg_##name##_fwd) *name;
+    OVSEG_OPERATORS(OVSEG_FIELD)
+#undef OVSEG_FIELD
 };
 
 #ifdef OVSEG_ISA
 namespace OVSEG_ISA {
 extern const Operators OPERATORS;
-int class_aggregation(const ovseg_class_aggregation_params *params, int dtype, int threads);
-int class_aggregation_resize(const void *x, const void *y, void *out, int64_t maps, int64_t height, int64_t width,
-                             int64_t low_height, int64_t low_width, int64_t channels, int dtype, int threads);
-int encoder_block(const ovseg_encoder_block_params *params, int dtype, int threads);
-int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads);
+#define OVSEG_FUNCTION(name) decltype(ovseg_##name##_fwd) name;
+OVSEG_OPERATORS(OVSEG_FUNCTION)
+#undef OVSEG_FUNCTION
 }  // namespace OVSEG_ISA
 
 namespace {
 
-// Runs a call's tasks, `Call::task`, after `Call::prepare` has filled the memory that they share.
-template <typename Call> int prepare_and_run(Call &call, int threads, int64_t tasks) {
+// Runs a call's tasks, `Call::task`, after `Call::prepare` has filled the memory that they share; what is too much for
+// one thread is filled by tasks of their own, `pack`.
+template <typename Call>
+int prepare_and_run(Call &call, int threads, int64_t tasks, ovseg_task pack = nullptr, int64_t packs = 0) {
     Arena sizes(nullptr);
     call.prepare(sizes);
     void *memory = ovseg_allocate(sizes.bytes);
     if (!memory) return OVSEG_OUT_OF_MEMORY;
     Arena arena(memory);
     call.prepare(arena);
-    const int error = ovseg_parallel(threads, tasks, Call::task, &call);
+    int error = pack ? ovseg_parallel(threads, packs, pack, &call) : int(OVSEG_OK);
+    if (!error) error = ovseg_parallel(threads, tasks, Call::task, &call);
     ovseg_release(memory);
     return error;
 }

@@ -44,6 +44,41 @@ typedef struct {
 
 OVSEG_API int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *stream);
 
+/* A stage of the upsampling decoder: x (batch, classes, height, width, channels), term (batch, 2 height, 2 width,
+ * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs,
+ * 3, 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and
+ * outputs are multiples of 16. */
+OVSEG_API int ovseg_upsampling_decoder_stage_fwd(const void *x, const void *term, const void *up,
+                                                 const void *norm1_weight, const void *norm1_bias, const void *conv,
+                                                 const void *norm2_weight, const void *norm2_bias, void *out,
+                                                 int64_t batch, int64_t classes, int64_t height, int64_t width,
+                                                 int64_t channels, int64_t outputs, int64_t groups, float eps,
+                                                 int dtype, int device, void *stream);
+
+/* The upsampling decoder's last convolution: x (maps, height, width, channels), an even number of channels, weight (1,
+ * channels, 3, 3) with padding 1, bias (1) -> out (maps, height, width). */
+OVSEG_API int ovseg_upsampling_decoder_head_fwd(const void *x, const void *weight, const void *bias, void *out,
+                                                int64_t maps, int64_t height, int64_t width, int64_t channels,
+                                                int dtype, int device, void *stream);
+
+/* ovseg_label_map_fwd, which takes any number of windows here, of a few classes of each window. */
+typedef struct {
+    const void *logits;       /* (windows, maps, height, width) */
+    const void *whole;        /* (maps, height, width), or null */
+    const void *offset;       /* (classes), or null */
+    const int64_t *positions; /* (windows, 2) */
+    const int32_t *slots; /* (windows, classes), with `whole` a row more: which of a window's maps is a class's; -1 for
+                                 a class that it did not keep, all of whose logits there are `dropped`. Or null: every
+                                 window has the map of every class. */
+    void *scores;         /* as in ovseg_label_map_fwd */
+    int32_t *labels;
+    int64_t windows, maps, classes, height, width, window_height, window_width, canvas_height, canvas_width;
+    int64_t out_height, out_width, k;
+    double dropped;
+} ovseg_label_map_kept_params;
+
+OVSEG_API int ovseg_label_map_kept_fwd(const ovseg_label_map_kept_params *params, int dtype, int device, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

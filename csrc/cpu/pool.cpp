@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -137,7 +138,24 @@ int ovseg_parallel(int threads, int64_t count, ovseg_task task, void *context) {
     return job.failed ? int(OVSEG_OUT_OF_MEMORY) : int(OVSEG_OK);
 }
 
-void *ovseg_allocate(size_t bytes) { return aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64)); }
+void ovseg_expect_writes(void *memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t LARGE_PAGE = 1 << 21;
+    const uintptr_t first = (uintptr_t(memory) + LARGE_PAGE - 1) & ~(LARGE_PAGE - 1),
+                    end = (uintptr_t(memory) + bytes) & ~(LARGE_PAGE - 1);
+    // Only a wish: the system may have none or be told to give none.
+    if (first < end) (void)madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+void *ovseg_allocate(size_t bytes) {
+    bytes = std::max<size_t>(64, (bytes + 63) / 64 * 64);
+    void *memory = aligned_alloc(64, bytes);
+    if (memory) ovseg_expect_writes(memory, bytes);
+    return memory;
+}
 
 void ovseg_release(void *memory) { free(memory); }
 

@@ -15,6 +15,10 @@ int ovseg_parallel(int threads, int64_t count, ovseg_task task, void *context);
 // At least that many bytes for the calling thread, aligned to 64, until it calls again; null without memory.
 void *ovseg_scratch(size_t bytes);
 
+// Tells the system that this memory is about to be filled, once. Fresh memory then comes in large pages where there are
+// some: to be given it 4 KB at a time takes several times as long as to write it.
+void ovseg_expect_writes(void *memory, size_t bytes);
+
 // Memory for a whole call, aligned alike, or null.
 void *ovseg_allocate(size_t bytes);
 void ovseg_release(void *memory);

@@ -158,11 +158,8 @@ INLINE void transpose(const void *from, int64_t stride, void *to, int64_t to_str
         memcpy(&rows[row], static_cast<const char *>(from) + 4 * row * stride, sizeof rows[row]);
 #pragma GCC unroll 4
     for (int half = 1; half < LANES; half *= 2) {
-        Ints low, high;  // lanes of a pair of rows that go to the first and to the second of them
-        for (int lane = 0; lane < LANES; ++lane) {
-            low[lane] = lane & half ? lane - half + LANES : lane;
-            high[lane] = lane & half ? lane + LANES : lane + half;
-        }
+        // Lanes of a pair of rows that go to the first and to the second of them.
+        const Ints low = LANE_NUMBERS + (((LANE_NUMBERS & half) != 0) & (LANES - half)), high = low + half;
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; ++row) {
             if (row & half) continue;

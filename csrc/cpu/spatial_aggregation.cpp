@@ -245,6 +245,8 @@ template <typename T> struct Block {
 
 template <typename T> int run(const ovseg_spatial_aggregation_params &params, int threads) {
     Block<T> block(params);
+    const int64_t numbers = params.batch * params.classes * params.height * params.width * params.channels;
+    ovseg_expect_writes(params.out, size_t(numbers) * sizeof(T));
     const int64_t tasks = params.batch * params.classes * block.rows * block.columns;
     return prepare_and_run(block, threads, tasks);
 }
@@ -253,7 +255,7 @@ template <typename T> int run(const ovseg_spatial_aggregation_params &params, in
 
 namespace OVSEG_ISA {
 
-int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads) {
+int spatial_aggregation(const ovseg_spatial_aggregation_params *params, int dtype, int threads, void *) {
     const int64_t channels = params->channels, heads = params->heads;
     if (heads < 1 || channels % 16 || channels % heads || channels / heads % 16 || params->hidden % 16 ||
         params->window < 1 || params->window > LARGEST_WINDOW || params->shift < 0 || params->shift >= params->window) {

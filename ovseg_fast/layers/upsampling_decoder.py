@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import backends, ops
 from ..ops.common.tiles import tile_size
-from ..ops.upsampling_decoder import joint_kernel
+from ..ops.upsampling_decoder import joint_kernel, logit_map
 from .prepared import Prepared
 from .recompute import recomputed
+
+CPU_TILES = 4  # tiles of PyTorch's at a time: kernels for CPUs work class by class, and pack the weights in each call
 
 
 class DecoderStage(nn.Module):
@@ -70,12 +72,14 @@ class UpsamplingDecoder(nn.Module):
             guidance = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
             shared += cast(DecoderStage, stage).shared(guidance)
         batch, classes, height, width, _ = x.shape
-        tiles = x.split(tile_size(classes, batch * height * width, x.device), 1)
+        size = tile_size(classes, batch * height * width, x.device)
+        if backends.choose("upsampling_decoder", x, *self.parameters()) == "cpu":
+            size *= CPU_TILES
+        tiles = x.split(size, 1)
         return torch.cat([recomputed(self, self._decode, tile, *shared) for tile in tiles], 1)
 
     def _decode(self, x: Tensor, *shared: Tensor) -> Tensor:
         """Logits (B, t, 4H, 4W) of a tile of classes; `shared` is that of all stages."""
         for stage, term, joint_weight in zip(self.stages, shared[::2], shared[1::2], strict=True):
             x = stage(x, term, joint_weight)
-        maps = self.head(x.flatten(0, 1).permute(0, 3, 1, 2))
-        return maps.squeeze(1).unflatten(0, (x.shape[0], -1))
+        return logit_map(x, self.head.weight, cast(Tensor, self.head.bias))

@@ -90,6 +90,12 @@ def upsampling_decoder(
     if joint_weight is None:
         joint_weight = joint_kernel(up_weight, conv1_weight)
 
+    if backend == "cpu" and x.shape[-1] % 16 == 0 and norm1_weight.numel() % 16 == 0:
+        weights = (joint_weight, norm1_weight, norm1_bias, conv2_weight, norm2_weight, norm2_bias)
+        return torch.ops.ovseg_fast.upsampling_decoder_stage(
+            *registration.autocast(x, term, *weights), groups, EPS, backend
+        )
+
     def norm(maps: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         y = maps.permute(0, 2, 3, 1).unflatten(0, (batch, classes))
         if backend == "torch":
@@ -100,6 +106,13 @@ def upsampling_decoder(
     maps = F.conv_transpose2d(_maps(x.contiguous()), joint_weight, stride=2, padding=1)
     x = norm(maps, term, norm1_weight, norm1_bias)
     return norm(F.conv2d(_maps(x), conv2_weight, padding=1), None, norm2_weight, norm2_bias)
+
+
+def logit_map(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution after the last stage: (B, T, H, W, D), (1, D, 3, 3) and (1,) -> (B, T, H, W)."""
+    if backends.choose("upsampling_decoder", x, weight, bias) == "cpu" and x.shape[-1] % 2 == 0:
+        return torch.ops.ovseg_fast.upsampling_decoder_head(*registration.autocast(x, weight, bias), "cpu")
+    return F.conv2d(_maps(x), weight, bias, padding=1).squeeze(1).unflatten(0, x.shape[:2])
 
 
 def joint_kernel(up_weight: Tensor, conv1_weight: Tensor) -> Tensor:
@@ -126,4 +139,19 @@ registration.define(
     "upsampling_decoder",
     lambda y, term, weight, bias, groups, eps: (y.new_empty(y.shape), y.new_empty(*y.shape[:2], groups, 2).float()),
     saved=(1,),
+)
+
+# Only the kernels for CPUs have these two: the whole stage, for channels in multiples of 16, and the last convolution.
+registration.define(
+    "upsampling_decoder_stage(Tensor x, Tensor term, Tensor joint_weight, Tensor norm1_weight, Tensor norm1_bias, "
+    "Tensor conv2_weight, Tensor norm2_weight, Tensor norm2_bias, int groups, float eps) -> Tensor",
+    "upsampling_decoder",
+    lambda x, term, *_: x.new_empty(*x.shape[:2], *term.shape[1:]),
+    differentiable=False,
+)
+registration.define(
+    "upsampling_decoder_head(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "upsampling_decoder",
+    lambda x, *_: x.new_empty(x.shape[:-1]),
+    differentiable=False,
 )

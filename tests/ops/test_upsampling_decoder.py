@@ -19,7 +19,8 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_equal_functions, decoder_stage
 from goldens import STAGE, assert_gradients, to_operator
-from ovseg_fast import ops
+from ovseg_fast import native, ops
+from ovseg_fast.ops.upsampling_decoder import logit_map
 from samples import map_floating
 from test_kernels import DEVICE, build, check_gradients, poisoned  # noqa: F401
 from test_operators import gradients, row_id
@@ -285,3 +286,29 @@ def test_cuda_kernels_take_a_mean_far_from_zero(rng: torch.Generator) -> None:
     maps = (y + term.unsqueeze(1)).double().flatten(0, 1).permute(0, 3, 1, 2)
     truth = F.relu(F.group_norm(maps, 4, weight.double(), bias.double(), 1e-5)).permute(0, 2, 3, 1).unflatten(0, (1, 2))
     assert relative_error(result, truth) <= KERNEL[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out, groups", [(16, 2), (32, 1), (48, 3), (64, 4)])
+def test_cpu_kernels_take_whole_stages(out: int, groups: int, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Odd maps, several images, channels that fill panels of any width; and the convolution after the last stage."""
+    if reason := native.problem("cpu"):
+        pytest.skip(reason)
+    build = samples.upsampling_decoder(
+        batch=2, classes=3, height=5, width=7, channels=48, up=24, guidance=8, out=out, groups=groups
+    )
+    draw = samples.Draw(rng, dtype, "cpu")
+    (x, term, *weights), options = build(draw)
+    term = term + 30  # a large mean
+    head, bias = draw.weight(1, out, 3, 3), draw(1)
+
+    def run(name: str, wide: bool) -> torch.Tensor:
+        tensors = [tensor.double() if wide else tensor for tensor in (x, term, *weights, head, bias)]
+        with ovs.backend(name):
+            stage = ops.upsampling_decoder(*tensors[:-2], **options)
+            return torch.cat([stage.flatten(), logit_map(stage, *tensors[-2:]).flatten()])
+
+    result = run("cpu", wide=False)
+    assert ovs.last_backend("upsampling_decoder") == "cpu"
+    assert result.dtype == dtype
+    assert relative_error(result, run("torch", wide=True)) <= KERNEL[dtype]
