@@ -15,7 +15,7 @@ import torch
 
 import ovseg_fast as ovs
 from native import emulated
-from ovseg_fast import native
+from ovseg_fast import backends, native
 
 if torch.cuda.is_available():
     torch.backends.cudnn.allow_tf32 = False  # PyTorch lowers convolutions, unlike products, by default
@@ -66,6 +66,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         interpreted = parameters.get("every_backend") == "triton" and not torch.cuda.is_available()
         if interpreted and item.get_closest_marker("slow_in_interpreter"):
             item.add_marker("slow")
+    items[:] = [item for item in items if not forces_missing_kernels(item)]
+
+
+def forces_missing_kernels(item: pytest.Item) -> bool:
+    """Whether a test of an operator without kernels for CPUs, or of several operators, would run with these forced."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    about = item.path.stem.removeprefix("test_")
+    return parameters.get("every_backend") == "cpu" and about not in (
+        "operators",
+        *backends.operators_with_kernels("cpu"),
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,9 +110,11 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(f"rng {request.node.nodeid}"))
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "cpu"])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each backend forced."""
+    """Runs a test once with each backend forced; with "cpu" if it is about operators that have kernels there."""
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_library")
     with ovs.backend(request.param):
         yield request.param
 

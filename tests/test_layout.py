@@ -97,7 +97,14 @@ def test_operator_file_defines_its_operator(operator: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["kernels/[!_]*.py", "ovseg_fast/cuda/[!_]*.py", "tests/ops/test_*.py", "tests/samples/[!_]*.py"]
+    "pattern",
+    [
+        "kernels/[!_]*.py",
+        "ovseg_fast/cuda/[!_]*.py",
+        "ovseg_fast/cpu/[!_]*.py",
+        "tests/ops/test_*.py",
+        "tests/samples/[!_]*.py",
+    ],
 )
 def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None:
     """`X.py`, or `X_<part>.py` beside it."""
@@ -106,33 +113,41 @@ def test_kernel_and_test_files_are_named_after_an_operator(pattern: str) -> None
     assert [name for name in names - set(OPERATORS) if not name.startswith(starts)] == []
 
 
-def test_cuda_sources_are_named_after_an_operator() -> None:
+CPU_SHARED = {"library", "operators", "pool"}  # sources of csrc/cpu that are of no operator
+
+
+@pytest.mark.parametrize("pattern", ["csrc/*.cu", "csrc/cpu/*.cpp"])
+def test_native_sources_are_named_after_an_operator(pattern: str) -> None:
     """`<operator>.cu`, or `<operator>_<part>.cu` beside it, such as its backward; likewise of a part that operators
     share, which is named after its file in ops/common."""
-    sources = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
+    sources = {path.stem for path in ROOT.glob(pattern)} - (CPU_SHARED if "/cpu/" in pattern else set())
     whole = (sources & set(OPERATORS)) | {path.stem for path in (PACKAGE / "ops" / "common").glob("*.py")}
     assert [name for name in sources - whole if not name.startswith(tuple(f"{operator}_" for operator in whole))] == []
 
 
-def test_cuda_sources_and_their_launchers_come_together() -> None:
-    launchers = {path.stem for path in (PACKAGE / "cuda").glob("[!_]*.py")}
-    assert launchers == {path.stem for path in (ROOT / "csrc").glob("*.cu")} & set(OPERATORS)
+@pytest.mark.parametrize(("folder", "pattern"), [("cuda", "csrc/*.cu"), ("cpu", "csrc/cpu/*.cpp")])
+def test_native_sources_and_their_launchers_come_together(folder: str, pattern: str) -> None:
+    launchers = {path.stem for path in (PACKAGE / folder).glob("[!_]*.py")}
+    assert launchers and launchers == {path.stem for path in ROOT.glob(pattern)} & set(OPERATORS)
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/device/*")]), ids=lambda path: path.name
+    "path",
+    sorted(path for pattern in ("*.cu", "device/*", "cpu/*.cpp", "cpu/*.h") for path in ROOT.glob(f"csrc/{pattern}")),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
 )
-def test_cuda_sources_begin_with_what_they_compute_or_assume(path: Path) -> None:
+def test_native_sources_begin_with_what_they_compute_or_assume(path: Path) -> None:
     """Of a kernel the formula, of a header the layout in memory and lanes that it assumes."""
-    comment = list(itertools.takewhile(lambda line: line.startswith("//"), path.read_text().splitlines()))
-    assert comment and comment[0].startswith("// ") and comment[0][3].isupper(), "begin with a comment"
-    if path.suffix == ".cu":
+    text = path.read_text()
+    comment = list(itertools.takewhile(lambda line: line.startswith(("//", "/*", " *")), text.splitlines()))
+    assert comment and re.match(r"(//|/\*) [A-Z]", comment[0]), "begin with a comment"
+    if path.suffix == ".h" or path.suffix == ".cuh":
+        assert re.search(r"#pragma once|#ifndef \w+_H\n", text)
+    elif path.stem not in CPU_SHARED:
         assert any(line.startswith("//     ") for line in comment), "state the formula, indented"
-    else:
-        assert "#pragma once" in path.read_text()
 
 
-def test_cuda_sources_keep_to_120_columns() -> None:
+def test_native_sources_keep_to_120_columns() -> None:
     lines = {
         f"{path.relative_to(ROOT)}:{number}"
         for path in listed_files()
@@ -158,6 +173,14 @@ def test_only_the_platform_header_knows_the_emulator() -> None:
     emulation = re.compile(r'#include ".*emulator|emulator::|__CUDACC__')
     knowing = [path.name for path in sources if emulation.search(path.read_text())]
     assert knowing == ["platform.cuh"]
+
+
+def test_operators_for_cpus_leave_the_standard_library_alone() -> None:
+    """The linker keeps one copy of its templates and inline functions for all instruction sets, see csrc/cpu/isa.h."""
+    allowed = {"immintrin.h", "stddef.h", "stdint.h", "string.h"}
+    for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cpu/*.h")]:
+        if path.stem not in {"library", "pool"} or path.suffix == ".h":
+            assert set(re.findall(r"#include <(.+)>", path.read_text())) <= allowed, path.name
 
 
 def test_readme_names_every_operator_and_is_short() -> None:

@@ -1,4 +1,7 @@
-"""What every operator promises, over the one table of sample inputs."""
+"""What every operator promises in its PyTorch form, and its checks whatever runs it, over the one table of samples.
+
+For kernels see test_kernels.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,13 @@ FUNCTIONS = sorted({row.function for row in ROWS})
 
 def row_id(row: Sample) -> str:
     return row.id
+
+
+@pytest.fixture(autouse=True)
+def _pytorch_form() -> Iterator[None]:
+    """Which `every_backend` overrides."""
+    with ovs.backend("torch"):
+        yield
 
 
 def assert_same(row: Sample, call: samples.Call, results: Any, expected: Any, limit: float) -> None:

@@ -1,4 +1,4 @@
-// The C interface of the CPU library: it chooses an instruction set and hands calls on to the operators compiled for it.
+// The C interface of the CPU library: it chooses an instruction set and hands calls on to operators compiled for it.
 
 #include <string.h>
 

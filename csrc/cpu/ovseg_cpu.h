@@ -1,10 +1,10 @@
 /* The interface of the CPU library, as far as it differs from that of the CUDA library, ovseg.h.
  *
  * The functions of operators that it has are those of ovseg.h with the same arguments, but for the last three: dtype is
- * OVSEG_FLOAT32 or OVSEG_BFLOAT16, `device` is the number of threads to run on, the calling one among them, and `stream`
- * is ignored. A function returns when its results are there. Tensors need no alignment beyond that of their numbers. The
- * library allocates scratch memory by itself, keeps a few MB of it for each thread, and may be called by several threads
- * at once and after a fork. Results do not depend on the number of threads. */
+ * OVSEG_FLOAT32 or OVSEG_BFLOAT16, `device` is the number of threads to run on, the calling one among them, `stream` is
+ * ignored. A function returns when its results are there. Tensors need no alignment beyond that of their numbers. The
+ * library allocates scratch memory by itself and keeps a few MB of it for each thread. Several threads may call it at
+ * once, also after a fork. Results do not depend on the number of threads. */
 
 #ifndef OVSEG_CPU_H
 #define OVSEG_CPU_H

@@ -1,4 +1,4 @@
-// Products of small matrices whose operands lie in the caches: C (rows, columns) = A (rows, depth) · B (depth, columns).
+// Products of small matrices that lie in the caches: C (rows, columns) = A (rows, depth) · B (depth, columns).
 //
 // B is packed into panels of some vectors of columns. A tile of rows and one panel's columns is added up in registers.
 // A is read where it lies, a number at a time for all lanes. With bfloat16 products a lane takes two depths at once.

@@ -124,8 +124,8 @@ template <typename T> struct Block {
         }
     }
 
-    // Rows of scores to those of the softmax before its division by their sums, whose reciprocals are `shares`; 0, as in
-    // PyTorch, if all scores are −∞. Columns from `tokens` on become 0.
+    // Rows of scores to those of the softmax before its division by their sums, whose reciprocals are `shares`; 0, as
+    // in PyTorch, if all scores are −∞. Columns from `tokens` on become 0.
     void exponentiate(int64_t first, int64_t count, const Scratch &s) const {
         const int64_t stride = round_up(s.tokens, SCORE_PANEL), whole = s.tokens / LANES * LANES;
         const Floats nothing = broadcast(-__builtin_inff());

@@ -82,6 +82,10 @@ def run(aggregator: CostAggregator, named: dict[str, Tensor], pooling: int) -> T
         ("t7_p3", 2, "torch"),
         ("t171", 2, "torch"),
         pytest.param("t256", 2, "torch", marks=pytest.mark.slow),
+        ("t7_pool1", 1, "auto"),  # the kernels for CPUs that there are
+        ("t7_p3", 2, "auto"),
+        ("t171", 2, "auto"),
+        pytest.param("t256", 2, "auto", marks=pytest.mark.slow),
         *[pytest.param(op, pooling, "triton", marks=ON_GPU) for op, pooling in TRITON],
     ],
 )

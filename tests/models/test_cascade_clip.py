@@ -57,8 +57,10 @@ def test_image_features(model, goldens, case, side):
     assert goldens.error(f"{case}.global", global_embedding) <= GOLDEN_OUTPUT
 
 
-def test_one_crop(model, text, goldens):
-    logits = model(goldens.images("crop.image", 512, 512), text)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_one_crop(model, text, goldens, backend):
+    with ovs.backend(backend):
+        logits = model(goldens.images("crop.image", 512, 512), text)
     assert logits.shape == (1, 20, 512, 512)
     scores = logits.sigmoid() - offset(goldens)[:, None, None]
     assert goldens.error("crop.pred", scores) <= GOLDEN_OUTPUT

@@ -54,14 +54,16 @@ def test_text_embeddings(model, text, goldens):
     assert goldens.error("text", text[:, 0]) <= GOLDEN_OUTPUT
 
 
-@pytest.mark.parametrize("case", EVALS)
-def test_one_image(model, text, goldens, case):
+@pytest.mark.parametrize(("case", "backend"), [("square", "torch"), *((case, "auto") for case in EVALS)])
+def test_one_image(model, text, goldens, case, backend):
+    """In PyTorch form, and on what is chosen by itself."""
     height, width, out_height, out_width = EVALS[case]
     images = goldens.images(f"{case}.image", height, width)
     clip_input = model.preprocess(images.float())
-    dense, blocks, grid = model.clip.visual.dense_features(clip_input, (3, 7))
-    features = model.encode_image(images)
-    logits = model(images, text)
+    with ovs.backend(backend):
+        dense, blocks, grid = model.clip.visual.dense_features(clip_input, (3, 7))
+        features = model.encode_image(images)
+        logits = model(images, text)
 
     assert goldens.error(f"{case}.clip_input", clip_input) <= GOLDEN_OUTPUT
     assert goldens.error(f"{case}.dense", dense) <= GOLDEN_OUTPUT

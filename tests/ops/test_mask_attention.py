@@ -107,7 +107,7 @@ def test_what_the_kernels_do_not_take_goes_to_pytorch() -> None:
             ops.mask_attention(*args, **keywords)
         with ovs.backend("auto"):
             ops.mask_attention(*args, **keywords)
-        assert ovs.last_backend("mask_attention") == "torch"
+        assert ovs.last_backend("mask_attention") in ("cpu", "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
