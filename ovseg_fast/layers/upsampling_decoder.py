@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, ops
+from ..ops.common.threads import run_pieces, threads_for
 from ..ops.common.tiles import tile_size
 from ..ops.upsampling_decoder import joint_kernel, logit_map
 from .prepared import Prepared
 from .recompute import recomputed
 
-CPU_TILES = 4  # tiles of PyTorch's at a time: kernels for CPUs work class by class, and pack the weights in each call
+CPU_TILES = 8  # tiles of PyTorch's at a time: kernels for CPUs work class by class, and pack the weights in each call
 
 
 class DecoderStage(nn.Module):
@@ -72,14 +73,23 @@ class UpsamplingDecoder(nn.Module):
             guidance = F.relu(project(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
             shared += cast(DecoderStage, stage).shared(guidance)
         batch, classes, height, width, _ = x.shape
-        size = tile_size(classes, batch * height * width, x.device)
-        if backends.choose("upsampling_decoder", x, *self.parameters()) == "cpu":
+        size, threads = tile_size(classes, batch * height * width, x.device), threads_for(x, *shared)
+        backend = backends.choose("upsampling_decoder", x, *self.parameters())
+        if backend == "cpu":
             size *= CPU_TILES
+        if threads > 1 and (backend != "torch" or _has_hooks(self)):
+            threads = 1  # kernels have threads of their own
         tiles = x.split(size, 1)
-        return torch.cat([recomputed(self, self._decode, tile, *shared) for tile in tiles], 1)
+        return torch.cat(run_pieces(lambda tile: recomputed(self, self._decode, tile, *shared), tiles, threads), 1)
 
     def _decode(self, x: Tensor, *shared: Tensor) -> Tensor:
         """Logits (B, t, 4H, 4W) of a tile of classes; `shared` is that of all stages."""
         for stage, term, joint_weight in zip(self.stages, shared[::2], shared[1::2], strict=True):
             x = stage(x, term, joint_weight)
         return logit_map(x, self.head.weight, cast(Tensor, self.head.bias))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a hook sees the module's calls, which expects them in order and in the caller's thread."""
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    return hooked or torch.nn.modules.module._has_any_global_hook()

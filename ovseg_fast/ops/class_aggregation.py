@@ -180,7 +180,8 @@ def torch_form(
 
     pooled = average_pool(x, pooling)
     positions = pooled.flatten(2, 3)
-    updated = map_tiles(layer, positions, dim=2, size=tile_size(positions.shape[2], batch * classes, x.device))
+    size = tile_size(positions.shape[2], batch * classes, x.device)
+    updated = map_tiles(layer, positions, 2, size, terms, *weights)
     return x + resize_aligned(updated.view(pooled.shape), height, width)
 
 

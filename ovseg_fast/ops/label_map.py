@@ -22,9 +22,11 @@ from .. import backends
 from ..arguments import check_whole
 from .common import registration
 from .common.checks import check_positive, check_tensors
+from .common.threads import run_pieces, threads_for
 from .common.tiles import tiles
 
 CHUNK_ELEMENTS = 2**22  # scores computed at a time: 16 MB in float32
+LEAST_GROUPS = 8  # of classes, to be shared out among threads: even where one is slower
 MOST_LABELS = 8  # that `top_labels` gives: kernels keep them in registers
 MOST_WINDOWS = 64  # whose positions a launch of the CUDA C++ kernels carries
 
@@ -282,7 +284,36 @@ def torch_form(
     logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """Scores and labels of the best k classes (k, H, W); with k = 0 the scores of all (T, H, W), and no labels."""
-    size, canvases = placement.size, _canvases(logits, placement, whole, offset)
+    classes, step = logits.shape[1], _classes_at_a_time(placement)
+    threads = threads_for(*(tensor for tensor in (logits, whole, offset) if tensor is not None))
+    # Each thread takes some of the classes, and what it found best of them is compared at the end. A part is a multiple
+    # of `step`, so that the same tensors are computed whatever the number of threads, and the same bits.
+    groups = max(threads, LEAST_GROUPS) if threads > 1 else 1
+    parts = [*tiles(classes, -(-classes // (groups * step)) * step)]
+
+    def run(part: slice) -> tuple[Tensor, Tensor]:
+        own = (None if whole is None else whole[:, part], None if offset is None else offset[part])
+        return _best_of(logits[:, part], placement, *own, k)
+
+    found = run_pieces(run, parts, threads)
+    if len(found) == 1:
+        return found[0]
+    scores = torch.cat([part[0] for part in found])
+    if k == 0:
+        return scores, found[0][1]
+    labels = torch.cat([part[1] + group.start for part, group in zip(found, parts, strict=True)])
+    if k == 1:
+        best, order = scores.max(0, keepdim=True)
+    else:
+        best, order = (part[:k] for part in scores.sort(dim=0, descending=True, stable=True))
+    return best, labels.gather(0, order)
+
+
+def _best_of(
+    logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Scores and labels of the best k classes, or of all if there are fewer; with k = 0 the scores of all."""
+    size, canvases, k = placement.size, _canvases(logits, placement, whole, offset), min(k, logits.shape[1])
     labels = torch.zeros((k, *size), dtype=torch.int32, device=logits.device)
     if k == 0:
         return torch.cat([_resize_rows(canvas, size, slice(0, size[0])) for _, canvas in canvases]), labels
@@ -318,8 +349,7 @@ def _canvases(
     counts = logits.new_zeros(canvas)  # windows that cover each pixel
     for top, left in positions:
         counts[top : top + height, left : left + width] += 1
-    area = len(positions) * height * width + canvas[0] * canvas[1]
-    for classes in tiles(logits.shape[1], max(1, CHUNK_ELEMENTS // area)):
+    for classes in tiles(logits.shape[1], _classes_at_a_time(placement)):
         scores = torch.sigmoid(_resize(logits[:, classes], placement.window))
         if offset is not None:
             scores = scores - offset[classes, None, None]
@@ -330,6 +360,12 @@ def _canvases(
         if whole is not None:
             mean = (mean + _resize(torch.sigmoid(_resize(whole[:, classes], placement.window)), canvas)[0]) / 2
         yield classes.start, mean
+
+
+def _classes_at_a_time(placement: Placement) -> int:
+    positions, window, canvas, _ = placement
+    area = len(positions) * window[0] * window[1] + canvas[0] * canvas[1]
+    return max(1, CHUNK_ELEMENTS // area)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -140,7 +140,7 @@ def torch_form(
         tokens = tokens + F.linear(attended, weights.proj_weight, weights.proj_bias)
         return residual_mlp(tokens, *mlp_weights(weights), activation="gelu").view(tile.shape)
 
-    return map_tiles(block, x, dim=1, size=tile_size(classes, batch * height * width, x.device))
+    return map_tiles(block, x, 1, tile_size(classes, batch * height * width, x.device), q_term, k_term, *weights)
 
 
 def _cuda_refusal(channels: int, heads: int, window: int, hidden: int) -> str | None:

@@ -14,7 +14,7 @@ from goldens import Golden, golden
 from ovseg_fast import ops
 from ovseg_fast.models import CATSeg
 from ovseg_fast.models.sliding import resize
-from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, relative_error
+from tolerances import ARGMAX_AGREEMENT, BFLOAT16_TINY, GOLDEN_OUTPUT, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,31 @@ def test_classes_beyond_the_list_length_are_chosen_image_by_image(tiny):
         dropped = torch.tensor([i for i in range(37) if i not in kept.tolist()])
         assert (image_logits[dropped] == -100).all()
         assert (image_logits[kept] != -100).any(-1).any(-1).all()
+
+
+def test_a_half_precision_model_takes_both_kinds_of_images(tiny):
+    images, text = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8), torch.randn(5, 1, 64)
+    expected = tiny(images, text)
+    half = tiny.to(torch.bfloat16)
+    for given in (images, images.float() / 255):
+        logits = half(given, text.bfloat16())
+        assert logits.dtype == torch.bfloat16
+        assert relative_error(logits, expected) <= BFLOAT16_TINY
+
+
+def test_a_half_precision_model_chooses_the_same_classes(tiny):
+    """300 names, of which 32 are computed: from the same features, those that float32 chooses."""
+    features = tiny.encode_image(torch.rand(2, 3, 96, 96))
+    dense, *appearance = (maps.bfloat16() for maps in (features.dense, *features.appearance))
+    alike = dense[0, 0, 0].float() + 0.1 * torch.randn(300, 1, 64)  # cosines that bfloat16 would round to ties
+    text = torch.nn.functional.normalize(alike, dim=-1).bfloat16()
+    wide = type(features)(dense.float(), tuple(maps.float() for maps in appearance))
+    expected = tiny.decode(wide, text.float())
+    logits = tiny.to(torch.bfloat16).decode(type(features)(dense, tuple(appearance)), text)
+    chosen = (expected != -100).flatten(2).any(2)
+    assert (chosen.sum(1) == 32).all()
+    assert torch.equal((logits != -100).flatten(2).any(2), chosen)
+    assert relative_error(logits[chosen], expected[chosen]) <= BFLOAT16_TINY
 
 
 def test_batch_equals_single_images(tiny):
