@@ -5,10 +5,10 @@
 //     canvas = ½ (canvas + resize(sigmoid(resize(whole, window)), canvas))     where a map of the whole image is given
 //     scores = resize(canvas, size),   the best k classes of every pixel, or all of them
 //
-// A task is a band of the result's rows, from logits to labels. It takes one class after the other and computes each row
-// of the canvas that the band reads, once: first between rows of the map, which are narrow, then along the row, a vector
-// of neighbouring pixels at a time. Two rows of the canvas, which give a row of the result, are all that is held of a
-// class. Everything is float32 whatever the logits are.
+// A task is a band of the result's rows, from logits to labels. It takes one class after the other and computes each
+// row of the canvas that the band reads, once: first between rows of the map, which are narrow, then along the row, a
+// vector of neighbouring pixels at a time. Two rows of the canvas, which give a row of the result, are all that is held
+// of a class. Everything is float32 whatever the logits are.
 
 #include "operators.h"
 #include "vectors.h"
@@ -478,6 +478,10 @@ template <typename T> struct LabelMap {
 
 template <typename T> int run(const ovseg_label_map_kept_params &params, int threads) {
     LabelMap<T> map(params);
+    const int64_t kept = params.k ? params.k : params.classes;
+    if (params.scores) {
+        ovseg_expect_writes(params.scores, size_t(kept * params.out_height * params.out_width) * sizeof(T));
+    }
     return prepare_and_run(map, threads, (params.out_height + map.band - 1) / map.band);
 }
 
@@ -485,9 +489,24 @@ template <typename T> int run(const ovseg_label_map_kept_params &params, int thr
 
 namespace OVSEG_ISA {
 
+<<<<<<< ours
 int label_map_kept(const ovseg_label_map_kept_params *params, int dtype, int threads, void *) {
+=======
+int kept_label_map(const ovseg_kept_label_map_params *params, int dtype, int threads, void *) {
+>>>>>>> theirs
     if (params->k < 0 || params->k > MOST_LABELS || params->k > params->classes) return OVSEG_UNSUPPORTED_SIZE;
     return dtype == OVSEG_FLOAT32 ? run<float>(*params, threads) : run<Bf16>(*params, threads);
+}
+
+int label_map(const void *logits, const void *whole, const void *offset, const int64_t *positions, void *scores,
+              int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width, int64_t window_height,
+              int64_t window_width, int64_t canvas_height, int64_t canvas_width, int64_t out_height, int64_t out_width,
+              int64_t k, int dtype, int threads, void *stream) {
+    const ovseg_kept_label_map_params params{
+        logits,     whole,     offset, positions, nullptr,       scores,       labels,        windows,
+        classes,    classes,   height, width,     window_height, window_width, canvas_height, canvas_width,
+        out_height, out_width, k,      0.0};
+    return kept_label_map(&params, dtype, threads, stream);
 }
 
 }  // namespace OVSEG_ISA
