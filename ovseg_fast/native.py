@@ -59,6 +59,12 @@ _ENCODER_BLOCK = _params(
     "norm1_eps norm2_eps",
 )
 
+_KEPT_LABEL_MAP = _params(
+    "logits whole offset positions slots scores labels",
+    "windows maps classes height width window_height window_width canvas_height canvas_width out_height out_width k",
+    "dropped",
+)
+
 # Argument types of the operators' functions, or a params struct that holds all but the last three; each function
 # returns an error code.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -96,12 +102,14 @@ CPU_FUNCTIONS: dict[str, tuple[Any, ...]] = {
             "ovseg_cost_embedding_fwd",
             "ovseg_cost_volume_fwd",
             "ovseg_gaussian_aggregation_fwd",
+            "ovseg_label_map_fwd",
             "ovseg_layer_gather_fwd",
             "ovseg_spatial_aggregation_fwd",
             "ovseg_upsampling_decoder_norm_fwd",
         )
     },
     "ovseg_encoder_block_fwd": (_ENCODER_BLOCK, *_RUN),
+    "ovseg_kept_label_map_fwd": (_KEPT_LABEL_MAP, *_RUN),
     "ovseg_upsampling_head_fwd": (*[POINTER] * 4, *[SIZE] * 4, *_RUN),
     "ovseg_upsampling_stage_fwd": (*[POINTER] * 9, *[SIZE] * 7, REAL, *_RUN),
 }

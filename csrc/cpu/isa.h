@@ -26,7 +26,8 @@
 #define OVSEG_BF16_PRODUCTS 0
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 
 namespace {
 

@@ -135,6 +135,22 @@ int ovseg_gaussian_aggregation_fwd(const void *features, const void *weights, vo
     });
 }
 
+int ovseg_kept_label_map_fwd(const ovseg_kept_label_map_params *params, int dtype, int threads, void *stream) {
+    return with_operators(dtype,
+                          [&](const Operators &use) { return use.kept_label_map(params, dtype, threads, stream); });
+}
+
+int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offset, const int64_t *positions,
+                        void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width,
+                        int64_t window_height, int64_t window_width, int64_t canvas_height, int64_t canvas_width,
+                        int64_t out_height, int64_t out_width, int64_t k, int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.label_map(logits, whole, offset, positions, scores, labels, windows, classes, height, width,
+                             window_height, window_width, canvas_height, canvas_width, out_height, out_width, k, dtype,
+                             threads, stream);
+    });
+}
+
 int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight, const void *shared_bias,
                            const void *norm_weight, const void *norm_bias, const void *projection, const void *weights,
                            void *out, int64_t layers, int64_t batch, int64_t tokens, int64_t patches, int64_t channels,

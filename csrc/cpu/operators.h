@@ -15,6 +15,8 @@
     USE(cost_volume)              \
     USE(encoder_block)            \
     USE(gaussian_aggregation)     \
+    USE(kept_label_map)           \
+    USE(label_map)                \
     USE(layer_gather)             \
     USE(spatial_aggregation)      \
     USE(upsampling_decoder_norm)  \

@@ -44,6 +44,23 @@ typedef struct {
 
 OVSEG_API int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *stream);
 
+/* ovseg_label_map_fwd, which takes any number of windows here, of a few classes of each window. */
+typedef struct {
+    const void *logits;       /* (windows, maps, height, width) */
+    const void *whole;        /* (maps, height, width), or null */
+    const void *offset;       /* (classes), or null */
+    const int64_t *positions; /* (windows, 2) */
+    const int32_t *slots; /* (windows, classes), with `whole` a row more: which of a window's maps is a class's; -1 for
+                                 a class that it did not keep, all of whose logits there are `dropped`. Or null: every
+                                 window has the map of every class. */
+    void *scores;         /* as in ovseg_label_map_fwd */
+    int32_t *labels;
+    int64_t windows, maps, classes, height, width, window_height, window_width, canvas_height, canvas_width;
+    int64_t out_height, out_width, k;
+    double dropped;
+} ovseg_kept_label_map_params;
+
+OVSEG_API int ovseg_kept_label_map_fwd(const ovseg_kept_label_map_params *params, int dtype, int device, void *stream);
 /* A stage of the upsampling decoder: x (batch, classes, height, width, channels), term (batch, 2 height, 2 width,
  * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs, 3,
  * 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and

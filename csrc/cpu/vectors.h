@@ -11,7 +11,7 @@ INLINE Floats bits_to_floats(Words bits) { return (Floats)bits; }
 INLINE Words floats_to_bits(Floats x) { return (Words)x; }
 
 INLINE Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
-// The larger ones; of a pair with NaN, the second.
+// The larger or smaller ones; of a pair with NaN, the second.
 INLINE Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
@@ -21,9 +21,18 @@ INLINE Floats larger(Floats a, Floats b) {
     return select(a > b, a, b);
 #endif
 }
+INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select(a < b, a, b);
+#endif
+}
 // NaN in x stays.
 INLINE Floats at_least(Floats x, Floats low) { return larger(low, x); }
-INLINE Floats at_most(Floats x, Floats high) { return select(x > high, high, x); }
+INLINE Floats at_most(Floats x, Floats high) { return smaller(high, x); }
 
 INLINE Words widen(Halves halves) { return __builtin_convertvector(halves, Words); }
 
@@ -99,6 +108,21 @@ INLINE float sum(Floats x) {
     return x[0];
 }
 
+// Whether any lane of a comparison holds.
+INLINE bool any(Ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    typedef int64_t Pairs __attribute__((vector_size(4 * LANES)));
+    const Pairs pairs = (Pairs)mask;
+    int64_t found = 0;
+    for (int pair = 0; pair < LANES / 2; ++pair) found |= pairs[pair];
+    return found != 0;
+#endif
+}
+
 // Of lanes without NaN.
 INLINE float largest(Floats x) {
 #pragma GCC unroll 4
@@ -144,10 +168,38 @@ INLINE Floats exponential_of_negative(Floats x) {
     return select(x < broadcast(-87.33654f), Floats{}, exponential_of_rest(within, n) * scale);
 }
 
+// 1 / x for 1 <= x <= 2¹²⁶, to about 1 in the last place: an estimate and one step of Newton's.
+INLINE Floats reciprocal(Floats x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const Floats estimate = (Floats)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
+#else
+    const Floats estimate = (Floats)_mm256_rcp_ps((__m256)x);
+#endif
+    return estimate + estimate * (broadcast(1.0f) - x * estimate);
+#else
+    return broadcast(1.0f) / x;
+#endif
+}
+
+// 2ˣ for |x| <= 126 to 2e-7 of it, with a polynomial of least error on −½..½.
+INLINE Floats power_of_two(Floats x) {
+    const Floats magic = broadcast(12582912.0f);  // as in `round_to_nearest`: the sum ends in the whole number
+    const Floats shifted = x + magic, r = x - (shifted - magic);
+    Floats p = broadcast(1.326472731e-3f);
+    p = p * r + broadcast(9.671512991e-3f);
+    p = p * r + broadcast(5.550733581e-2f);
+    p = p * r + broadcast(2.402224243e-1f);
+    p = p * r + broadcast(6.931470037e-1f);
+    p = p * r + broadcast(1.0f);
+    return p * bits_to_floats((floats_to_bits(shifted) << 23) + 0x3F800000u);
+}
+
+// 1 / (1 + exp(−x)) to 1e-6 of it; 0 below −87.3; NaN stays.
 INLINE Floats sigmoid(Floats x) {
-    const Floats e = exponential(select(x < Floats{}, x, -x));  // of −|x|: no overflow
-    const Floats share = broadcast(1.0f) / (broadcast(1.0f) + e);
-    return select(x < Floats{}, e * share, share);
+    const Floats power = at_most(at_least(x * broadcast(-1.44269504f), broadcast(-126.0f)), broadcast(126.0f));
+    const Floats share = reciprocal(broadcast(1.0f) + power_of_two(power));
+    return select(x < broadcast(-87.3f), Floats{}, share);
 }
 
 // x Φ(x), the exact GELU, with an error of Φ of at most 2e-7. Φ(x) − ½ = x p(x²) on −5..5, p fitted to Chebyshev nodes;
