@@ -338,15 +338,25 @@ class EncodedImage:
         with undisturbed():
             decode, _ = segmenter._runner("decode")
             parts = _bar(self.features, "classes", progress)
-            parts = [decode(features, prompts.text, **windows.decode).to(dtype) for features in parts]
-            logits = torch.cat(parts)
+            found = [decode(features, prompts.text, **windows.decode) for features in parts]
+            # Of many classes, a model may compute the logits of a few alone, for each window its own.
+            few = isinstance(found[0], ops.KeptLogits)
+            logits = torch.cat([(part.logits if few else part).to(dtype) for part in found])
             if windows.cut is not None:
                 logits = logits[..., : windows.cut[0], : windows.cut[1]]
+            if few:
+                kept = found[0]._replace(classes=torch.cat([part.classes for part in found]))
+
+            def maps(which: slice) -> Tensor | ops.KeptLogits:
+                part = logits[which]
+                return kept._replace(logits=part, classes=kept.classes[which]) if few else part
+
+            windowed = slice(-1 if windows.has_whole else None)
             size = self.image.height, self.image.width
             arguments: dict[str, Any] = {
-                "logits": logits[:-1] if windows.has_whole else logits,
+                "logits": maps(windowed),
                 "placement": ops.Placement(windows.positions, windows.window, windows.canvas, size),
-                "whole": logits[-1:] if windows.has_whole else None,
+                "whole": maps(slice(-1, None)) if windows.has_whole else None,
                 "offset": prompts.offset,
             }
             # One pass over the logits; only if their sum overflows are they checked one by one.

@@ -78,6 +78,28 @@ def test_many_classes(seg, photo):
     assert (out.labels == out.scores.argmax(0)).mean() > 0.99
 
 
+@pytest.mark.parametrize("mode", ["slide", "whole"])
+def test_classes_that_no_window_kept_are_never_held(photo, mode, monkeypatch):
+    """CAT-Seg computes its `pad_length` best classes of each window; the result is that of the logits of all."""
+    seg = ovs.load("catseg-tiny", device="cpu")
+    names = [f"thing {i}" for i in range(seg.model.config.pad_length + 30)]
+    decode, shapes = seg.model.decode, []
+
+    def spy(*arguments, **options):
+        shapes.append(decode(*arguments, **options).logits.shape[1])
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(seg.model, "decode", spy)
+    out = seg.segment(photo, names, mode=mode)
+    assert set(shapes) == {seg.model.config.pad_length}
+    monkeypatch.setattr(seg.model, "decode", lambda *args, **options: decode(*args, **{**options, "kept": False}))
+    dense = seg.segment(photo, names, mode=mode)
+    assert np.array_equal(out.labels, dense.labels)
+    assert np.allclose(out.scores, dense.scores, atol=1e-6)
+    for found, expected in zip(out.top(5), dense.top(5), strict=True):
+        assert np.allclose(found, expected, atol=1e-6)
+
+
 def test_encode_once_prompt_many(seg, photo):
     calls = []
     handle = seg.model.register_forward_pre_hook(lambda *_: calls.append(1))

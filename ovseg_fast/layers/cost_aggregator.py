@@ -74,18 +74,22 @@ class CostAggregator(nn.Module):
         self.decoder = UpsamplingDecoder(channels, decoder_appearance, decoder_guidance, decoder_channels)
         self.prepared = Prepared()
 
-    def forward(self, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
+    def forward(
+        self, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int, kept: bool = False
+    ) -> Tensor | ops.KeptLogits:
         """Logits of every class.
 
         Args:
             image: (B, H, W, E) dense image embeddings, not normalised. text: (T, P, E) text embeddings.
             appearance: guidance maps of the decoder, (B, 2H, 2W, G₁) and (B, 4H, 4W, G₂).
             pooling: side of the class block's average pooling (2 in training, 1 in the published evaluation).
+            kept: with T > `pad_length` give the computed classes alone.
 
         Returns:
             (B, T, 4H, 4W). With T > `pad_length`, the classes whose highest cosine anywhere in the image is among the
             `pad_length` highest are computed, image by image; all others get the logit −100. The cosines are those of
-            float32 or better, whatever the dtype, so that 16-bit ties do not choose the classes.
+            float32 or better, whatever the dtype, so that 16-bit ties do not choose the classes. With `kept`,
+            `ops.KeptLogits` then.
         """
         classes = text.shape[0]
         weights = self.cost_embedding.weight, cast(Tensor, self.cost_embedding.bias)
@@ -95,12 +99,12 @@ class CostAggregator(nn.Module):
         wide = torch.promote_types(image.dtype, torch.float32)
         with _no_autocast(image.device.type):
             volume = ops.cost_volume(image.to(wide), text.to(wide))
-        kept = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
-        images = torch.arange(kept.shape[0], device=kept.device).unsqueeze(1)
-        x = ops.embed_volume(volume[images, kept].to(image.dtype), *weights)
-        logits = self._aggregate(x, image, F.normalize(text, dim=-1)[kept], appearance, pooling)
-        full = logits.new_full((kept.shape[0], classes, *logits.shape[-2:]), DROPPED_LOGIT)
-        return full.index_put((images, kept), logits)
+        best = volume.detach().amax((2, 3, 4)).topk(self.pad_length, sorted=False).indices.sort().values
+        images = torch.arange(best.shape[0], device=best.device).unsqueeze(1)
+        x = ops.embed_volume(volume[images, best].to(image.dtype), *weights)
+        logits = self._aggregate(x, image, F.normalize(text, dim=-1)[best], appearance, pooling)
+        result = ops.KeptLogits(logits, best, classes, DROPPED_LOGIT)
+        return result if kept else result.dense()
 
     def _aggregate(self, x: Tensor, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
         guidance = F.relu(self.appearance_projection(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

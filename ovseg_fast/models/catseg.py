@@ -192,8 +192,11 @@ class CATSeg(SegmentationModel):
             appearance.append(maps.permute(0, 2, 3, 1))
         return ImageFeatures(dense[:, 1:].unflatten(1, grid), tuple(appearance))
 
-    def decode(self, features: ImageFeatures, text: Tensor, class_pooling: int | None = None) -> Tensor:
-        """Logits (B, T, 4H, 4W) of classes (T, P, E); `class_pooling` defaults to the configuration's.
+    def decode(
+        self, features: ImageFeatures, text: Tensor, class_pooling: int | None = None, kept: bool = False
+    ) -> Any:
+        """Logits (B, T, 4H, 4W) of classes (T, P, E); `class_pooling` defaults to the configuration's. With `kept` and
+        T > `pad_length`, `ops.KeptLogits` of those that the aggregator computes.
 
         Raises:
             ValueError: `text` has another rank, prompt count or width, or no class.
@@ -204,7 +207,7 @@ class CATSeg(SegmentationModel):
                 f"text must have shape (T, {expected[0]}, {expected[1]}) with T of at least 1, got {tuple(text.shape)}."
             )
         pooling = self.config.class_pooling if class_pooling is None else class_pooling
-        return self.aggregator(features.dense, text, features.appearance, pooling)
+        return self.aggregator(features.dense, text, features.appearance, pooling, kept)
 
     def forward(self, images: Tensor, text: Tensor, class_pooling: int | None = None) -> Tensor:
         """Logits of every class; arguments and errors as `SegmentationModel.forward`.
@@ -216,7 +219,8 @@ class CATSeg(SegmentationModel):
             (B, T, 96, 96) at the published sizes, whatever the image's.
         """
         refuse_tracing()
-        return self.decode(self.encode_image(images), text, class_pooling)
+        logits: Tensor = self.decode(self.encode_image(images), text, class_pooling)
+        return logits
 
     def dense_embeddings(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         height, width = image.shape[-2:]
@@ -238,12 +242,14 @@ class CATSeg(SegmentationModel):
                 if str(self.small_images).strip("0") == "1":  # the first, the tenth, the hundredth, ...
                     what = "mode 'whole' misplaces labels of images under %d pixels, %d so far; 'slide' does not."
                     logger.warning(what, self.map_size, self.small_images)
-            return Windows(image, [(0, 0)], cut, cut, cut=cut)
+            return Windows(image, [(0, 0)], cut, cut, cut=cut, decode={"kept": True})
         side = config.slide_window
         canvas = (config.slide_canvas, config.slide_canvas)
         parts, positions = crops(resize(image, *canvas), side, int(side * (1 - config.slide_overlap)))
         pixels = torch.cat([parts, resize(image, side, side)])
-        return Windows(pixels, positions, (side, side), canvas, has_whole=True, decode={"class_pooling": 1})
+        return Windows(
+            pixels, positions, (side, side), canvas, has_whole=True, decode={"class_pooling": 1, "kept": True}
+        )
 
     def upstream_buffers(self) -> dict[str, Tensor]:
         """The masks of shifted windows."""

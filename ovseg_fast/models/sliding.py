@@ -24,7 +24,7 @@ class Windows:
         canvas: (height, width) in pixels of the resized picture that the windows were cut from.
         has_whole: whether the last of `pixels` is the whole picture, to be averaged with the canvas.
         cut: (height, width) to which logits are cut before anything else, or None.
-        decode: keyword arguments of the model's `decode` for these windows.
+        decode: keyword arguments of the model's `decode` for these windows; it may then give `ops.KeptLogits`.
     """
 
     pixels: Tensor

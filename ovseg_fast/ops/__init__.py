@@ -13,7 +13,7 @@ from .cost_embedding import cost_embedding, embed_volume
 from .cost_volume import cost_volume
 from .encoder_block import EncoderBlockWeights, encoder_block
 from .gaussian_aggregation import gaussian_aggregation
-from .label_map import Placement, label_map, score_map, top_labels
+from .label_map import KeptLogits, Placement, label_map, score_map, top_labels
 from .layer_gather import layer_gather
 from .mask_attention import mask_attention, mask_scores
 from .mask_losses import mask_losses
@@ -23,6 +23,7 @@ from .upsampling_decoder import guidance_term, upsampling_decoder
 __all__ = [
     "ClassAggregationWeights",
     "EncoderBlockWeights",
+    "KeptLogits",
     "Placement",
     "SpatialAggregationWeights",
     "class_aggregation",

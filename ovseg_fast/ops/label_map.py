@@ -12,7 +12,7 @@ and only the best scores and labels of each pixel are kept, so memory does not g
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,16 +63,41 @@ class Placement(NamedTuple):
         return True
 
 
+class KeptLogits(NamedTuple):
+    """Logits of the K classes that each map kept of T; all others have the logit `dropped`."""
+
+    logits: Tensor  # (N, K, h, w)
+    classes: Tensor  # (N, K) int64: which they are, without repetition, in 0..total-1
+    total: int  # T
+    dropped: float
+
+    def dense(self) -> Tensor:
+        """(N, T, h, w) logits of all classes."""
+        maps = torch.arange(len(self.logits), device=self.logits.device).unsqueeze(1)
+        full = self.logits.new_full((len(self.logits), self.total, *self.logits.shape[-2:]), self.dropped)
+        return full.index_put((maps, self.classes), self.logits)
+
+    def slots(self) -> Tensor:
+        """(N, T) int32: which of a map's logits are a class's; −1 for one that it did not keep."""
+        slots = torch.full((len(self.classes), self.total), -1, dtype=torch.int32, device=self.classes.device)
+        numbers = torch.arange(self.classes.shape[1], dtype=torch.int32, device=self.classes.device)
+        return slots.scatter_(1, self.classes, numbers.expand(self.classes.shape))
+
+
 @torch.no_grad()
 def label_map(
-    logits: Tensor, placement: Placement, *, whole: Tensor | None = None, offset: Tensor | None = None
+    logits: Tensor | KeptLogits,
+    placement: Placement,
+    *,
+    whole: Tensor | KeptLogits | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """The best class of every pixel (CAT-Seg, section 4 and its supplement; Cascade-CLIP, section 4.1).
 
     Args:
-        logits: (N, T, h, w), one map for each window.
+        logits: (N, T, h, w), one map for each window; or `KeptLogits`: classes that no window kept cost nothing.
         placement: where the windows lie, and the size (H, W) of the result.
-        whole: (1, T, h, w) logits of the whole image, averaged with the canvas; or None.
+        whole: (1, T, h, w) logits of the whole image, averaged with the canvas, or None; `KeptLogits` if `logits` are.
         offset: (T,) subtracted from each class's probability; or None.
 
     Returns:
@@ -86,7 +111,12 @@ def label_map(
 
 @torch.no_grad()
 def top_labels(
-    logits: Tensor, placement: Placement, *, k: int, whole: Tensor | None = None, offset: Tensor | None = None
+    logits: Tensor | KeptLogits,
+    placement: Placement,
+    *,
+    k: int,
+    whole: Tensor | KeptLogits | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best k classes of every pixel and their scores.
 
@@ -105,39 +135,144 @@ def top_labels(
 
 
 def score_map(
-    logits: Tensor, placement: Placement, *, whole: Tensor | None = None, offset: Tensor | None = None
+    logits: Tensor | KeptLogits,
+    placement: Placement,
+    *,
+    whole: Tensor | KeptLogits | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """The scores (T, H, W) that `label_map` takes the best of; same arguments and errors."""
     return _run("score_map", logits, placement, whole, offset, None)[0]
 
 
 def _run(
-    function: str, logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int | None
+    function: str,
+    logits: Tensor | KeptLogits,
+    placement: Placement,
+    whole: Tensor | KeptLogits | None,
+    offset: Tensor | None,
+    k: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of a public function, then run `torch_form` or its kernels; k is None for all scores."""
+    if isinstance(logits, KeptLogits) or isinstance(whole, KeptLogits):
+        return _run_kept(function, logits, placement, whole, offset, k)
     optional = {"whole": (whole, "1 T h w"), "offset": (offset, "T")}
     given = {name: (tensor, shape) for name, (tensor, shape) in optional.items() if tensor is not None}
     check_tensors(function, logits=(logits, "N T h w"), **given)
     windows, classes, height, width = logits.shape
     check_positive(function, N=windows, T=classes, h=height, w=width)
+    _check_placement(function, placement, windows)
+    _check_k(function, k, classes)
+    whole, offset = (None if tensor is None else tensor.to(logits.dtype) for tensor in (whole, offset))
+    backend = _choose(logits, whole, offset)
+    if backend == "torch":
+        return torch_form(logits, placement, whole, offset, k or 0)
+    return torch.ops.ovseg_fast.label_map(
+        logits, whole, offset, *_numbers(placement), k or 0, function != "label_map", backend
+    )
+
+
+def _check_placement(function: str, placement: Placement, windows: int) -> None:
     if not isinstance(placement, Placement):
         raise TypeError(f"{function}: placement must be an ovseg_fast.ops.Placement, got {type(placement).__name__}.")
     placement.check(function, windows)
+
+
+def _check_k(function: str, k: int | None, classes: int) -> None:
     most = min(classes, MOST_LABELS)
     if k is not None and not 1 <= k <= most:
         raise ValueError(f"{function}: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
-    whole, offset = (None if tensor is None else tensor.to(logits.dtype) for tensor in (whole, offset))
+
+
+def _choose(logits: Tensor, whole: Tensor | None, offset: Tensor | None) -> str:
+    """The backend."""
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in (logits, whole, offset))
     no_gradient = "its kernel has no gradient" if differentiable and torch.is_grad_enabled() else None
+    windows = len(logits)
     too_many = f"its kernels take up to {MOST_WINDOWS} windows, not {windows}" if windows > MOST_WINDOWS else None
-    backend = backends.choose("label_map", logits, refusals={"triton": no_gradient, "cuda": no_gradient or too_many})
-    if backend == "torch":
-        return torch_form(logits, placement, whole, offset, k or 0)
+    refusals = {"triton": no_gradient, "cuda": no_gradient or too_many, "cpu": no_gradient}
+    return backends.choose("label_map", logits, refusals=refusals)
+
+
+def _numbers(placement: Placement) -> tuple[list[int], list[int]]:
+    """Positions and sizes as kernels take them."""
     positions = [start for position in placement.positions for start in position]
-    sizes = [*placement.window, *placement.canvas, *placement.size]
-    return torch.ops.ovseg_fast.label_map(
-        logits, whole, offset, positions, sizes, k or 0, function != "label_map", backend
-    )
+    return positions, [*placement.window, *placement.canvas, *placement.size]
+
+
+# --- classes that no window kept ---
+
+
+def _run_kept(
+    function: str, logits: Any, placement: Placement, whole: Any, offset: Tensor | None, k: int | None
+) -> tuple[Tensor, Tensor]:
+    """`_run` of the classes that some map kept, and of those of the others that may be among the best k."""
+    parts = _check_kept(function, logits, whole, offset)
+    total, dropped = logits.total, logits.dropped
+    _check_placement(function, placement, len(logits.logits))
+    _check_k(function, k, total)
+    offset = None if offset is None else offset.to(logits.logits.dtype)
+    names = _candidates(parts, offset, k)
+    position = names.new_zeros(total)
+    position[names] = torch.arange(len(names), device=names.device)
+    parts = [part._replace(classes=position[part.classes], total=len(names)) for part in parts]
+    offset = None if offset is None else offset[names]
+    maps = [*(part.logits for part in parts), None][:2]
+    if _choose(maps[0], maps[1], offset) == "cpu":
+        slots = torch.cat([part.slots() for part in parts])
+        scores, labels = torch.ops.ovseg_fast.kept_label_map(
+            *maps, offset, slots, dropped, *_numbers(placement), k or 0, function != "label_map", "cpu"
+        )
+    else:
+        dense = [*(part.dense() for part in parts), None][:2]
+        scores, labels = _run(function, dense[0], placement, dense[1], offset, k)
+    return scores, names.int()[labels.long()]
+
+
+def _check_kept(function: str, logits: Any, whole: Any, offset: Tensor | None) -> list[KeptLogits]:
+    """The logits of the windows and of the whole image, if it is given, once they are known to fit together."""
+    for name, part in (("logits", logits), ("whole", whole)):
+        if part is not None and not isinstance(part, KeptLogits):
+            raise TypeError(f"{function}: {name} must be KeptLogits like the other maps, got {type(part).__name__}.")
+    tensors = {"logits": (logits.logits, "N K h w"), "classes of logits": (logits.classes, "N K")}
+    if whole is not None:
+        tensors |= {"whole": (whole.logits, "1 K h w"), "classes of whole": (whole.classes, "1 K")}
+        if (whole.total, whole.dropped) != (logits.total, logits.dropped):
+            expected, got = ((part.total, part.dropped) for part in (logits, whole))
+            raise ValueError(f"{function}: whole must have the total and dropped of logits, {expected}, got {got}.")
+    if offset is not None:
+        tensors["offset"] = (offset, "T")
+    check_tensors(function, ("classes of logits", "classes of whole"), **tensors)
+    if offset is not None and len(offset) != logits.total:
+        raise ValueError(
+            f"{function}: offset must have one number for each of {logits.total} classes, got {len(offset)}."
+        )
+    windows, kept, height, width = logits.logits.shape
+    check_positive(function, N=windows, K=kept, h=height, w=width)
+    parts = [part for part in (logits, whole) if part is not None]
+    for part in parts:
+        if not 0 <= int(part.classes.min()) <= int(part.classes.max()) < part.total:
+            limits = int(part.classes.min()), int(part.classes.max())
+            raise ValueError(f"{function}: classes must be in 0..{part.total - 1}, got {limits[0]}..{limits[1]}.")
+    return [part._replace(classes=part.classes.long()) for part in parts]
+
+
+def _candidates(parts: list[KeptLogits], offset: Tensor | None, k: int | None) -> Tensor:
+    """Classes that may be among the best k of a pixel, in ascending order; all for k = None.
+
+    Where no window kept them, all others have the same score, less the offset: the first k of them suffice.
+    """
+    total, device = parts[0].total, parts[0].classes.device
+    if k is None:
+        return torch.arange(total, device=device)
+    wanted = torch.zeros(total, dtype=torch.bool, device=device)
+    for part in parts:
+        wanted[part.classes.flatten()] = True
+    others = (~wanted).nonzero().flatten()
+    if offset is not None:
+        others = others[(-offset[others]).sort(descending=True, stable=True).indices]  # NaN first
+    wanted[others[:k]] = True
+    return wanted.nonzero().flatten()
 
 
 def torch_form(
@@ -225,6 +360,18 @@ registration.define(
     "label_map",
     lambda logits, whole, offset, positions, sizes, k, need_scores: (
         logits.new_empty((k or logits.shape[1], *sizes[4:]) if need_scores else 0),
+        logits.new_empty((k, *sizes[4:]), dtype=torch.int32),
+    ),
+    differentiable=False,
+)
+
+# `slots` are KeptLogits.slots() of the windows' logits, then of the whole image's.
+registration.define(
+    "kept_label_map(Tensor logits, Tensor? whole, Tensor? offset, Tensor slots, float dropped, SymInt[] positions, "
+    "SymInt[] sizes, SymInt k, bool need_scores) -> (Tensor, Tensor)",
+    "label_map",
+    lambda logits, whole, offset, slots, dropped, positions, sizes, k, need_scores: (
+        logits.new_empty((k or slots.shape[1], *sizes[4:]) if need_scores else 0),
         logits.new_empty((k, *sizes[4:]), dtype=torch.int32),
     ),
     differentiable=False,

@@ -19,7 +19,7 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite, counterpart
 from goldens import cascade_inputs, filled, golden
-from ovseg_fast import backends, ops
+from ovseg_fast import backends, native, ops
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, KERNEL, LABEL_MARGIN, REWRITE_FLOAT64, relative_error
 
 MODULE = importlib.import_module("ovseg_fast.ops.label_map")  # `ops.label_map` is the function
@@ -321,6 +321,144 @@ def test_labels_and_their_scores_have_no_gradient(form: str, rng: torch.Generato
     logits = torch.randn(1, 3, 4, 4, generator=rng).to(form).requires_grad_()
     assert not simple(logits).requires_grad
     assert not any(result.requires_grad for result in ops.top_labels(logits, ONE_WINDOW, k=2))
+
+
+# --- classes that no window kept ---
+
+
+def kept_call(rng: torch.Generator, whole: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Logits of 6 of 40 classes for each of four windows (and the whole image), and where the windows lie. No window
+    keeps number 0, which is the best where the last window lies alone: its logits are below those of the others."""
+    shape = (4 + whole, 6)
+    logits = 3 * torch.randn(*shape, 5, 7, generator=rng, dtype=dtype)
+    low = torch.rand(*shape, 1, 1, generator=rng) < 0.5
+    low[:3, 0], low[3:] = False, True
+    logits -= 120 * low.to(dtype)
+    classes = 1 + torch.rand(4 + whole, 39, generator=rng).argsort(1)[:, :6].sort().values
+    maps = [ops.KeptLogits(logits[part], classes[part], 40, -100.0) for part in (slice(4), slice(4, None))]
+    positions = [(top, left) for top in (0, 13) for left in (0, 21)]
+    return maps[0], ops.Placement(positions, (20, 30), (33, 51), (41, 29)), maps[1] if whole else None
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def kept_form(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "cpu" and (problem := native.problem("cpu")):
+        pytest.skip(problem)
+    with ovs.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("kept_form")
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_give_what_all_logits_give(
+    whole: bool, offset: bool, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    logits, placement, maps = kept_call(rng, whole, dtype)
+    # Multiples of 1/8: whatever the number of windows, their mean is exact.
+    lowered = torch.randint(0, 2, (40,), generator=rng).to(dtype) / 8 if offset else None
+    if lowered is not None:
+        lowered[0] = 0
+    dense = logits.dense(), placement
+    dense_more = {"whole": None if maps is None else maps.dense(), "offset": lowered}
+    labels = ops.label_map(logits, placement, whole=maps, offset=lowered)
+    assert torch.equal(labels, ops.label_map(*dense, **dense_more))
+    assert 0 < (labels == 0).sum() < labels.numel()
+    scores, names = ops.top_labels(logits, placement, k=5, whole=maps, offset=lowered)
+    expected = ops.top_labels(*dense, k=5, **dense_more)
+    assert torch.equal(names, expected[1])
+    torch.testing.assert_close(scores, expected[0])
+    every = ops.score_map(logits, placement, whole=maps, offset=lowered)
+    torch.testing.assert_close(every, ops.score_map(*dense, **dense_more))
+
+
+def test_kept_logits_have_gradients(rng: torch.Generator) -> None:
+    logits, placement, _ = kept_call(rng, False)
+    logits.logits.requires_grad_()
+    assert ops.score_map(logits, placement).requires_grad
+
+
+def test_kept_logits_that_do_not_fit_are_refused(rng: torch.Generator) -> None:
+    logits, placement, whole = kept_call(rng, True)
+    assert whole is not None
+    with pytest.raises(TypeError, match=r"^label_map: whole must be KeptLogits like the other maps, got Tensor\.$"):
+        ops.label_map(logits, placement, whole=whole.dense())
+    with pytest.raises(TypeError, match=r"^label_map: logits must be KeptLogits like the other maps, got Tensor\.$"):
+        ops.label_map(logits.dense(), placement, whole=whole)
+    with pytest.raises(ValueError, match=r"whole must have the total and dropped of logits, \(40, -100\.0\), got"):
+        ops.label_map(logits, placement, whole=whole._replace(total=41))
+    with pytest.raises(ValueError, match=r"^label_map: classes must be in 0\.\.39, got -1\.\."):
+        ops.label_map(logits._replace(classes=logits.classes - logits.classes.min() - 1), placement)
+    with pytest.raises(ValueError, match="offset must have one number for each of 40 classes, got 6"):
+        ops.label_map(logits, placement, offset=torch.zeros(6))
+    with pytest.raises(ValueError, match=r"k must be in 1\.\.min\(T, 8\) = 8, got 9"):
+        ops.top_labels(logits, placement, k=9)
+
+
+# --- kernels for CPUs ---
+
+
+@pytest.fixture
+def cpu() -> Iterator[None]:
+    if problem := native.problem("cpu"):
+        pytest.skip(problem)
+    with ovs.backend("cpu"):
+        yield
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize(
+    ("canvas", "size"),
+    [((40, 61), (90, 300)), ((40, 61), (30, 61)), ((40, 61), (25, 37)), ((40, 361), (9, 20)), ((40, 61), (40, 61))],
+)  # a vector's sources lie in one vector, or are those themselves, or in two, or in many
+@pytest.mark.parametrize("whole", [False, True])
+def test_cpu_kernels_resize_by_any_factor(
+    canvas: tuple[int, int], size: tuple[int, int], whole: bool, rng: torch.Generator
+) -> None:
+    sizes = {"map_size": (7, 11), "window": (29, 50), "stride": (11, 11), "canvas": canvas, "size": size}
+    call = samples.label_map(classes=9, whole=whole, **sizes)(samples.Draw(rng, torch.float32, "cpu"))
+    scores = ops.score_map(*call[0], **call[1])
+    wide = samples.map_tensors(lambda tensor: tensor.double(), call)
+    with ovs.backend("torch"):
+        truth = ops.score_map(*wide[0], **wide[1])
+    assert relative_error(scores, truth) <= KERNEL[torch.float32]
+    assert torch.equal(ops.label_map(*call[0], **call[1]), scores.argmax(0).int())
+    for k in (2, 8):
+        assert_identical(ops.top_labels(*call[0], k=k, **call[1]), best(scores, k))
+
+
+@pytest.mark.usefixtures("cpu")
+def test_cpu_kernels_take_any_number_of_windows(rng: torch.Generator) -> None:
+    logits = torch.randn(300, 2, 2, 1, generator=rng)
+    placement = ops.Placement([(0, left) for left in range(300)], (3, 3), (3, 302), (5, 77))
+    scores = ops.score_map(logits, placement)
+    with ovs.backend("torch"):
+        torch.testing.assert_close(scores, ops.score_map(logits, placement))
+
+
+@pytest.mark.usefixtures("cpu")
+def test_cpu_kernels_give_the_same_on_any_number_of_threads(rng: torch.Generator) -> None:
+    logits, placement, whole = kept_call(rng, True)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(ops.top_labels(logits, placement._replace(size=(200, 90)), k=3, whole=whole))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_identical(result, results[0])
+
+
+@pytest.mark.usefixtures("cpu")
+def test_cpu_kernels_have_no_gradient(rng: torch.Generator) -> None:
+    logits = torch.randn(1, 3, 4, 4, generator=rng)
+    offset = torch.zeros(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"the cpu backend .*: its kernel has no gradient\.$"):
+        ops.score_map(logits, ONE_WINDOW, offset=offset)
+    with ovs.backend("auto"):
+        assert ops.score_map(logits, ONE_WINDOW, offset=offset).requires_grad
 
 
 # --- kernels ---
