@@ -489,11 +489,7 @@ template <typename T> int run(const ovseg_label_map_kept_params &params, int thr
 
 namespace OVSEG_ISA {
 
-<<<<<<< ours
 int label_map_kept(const ovseg_label_map_kept_params *params, int dtype, int threads, void *) {
-=======
-int kept_label_map(const ovseg_kept_label_map_params *params, int dtype, int threads, void *) {
->>>>>>> theirs
     if (params->k < 0 || params->k > MOST_LABELS || params->k > params->classes) return OVSEG_UNSUPPORTED_SIZE;
     return dtype == OVSEG_FLOAT32 ? run<float>(*params, threads) : run<Bf16>(*params, threads);
 }
