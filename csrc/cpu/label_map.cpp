@@ -498,11 +498,11 @@ int label_map(const void *logits, const void *whole, const void *offset, const i
               int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width, int64_t window_height,
               int64_t window_width, int64_t canvas_height, int64_t canvas_width, int64_t out_height, int64_t out_width,
               int64_t k, int dtype, int threads, void *stream) {
-    const ovseg_kept_label_map_params params{
+    const ovseg_label_map_kept_params params{
         logits,     whole,     offset, positions, nullptr,       scores,       labels,        windows,
         classes,    classes,   height, width,     window_height, window_width, canvas_height, canvas_width,
         out_height, out_width, k,      0.0};
-    return kept_label_map(&params, dtype, threads, stream);
+    return label_map_kept(&params, dtype, threads, stream);
 }
 
 }  // namespace OVSEG_ISA

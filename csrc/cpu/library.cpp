@@ -139,11 +139,11 @@ int ovseg_label_map_fwd(const void *logits, const void *whole, const void *offse
                         void *scores, int32_t *labels, int64_t windows, int64_t classes, int64_t height, int64_t width,
                         int64_t window_height, int64_t window_width, int64_t canvas_height, int64_t canvas_width,
                         int64_t out_height, int64_t out_width, int64_t k, int dtype, int threads, void *stream) {
-    const ovseg_label_map_kept_params params{
-        logits,     whole,     offset, positions, nullptr,       scores,       labels,        windows,
-        classes,    classes,   height, width,     window_height, window_width, canvas_height, canvas_width,
-        out_height, out_width, k,      0.0};
-    return ovseg_label_map_kept_fwd(&params, dtype, threads, stream);
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.label_map(logits, whole, offset, positions, scores, labels, windows, classes, height, width,
+                             window_height, window_width, canvas_height, canvas_width, out_height, out_width, k, dtype,
+                             threads, stream);
+    });
 }
 
 int ovseg_label_map_kept_fwd(const ovseg_label_map_kept_params *params, int dtype, int threads, void *stream) {

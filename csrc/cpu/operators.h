@@ -15,6 +15,7 @@
     USE(cost_volume)              \
     USE(encoder_block)            \
     USE(gaussian_aggregation)     \
+    USE(label_map)                \
     USE(label_map_kept)           \
     USE(layer_gather)             \
     USE(spatial_aggregation)      \
