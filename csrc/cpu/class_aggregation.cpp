@@ -129,7 +129,7 @@ template <typename T> struct Layer {
         return position / columns * params.pooling * params.width + position % columns * params.pooling;
     }
 
-    // Has the processor fetch what gather reads for a row of a later class: it is far away, and no pattern foretells it.
+    // Fetches what gather reads for a row of a later class: it is far away, and no pattern foretells it.
     void fetch(const T *token) const {
         const int64_t bytes = params.pooling * channels * int64_t(sizeof *token);
         for (int64_t line = 0; line < params.pooling; ++line) {
