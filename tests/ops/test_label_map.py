@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite, counterpart
 from goldens import cascade_inputs, filled, golden
-from ovseg_fast import backends, native, ops
+from ovseg_fast import backends, ops
 from tolerances import ARGMAX_AGREEMENT, GOLDEN_OUTPUT, KERNEL, LABEL_MARGIN, REWRITE_FLOAT64, relative_error
 
 MODULE = importlib.import_module("ovseg_fast.ops.label_map")  # `ops.label_map` is the function
@@ -28,35 +29,38 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels
 
 
 @pytest.fixture(params=CHUNKS)
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many scores are computed at a time."""
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """How many scores the PyTorch form computes at a time."""
     monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
-    return request.param
+    with ovs.backend("torch"):
+        yield request.param
 
 
 @pytest.fixture(params=["triton", "cuda"])
 def kernels(request: pytest.FixtureRequest) -> str:
     """The backend whose kernels are tested."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    else:
-        request.getfixturevalue("emulation")
+    need(request, request.param)
     return request.param
 
 
-@pytest.fixture(params=[*CHUNKS, "triton", "cuda"])
+def need(request: pytest.FixtureRequest, backend: str) -> str:
+    """The device of a backend's tensors; skips the test if it cannot run."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    elif backend != "torch":
+        request.getfixturevalue({"cuda": "emulation", "cpu": "cpu_library"}[backend])
+    return DEVICE if backend in ("triton", "cuda") else "cpu"
+
+
+@pytest.fixture(params=[*CHUNKS, "triton", "cuda", "cpu"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The PyTorch form, with so many scores at a time, or the kernels; returns the device of the tensors."""
-    if request.param in backends.LAUNCHERS:
-        if request.param == "triton":
-            pytest.importorskip("triton")
-        else:
-            request.getfixturevalue("emulation")
-        with ovs.backend(request.param):
-            yield DEVICE
-    else:
+    backend = request.param if request.param in backends.LAUNCHERS else "torch"
+    if backend == "torch":
         monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
-        yield "cpu"
+    device = need(request, backend)
+    with ovs.backend(backend):
+        yield device
 
 
 @pytest.mark.parametrize("transductive", [False, True])
@@ -327,7 +331,9 @@ def test_labels_and_their_scores_have_no_gradient(form: str, rng: torch.Generato
 # --- classes that no window kept ---
 
 
-def kept_call(rng: torch.Generator, whole: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def kept_call(
+    rng: torch.Generator, whole: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, ...]:
     """Logits of 6 of 40 classes for each of four windows (and the whole image), and where the windows lie. No window
     keeps number 0, which is the best where the last window lies alone: its logits are below those of the others."""
     shape = (4 + whole, 6)
@@ -336,42 +342,42 @@ def kept_call(rng: torch.Generator, whole: bool, dtype: torch.dtype = torch.floa
     low[:3, 0], low[3:] = False, True
     logits -= 120 * low.to(dtype)
     classes = 1 + torch.rand(4 + whole, 39, generator=rng).argsort(1)[:, :6].sort().values
+    logits, classes = logits.to(device), classes.to(device)
     maps = [ops.KeptLogits(logits[part], classes[part], 40, -100.0) for part in (slice(4), slice(4, None))]
     positions = [(top, left) for top in (0, 13) for left in (0, 21)]
     return maps[0], ops.Placement(positions, (20, 30), (33, 51), (41, 29)), maps[1] if whole else None
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def kept_form(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cpu" and (problem := native.problem("cpu")):
-        pytest.skip(problem)
+@pytest.fixture(params=["torch", "triton", "cuda", "cpu"])
+def kept_form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of a backend's tensors."""
+    device = need(request, request.param)
     with ovs.backend(request.param):
-        yield
+        yield device
 
 
-@pytest.mark.usefixtures("kept_form")
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_logits_give_what_all_logits_give(
-    whole: bool, offset: bool, dtype: torch.dtype, rng: torch.Generator
+    whole: bool, offset: bool, dtype: torch.dtype, kept_form: str, rng: torch.Generator
 ) -> None:
-    logits, placement, maps = kept_call(rng, whole, dtype)
+    logits, placement, maps = kept_call(rng, whole, dtype, kept_form)
     # Multiples of 1/8: whatever the number of windows, their mean is exact.
-    lowered = torch.randint(0, 2, (40,), generator=rng).to(dtype) / 8 if offset else None
+    lowered = torch.randint(0, 2, (40,), generator=rng).to(kept_form, dtype) / 8 if offset else None
     if lowered is not None:
         lowered[0] = 0
-    dense = logits.dense(), placement
-    dense_more = {"whole": None if maps is None else maps.dense(), "offset": lowered}
-    labels = ops.label_map(logits, placement, whole=maps, offset=lowered)
-    assert torch.equal(labels, ops.label_map(*dense, **dense_more))
+    few = {"whole": maps, "offset": lowered}
+    dense = logits.dense()
+    every = {"whole": None if maps is None else maps.dense(), "offset": lowered}
+    labels = ops.label_map(logits, placement, **few)
+    assert torch.equal(labels, ops.label_map(dense, placement, **every))
     assert 0 < (labels == 0).sum() < labels.numel()
-    scores, names = ops.top_labels(logits, placement, k=5, whole=maps, offset=lowered)
-    expected = ops.top_labels(*dense, k=5, **dense_more)
+    scores, names = ops.top_labels(logits, placement, k=5, **few)
+    expected = ops.top_labels(dense, placement, k=5, **every)
     assert torch.equal(names, expected[1])
     torch.testing.assert_close(scores, expected[0])
-    every = ops.score_map(logits, placement, whole=maps, offset=lowered)
-    torch.testing.assert_close(every, ops.score_map(*dense, **dense_more))
+    torch.testing.assert_close(ops.score_map(logits, placement, **few), ops.score_map(dense, placement, **every))
 
 
 def test_kept_logits_have_gradients(rng: torch.Generator) -> None:
@@ -401,9 +407,7 @@ def test_kept_logits_that_do_not_fit_are_refused(rng: torch.Generator) -> None:
 
 
 @pytest.fixture
-def cpu() -> Iterator[None]:
-    if problem := native.problem("cpu"):
-        pytest.skip(problem)
+def cpu(cpu_library: Path) -> Iterator[None]:
     with ovs.backend("cpu"):
         yield
 
