@@ -71,13 +71,14 @@ class Log:
         self.write(step, means if rate is None else means | {"learning_rate": rate}, "training")
 
     def write(self, step: int, values: dict[str, float], of: str = "validation") -> None:
-        """Write values that were measured after `step`."""
+        """Write values that were measured after `step`; NaN, a score without a meaning, is null in the file."""
         if self.out is None:
             return
         path = self.out / LINES
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
         except OSError as error:
             raise OSError(f"cannot write '{path}': {error.strerror or error}.") from error
         if of == "validation":

@@ -17,7 +17,8 @@ from ..data import Dataset, SegmentationDataset, open_dataset
 from ..data.check import class_pixels
 from .config import DataConfig
 
-ENDLESS = 100_000  # images of a dataset without an end, if the configuration sets no limit
+# Images of a dataset without an end, if the configuration sets no limit: to train on, and to validate with.
+ENDLESS, VALIDATED = 100_000, 500
 LOOKED_AT = 100  # masks, before a run begins
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def open_data(config: DataConfig, split: str, table: str) -> Dataset:
         ValueError, OSError: as `open_dataset`, or no pair is left. The sentence names the table.
     """
     try:
-        dataset = open_dataset(config.dataset, config.root, config.split or split, limit=config.limit, endless=ENDLESS)
+        endless = ENDLESS if table == "data" else VALIDATED
+        dataset = open_dataset(config.dataset, config.root, config.split or split, limit=config.limit, endless=endless)
     except (ValueError, OSError) as error:
         text = re.sub("^name must", "dataset must", str(error))  # as the key is called
         raise (OSError if isinstance(error, OSError) else ValueError)(f"in [{table}]: {text}") from None
@@ -55,12 +57,13 @@ def open_data(config: DataConfig, split: str, table: str) -> Dataset:
     return replace(dataset, pairs=whole)
 
 
-def warn_of_masks(dataset: Dataset) -> None:
-    """Warn if masks spread over the dataset hold no class, or 0 and 255 alone, or, all of them, leave out a class."""
+def warn_of_masks(dataset: Dataset, table: str = "data") -> None:
+    """Warn if masks spread over the dataset hold no class, or 0 and 255 alone; or if all to train on leave out a
+    class."""
     found = class_pixels(dataset, LOOKED_AT)
-    if found.whole or found.binary or not found.pixels.any():
+    if (found.whole and table == "data") or found.binary or not found.pixels.any():
         for note in found.notes():
-            logger.warning("data: %s", note)
+            logger.warning("%s: %s", table, note)
 
 
 @dataclass(frozen=True)

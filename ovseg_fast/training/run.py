@@ -24,7 +24,7 @@ from .. import backends, checkpoints
 from ..compat import lacks_memory, require
 from ..data.augmentation import augmentation
 from ..evaluation.environment import environment
-from ..files import check_writable, held
+from ..files import check_writable, held, remove_abandoned
 from ..models import Hyperparameters, SegmentationModel, build
 from ..models.steady import autocast_dtype
 from ..segmenter import Segmenter
@@ -168,6 +168,8 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         warn_of_masks(self.dataset)
+        if self.validation is not None:
+            warn_of_masks(self.validation, "validation")
         if self.settings.warmup > self.config.steps:
             words = "the warm-up of %d steps is longer than the run of %d: the learning rate never reaches its peak"
             logger.warning(words, self.settings.warmup, self.config.steps)
@@ -182,6 +184,7 @@ class Run:
 
     def _check_folder(self) -> None:
         check_writable(self.out, "out")
+        remove_abandoned(self.out / PICTURES)
         for names, right, kind in (
             ((CHECKPOINT, WEIGHTS, LINES), Path.is_file, "file"),
             ((TENSORBOARD, PICTURES), Path.is_dir, "folder"),

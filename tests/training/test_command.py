@@ -98,6 +98,10 @@ def test_a_backend_that_cannot_train_is_refused_before_the_first_step(folder, mo
     monkeypatch.setattr(backends, "_default", backend)
     refused(run(folder), words)
     assert not (folder / "run").exists()
+    (folder / "run").mkdir()
+    (folder / "run" / CHECKPOINT).write_bytes(b"of a finished run")
+    refused(run(folder, "--restart"), words)
+    assert (folder / "run" / CHECKPOINT).read_bytes() == b"of a finished run"
 
 
 def test_a_training_that_ends_early_has_exit_code_1(folder):

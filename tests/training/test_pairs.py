@@ -225,6 +225,43 @@ def test_masks_without_classes_are_told_before_training(folder, value, words, ca
     assert messages(caplog)[0].startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(255, "validation: no pixel of the split shows any class"), (0, "validation: 3 of 3 masks hold 0 and 255 alone")],
+)
+def test_validation_masks_without_classes_are_told_and_their_scores_are_null(folder, value, words, caplog):
+    make_data(folder / "val", 3)
+    for mask in (folder / "val/masks").iterdir():
+        pixels = np.full((96, 96), value, np.uint8)
+        pixels[:40] = 255
+        Image.fromarray(pixels).save(mask)
+    config = configuration(folder, steps=1, validation=DataConfig("folder", str(folder / "val")))
+    run = Run(config, progress=False)
+    with caplog.at_level(logging.WARNING):
+        run.prepare(restart=False)
+    assert messages(caplog)[0].startswith(words)
+    run.go()
+    text = (folder / "run/log.jsonl").read_text(encoding="utf-8")
+    assert "NaN" not in text and ("null" in text) == (value == 255)
+    assert len(told(folder / "run")) == 2
+    Run(config, progress=False).prepare(restart=False)  # and reads them
+
+
+def test_a_validation_with_the_world_ends(folder):
+    config = configuration(folder, validation=DataConfig("world"))
+    assert len(Run(config, progress=False).validation) == 500
+    assert len(Run(dataclasses.replace(config, data=DataConfig("world")), progress=False).dataset) == 100_000
+
+
+def test_temporary_files_of_a_killed_run_are_removed(folder):
+    left = [folder / "run" / name for name in (".ovseg-0123456789abcdef.pt", "pictures/.ovseg-0123456789abcdef.png")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    Run(configuration(folder), progress=False).prepare(restart=False)
+    assert not any(path.exists() for path in left)
+
+
 def test_a_class_that_a_large_dataset_lacks_in_a_sample_is_not_told(folder, caplog, monkeypatch):
     monkeypatch.setattr(pairs, "LOOKED_AT", 1)  # mask: each shows two of three classes
     with caplog.at_level(logging.WARNING):
