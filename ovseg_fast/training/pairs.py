@@ -58,7 +58,8 @@ def open_data(config: DataConfig, split: str, table: str) -> Dataset:
 
 
 def warn_of_masks(dataset: Dataset, table: str = "data") -> None:
-    """Warn if masks spread over the dataset hold no class, or 0 and 255 alone; or if all of them lack a class."""
+    """Warn if masks spread over the dataset hold no class, or 0 and 255 alone; or if all to train on leave out a
+    class."""
     found = class_pixels(dataset, LOOKED_AT)
     if (found.whole and table == "data") or found.binary or not found.pixels.any():
         for note in found.notes():
