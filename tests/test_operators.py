@@ -79,7 +79,7 @@ def test_table_has_rows_of_every_kind() -> None:
         assert select("odd", function=function)
     operators = {row.operator for row in ROWS}
     assert operators <= {row.operator for row in select("bench")}
-    with_classes = operators - {"layer_gather", "gaussian_aggregation"}
+    with_classes = operators - {"encoder_block", "gaussian_aggregation", "layer_gather"}
     assert with_classes <= {row.operator for row in select("one-class", without=("bench",))}
     assert with_classes <= {row.operator for row in select("many-classes", without=("bench",))}
     assert len({row.id for row in samples.SAMPLES}) == len(samples.SAMPLES)

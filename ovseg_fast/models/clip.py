@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from .. import compat, ops
+from .. import backends, compat, ops
 from ..ops.common.attention import plain_attention
 from . import hub
 from .token_table import expand
@@ -73,19 +73,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        if self._is_plain():
-            return self._operator(x, causal=causal)
+        if not causal and self._is_operator():
+            return self._operator(x)
         x = x + self.ls_1(self.attn(self.ln_1(x), causal))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def dense(self, x: Tensor) -> Tensor:
         """CAT-Seg's last block: no attention, and at every position the residual of the class token."""
-        if self._is_plain():
+        if self._is_operator():
             return self._operator(x, dense=True)
         x = x[:, :1] + self.ls_1(self.attn.value_only(self.ln_1(x)))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
-    def _operator(self, x: Tensor, *, causal: bool = False, dense: bool = False) -> Tensor:
+    def _operator(self, x: Tensor, *, dense: bool = False) -> Tensor:
         attn, mlp, ln_1, ln_2 = self.attn, cast(Any, self.mlp), cast(Any, self.ln_1), cast(Any, self.ln_2)
         layers = (ln_1, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj)
         norm1, proj, norm2, fc1, fc2 = ((layer.weight, layer.bias) for layer in layers)
@@ -96,11 +96,14 @@ class Block(nn.Module):
             weights,
             heads=attn.heads,
             activation="gelu" if type(mlp.gelu) is nn.GELU else "quick_gelu",
-            causal=causal,
             dense=dense,
             eps=(ln_1.eps, ln_2.eps),
             attention=attn.attention,
         )
+
+    def _is_operator(self) -> bool:
+        """Whether the operator does: it has no kernels for GPUs, where PyTorch's products and attention are fast."""
+        return backends.requested() in ("auto", "cpu", "torch") and self._is_plain()
 
     def _is_plain(self) -> bool:
         """Whether the sub-modules are those of CLIP, without hooks: no adapters, layer scale or quantisation."""

@@ -69,7 +69,15 @@ def test_kernels_give_what_the_pytorch_forms_give(name: str) -> None:
             model.double()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "auto"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """With "auto", the kernels for CPUs that there are."""
+    if request.param == "auto":
+        request.getfixturevalue("cpu_library")
+        request.getfixturevalue("on_cpu")
+    return request.param
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_model_compiles_as_one_graph(name: str, backend: str) -> None:
     model, inputs = model_and_inputs(name)
@@ -77,7 +85,6 @@ def test_model_compiles_as_one_graph(name: str, backend: str) -> None:
     assert_same(compiled, model, inputs, backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", SIZES)
 def test_model_exports(name: str, backend: str) -> None:
     model, inputs = model_and_inputs(name)
@@ -89,4 +96,4 @@ def test_model_exports(name: str, backend: str) -> None:
         exported = torch.export.export(model, inputs[0], dynamic_shapes=dynamic).module()
     assert_same(exported, model, inputs, backend)
     operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert any(target.startswith("ovseg_fast.") for target in operators) == (backend == "triton")
+    assert any(target.startswith("ovseg_fast.") for target in operators) == (backend != "torch")
