@@ -217,15 +217,16 @@ def _run_kept(
     position[names] = torch.arange(len(names), device=names.device)
     parts = [part._replace(classes=position[part.classes], total=len(names)) for part in parts]
     offset = None if offset is None else offset[names]
-    maps = [*(part.logits for part in parts), None][:2]
-    if _choose(maps[0], maps[1], offset) == "cpu":
+    windows, whole = parts[0], parts[1] if len(parts) > 1 else None
+    maps = None if whole is None else whole.logits
+    if _choose(windows.logits, maps, offset) == "cpu":
         slots = torch.cat([part.slots() for part in parts])
         scores, labels = torch.ops.ovseg_fast.kept_label_map(
-            *maps, offset, slots, dropped, *_numbers(placement), k or 0, function != "label_map", "cpu"
+            windows.logits, maps, offset, slots, dropped, *_numbers(placement), k or 0, function != "label_map", "cpu"
         )
     else:
-        dense = [*(part.dense() for part in parts), None][:2]
-        scores, labels = _run(function, dense[0], placement, dense[1], offset, k)
+        whole = None if whole is None else whole.dense()
+        scores, labels = _run(function, windows.dense(), placement, whole, offset, k)
     return scores, names.int()[labels.long()]
 
 
@@ -254,7 +255,8 @@ def _check_kept(function: str, logits: Any, whole: Any, offset: Tensor | None) -
         if not 0 <= int(part.classes.min()) <= int(part.classes.max()) < part.total:
             limits = int(part.classes.min()), int(part.classes.max())
             raise ValueError(f"{function}: classes must be in 0..{part.total - 1}, got {limits[0]}..{limits[1]}.")
-    return [part._replace(classes=part.classes.long()) for part in parts]
+    dtype = logits.logits.dtype
+    return [part._replace(logits=part.logits.to(dtype), classes=part.classes.long()) for part in parts]
 
 
 def _candidates(parts: list[KeptLogits], offset: Tensor | None, k: int | None) -> Tensor:
