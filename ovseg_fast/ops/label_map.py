@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..arguments import check_whole
 from .common import registration
 from .common.checks import check_positive, check_tensors
+from .common.threads import run_pieces, threads_for
 from .common.tiles import tiles
 
 CHUNK_ELEMENTS = 2**22  # scores computed at a time: 16 MB in float32
+LEAST_GROUPS = 8  # of classes, to be shared out among threads: even where one is slower
 MOST_LABELS = 8  # that `top_labels` gives: kernels keep them in registers
 MOST_WINDOWS = 64  # whose positions a launch of the CUDA C++ kernels carries
 
@@ -180,6 +183,8 @@ def _check_placement(function: str, placement: Placement, windows: int) -> None:
 
 def _check_k(function: str, k: int | None, classes: int) -> None:
     most = min(classes, MOST_LABELS)
+    if k is not None:
+        check_whole(f"{function}: k", k)
     if k is not None and not 1 <= k <= most:
         raise ValueError(f"{function}: k must be in 1..min(T, {MOST_LABELS}) = {most}, got {k}.")
 
@@ -217,16 +222,15 @@ def _run_kept(
     position[names] = torch.arange(len(names), device=names.device)
     parts = [part._replace(classes=position[part.classes], total=len(names)) for part in parts]
     offset = None if offset is None else offset[names]
-    windows, whole = parts[0], parts[1] if len(parts) > 1 else None
-    maps = None if whole is None else whole.logits
-    if _choose(windows.logits, maps, offset) == "cpu":
+    maps = parts[0].logits, parts[1].logits if len(parts) > 1 else None
+    if _choose(*maps, offset) == "cpu":
         slots = torch.cat([part.slots() for part in parts])
-        scores, labels = torch.ops.ovseg_fast.kept_label_map(
-            windows.logits, maps, offset, slots, dropped, *_numbers(placement), k or 0, function != "label_map", "cpu"
+        scores, labels = torch.ops.ovseg_fast.label_map_kept(
+            *maps, offset, slots, dropped, *_numbers(placement), k or 0, function != "label_map", "cpu"
         )
     else:
-        whole = None if whole is None else whole.dense()
-        scores, labels = _run(function, windows.dense(), placement, whole, offset, k)
+        dense = parts[0].dense(), parts[1].dense() if len(parts) > 1 else None
+        scores, labels = _run(function, dense[0], placement, dense[1], offset, k)
     return scores, names.int()[labels.long()]
 
 
@@ -281,7 +285,36 @@ def torch_form(
     logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """Scores and labels of the best k classes (k, H, W); with k = 0 the scores of all (T, H, W), and no labels."""
-    size, canvases = placement.size, _canvases(logits, placement, whole, offset)
+    classes, step = logits.shape[1], _classes_at_a_time(placement)
+    threads = threads_for(*(tensor for tensor in (logits, whole, offset) if tensor is not None))
+    # Each thread takes some of the classes, and what it found best of them is compared at the end. A part is a multiple
+    # of `step`, so that the same tensors are computed whatever the number of threads, and the same bits.
+    groups = max(threads, LEAST_GROUPS) if threads > 1 else 1
+    parts = [*tiles(classes, -(-classes // (groups * step)) * step)]
+
+    def run(part: slice) -> tuple[Tensor, Tensor]:
+        own = (None if whole is None else whole[:, part], None if offset is None else offset[part])
+        return _best_of(logits[:, part], placement, *own, k)
+
+    found = run_pieces(run, parts, threads)
+    if len(found) == 1:
+        return found[0]
+    scores = torch.cat([part[0] for part in found])
+    if k == 0:
+        return scores, found[0][1]
+    labels = torch.cat([part[1] + group.start for part, group in zip(found, parts, strict=True)])
+    if k == 1:
+        best, order = scores.max(0, keepdim=True)
+    else:
+        best, order = (part[:k] for part in scores.sort(dim=0, descending=True, stable=True))
+    return best, labels.gather(0, order)
+
+
+def _best_of(
+    logits: Tensor, placement: Placement, whole: Tensor | None, offset: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Scores and labels of the best k classes, or of all if there are fewer; with k = 0 the scores of all."""
+    size, canvases, k = placement.size, _canvases(logits, placement, whole, offset), min(k, logits.shape[1])
     labels = torch.zeros((k, *size), dtype=torch.int32, device=logits.device)
     if k == 0:
         return torch.cat([_resize_rows(canvas, size, slice(0, size[0])) for _, canvas in canvases]), labels
@@ -317,8 +350,7 @@ def _canvases(
     counts = logits.new_zeros(canvas)  # windows that cover each pixel
     for top, left in positions:
         counts[top : top + height, left : left + width] += 1
-    area = len(positions) * height * width + canvas[0] * canvas[1]
-    for classes in tiles(logits.shape[1], max(1, CHUNK_ELEMENTS // area)):
+    for classes in tiles(logits.shape[1], _classes_at_a_time(placement)):
         scores = torch.sigmoid(_resize(logits[:, classes], placement.window))
         if offset is not None:
             scores = scores - offset[classes, None, None]
@@ -329,6 +361,12 @@ def _canvases(
         if whole is not None:
             mean = (mean + _resize(torch.sigmoid(_resize(whole[:, classes], placement.window)), canvas)[0]) / 2
         yield classes.start, mean
+
+
+def _classes_at_a_time(placement: Placement) -> int:
+    positions, window, canvas, _ = placement
+    area = len(positions) * window[0] * window[1] + canvas[0] * canvas[1]
+    return max(1, CHUNK_ELEMENTS // area)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -369,7 +407,7 @@ registration.define(
 
 # `slots` are KeptLogits.slots() of the windows' logits, then of the whole image's.
 registration.define(
-    "kept_label_map(Tensor logits, Tensor? whole, Tensor? offset, Tensor slots, float dropped, SymInt[] positions, "
+    "label_map_kept(Tensor logits, Tensor? whole, Tensor? offset, Tensor slots, float dropped, SymInt[] positions, "
     "SymInt[] sizes, SymInt k, bool need_scores) -> (Tensor, Tensor)",
     "label_map",
     lambda logits, whole, offset, slots, dropped, positions, sizes, k, need_scores: (
