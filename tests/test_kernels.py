@@ -464,6 +464,26 @@ def test_any_number_of_threads_gives_the_same_bits(function: str, dtype: torch.d
         torch.set_num_threads(threads)
 
 
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor one number further in its storage, between numbers that are NaN or the largest."""
+    filler = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    storage = tensor.new_full((tensor.numel() + 2,), filler)
+    storage[1:-1] = tensor.flatten()
+    return storage[1:-1].view(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", backends.CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("function", CPU_FUNCTIONS)
+def test_tensors_may_begin_at_any_number(function: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    for row in (row for name, row in CASES if (name, row.function) == ("cpu", function)):
+        call, wide = build(row, rng, dtype, "cpu")
+        moved = map_tensors(misaligned, call)
+        assert all(tensor.is_contiguous() for tensor in tensors(moved))
+        with ovs.backend("cpu"):
+            results = row.run(moved)
+        assert_same(row, wide, results, on("torch", row.run)(wide), KERNEL[dtype])
+
+
 @pytest.fixture
 def chosen_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test on one instruction set."""

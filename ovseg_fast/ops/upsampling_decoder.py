@@ -124,7 +124,10 @@ def torch_form(y: Tensor, term: Tensor | None, weight: Tensor, bias: Tensor, gro
     """What kernels do around the library's convolutions, ReLU(GN(y + term)): y (B, T, H, W, D), term (B, H, W, D)."""
     if term is not None:
         y = y + term.unsqueeze(1)
-    maps = F.relu(F.group_norm(_maps(y), groups, weight, bias, EPS))
+    maps = _maps(y)
+    if not y.requires_grad and (weight.requires_grad or bias.requires_grad):
+        maps = maps.contiguous()  # on CPUs torch 2.13 crashes in the backward of channels_last maps without a gradient
+    maps = F.relu(F.group_norm(maps, groups, weight, bias, EPS))
     return maps.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
 
 
