@@ -39,16 +39,18 @@ class FeatureAggregator(CostAggregator):
         self.image_embedding = nn.Linear(width, channels)
         self.text_embedding = nn.Linear(width, channels, bias=False)
 
-    def forward(self, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int) -> Tensor:
-        """As `CostAggregator.forward`."""
+    def forward(
+        self, image: Tensor, text: Tensor, appearance: Sequence[Tensor], pooling: int, kept: bool = False
+    ) -> Tensor:
+        """As `CostAggregator.forward`, but dense even if the computed classes alone would do."""
         text = F.normalize(text, dim=-1)
         if len(text) <= self.pad_length:
             return self._aggregate(self.embed(image, text), image, text, appearance, pooling)
         costs = ops.cost_volume(image, text).detach().amax((2, 3, 4))
-        kept = costs.topk(self.pad_length, sorted=False).indices.sort().values
-        logits = self._aggregate(self.embed(image, text[kept]), image, text[kept], appearance, pooling)
+        best = costs.topk(self.pad_length, sorted=False).indices.sort().values
+        logits = self._aggregate(self.embed(image, text[best]), image, text[best], appearance, pooling)
         full = logits.new_full((len(image), len(text), *logits.shape[-2:]), DROPPED_LOGIT)
-        return full.index_put((torch.arange(len(image), device=image.device).unsqueeze(1), kept), logits)
+        return full.index_put((torch.arange(len(image), device=image.device).unsqueeze(1), best), logits)
 
     def embed(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, H, W, E) and unit-length (T, P, E) or (B, T, P, E) -> (B, T, H, W, C)."""

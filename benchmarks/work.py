@@ -62,6 +62,13 @@ def _upsampling_decoder(named: dict[str, Any]) -> int:
     return pixels * (2 * 4 * x.shape[-1] * out + 2 * 9 * out * out)
 
 
+def _encoder_block(named: dict[str, Any]) -> int:
+    x, weights = named["x"], named["fc1_weight"]
+    batch, tokens, channels = x.shape
+    attention = 0 if named.get("dense") else 4 * channels**2 + 4 * tokens * channels
+    return batch * tokens * (4 * channels**2 + attention + 4 * weights.numel())
+
+
 def _layer_gather(named: dict[str, Any]) -> int:
     rows = named["hidden"][0].shape[0] * named["patches"]
     layers, channels, width = named["projection"].shape
@@ -102,6 +109,7 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], int]] = {
     "class_aggregation": _class_aggregation,
     "cost_embedding": _cost_embedding,
     "cost_volume": _cost_volume,
+    "encoder_block": _encoder_block,
     "gaussian_aggregation": _gaussian_aggregation,
     "label_map": _label_map,
     "layer_gather": _layer_gather,

@@ -68,7 +68,8 @@ def test_kernels_that_cannot_run_are_told_before_anything_runs(monkeypatch: pyte
 
 def test_every_operator_has_one_prediction_above_its_floor() -> None:
     rows = {row.function: row for row in select("bench") if prediction(row)}
-    assert set(PREDICTIONS["operators"]) == set(rows) == {row.operator for row in select("bench")}
+    on_gpus = {row.operator for row in select("bench")} - {"encoder_block"}  # which has no kernels for GPUs
+    assert set(PREDICTIONS["operators"]) == set(rows) == on_gpus
     for operator, expected in PREDICTIONS["operators"].items():
         with FakeTensorMode():
             call = rows[operator].build(torch.Generator(), torch.bfloat16)
