@@ -150,7 +150,7 @@ class Run:
                 count, name = len(task.pairs), task.dataset.name
                 raise EvaluationError(f"none of the {count} images of {name} could be evaluated; {first}")
             scores, images = Scores.of(state.matrix, task.split), int(state.done.sum())
-            settings = self.settings | {"operators": task.operators()}
+            settings = self.settings | {"operators": state.operators | task.operators()}
             result = Evaluation(task.classes, scores, images, skipped, settings, _versions(), state.seconds)
             if target is not None and partial is not None:
                 earlier = result.save(target)
@@ -330,6 +330,7 @@ def _run(
     def save() -> None:
         state.matrix = confusion.matrix.cpu().numpy()
         state.seconds = before + time.monotonic() - began
+        state.operators |= task.operators()
         bar.set_postfix_str(f"mIoU {100 * Scores.of(state.matrix).miou:.2f}")
         if partial is not None:
             state.save(partial)

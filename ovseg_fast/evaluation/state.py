@@ -20,7 +20,7 @@ from ..files import write_whole
 from ..models import SegmentationModel
 from .environment import tell_changes
 
-FORMAT = "3"  # of the file
+FORMAT = "4"  # of the file
 CURE = "start over with restart=True (--restart), which discards it."
 
 
@@ -30,9 +30,10 @@ class StateError(ValueError):
 
 @dataclass
 class State:
-    """The confusion matrix so far, (C, C) int64, of the images `done`, (N,) bool, which took `seconds`; and `stamps`,
-    (N, 4) int64, of the files of each image when it was read, see `stamp`. Only a state with the same fingerprint, see
-    `fingerprint_of`, is resumed, and only if those files are as they were; another `environment` is told."""
+    """The confusion matrix so far, (C, C) int64, of the images `done`, (N,) bool, which took `seconds`; `stamps`,
+    (N, 4) int64, of the files of each image when it was read, see `stamp`; and the backends that ran the `operators`.
+    Only a state with the same fingerprint, see `fingerprint_of`, is resumed, and only if those files are as they were;
+    another `environment` is told."""
 
     fingerprint: dict[str, str]
     matrix: np.ndarray
@@ -40,6 +41,7 @@ class State:
     stamps: np.ndarray
     seconds: float = 0.0
     environment: Mapping[str, Any] = field(default_factory=dict)
+    operators: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def new(cls, fingerprint: dict[str, str], classes: int, images: int) -> State:
@@ -51,6 +53,7 @@ class State:
         """Write it to an .npz file, whole or not at all. Raises OSError."""
         arrays = {"matrix": self.matrix, "done": self.done, "stamps": self.stamps}
         about = {"fingerprint": self.fingerprint, "seconds": self.seconds, "environment": dict(self.environment)}
+        about["operators"] = self.operators
         text = json.dumps(about | {"digest": _digest_of(about, arrays)})
         content: dict[str, Any] = {"about": np.array(text), **arrays}
         write_whole(path, lambda file: np.savez_compressed(file, **content))
@@ -112,7 +115,13 @@ class State:
         # A damaged archive can fail as anything.
         except Exception as error:
             raise StateError(f"'{path}' is not the state of an evaluation, or is damaged; {CURE}") from error
-        return cls(fingerprint, **arrays, environment=dict(about["environment"]), seconds=seconds)
+        return cls(
+            fingerprint,
+            **arrays,
+            environment=dict(about["environment"]),
+            operators=dict(about["operators"]),
+            seconds=seconds,
+        )
 
 
 def stamp(pair: Any) -> list[int]:

@@ -97,6 +97,18 @@ def test_a_file_that_is_not_done_may_change(segmenter, photos, tmp_path):
     assert run(segmenter, photos, out).metrics == run(segmenter, photos).metrics
 
 
+def test_operators_of_the_stopped_run_are_told_even_if_nothing_is_left_to_do(segmenter, photos, tmp_path, monkeypatch):
+    """Killed after the last image and before the result: the resuming process runs no operator."""
+    out = tmp_path / "result.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluation, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(segmenter, photos, out)
+    monkeypatch.setattr(backends, "_last", {})
+    operators = run(segmenter, photos, out).settings["operators"]
+    assert {"cost_embedding", "label_map", "spatial_aggregation"} <= set(operators)
+
+
 def test_pairs_without_files_have_no_stamp():
     class Drawn:
         name = "drawn"
