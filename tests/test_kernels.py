@@ -23,6 +23,7 @@ import ovseg_fast as ovs
 import samples
 from layouts import LAYOUTS
 from ovseg_fast import backends, native, ops
+from ovseg_fast.ops.upsampling_decoder import logit_map
 from samples import Sample, floating, map_floating, map_tensors, select, tensors
 from test_operators import assert_same, gradients
 from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, relative_error
@@ -419,6 +420,39 @@ def test_widths_without_a_kernel_are_refused_where_it_is_forced(
 # --- kernels for CPUs alone ---
 
 
+class LastConvolution(Sample):
+    """Of the decoder; no function of `ops` by itself."""
+
+    def run(self, call: samples.Call) -> torch.Tensor:
+        return logit_map(*call[0])
+
+
+def last_convolution(draw: samples.Draw) -> samples.Call:
+    return (draw(2, 3, 5, 7, 16), draw.weight(1, 16, 3, 3), draw(1)), {}
+
+
+def kept(draw: samples.Draw, **keywords: int) -> samples.Call:
+    """Logits of 4 of 9 classes for each of four windows."""
+    classes = torch.rand(4, 9, generator=draw.generator).argsort(1)[:, :4]
+    positions = [(top, left) for top in (0, 13) for left in (0, 21)]
+    placement = ops.Placement(positions, (20, 30), (33, 51), (41, 29))
+    return (ops.KeptLogits(draw(4, 4, 5, 7), classes, 9, -3.0), placement), keywords
+
+
+# What the table has no rows of, as the other backends have no kernels for it.
+MORE_ROWS = [
+    LastConvolution("upsampling_decoder", "last convolution", last_convolution, frozenset()),
+    Sample("label_map", "kept", kept, frozenset()),
+    Sample("score_map", "kept", kept, frozenset()),
+    Sample("top_labels", "kept", functools.partial(kept, k=3), frozenset()),
+]
+
+
+def cpu_rows(function: str) -> list[Sample]:
+    rows = [row for name, row in CASES if name == "cpu"] + MORE_ROWS
+    return [row for row in rows if row.function == function]
+
+
 @pytest.mark.parametrize("function", [function for function in CPU_FUNCTIONS if differentiable(function)])
 def test_a_call_that_needs_a_gradient_goes_to_pytorch(function: str, rng: torch.Generator) -> None:
     """Of any one argument. Where the kernels are forced it is refused, in one sentence."""
@@ -446,10 +480,9 @@ def test_a_call_that_needs_a_gradient_goes_to_pytorch(function: str, rng: torch.
 @pytest.mark.parametrize("function", CPU_FUNCTIONS)
 def test_any_number_of_threads_gives_the_same_bits(function: str, dtype: torch.dtype, rng: torch.Generator) -> None:
     """More than there are tasks or cores, too. Of the kernels alone: PyTorch's own products may depend on it."""
-    rows = [row for name, row in CASES if (name, row.function) == ("cpu", function)]
     threads = torch.get_num_threads()
     try:
-        for row in rows:
+        for row in cpu_rows(function):
             call, _ = build(row, rng, dtype, "cpu")
             with ovs.backend("cpu"), CustomCalls() as seen:
                 row.run(call)
@@ -475,7 +508,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", backends.CPU_DTYPES, ids=str)
 @pytest.mark.parametrize("function", CPU_FUNCTIONS)
 def test_tensors_may_begin_at_any_number(function: str, dtype: torch.dtype, rng: torch.Generator) -> None:
-    for row in (row for name, row in CASES if (name, row.function) == ("cpu", function)):
+    for row in cpu_rows(function):
         call, wide = build(row, rng, dtype, "cpu")
         moved = map_tensors(misaligned, call)
         assert all(tensor.is_contiguous() for tensor in tensors(moved))
@@ -506,7 +539,7 @@ def test_every_instruction_set_follows_float64(
     chosen_isa: str, function: str, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     assert native.isa() == chosen_isa
-    for row in (row for name, row in CASES if (name, row.function) == ("cpu", function)):
+    for row in cpu_rows(function):
         call, wide = build(row, rng, dtype, "cpu")
         with ovs.backend("cpu"):
             results = row.run(call)

@@ -475,7 +475,7 @@ import sys, threading
 import torch
 import ovseg_fast as ovs
 from ovseg_fast import backends, native
-from test_kernels import CASES
+from test_kernels import CPU_FUNCTIONS, cpu_rows
 
 torch.set_num_threads(3)
 called, call = set(), native.call
@@ -486,8 +486,8 @@ native.call = noted
 
 def work(seed):
     torch.set_num_threads(3)
-    for backend, row in CASES:
-        for dtype in backends.CPU_DTYPES if backend == "cpu" else ():
+    for row in [row for function in CPU_FUNCTIONS for row in cpu_rows(function)]:
+        for dtype in backends.CPU_DTYPES:
             inputs = row.build(torch.Generator().manual_seed(seed), dtype, "cpu")
             with ovs.backend("cpu"):
                 row.run(inputs)
