@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import errno
 import logging
@@ -26,6 +27,8 @@ NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # some
 NO_LOCKS = NO_FSYNC | {errno.ENOLCK}
 
 _own: set[Path] = set()  # temporary files of this process, which NFS would let it lock twice
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_own.clear)
 logger = logging.getLogger(__name__)
 
 
@@ -84,12 +87,24 @@ def _new_temporary(target: Path) -> tuple[Path, int]:
     while True:
         # Not with tempfile, whose files only their owner may read.
         temporary = target.with_name(f".ovseg-{secrets.token_hex(8)}{suffix}")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        _own.add(temporary)
+        _own.add(temporary)  # first: a signal may come at any line from here on, see `_remove_own`
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError:
+            _own.discard(temporary)
+            raise
         if _lock(descriptor) is not False and temporary.exists():
             return temporary, descriptor
         os.close(descriptor)  # another process was just about to remove it as abandoned
         _own.discard(temporary)
+
+
+@atexit.register
+def _remove_own() -> None:
+    """At the process's end: what a signal between two lines of `write_whole` kept it from removing."""
+    for path in list(_own):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _lock(descriptor: int) -> bool | None:

@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from unittest import mock
 
 import numpy as np
@@ -266,6 +267,45 @@ def test_without_locks_only_old_files_are_abandoned(tmp_path: Path, monkeypatch:
     os.utime(old, (0, 0))
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == [young]
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_half_written(tmp_path: Path) -> None:
+    target = tmp_path / "labels.png"
+    ended = False
+    lines_passed = -1
+    while not ended:
+        lines_passed += 1
+        target.write_text("old")
+        ended = _write_interrupted(target, after=lines_passed)
+        assert target.read_text() in ("old", "new")
+        files._remove_own()  # as Python does at the process's end
+        assert os.listdir(tmp_path) == ["labels.png"]
+    assert lines_passed > 30
+
+
+def _write_interrupted(target: Path, after: int) -> bool:
+    """Whether the file was written before so many lines of `files` had run. Else there is a KeyboardInterrupt."""
+    left = after
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
+        nonlocal left
+        if frame.f_code.co_filename != files.__file__:
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        files.write_whole(target, lambda path: path.write_text("new"))
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.settrace(before)
+    return True
 
 
 def test_a_killed_process_leaves_what_the_next_run_removes(tmp_path: Path) -> None:
