@@ -15,8 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -31,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import click
 import torch
 from head_forms import Head
+from machine import ROOT, describe
 from torch import Tensor
 
 import ovseg_fast as ovs
 from tolerances import REWRITE_FLOAT32, relative_error
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMS = {"torch": "torch", "cpu": "auto"}  # form -> backend asked for
 POOLING = 1  # of the class block, as in the published evaluation
 # It ends by itself if this process is killed and cannot end it.
@@ -101,26 +99,6 @@ def measure(classes: int, rounds: int, forms: Sequence[str], tiny: bool) -> dict
         for row in rows.values():
             row["times_slower"] = round(row["disturbed"]["median"] / row["alone"]["median"], 2)
     return results
-
-
-def describe() -> dict[str, Any]:
-    """The machine and what else it has to do, versions and commit."""
-    models = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load_before": [round(load, 2) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kernels": [name for name, choice in ovs.explain("cpu").choices.items() if choice == "cpu"],
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-    }
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @click.command(help=__doc__)

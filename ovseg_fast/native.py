@@ -20,7 +20,7 @@ from torch import Tensor
 
 ABI_VERSION = 2
 UNSUPPORTED_CPU = -101  # an error code of ovseg_cpu.h
-ISAS = ("avx512_bf16", "avx512", "avx2", "neon")  # that kernels for CPUs are compiled for
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon")  # that kernels for CPUs are compiled for
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REBUILD = "rebuild it with `pip install --force-reinstall --no-deps -e .`"
 LIBRARIES = {"cuda": "libovseg.so", "cpu": "libovseg_cpu.so"}  # by backend

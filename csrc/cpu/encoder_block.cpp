@@ -20,6 +20,7 @@ constexpr int VECTORS = 2;
 constexpr int64_t PANEL = VECTORS * LANES;
 constexpr int64_t TILE = 96;    // tokens of a task, at most: its arrays fill the second-level cache
 constexpr int64_t UNITS = 256;  // hidden units that are worked through at a time
+constexpr int64_t WEIGHT_ROWS = OVSEG_TILE_PRODUCTS ? 32 : tile_rows<VECTORS>();  // by which all panels are multiplied
 
 // Two rows of a panel, neighbours in depth, for the columns of one vector.
 INLINE void store_rows(float *panel, int64_t row, int64_t column, Floats first, Floats second) {
@@ -98,7 +99,7 @@ template <typename T> struct Block {
             units = arena.take<float>(columns * UNITS);
             normed = arena.take<P>(columns * channels);
             active = arena.take<P>(columns * (channels > UNITS ? channels : UNITS));
-            widened = arena.take<P>(sizeof(T) == sizeof(P) ? 0 : 16 * (channels > UNITS ? channels : UNITS));
+            widened = arena.take<P>(sizeof(T) == sizeof(P) ? 0 : WEIGHT_ROWS * (channels > UNITS ? channels : UNITS));
         }
     };
 
@@ -158,17 +159,16 @@ template <typename T> struct Block {
     void project(const void *weight, int64_t rows, int64_t stride, int64_t depth, const P *b, int64_t first,
                  int64_t last, P *widened, float *c, bool add) const {
         const T *from = static_cast<const T *>(weight);
-        constexpr int ROWS = tile_rows<VECTORS>();
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            const int64_t some = rows - row < ROWS ? rows - row : ROWS;
+        for (int64_t row = 0; row < rows; row += WEIGHT_ROWS) {
+            const int64_t some = rows - row < WEIGHT_ROWS ? rows - row : WEIGHT_ROWS;
             const Matrix<P> a = operand_rows(from + row * stride, stride, some, depth, widened);
             for (int64_t panel = first; panel < last; ++panel) {
                 const P *columns = b + (panel - first) * depth * PANEL;
                 float *to = c + ((panel - first) * rows + row) * PANEL;
                 if (vectors(panel) == 2) {
-                    multiply_rest<ROWS, 2, 2>(some, a, columns, depth / Pair<Matrix<P>>::SIZE, to, PANEL, add);
+                    multiply_panel<2>(a, some, columns, depth / Pair<Matrix<P>>::SIZE, to, PANEL, add);
                 } else {
-                    multiply_rest<ROWS, 1, 2>(some, a, columns, depth / Pair<Matrix<P>>::SIZE, to, PANEL, add);
+                    multiply_panel<1, 2>(a, some, columns, depth / Pair<Matrix<P>>::SIZE, to, PANEL, add);
                 }
             }
         }
@@ -239,7 +239,8 @@ template <typename T> struct Block {
         const P *queries = q + index * PANEL * channels + channel * PANEL;
         const P *values = v + (image * channels + channel) * panels * PANEL;
         const int64_t depth = round_up(tokens, 2);
-        multiply_columns<USED>(Matrix<P>{keys, channels, 1}, tokens, queries, head_width, scores);
+        constexpr int PAIR = Pair<Matrix<P>>::SIZE;
+        multiply_panel<USED, 2>(Matrix<P>{keys, channels, 1}, tokens, queries, head_width / PAIR, scores, PANEL, false);
         Floats shares[USED];
         for (int vector = 0; vector < USED; ++vector) {
             float *column = scores + vector * LANES;
@@ -255,22 +256,14 @@ template <typename T> struct Block {
             }
             shares[vector] = select(total == Floats{}, Floats{}, broadcast(1.0f) / total);
         }
-        multiply_columns<USED>(Matrix<P>{values, panels * PANEL, 1}, head_width, weights, depth, scores);
+        multiply_panel<USED, 2>(Matrix<P>{values, panels * PANEL, 1}, head_width, weights, depth / PAIR, scores, PANEL,
+                                false);
         P *to = attended + index * PANEL * channels + channel * PANEL;
         for (int64_t c = 0; c < head_width; c += 2) {
             for (int vector = 0; vector < USED; ++vector) {
                 const float *from = scores + c * PANEL + vector * LANES;
                 store_rows(to, c, vector * LANES, load(from) * shares[vector], load(from + PANEL) * shares[vector]);
             }
-        }
-    }
-
-    template <int USED>
-    static void multiply_columns(const Matrix<P> &a, int64_t rows, const P *b, int64_t depth, float *c) {
-        constexpr int ROWS = tile_rows<VECTORS>();
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            multiply_rest<ROWS, USED, 2>(rows - row < ROWS ? rows - row : ROWS, below(a, row), b,
-                                         depth / Pair<Matrix<P>>::SIZE, c + row * PANEL, PANEL, false);
         }
     }
 

@@ -26,6 +26,13 @@
 #define OVSEG_BF16_PRODUCTS 0
 #endif
 
+// Whether they are made in the tile registers of AMX, 16 × 32 by 32 × 16 numbers an instruction.
+#if defined(__AMX_BF16__)
+#define OVSEG_TILE_PRODUCTS 1
+#else
+#define OVSEG_TILE_PRODUCTS 0
+#endif
+
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
 

@@ -2,12 +2,20 @@
 
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 
 #include "operators.h"
 
 #if defined(__x86_64__)
-#define FOR_EACH_ISA(USE) USE(avx512_bf16) USE(avx512) USE(avx2)  // the best first
+#define FOR_EACH_ISA(USE) USE(amx) USE(avx512_bf16) USE(avx512) USE(avx2)  // the best first
 #else
 #define FOR_EACH_ISA(USE) USE(neon)
 #endif
@@ -29,6 +37,19 @@ struct Isa {
 const Isa ISAS[] = {FOR_EACH_ISA(ENTRY)};
 
 #if defined(__x86_64__)
+// Whether the machine has AMX with bfloat16, and the system lets this process use it, which it must be asked for.
+bool has_tiles() {
+#if defined(__linux__)
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (BF16 | TILE)) != (BF16 | TILE)) return false;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 // Whether this machine and its operating system run what CMakeLists.txt compiles for it.
 bool runs(const char *name) {
     __builtin_cpu_init();
@@ -40,15 +61,21 @@ bool runs(const char *name) {
         !__builtin_cpu_supports("avx512vl")) {
         return false;
     }
-    return !strcmp(name, "avx512") || __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(name, "avx512")) return true;
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    return !strcmp(name, "avx512_bf16") || has_tiles();
 }
+
+// On Intel's cores a product of bfloat16 pairs takes longer than the two products of float32 that it replaces.
+bool pays(const char *name) { return strcmp(name, "avx512_bf16") || !__builtin_cpu_is("intel"); }
 #else
 bool runs(const char *) { return true; }
+bool pays(const char *) { return true; }
 #endif
 
 const Isa *best() {
     for (const Isa &isa : ISAS) {
-        if (runs(isa.name)) return &isa;
+        if (runs(isa.name) && pays(isa.name)) return &isa;
     }
     return nullptr;
 }

@@ -15,9 +15,19 @@
 
 #include "ovseg_cpu.h"
 
+thread_local int ovseg_tile_shape = 0;
+
 namespace {
 
 constexpr int MOST_THREADS = 1024;
+
+// Tiles in use would slow every switch of threads down, and other libraries expect them as the system made them.
+void give_tiles_back() {
+#if defined(__x86_64__)
+    if (ovseg_tile_shape) __asm__ volatile("tilerelease" : :);
+#endif
+    ovseg_tile_shape = 0;
+}
 
 struct Job {
     ovseg_task task;
@@ -36,6 +46,7 @@ struct Job {
                 next = count;
             }
         }
+        give_tiles_back();
     }
 };
 

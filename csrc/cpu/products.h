@@ -6,6 +6,9 @@
 #pragma once
 
 #include "vectors.h"
+#if OVSEG_TILE_PRODUCTS
+#include "tiles.h"
+#endif
 
 namespace {
 
@@ -109,28 +112,46 @@ INLINE void multiply_rest(int64_t rows, const A &a, const P *panel, int64_t step
     }
 }
 
+// C = A · B, or C += A · B, for any number of rows and the first VECTORS vectors of one panel that has STRIDE.
+template <int VECTORS, int STRIDE = VECTORS, typename A, typename P>
+INLINE void multiply_panel(const A &a, int64_t rows, const P *panel, int64_t steps, float *c, int64_t c_stride,
+                           bool add) {
+#if OVSEG_TILE_PRODUCTS
+    if constexpr (sizeof(P) == sizeof(Bf16)) {
+        multiply_in_tiles<VECTORS, STRIDE>(a.data, a.rows, rows, panel, 1, steps, c, c_stride, add);
+        return;
+    }
+#endif
+    constexpr int ROWS = tile_rows<STRIDE>();
+    int64_t row = 0;
+    for (; row + ROWS <= rows; row += ROWS) {
+        multiply_tile<ROWS, VECTORS, STRIDE>(below(a, row), panel, steps, c + row * c_stride, c_stride, add);
+    }
+    if (row < rows) {
+        multiply_rest<ROWS - 1, VECTORS, STRIDE>(rows - row, below(a, row), panel, steps, c + row * c_stride, c_stride,
+                                                 add);
+    }
+}
+
 constexpr int64_t DEPTH_STEPS = 128;  // a panel of 4 vectors and as many steps fits the first-level cache
 
 // C = A · B, or C += A · B; C is (rows, panels · VECTORS · LANES), `depth` a multiple of the operand's pair.
 template <int VECTORS, typename A, typename P>
 __attribute__((noinline)) void multiply(const A &a, int64_t rows, const P *b, int64_t panels, int64_t depth, float *c,
                                         int64_t c_stride, bool add) {
-    constexpr int ROWS = tile_rows<VECTORS>();
     const int64_t steps = depth / Pair<A>::SIZE, panel_size = depth * VECTORS * LANES;
+#if OVSEG_TILE_PRODUCTS
+    if constexpr (sizeof(P) == sizeof(Bf16)) {
+        multiply_in_tiles<VECTORS>(a.data, a.rows, rows, b, panels, steps, c, c_stride, add);
+        return;
+    }
+#endif
     for (int64_t first = 0; first < steps; first += DEPTH_STEPS) {
         const int64_t count = steps - first < DEPTH_STEPS ? steps - first : DEPTH_STEPS;
         for (int64_t panel = 0; panel < panels; ++panel) {
             const P *columns = b + panel * panel_size + first * Pair<A>::SIZE * VECTORS * LANES;
-            float *to = c + panel * VECTORS * LANES;
-            int64_t row = 0;
-            for (; row + ROWS <= rows; row += ROWS) {
-                multiply_tile<ROWS, VECTORS>(deeper(below(a, row), first), columns, count, to + row * c_stride,
-                                             c_stride, add || first);
-            }
-            if (row < rows) {
-                multiply_rest<ROWS - 1, VECTORS>(rows - row, deeper(below(a, row), first), columns, count,
-                                                 to + row * c_stride, c_stride, add || first);
-            }
+            multiply_panel<VECTORS>(deeper(a, first), rows, columns, count, c + panel * VECTORS * LANES, c_stride,
+                                    add || first);
         }
     }
 }

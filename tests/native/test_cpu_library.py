@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,38 @@ def test_every_instruction_set_is_chosen_or_refused_with_those_that_are_there(ch
     for name in ({*native.ISAS, "AVX2", "avx512_bf16 ", "avx9"}) - {*said}:
         choose(name)
         refused(f"OVSEG_CPU_ISA is {name!r}; this machine runs {', '.join(said)}.")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="only Linux tells whose the processor is")
+def test_bfloat16_products_are_left_out_where_they_are_slow(choose: Callable) -> None:
+    processor = Path("/proc/cpuinfo").read_text()
+    choose("")
+    if "GenuineIntel" in processor:
+        assert native.isa() != "avx512_bf16"
+    elif "avx512_bf16" in processor:
+        assert native.isa() == "avx512_bf16"
+
+
+def test_tiles_are_shared_with_pytorch(choose: Callable, rng: torch.Generator) -> None:
+    choose("amx")
+    if native.problem("cpu"):
+        choose("")
+        pytest.skip("this machine has no AMX")
+    row = next(row for row in samples.select("sixteens") if row.operator == "spatial_aggregation")
+    call = row.build(rng, torch.bfloat16)
+    a, b = (torch.randn(size, generator=rng).bfloat16() for size in ((33, 70), (70, 50)))
+
+    def ours() -> torch.Tensor:
+        with ovs.backend("cpu"), torch.inference_mode():
+            return row.run(call)
+
+    expected, product = ours(), a @ b
+
+    def by_turns(_: int) -> bool:
+        return torch.equal(ours(), expected) and torch.equal(a @ b, product)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(by_turns, range(200)))
 
 
 # --- sizes ---
