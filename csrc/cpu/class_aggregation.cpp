@@ -21,7 +21,7 @@ constexpr float NORMALISER_EPS = 1e-6f;
 
 // elu(x) + 1
 INLINE Floats feature(Floats x) {
-    return select(x > Floats{}, x + broadcast(1.0f), exponential_of_negative(at_most(x, Floats{})));
+    return select(x > Floats{}, x + broadcast(1.0f), exponential_of_negative<float>(at_most(x, Floats{})));
 }
 
 template <typename T> struct Layer {

@@ -248,9 +248,9 @@ template <typename T> struct Block {
             for (int64_t key = 0; key < tokens; ++key) most = larger(load(column + key * PANEL), most);
             most = select(most == broadcast(-__builtin_inff()), Floats{}, most);  // all −∞: all weights become 0
             for (int64_t key = 0; key < depth; key += 2) {
-                const Floats first = exponential_of_negative(load(column + key * PANEL) - most);
+                const Floats first = exponential_of_negative<P>(load(column + key * PANEL) - most);
                 Floats second{};
-                if (key + 1 < tokens) second = exponential_of_negative(load(column + (key + 1) * PANEL) - most);
+                if (key + 1 < tokens) second = exponential_of_negative<P>(load(column + (key + 1) * PANEL) - most);
                 total += first + second;
                 store_rows(weights, key, vector * LANES, first, second);
             }
@@ -334,7 +334,7 @@ template <typename T> struct Block {
 
     template <bool QUICK>
     void activate(int64_t unit, int64_t units, int64_t first, int64_t last, const Scratch &s) const {
-        const auto active = [](Floats x) { return QUICK ? x * sigmoid(x * broadcast(1.702f)) : gelu(x); };
+        const auto active = [](Floats x) { return QUICK ? x * sigmoid<P>(x * broadcast(1.702f)) : gelu<P>(x); };
         for (int64_t panel = first; panel < last; ++panel) {
             const float *from = s.units + (panel - first) * PANEL * units;
             P *to = s.active + (panel - first) * PANEL * units;

@@ -148,7 +148,7 @@ template <typename T> struct LabelMap {
     explicit LabelMap(const ovseg_label_map_kept_params &params)
         : params(params), logits(static_cast<const T *>(params.logits)), whole(static_cast<const T *>(params.whole)),
           offset(static_cast<const T *>(params.offset)), positions(params.positions), windows(params.windows),
-          classes(params.classes), k(params.k), dropped(sigmoid(broadcast(float(params.dropped)))[0]) {
+          classes(params.classes), k(params.k), dropped(sigmoid<float>(broadcast(float(params.dropped)))[0]) {
         from_maps.set(params.height, params.width, params.window_height, params.window_width);
         from_window.set(params.window_height, params.window_width, params.canvas_height, params.canvas_width);
         from_canvas.set(params.canvas_height, params.canvas_width, params.out_height, params.out_width);
@@ -298,8 +298,9 @@ template <typename T> struct LabelMap {
         if (s.held_wide[row % 2] == row) return wide;
         s.held_wide[row % 2] = row;
         float *window = from_window.columns.span == SAME ? wide : s.window;
-        map_row(map_of(windows, t), row, s,
-                [&](int64_t v, Floats x) __attribute__((always_inline)) { store(window + v * LANES, sigmoid(x)); });
+        map_row(map_of(windows, t), row, s, [&](int64_t v, Floats x) __attribute__((always_inline)) {
+            store(window + v * LANES, sigmoid<float>(x));
+        });
         if (window != wide) from_window.columns.resize(window, wide);
         return wide;
     }
@@ -324,7 +325,7 @@ template <typename T> struct LabelMap {
             };
             if (const T *map = map_of(n, t)) {
                 map_row(map, row.row - positions[2 * n], s,
-                        [&](int64_t v, Floats x) __attribute__((always_inline)) { add(v, sigmoid(x)); });
+                        [&](int64_t v, Floats x) __attribute__((always_inline)) { add(v, sigmoid<float>(x)); });
             } else if (dropped != 0.0f) {
                 for (int64_t v = 0; v <= last; ++v) add(v, broadcast(dropped));
             }

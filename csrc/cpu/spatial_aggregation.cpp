@@ -157,7 +157,7 @@ template <typename T> struct Block {
             const Floats top = broadcast(s.tops[row]);
             Floats total{};
             for (int64_t c = 0; c < s.tokens; c += LANES) {
-                const Floats e = exponential_of_negative(load(scores + c) - top);
+                const Floats e = exponential_of_negative<P>(load(scores + c) - top);
                 store(weights + c, e);
                 total += e;
             }

@@ -125,7 +125,8 @@ void mlp(const PackedMlp<P> &weights, const float *y, int64_t y_stride, int64_t 
         for (int64_t row = 0; row < rows; ++row) {
             for (int64_t c = 0; c < units; c += LANES) {
                 const Floats x = load(scratch.units + row * HIDDEN_CHUNK + c) + load(weights.fc1_bias + unit + c);
-                store(scratch.activated + row * HIDDEN_CHUNK + c, GELU ? gelu(x) : select(x < Floats{}, Floats{}, x));
+                store(scratch.activated + row * HIDDEN_CHUNK + c,
+                      GELU ? gelu<P>(x) : select(x < Floats{}, Floats{}, x));
             }
         }
         multiply<WEIGHT_VECTORS>(Matrix<P>{scratch.activated, HIDDEN_CHUNK, 1}, rows, weights.fc2 + unit * width,

@@ -130,91 +130,70 @@ INLINE float largest(Floats x) {
     return x[0];
 }
 
-// To the nearest whole number, for |x| < 2²².
-INLINE Floats round_to_nearest(Floats x) {
-    const Floats magic = broadcast(12582912.0f);  // 1.5 · 2²³: the sum has no digits after the point
-    return (x + magic) - magic;
+// p[0] rⁿ⁻¹ + … + p[n − 1].
+template <int COUNT> INLINE Floats polynomial(const float (&p)[COUNT], Floats r) {
+    Floats q = broadcast(p[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < COUNT; ++i) q = q * r + broadcast(p[i]);
+    return q;
 }
 
-// eˣ⁻ⁿˡⁿ² for the whole number n next to x / ln 2.
-INLINE Floats exponential_of_rest(Floats x, Floats n) {
-    Floats r = x - n * broadcast(0.693359375f);
-    r = r - n * broadcast(-2.12194440e-4f);
-    Floats p = broadcast(1.9875691500e-4f);
-    p = p * r + broadcast(1.3981999507e-3f);
-    p = p * r + broadcast(8.3334519073e-3f);
-    p = p * r + broadcast(4.1665795894e-2f);
-    p = p * r + broadcast(1.6666665459e-1f);
-    p = p * r + broadcast(5.0000001201e-1f);
-    return p * (r * r) + r + broadcast(1.0f);
-}
+// What follows is as exact as a product of operands P deserves: with bfloat16, whose rounding is off by up to 2e-3, fewer
+// terms do, off by less than 1e-4.
 
-// eˣ to about 1 in the last place; 0 below −87.3, infinity above 88.7; NaN stays.
-INLINE Floats exponential(Floats x) {
-    const Floats within = at_most(at_least(x, broadcast(-87.33654f)), broadcast(88.72283f));
-    const Floats n = round_to_nearest(within * broadcast(1.44269504f)), p = exponential_of_rest(within, n);
-    // In two steps, as 2¹²⁸ is no float.
-    const Ints exponent = __builtin_convertvector(n, Ints), half = exponent >> 1;
-    const Floats first = (Floats)((half + 127) << 23), second = (Floats)((exponent - half + 127) << 23);
-    const Floats result = select(x < broadcast(-87.33654f), Floats{}, p * first * second);
-    return select(x > broadcast(88.72283f), broadcast(__builtin_inff()), result);
-}
-
-// eˣ for x ≤ 0, in fewer steps.
-INLINE Floats exponential_of_negative(Floats x) {
-    const Floats within = at_least(x, broadcast(-87.33654f));
-    const Floats n = round_to_nearest(within * broadcast(1.44269504f));
-    const Floats scale = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-    return select(x < broadcast(-87.33654f), Floats{}, exponential_of_rest(within, n) * scale);
-}
-
-// 1 / x for 1 <= x <= 2¹²⁶, to about 1 in the last place: an estimate and one step of Newton's.
-INLINE Floats reciprocal(Floats x) {
+// 1 / x for 1 <= x <= 2¹²⁶, to about 1 in the last place: an estimate, and for float32 one step of Newton's.
+template <typename P> INLINE Floats reciprocal(Floats x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
     const Floats estimate = (Floats)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
 #else
     const Floats estimate = (Floats)_mm256_rcp_ps((__m256)x);
 #endif
-    return estimate + estimate * (broadcast(1.0f) - x * estimate);
+    return sizeof(P) == sizeof(Bf16) ? estimate : estimate + estimate * (broadcast(1.0f) - x * estimate);
 #else
     return broadcast(1.0f) / x;
 #endif
 }
 
-// 2ˣ for |x| <= 126 to 2e-7 of it, with a polynomial of least error on −½..½.
-INLINE Floats power_of_two(Floats x) {
-    const Floats magic = broadcast(12582912.0f);  // as in `round_to_nearest`: the sum ends in the whole number
+// 2ˣ for |x| <= 126 to 2e-7 (8e-5) of it, with a polynomial of least error on −½..½.
+template <typename P> INLINE Floats power_of_two(Floats x) {
+    const Floats magic = broadcast(12582912.0f);  // 1.5 · 2²³: the sum ends in the nearest whole number
     const Floats shifted = x + magic, r = x - (shifted - magic);
-    Floats p = broadcast(1.326472731e-3f);
-    p = p * r + broadcast(9.671512991e-3f);
-    p = p * r + broadcast(5.550733581e-2f);
-    p = p * r + broadcast(2.402224243e-1f);
-    p = p * r + broadcast(6.931470037e-1f);
-    p = p * r + broadcast(1.0f);
+    constexpr float EXACT[] = {1.326472731e-3f, 9.671512991e-3f, 5.550733581e-2f,
+                               2.402224243e-1f, 6.931470037e-1f, 1.0f};
+    constexpr float SHORT[] = {5.508868381e-2f, 2.426040515e-1f, 6.932762417e-1f, 9.999289404e-1f};
+    const Floats p = sizeof(P) == sizeof(Bf16) ? polynomial(SHORT, r) : polynomial(EXACT, r);
     return p * bits_to_floats((floats_to_bits(shifted) << 23) + 0x3F800000u);
 }
 
-// 1 / (1 + exp(−x)) to 1e-6 of it; 0 below −87.3; NaN stays.
-INLINE Floats sigmoid(Floats x) {
+// eˣ for x ≤ 0; 0 below −87.3; NaN stays.
+template <typename P> INLINE Floats exponential_of_negative(Floats x) {
+    const Floats power = at_least(x * broadcast(1.44269504f), broadcast(-126.0f));
+    return select(x < broadcast(-87.3f), Floats{}, power_of_two<P>(power));
+}
+
+// 1 / (1 + exp(−x)) to 1e-6 (1e-4) of it; 0 below −87.3; NaN stays.
+template <typename P> INLINE Floats sigmoid(Floats x) {
     const Floats power = at_most(at_least(x * broadcast(-1.44269504f), broadcast(-126.0f)), broadcast(126.0f));
-    const Floats share = reciprocal(broadcast(1.0f) + power_of_two(power));
+    const Floats share = reciprocal<P>(broadcast(1.0f) + power_of_two<P>(power));
     return select(x < broadcast(-87.3f), Floats{}, share);
 }
 
-// x Φ(x), the exact GELU, with an error of Φ of at most 2e-7. Φ(x) − ½ = x p(x²) on −5..5, p fitted to Chebyshev nodes;
-// beyond, Φ is 0 or 1.
-INLINE Floats gelu(Floats x) {
-    const float p[] = {9.60935927e-05f, -0.00029224189f, 0.000393648814f, -0.000724244836f, 0.00185189657f,
-                       -0.00372089941f, 0.0064360329f,   -0.0105887103f,  0.0163535348f,    -0.0234232565f,
-                       0.0314568892f,   -0.0404249425f,  0.05151919f,     -0.0702968522f,   0.141363805f};
-    const Floats within = at_most(at_least(x, broadcast(-5.0f)), broadcast(5.0f));
-    const Floats w = within * within * broadcast(0.08f) - broadcast(1.0f);
-    Floats q = broadcast(p[0]);
-#pragma GCC unroll 16
-    for (int i = 1; i < 15; ++i) q = q * w + broadcast(p[i]);
-    const Floats phi = select(x < broadcast(-5.0f), Floats{}, within * q + broadcast(0.5f));
-    return x * select(x > broadcast(5.0f), broadcast(1.0f), phi);
+// x Φ(x), the exact GELU, with an error of Φ of at most 2e-7 (4e-5). Φ(x) − ½ = x p(x²) on −5..5 (−4..4), p fitted to
+// Chebyshev nodes; beyond, Φ is 0 or 1.
+template <typename P> INLINE Floats gelu(Floats x) {
+    constexpr bool BRIEF = sizeof(P) == sizeof(Bf16);
+    constexpr float EXACT[] = {9.60935927e-05f, -0.00029224189f, 0.000393648814f, -0.000724244836f, 0.00185189657f,
+                               -0.00372089941f, 0.0064360329f,   -0.0105887103f,  0.0163535348f,    -0.0234232565f,
+                               0.0314568892f,   -0.0404249425f,  0.05151919f,     -0.0702968522f,   0.141363805f};
+    constexpr float SHORT[] = {-0.00318867783f, 0.00863753632f, -0.0127505613f, 0.0211628890f,
+                               -0.0366318487f,  0.0561660305f,  -0.0843514801f, 0.175943896f};
+    constexpr float END = BRIEF ? 4.0f : 5.0f;
+    const Floats within = at_most(at_least(x, broadcast(-END)), broadcast(END));
+    const Floats w = within * within * broadcast(2.0f / (END * END)) - broadcast(1.0f);
+    const Floats q = BRIEF ? polynomial(SHORT, w) : polynomial(EXACT, w);
+    const Floats phi = select(x < broadcast(-END), Floats{}, within * q + broadcast(0.5f));
+    return x * select(x > broadcast(END), broadcast(1.0f), phi);
 }
 
 }  // namespace
