@@ -240,7 +240,7 @@ INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
     memcpy(to, &pairs, sizeof pairs);
 }
 
-// B from a tensor that holds it as it is, (depth, columns), of any size: filled up with zeros to whole panels and pairs.
+// B from a tensor that holds it as it is, (depth, columns), of any size: zeros fill it up to whole panels and pairs.
 template <int VECTORS, typename T, typename P>
 void pack_rows_filled(const T *from, int64_t stride, int64_t depth, int64_t columns, P *to) {
     constexpr int PAIR = 4 / sizeof(P);
