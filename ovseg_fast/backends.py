@@ -29,6 +29,7 @@ LAUNCHERS = {"cuda": "ovseg_fast.cuda", "triton": "ovseg_fast.kernels", "cpu": "
 LANGUAGES = {"cuda": "CUDA C++", "triton": "Triton", "cpu": "CPU"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that kernels take; the PyTorch forms take any
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # that kernels for CPUs take
+OF_TRAINING = frozenset({"mask_losses"})  # operators that nothing but training calls
 CAPABILITY = (8, 0)  # of the oldest GPUs that kernels are compiled for
 TRITON = (3, 4)  # the oldest that compiles every kernel: 3.3 fails on cost_embedding, 3.2 aborts the process
 INTERPRETER = (3, 7)  # the oldest Triton whose interpreter runs with numpy 2.4 and later
@@ -249,13 +250,13 @@ def explain(device: torch.device | str | None = None) -> Explanation:
 
 
 def check(device: torch.device, *, training: bool = False) -> None:
-    """Raises RuntimeError if the backend that this thread asks for cannot run on tensors of `device` at all, or not
-    for training; ValueError for a bad OVSEG_BACKEND."""
+    """Raises RuntimeError if the backend that this thread asks for cannot run some operator of inference on tensors of
+    `device`, or, `training`, any operator or its gradient; ValueError for a bad OVSEG_BACKEND."""
     found = explain(device)
     if training and found.asked == "cpu":
-        raise _cannot_run("training", found.asked, "its kernels have no gradient")
+        raise _cannot_run("training", found.asked, "its kernels are for inference, without gradients")
     for operator, choice in found.choices.items():
-        if choice is None:
+        if choice is None and (training or operator not in OF_TRAINING):
             raise _cannot_run(operator, found.asked, found.reasons[operator][found.asked])
 
 

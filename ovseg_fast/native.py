@@ -110,6 +110,8 @@ CPU_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     },
     "ovseg_encoder_block_fwd": (_ENCODER_BLOCK, *_RUN),
     "ovseg_label_map_kept_fwd": (_LABEL_MAP_KEPT, *_RUN),
+    "ovseg_mask_attention_fwd": (*[POINTER] * 4, *[SIZE] * 5, *_RUN),
+    "ovseg_mask_attention_scores_fwd": (*[POINTER] * 3, *[SIZE] * 5, *_RUN),
     "ovseg_upsampling_decoder_head_fwd": (*[POINTER] * 4, *[SIZE] * 4, *_RUN),
     "ovseg_upsampling_decoder_stage_fwd": (*[POINTER] * 9, *[SIZE] * 7, REAL, *_RUN),
 }

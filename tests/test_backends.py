@@ -224,6 +224,33 @@ def test_a_forced_backend_that_cannot_run_says_why() -> None:
         assert str(caught.value) == f"cost_volume: the {name} backend was asked for but cannot run: {reason}."
 
 
+@pytest.mark.usefixtures("cpu_library")
+def test_a_forced_backend_is_checked_for_inference_or_training() -> None:
+    """The kernels for CPUs lack an operator that only training calls."""
+    device = torch.device("cpu")
+    with ovs.backend("cpu"):
+        assert ovs.explain(device).choices["mask_losses"] is None
+        backends.check(device)
+        with pytest.raises(RuntimeError, match=r"^training: the cpu backend .* for inference, without gradients\.$"):
+            backends.check(device, training=True)
+    for name in ("auto", "torch"):
+        with ovs.backend(name):
+            backends.check(device)
+            backends.check(device, training=True)
+    with ovs.backend("cuda"):
+        for training in (False, True):
+            with pytest.raises(RuntimeError, match=r"^\w+: the cuda backend was asked for but cannot run: [^.]*\.$"):
+                backends.check(device, training=training)
+
+
+def test_only_training_calls_the_operators_of_training() -> None:
+    folder = Path(ovs.__file__).parent
+    for operator in backends.OF_TRAINING:
+        assert operator in ovs.ops.__all__
+        callers = {path.name for path in folder.rglob("*.py") if f"ops.{operator}(" in path.read_text("utf-8")}
+        assert callers == {"losses.py"}
+
+
 def test_bad_input_is_refused_before_the_choice() -> None:
     for name in ("cuda", "triton", "cpu", "torch"):
         with ovs.backend(name), pytest.raises(ValueError, match="cost_volume: T must be at least 1"):

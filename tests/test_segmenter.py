@@ -42,6 +42,21 @@ def test_result_has_a_label_for_every_pixel(seg, photo):
     assert (out.scores >= 0).all() and (out.scores <= 1).all()
 
 
+@pytest.mark.usefixtures("cpu_library")
+def test_the_kernels_for_cpus_run_all_of_it_where_they_are_forced(seg, photo):
+    with ovs.backend("torch"):
+        expected = seg.segment(photo, NAMES).scores
+    with ovs.backend("cpu"):
+        assert relative_error(torch.from_numpy(seg.segment(photo, NAMES).scores), torch.from_numpy(expected)) < 1e-4
+        ran = {operator for operator in ovs.explain("cpu").choices if ovs.last_backend(operator) == "cpu"}
+        assert {"encoder_block", "label_map"} < ran
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError) as caught:
+            seg.segment(photo, NAMES)
+    sentence = str(caught.value)
+    assert sentence.startswith("encoder_block: the cpu backend was asked for but cannot run: under autocast ")
+    assert sentence.count(".") == 1 and "\n" not in sentence
+
+
 def test_labels_are_the_best_scores(seg, photo):
     out = seg.segment(photo, NAMES)
     best = np.sort(out.scores, 0)

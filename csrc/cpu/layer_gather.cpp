@@ -42,17 +42,6 @@ INLINE void normalise(float *x, const float *weight, const float *bias, int64_t 
     for (int64_t c = whole; c < channels; ++c) x[c] = (x[c] - mean) * scale * weight[c] + bias[c];
 }
 
-// A vector of columns of B, of one depth or a pair.
-INLINE void pack_lanes(const float *row, const float *, float *to) { store(to, load(row)); }
-INLINE void pack_lanes(const Bf16 *row, const Bf16 *, float *to) { store(to, load(row)); }
-INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
-    Halves low, high;
-    memcpy(&low, row, sizeof low);
-    memcpy(&high, next, sizeof high);
-    const Words pairs = widen(low) | widen(high) << 16;
-    memcpy(to, &pairs, sizeof pairs);
-}
-
 template <typename T> struct Gather {
     typedef typename Operand<T>::Type P;
     static constexpr int PAIR = Operand<T>::PAIR;
@@ -84,22 +73,9 @@ template <typename T> struct Gather {
         const Gather &g = *static_cast<const Gather *>(context);
         const int64_t channels = g.a.channels, width = g.a.width, first = index % g.panels() * WEIGHT_PANEL;
         const T *from = static_cast<const T *>(g.a.projection) + index / g.panels() * channels * width;
-        P *to = g.projection + index * g.depth * WEIGHT_PANEL;
-        for (int64_t k = 0; k < g.depth; k += PAIR) {
-            for (int64_t c = first; c < first + WEIGHT_PANEL; c += LANES, to += PAIR * LANES) {
-                const T *row = from + k * width + c;
-                if (c + LANES <= width && k + PAIR <= channels) {
-                    pack_lanes(row, row + width, to);
-                    continue;
-                }
-                memset(to, 0, PAIR * LANES * sizeof *to);
-                for (int64_t i = 0; i < LANES && c + i < width; ++i) {
-                    for (int64_t part = 0; part < PAIR && k + part < channels; ++part) {
-                        pack_number(to + PAIR * i + part, row[part * width + i]);
-                    }
-                }
-            }
-        }
+        pack_rows_filled<WEIGHT_VECTORS>(from + first, width, channels,
+                                         width - first < WEIGHT_PANEL ? width - first : WEIGHT_PANEL,
+                                         g.projection + index * g.depth * WEIGHT_PANEL);
         return true;
     }
 

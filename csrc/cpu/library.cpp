@@ -190,6 +190,21 @@ int ovseg_layer_gather_fwd(const void *const *hidden, const void *shared_weight,
     });
 }
 
+int ovseg_mask_attention_fwd(const void *q, const void *k, const void *v, void *out, int64_t batch, int64_t queries,
+                             int64_t patches, int64_t channels, int64_t heads, int dtype, int threads, void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.mask_attention(q, k, v, out, batch, queries, patches, channels, heads, dtype, threads, stream);
+    });
+}
+
+int ovseg_mask_attention_scores_fwd(const void *q, const void *k, void *out, int64_t batch, int64_t queries,
+                                    int64_t patches, int64_t channels, int64_t heads, int dtype, int threads,
+                                    void *stream) {
+    return with_operators(dtype, [&](const Operators &use) {
+        return use.mask_attention_scores(q, k, out, batch, queries, patches, channels, heads, dtype, threads, stream);
+    });
+}
+
 int ovseg_spatial_aggregation_fwd(const ovseg_spatial_aggregation_params *params, int dtype, int threads,
                                   void *stream) {
     return with_operators(

@@ -18,6 +18,8 @@
     USE(label_map)                \
     USE(label_map_kept)           \
     USE(layer_gather)             \
+    USE(mask_attention)           \
+    USE(mask_attention_scores)    \
     USE(spatial_aggregation)      \
     USE(upsampling_decoder_norm)  \
     USE(upsampling_decoder_head)  \

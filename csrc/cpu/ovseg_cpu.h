@@ -44,6 +44,17 @@ typedef struct {
 
 OVSEG_API int ovseg_encoder_block_fwd(const ovseg_encoder_block_params *params, int dtype, int threads, void *stream);
 
+/* Cross-attention within each of the heads, into which channels are divided: q (batch, queries, channels), k and v
+ * (batch, patches, channels) -> out like q. */
+OVSEG_API int ovseg_mask_attention_fwd(const void *q, const void *k, const void *v, void *out, int64_t batch,
+                                       int64_t queries, int64_t patches, int64_t channels, int64_t heads, int dtype,
+                                       int device, void *stream);
+
+/* Its scores before the softmax, averaged over the heads -> out (batch, queries, patches). */
+OVSEG_API int ovseg_mask_attention_scores_fwd(const void *q, const void *k, void *out, int64_t batch, int64_t queries,
+                                              int64_t patches, int64_t channels, int64_t heads, int dtype, int device,
+                                              void *stream);
+
 /* A stage of the upsampling decoder: x (batch, classes, height, width, channels), term (batch, 2 height, 2 width,
  * outputs), up (channels, outputs, 4, 4), a transposed convolution with stride 2 and padding 1, conv (outputs, outputs,
  * 3, 3), weights and biases of both norms (outputs) -> out (batch, classes, 2 height, 2 width, outputs). channels and

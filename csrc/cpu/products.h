@@ -250,4 +250,38 @@ INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t 
 }
 #endif
 
+// A vector of columns of B, of one depth or a pair.
+INLINE void pack_lanes(const float *row, const float *, float *to) { store(to, load(row)); }
+INLINE void pack_lanes(const Bf16 *row, const Bf16 *, float *to) { store(to, load(row)); }
+INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
+    Halves low, high;
+    memcpy(&low, row, sizeof low);
+    memcpy(&high, next, sizeof high);
+    const Words pairs = widen(low) | widen(high) << 16;
+    memcpy(to, &pairs, sizeof pairs);
+}
+
+// B from a tensor that holds it as it is, (depth, columns), of any size: zeros fill it up to whole panels and pairs.
+template <int VECTORS, typename T, typename P>
+void pack_rows_filled(const T *from, int64_t stride, int64_t depth, int64_t columns, P *to) {
+    constexpr int PAIR = 4 / sizeof(P);
+    for (int64_t first = 0; first < columns; first += VECTORS * LANES) {
+        for (int64_t k = 0; k < depth; k += PAIR) {
+            for (int64_t c = first; c < first + VECTORS * LANES; c += LANES, to += PAIR * LANES) {
+                const T *row = from + k * stride + c;
+                if (c + LANES <= columns && k + PAIR <= depth) {
+                    pack_lanes(row, row + stride, to);
+                    continue;
+                }
+                memset(to, 0, PAIR * LANES * sizeof *to);
+                for (int64_t i = 0; i < LANES && c + i < columns; ++i) {
+                    for (int64_t part = 0; part < PAIR && k + part < depth; ++part) {
+                        pack_number(to + PAIR * i + part, row[part * stride + i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
 }  // namespace

@@ -58,16 +58,19 @@ def mask_attention(
     if not 0 <= dropout <= 1:
         raise ValueError(f"mask_attention: dropout must be in 0..1, got {dropout}.")
     check_attention(attention)
-    refusal = None
-    if dropout > 0:
-        refusal = "its kernels have no dropout"
-    elif queries.shape[2] > HEAD_WIDTH * heads:
-        refusal = f"its kernels take heads of at most {HEAD_WIDTH} channels"
-    backend = backends.choose("mask_attention", queries, refusals={"triton": refusal})
+    no_dropout = "its kernels have no dropout" if dropout > 0 else None
+    too_wide = f"its kernels take heads of at most {HEAD_WIDTH} channels"
+    refusals = {
+        "triton": no_dropout or (too_wide if queries.shape[2] > HEAD_WIDTH * heads else None),
+        "cpu": no_dropout or (f"attention={attention!r} was asked for" if attention != "sdpa" else None),
+    }
+    backend = backends.choose("mask_attention", queries, memory, *linears.values(), refusals=refusals)
     q, k = F.linear(queries, q_weight, q_bias), F.linear(memory, k_weight, k_bias)
     v = F.linear(memory, v_weight, v_bias)
     if backend == "torch":
         attended = torch_form(q, k, v, heads, dropout, attention)
+    elif backend == "cpu":
+        attended = torch.ops.ovseg_fast.mask_attention_inference(*registration.autocast(q, k, v), heads, backend)
     else:
         attended, _, _ = torch.ops.ovseg_fast.mask_attention(*registration.autocast(q, k, v), heads, backend)
     return F.linear(attended, proj_weight, proj_bias)
@@ -86,7 +89,7 @@ def mask_scores(
     """Head-averaged scores (B, T, S) of `mask_attention` before the softmax: the masks. Same arguments and errors."""
     linears = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     _check("mask_scores", queries, memory, heads, linears)
-    backend = backends.choose("mask_attention", queries)
+    backend = backends.choose("mask_attention", queries, memory, *linears.values())
     q, k = F.linear(queries, q_weight, q_bias), F.linear(memory, k_weight, k_bias)
     if backend == "torch":
         return scores_torch_form(q, k, heads)
@@ -127,6 +130,12 @@ registration.define(
     "mask_attention",
     _fake,
     saved=(0, 1, 2),
+)
+registration.define(  # of the CPU kernel, which has no backward to keep the others for
+    "mask_attention_inference(Tensor q, Tensor k, Tensor v, SymInt heads) -> Tensor",
+    "mask_attention",
+    lambda q, *_: q.new_empty(q.shape),
+    differentiable=False,
 )
 registration.define(
     "mask_scores(Tensor q, Tensor k, SymInt heads) -> Tensor",

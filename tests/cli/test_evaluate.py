@@ -12,7 +12,7 @@ from PIL import Image
 
 import ovseg_fast as ovs
 from evaluation.photo_folder import CLASSES, PhotoFolder, make_photos
-from ovseg_fast import checkpoints
+from ovseg_fast import backends, checkpoints
 from ovseg_fast.cli.evaluate import evaluate_command
 from ovseg_fast.data.datasets import open_dataset
 from ovseg_fast.evaluation.results import Evaluation
@@ -57,6 +57,17 @@ def test_table_and_json(folder):
     miou = f"{100 * stored['metrics']['miou']:.2f}"
     assert ["mIoU", miou] in [line.split() for line in result.stdout.splitlines()]
     assert "unicorn" in result.stdout and "catseg-tiny_photos_val_whole.json" in result.stdout
+
+
+@pytest.mark.usefixtures("cpu_library")
+def test_the_kernels_for_cpus_run_it_where_they_are_forced(folder, monkeypatch):
+    metrics = {}
+    for asked in ("cpu", "torch"):
+        monkeypatch.setattr(backends, "_default", asked)
+        assert run(*ARGUMENTS, *WEIGHTS, "-q", "-o", f"{asked}.json").exit_code == 0
+        assert ovs.last_backend("spatial_aggregation") == ovs.last_backend("label_map") == asked
+        metrics[asked] = json.loads((folder / f"{asked}.json").read_text())["metrics"]
+    assert metrics["cpu"]["miou"] == pytest.approx(metrics["torch"]["miou"], abs=0.02)
 
 
 def test_quiet(folder):

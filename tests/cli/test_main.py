@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,32 @@ def test_bad_arguments(photo, tmp_path, arguments, words):
 )
 def test_a_backend_that_cannot_run_is_refused_before_any_image(photo, tmp_path, asked, words):
     refused(run("segment", photo, "-c", "cat", *MODEL, cwd=tmp_path, OVSEG_BACKEND=asked), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("model", ["catseg-tiny", "cascade-clip-tiny"])
+@pytest.mark.parametrize("command", ["segment", "demo"])
+def test_the_kernels_for_cpus_run_every_operator_where_they_are_forced(photo, tmp_path, command, model):
+    arguments = {"segment": ("photo.png", "-c", "cat, grass, sky", "--save", "labels"), "demo": ("--size", 96)}[command]
+    labels = {"segment": "photo_labels.png", "demo": "demo_labels.png"}[command]
+    found = {}
+    for asked in ("cpu", "torch"):
+        options = ("--model", model, "--device", "cpu", "--out", asked)
+        result = run("-v", command, *arguments, *options, cwd=tmp_path, OVSEG_BACKEND=asked)
+        assert result.returncode == 0, result.stderr
+        ran = re.findall(r"(\w+) runs on (\w+)", result.stderr)
+        assert {"encoder_block", "label_map"} < {operator for operator, _ in ran}
+        assert {backend for _, backend in ran} == {asked}
+        found[asked] = np.array(Image.open(tmp_path / asked / labels))
+    assert (found["cpu"] == found["torch"]).mean() > 0.98
+
+
+@pytest.mark.usefixtures("photo")
+def test_kernels_for_cpus_that_are_not_there_are_refused_before_any_image(tmp_path):
+    environment = {"OVSEG_BACKEND": "cpu", "OVSEG_CPU_LIBRARY": str(tmp_path / "none.so")}
+    arguments = ("photo.png", "-c", "cat", *MODEL, "--device", "cpu")
+    refused(run("segment", *arguments, cwd=tmp_path, **environment), "cpu backend was asked for", "none.so")
     assert not (tmp_path / "out").exists()
 
 

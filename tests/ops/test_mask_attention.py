@@ -14,7 +14,7 @@ import ovseg_fast as ovs
 import samples
 from counterparts import assert_rewrite
 from goldens import ATTENTION, DEVICE, cascade_inputs, cascade_queries, filled, golden, to_operator
-from ovseg_fast import ops
+from ovseg_fast import backends, ops
 from test_kernels import check_gradients
 from test_operators import gradients
 from tolerances import GOLDEN_OUTPUT, KERNEL, REWRITE_FLOAT64, relative_error
@@ -108,6 +108,42 @@ def test_what_the_kernels_do_not_take_goes_to_pytorch() -> None:
         with ovs.backend("auto"):
             ops.mask_attention(*args, **keywords)
         assert ovs.last_backend("mask_attention") in ("cpu", "torch")
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (3, 5), (2, 64), (1, 65), (5, 96), (1, 300)])
+@pytest.mark.parametrize("patches", [1, 2, 64, 65, 300])
+def test_the_cpu_kernels_take_any_size(heads: int, width: int, patches: int, rng: torch.Generator) -> None:
+    build = samples.mask_attention(batch=2, classes=101, patches=patches, channels=heads * width, heads=heads)
+    for dtype in (torch.float32, torch.bfloat16):
+        args, keywords = build(samples.Draw(rng, dtype, "cpu"))
+        wide = [tensor.double() for tensor in args]
+        for function, count in ((ops.mask_attention, 10), (ops.mask_scores, 6)):
+            expected = function(*wide[:count], **keywords)
+            with ovs.backend("cpu"):
+                result = function(*args[:count], **keywords)
+            assert relative_error(result, expected) <= KERNEL[dtype]
+
+
+@pytest.mark.usefixtures("cpu_library")
+def test_what_the_cpu_kernels_do_not_take_goes_to_pytorch() -> None:
+    args, keywords = samples.draw(samples.mask_attention(), torch.float32)
+    for options, reason in (({"dropout": 0.5}, "no dropout"), ({"attention": "xformers"}, "'xformers' was asked for")):
+        with ovs.backend("cpu"), pytest.raises(RuntimeError, match=f"mask_attention: the cpu backend .*{reason}"):
+            ops.mask_attention(*args, **keywords, **options)
+    ops.mask_attention(*args, **keywords, dropout=0.5)
+    assert ovs.last_backend("mask_attention") == "torch"
+
+
+@pytest.mark.usefixtures("cpu_library")
+@pytest.mark.parametrize("dtype", backends.CPU_DTYPES, ids=str)
+def test_cpu_softmax_of_nothing_but_minus_infinity_or_nan(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """As below, of Triton's."""
+    q, k, v = (torch.randn(2, count, 4, generator=rng).to(dtype) for count in (3, 40, 40))
+    q[:, 0], q[:, 1, 0] = 1.0, float("nan")
+    k[..., 0] = float("-inf")
+    output = torch.ops.ovseg_fast.mask_attention_inference(q, k, v, 1, "cpu")
+    assert (output[:, 0] == 0).all() and output[:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
