@@ -24,6 +24,7 @@ constexpr int64_t MARGIN = 2 * LANES;  // numbers behind a row that may be read 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t vectors(int64_t size) { return (size + LANES - 1) / LANES; }
+INLINE int64_t round_to_lanes(int64_t size) { return vectors(size) * LANES; }
 
 INLINE Floats mixed(Floats first, Floats second, Floats weight) {
     return (broadcast(1.0f) - weight) * first + weight * second;
@@ -46,6 +47,11 @@ INLINE Taps taps(int64_t from, int64_t to, int64_t at) {
 
 // How many vectors of source pixels hold what a vector of pixels is mixed of.
 enum Span { SAME, ONE, TWO, MANY };
+
+// Vectors of a row, or its pixels: those from `first` on before `end`.
+struct Range {
+    int64_t first, end;
+};
 
 // Resizing of rows, a vector of LANES pixels at a time.
 struct Columns {
@@ -79,7 +85,7 @@ struct Columns {
         span = widest <= LANES ? ONE : widest <= 2 * LANES ? TWO : MANY;
     }
 
-    void resize(const float *row, float *to) const;  // a row with a margin behind it; all vectors are written
+    void resize(const float *row, float *to, Range range) const;  // a row with a margin behind it
 };
 
 // Vector v of a resized row, which has a margin behind it.
@@ -103,22 +109,22 @@ template <Span SPAN> INLINE Floats resized(const Columns &columns, const float *
     }
 }
 
-// use(v, x) for every vector x of a resized row.
-template <typename Use> INLINE void each_vector(Columns columns, const float *row, Use use) {
-    const int64_t count = columns.count;
+// use(v, x) for the vectors x of a resized row.
+template <typename Use> INLINE void each_vector(Columns columns, const float *row, Range range, Use use) {
     if (columns.span == SAME) {
-        for (int64_t v = 0; v < count; ++v) use(v, resized<SAME>(columns, row, v));
+        for (int64_t v = range.first; v < range.end; ++v) use(v, resized<SAME>(columns, row, v));
     } else if (columns.span == ONE) {
-        for (int64_t v = 0; v < count; ++v) use(v, resized<ONE>(columns, row, v));
+        for (int64_t v = range.first; v < range.end; ++v) use(v, resized<ONE>(columns, row, v));
     } else if (columns.span == TWO) {
-        for (int64_t v = 0; v < count; ++v) use(v, resized<TWO>(columns, row, v));
+        for (int64_t v = range.first; v < range.end; ++v) use(v, resized<TWO>(columns, row, v));
     } else {
-        for (int64_t v = 0; v < count; ++v) use(v, resized<MANY>(columns, row, v));
+        for (int64_t v = range.first; v < range.end; ++v) use(v, resized<MANY>(columns, row, v));
     }
 }
 
-void Columns::resize(const float *row, float *to) const {
-    each_vector(*this, row, [&](int64_t v, Floats x) __attribute__((always_inline)) { store(to + v * LANES, x); });
+void Columns::resize(const float *row, float *to, Range range) const {
+    each_vector(*this, row, range,
+                [&](int64_t v, Floats x) __attribute__((always_inline)) { store(to + v * LANES, x); });
 }
 
 // (height, width) -> (new_height, new_width). Not needed for equal sizes: a pixel is read as it is, and an infinite
@@ -176,9 +182,11 @@ template <typename T> struct LabelMap {
         const float *share;         // 1 / how many windows hold each pixel
     };
 
-    // A window and what the band reads of each of its maps: so many logits from the first on.
+    // A window, what the band reads of each of its maps (so many logits from the first on), and the vectors of the
+    // result that are mixed of its pixels.
     struct Near {
         int64_t window, first, count;
+        Range vectors;
     };
 
     struct Scratch {
@@ -242,7 +250,9 @@ template <typename T> struct LabelMap {
         s.near_count = 0;
         const auto add = [&](int64_t window, int64_t first, int64_t last) {  // rows of it
             const int64_t top = from_maps.down(first).low, bottom = from_maps.down(last).high, width = from_maps.width;
-            s.near[s.near_count++] = {window, top * width, (bottom + 1 - top) * width};
+            const Range vectors =
+                window < windows ? vectors_of(positions[2 * window + 1]) : Range{0, from_canvas.columns.count};
+            s.near[s.near_count++] = {window, top * width, (bottom + 1 - top) * width, vectors};
         };
         const int64_t first = s.rows[0].row, last = s.rows[count - 1].row, height = from_maps.new_height;
         for (int64_t n = 0; n < windows; ++n) {
@@ -252,13 +262,36 @@ template <typename T> struct LabelMap {
         if (whole) add(windows, from_window.down(first).low, from_window.down(last).high);
     }
 
-    // Whether no window near the band kept the class.
-    bool is_dropped(int64_t t, const Scratch &s) const {
-        if (!params.slots) return false;
+    // The pixels of the canvas that a pixel of the result is mixed of.
+    Taps across(int64_t x) const {
+        return taps(from_canvas.width, from_canvas.new_width, smaller(x, from_canvas.new_width - 1));
+    }
+
+    // The vectors of the result that are mixed of pixels of a window which begins in this column of the canvas.
+    Range vectors_of(int64_t left) const {
+        Range found{0, from_canvas.columns.count};
+        while (found.first < found.end && across((found.first + 1) * LANES - 1).high < left) ++found.first;
+        while (found.first < found.end && across((found.end - 1) * LANES).low >= left + from_maps.new_width)
+            --found.end;
+        return found;
+    }
+
+    // The vectors of the result for which a window near the band kept the class. All others have the same score.
+    Range kept_vectors(int64_t t, const Scratch &s) const {
+        if (!params.slots) return {0, from_canvas.columns.count};
+        Range found{0, 0};
         for (int64_t i = 0; i < s.near_count; ++i) {
-            if (map_of(s.near[i].window, t)) return false;
+            const Range more = s.near[i].vectors;
+            if (more.first >= more.end || !map_of(s.near[i].window, t)) continue;
+            const bool none = found.first == found.end;
+            found = {none ? more.first : smaller(found.first, more.first), larger(found.end, more.end)};
         }
-        return true;
+        return found;
+    }
+
+    // The pixels of the canvas that vectors of the result are mixed of, from a whole vector on.
+    Range pixels_of(Range vectors) const {
+        return {across(vectors.first * LANES).low / LANES * LANES, across(vectors.end * LANES - 1).high + 1};
     }
 
     // Loads what the band reads of a class into the cache: too few numbers of a map for the machine to see it coming.
@@ -289,7 +322,7 @@ template <typename T> struct LabelMap {
             const float a = to_float(low[x]), b = to_float(high[x]);
             s.narrow[x] = needed ? (1.0f - down.weight) * a + down.weight * b : a;
         }
-        each_vector(from_maps.columns, s.narrow, use);
+        each_vector(from_maps.columns, s.narrow, {0, from_maps.columns.count}, use);
     }
 
     // A row of the whole image's window, as probabilities resized to the canvas's width.
@@ -301,18 +334,18 @@ template <typename T> struct LabelMap {
         map_row(map_of(windows, t), row, s, [&](int64_t v, Floats x) __attribute__((always_inline)) {
             store(window + v * LANES, sigmoid<float>(x));
         });
-        if (window != wide) from_window.columns.resize(window, wide);
+        if (window != wide) from_window.columns.resize(window, wide, {0, from_window.columns.count});
         return wide;
     }
 
-    // A row of the canvas, resized to the result's width.
-    const float *canvas_row(int64_t t, const Row &row, Scratch &s) const {
+    // A row of the canvas, `pixels` of it, resized to those vectors of the result.
+    const float *canvas_row(int64_t t, const Row &row, Range pixels, Range vectors, Scratch &s) const {
         float *result = s.result + row.row % 2 * s.stride;
         if (s.held[row.row % 2] == row.row) return result;
         s.held[row.row % 2] = row.row;
 
         float *canvas = s.canvas;
-        memset(canvas, 0, sizeof(float) * s.canvas_stride);
+        memset(canvas + pixels.first, 0, sizeof(float) * (round_to_lanes(pixels.end) - pixels.first));
         const int64_t last = from_maps.columns.count - 1, rest = from_maps.new_width - last * LANES;
         Ints inside;  // lanes of the last vector that lie in the window
         for (int lane = 0; lane < LANES; ++lane) inside[lane] = -(lane < rest);
@@ -335,11 +368,11 @@ template <typename T> struct LabelMap {
         float *out = columns.span == SAME ? result : canvas;
         const Floats less = broadcast(offset_of(t));
         if (!whole) {
-            for (int64_t x = 0; x < from_canvas.width; x += LANES) {
+            for (int64_t x = pixels.first; x < pixels.end; x += LANES) {
                 store(out + x, load(canvas + x) * load(row.share + x) - less);
             }
         } else if (!map_of(windows, t)) {
-            for (int64_t x = 0; x < from_canvas.width; x += LANES) {
+            for (int64_t x = pixels.first; x < pixels.end; x += LANES) {
                 const Floats mean = load(canvas + x) * load(row.share + x) - less;
                 store(out + x, (mean + broadcast(dropped)) * broadcast(0.5f));
             }
@@ -347,26 +380,28 @@ template <typename T> struct LabelMap {
             const Taps down = from_window.down(row.row);
             const float *low = wide_row(t, down.low, s), *high = wide_row(t, down.high, s);
             const Floats weight = broadcast(down.weight);
-            for (int64_t x = 0; x < from_canvas.width; x += LANES) {
+            for (int64_t x = pixels.first; x < pixels.end; x += LANES) {
                 const Floats mean = load(canvas + x) * load(row.share + x) - less;
                 store(out + x, (mean + mixed(load(low + x), load(high + x), weight)) * broadcast(0.5f));
             }
         }
-        if (out != result) columns.resize(canvas, result);
+        if (out != result) columns.resize(canvas, result, vectors);
         return result;
     }
 
-    // Scores of a row of the result, use(v, scores) for each vector.
-    template <typename Use> INLINE_MEMBER void result_row(int64_t t, int64_t y, Scratch &s, Use use) const {
-        const int64_t count = from_canvas.columns.count;
-        const float *low = canvas_row(t, s.rows[s.reads[y][0]], s);
+    // Scores of vectors of a row of the result, use(v, scores) for each.
+    template <typename Use>
+    INLINE_MEMBER void result_row(int64_t t, int64_t y, Range pixels, Range vectors, Scratch &s, Use use) const {
+        const float *low = canvas_row(t, s.rows[s.reads[y][0]], pixels, vectors, s);
         if (!from_canvas.needed) {
-            for (int64_t v = 0; v < count; ++v) use(v, load(low + v * LANES));
+            for (int64_t v = vectors.first; v < vectors.end; ++v) use(v, load(low + v * LANES));
             return;
         }
-        const float *high = canvas_row(t, s.rows[s.reads[y][1]], s);
+        const float *high = canvas_row(t, s.rows[s.reads[y][1]], pixels, vectors, s);
         const Floats weight = broadcast(from_canvas.down(s.top + y).weight);
-        for (int64_t v = 0; v < count; ++v) use(v, mixed(load(low + v * LANES), load(high + v * LANES), weight));
+        for (int64_t v = vectors.first; v < vectors.end; ++v) {
+            use(v, mixed(load(low + v * LANES), load(high + v * LANES), weight));
+        }
     }
 
     // The first of equals is kept, and NaN is above everything.
@@ -405,15 +440,10 @@ template <typename T> struct LabelMap {
         }
     }
 
-    // Scores of class t in a row of the result, use(v, scores) for each vector.
-    template <typename Use>
-    INLINE_MEMBER void each_score(int64_t t, int64_t y, bool is_dropped, Scratch &s, Use use) const {
-        if (!is_dropped) {
-            result_row(t, y, s, use);
-            return;
-        }
-        const float mean = dropped - offset_of(t), score = whole ? (mean + dropped) * 0.5f : mean;
-        for (int64_t v = 0; v < from_canvas.columns.count; ++v) use(v, broadcast(score));
+    // The score of class t where no window kept it.
+    float dropped_score(int64_t t) const {
+        const float mean = dropped - offset_of(t);
+        return whole ? (mean + dropped) * 0.5f : mean;
     }
 
     template <typename To> static void write_row(const float *from, int64_t count, To *to) {
@@ -437,26 +467,30 @@ template <typename T> struct LabelMap {
         s.top = index * band;
         s.height = smaller(band, from_canvas.new_height - s.top);
         plan(s);
+        const int64_t count = from_canvas.columns.count;
         for (int64_t t = 0; t < classes; ++t) {
             for (int i = 0; i < 2; ++i) s.held[i] = s.held_wide[i] = -1;
             if (t + 1 < classes) prefetch(t + 1, s);
-            const bool none = is_dropped(t, s);
+            const Range kept = kept_vectors(t, s);
+            const Range pixels = kept.first < kept.end ? pixels_of(kept) : Range{0, 0};
+            const Floats elsewhere = broadcast(dropped_score(t));
             for (int64_t y = 0; y < s.height; ++y) {
-                if (k == 1 && !none) {
-                    each_score(t, y, none, s, [&](int64_t v, Floats score) __attribute__((always_inline)) {
+                const auto keep = [&](int64_t v, Floats score)
+                                      __attribute__((always_inline)) { keep_best(t, y, v, score, s); };
+                const auto write = [&](int64_t v, Floats score)
+                                       __attribute__((always_inline)) { store(s.best + v * LANES, score); };
+                for (int64_t v = 0; v < kept.first; ++v) k ? keep(v, elsewhere) : write(v, elsewhere);
+                for (int64_t v = kept.end; v < count; ++v) k ? keep(v, elsewhere) : write(v, elsewhere);
+                if (kept.first < kept.end && k == 1) {
+                    result_row(t, y, pixels, kept, s, [&](int64_t v, Floats score) __attribute__((always_inline)) {
                         keep_first(t, y, v, score, s);
                     });
-                    continue;
+                } else if (kept.first < kept.end && k) {
+                    result_row(t, y, pixels, kept, s, keep);
+                } else if (kept.first < kept.end) {
+                    result_row(t, y, pixels, kept, s, write);
                 }
-                if (k) {
-                    each_score(t, y, none, s, [&](int64_t v, Floats score) __attribute__((always_inline)) {
-                        keep_best(t, y, v, score, s);
-                    });
-                    continue;
-                }
-                each_score(t, y, none, s, [&](int64_t v, Floats score) __attribute__((always_inline)) {
-                    store(s.best + v * LANES, score);
-                });
+                if (k) continue;
                 const int64_t width = from_canvas.new_width, at = t * from_canvas.new_height + s.top + y;
                 write_row(s.best, width, static_cast<T *>(params.scores) + at * width);
             }

@@ -122,7 +122,7 @@ template <typename T> struct Attention {
 #pragma GCC unroll 4
             for (int vector = 0; vector < WEIGHT_VECTORS; ++vector) {
                 const int64_t at = c + vector * LANES;
-                const Floats weight = exponential_of_negative(load(scores + at) * broadcast(scale) - above);
+                const Floats weight = exponential_of_negative<P>(load(scores + at) * broadcast(scale) - above);
                 totals[vector] += weight;
                 store(weights + at, weight);
             }
