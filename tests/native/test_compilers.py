@@ -1,18 +1,62 @@
-"""The CPU kernels by other compilers than this installation's: GCC for AArch64."""
+"""The CPU kernels by other compilers than this installation's: GCC for AArch64, whose code an emulator runs."""
 
 from __future__ import annotations
 
-from native import emulated
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import test_kernels
+from native import aarch64, emulated
 from native.header import CPU_ABOUT_ITSELF
 from native.test_cpu_library import apart
 from native.test_library import tool
-from ovseg_fast import native
+from ovseg_fast import backends, native
+from test_kernels import CPU_FUNCTIONS, check_cpu_rows, differentiable
 
 
-def test_aarch64_library_is_compiled_without_a_warning() -> None:
+@pytest.fixture(scope="session")
+def aarch64_library() -> Path:
+    return emulated.build_cpu_for_aarch64()
+
+
+@pytest.fixture(scope="session")
+def caller(aarch64_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return aarch64.build_caller(tmp_path_factory.mktemp("aarch64"))
+
+
+@pytest.fixture
+def machine(
+    cpu_library: Path, aarch64_library: Path, caller: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[aarch64.Machine]:
+    """The CPU kernels run on an emulated AArch64 machine; whether they take a call, this machine's library says."""
+    with aarch64.machine(caller, aarch64_library) as machine:
+        monkeypatch.setattr(native, "call", machine.call)
+        yield machine
+
+
+def test_aarch64_library_is_compiled_without_a_warning(aarch64_library: Path) -> None:
     """And exports the same functions, and shares no code between instruction sets."""
-    library = emulated.build_cpu_for_aarch64()
-    assert "AArch64" in tool("readelf", "--file-header", library)
-    symbols = tool("nm", "--dynamic", "--defined-only", library)
+    assert "AArch64" in tool("readelf", "--file-header", aarch64_library)
+    symbols = tool("nm", "--dynamic", "--defined-only", aarch64_library)
     assert {line.split()[-1] for line in symbols.splitlines()} == {*CPU_ABOUT_ITSELF, *native.CPU_FUNCTIONS}
-    assert apart(library.parent)
+    assert apart(aarch64_library.parent)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", backends.CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("function", CPU_FUNCTIONS)
+def test_aarch64_follows_float64(
+    machine: aarch64.Machine, function: str, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    check_cpu_rows(function, dtype, rng)
+    assert machine.called
+
+
+@pytest.mark.parametrize("function", [function for function in CPU_FUNCTIONS if differentiable(function)])
+def test_aarch64_lets_nan_and_infinity_through(machine: aarch64.Machine, function: str, rng: torch.Generator) -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        test_kernels.test_nan_and_infinity_come_out_where_pytorch_has_them("cpu", function, value, rng)
+    assert machine.called
