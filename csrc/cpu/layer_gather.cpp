@@ -43,8 +43,8 @@ INLINE void normalise(float *x, const float *weight, const float *bias, int64_t 
 }
 
 // A vector of columns of B, of one depth or a pair.
-INLINE void pack_lanes(const float *row, const float *, float *to) { store(to, load(row)); }
-INLINE void pack_lanes(const Bf16 *row, const Bf16 *, float *to) { store(to, load(row)); }
+template <typename T> INLINE void pack_lanes(const T *row, const T *, float *to) { store(to, load(row)); }
+#if OVSEG_BF16_PRODUCTS
 INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
     Halves low, high;
     memcpy(&low, row, sizeof low);
@@ -52,6 +52,7 @@ INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
     const Words pairs = widen(low) | widen(high) << 16;
     memcpy(to, &pairs, sizeof pairs);
 }
+#endif
 
 template <typename T> struct Gather {
     typedef typename Operand<T>::Type P;

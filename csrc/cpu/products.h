@@ -152,7 +152,7 @@ INLINE void pack_number(float *to, Bf16 x) { *to = to_float(x); }
 
 // A square of LANES × LANES words, its rows `stride` words apart, with rows and columns exchanged.
 INLINE void transpose(const void *from, int64_t stride, void *to, int64_t to_stride) {
-    Words rows[LANES];
+    Floats rows[LANES];
 #pragma GCC unroll 16
     for (int row = 0; row < LANES; ++row)
         memcpy(&rows[row], static_cast<const char *>(from) + 4 * row * stride, sizeof rows[row]);
@@ -163,9 +163,9 @@ INLINE void transpose(const void *from, int64_t stride, void *to, int64_t to_str
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; ++row) {
             if (row & half) continue;
-            const Words first = rows[row], second = rows[row + half];
-            rows[row] = __builtin_shuffle(first, second, (Words)low);
-            rows[row + half] = __builtin_shuffle(first, second, (Words)high);
+            const Floats first = rows[row], second = rows[row + half];
+            rows[row] = shuffle(first, second, low);
+            rows[row + half] = shuffle(first, second, high);
         }
     }
 #pragma GCC unroll 16

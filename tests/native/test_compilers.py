@@ -1,8 +1,11 @@
-"""The CPU kernels by other compilers than this installation's: GCC for AArch64, whose code an emulator runs."""
+"""The CPU kernels by other compilers than this installation's: GCC for AArch64, whose code an emulator runs, and clang.
+
+On Debian and Ubuntu they are the packages g++-aarch64-linux-gnu, qemu-user-static and clang.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,18 @@ def test_aarch64_lets_nan_and_infinity_through(machine: aarch64.Machine, functio
     for value in (float("nan"), float("inf"), float("-inf")):
         test_kernels.test_nan_and_infinity_come_out_where_pytorch_has_them("cpu", function, value, rng)
     assert machine.called
+
+
+@pytest.mark.slow
+def test_clang_follows_float64_without_a_warning(
+    cpu_library: Path, use_library: Callable[..., None], rng: torch.Generator
+) -> None:
+    """On every instruction set of this machine."""
+    library = emulated.build_cpu_by_clang()
+    assert apart(library.parent)
+    use_library(library, "cpu")
+    for isa in native.ISAS:
+        if native.library("cpu").ovseg_cpu_choose(isa.encode()) == 0:
+            for function in CPU_FUNCTIONS:
+                for dtype in backends.CPU_DTYPES:
+                    check_cpu_rows(function, dtype, rng)
