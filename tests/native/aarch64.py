@@ -20,7 +20,7 @@ from native import emulated
 from ovseg_fast import native
 
 EMULATOR = ("qemu-aarch64-static", "qemu-aarch64")
-SYSTEM = "/usr/aarch64-linux-gnu"  # the libraries that come with the cross compiler
+SYSTEM = f"/usr/{emulated.AARCH64}"  # the libraries that come with the cross compiler
 SECONDS = 300  # after which a test's process hangs
 THREADS = 3
 GAP = 64  # bytes of NaN, of either dtype, around every tensor

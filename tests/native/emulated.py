@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # the virtual environment's cmake and ninja
-AARCH64_COMPILER = "aarch64-linux-gnu-g++"
+AARCH64 = "aarch64-linux-gnu"
+AARCH64_COMPILER = f"{AARCH64}-g++"
+AARCH64_SYSTEM = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
 SANITIZERS = {"address": "libasan.so", "thread": "libtsan.so", "undefined": "libubsan.so"}
 
 
@@ -36,22 +38,10 @@ def build_cpu(sanitizer: str) -> Path:
     return folder / "libovseg_cpu.so"
 
 
-def build_cpu_for_aarch64() -> Path:
-    """Brings the CPU kernels for AArch64 up to date, without a warning; the library's path."""
-    if shutil.which(AARCH64_COMPILER) is None:
-        pytest.skip(f"there is no {AARCH64_COMPILER} to compile for AArch64 with")
-    system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
-    return build_cpu_by(AARCH64_COMPILER, "cpu-aarch64", *system)
-
-
-def build_cpu_by_clang() -> Path:
-    """Brings the CPU kernels by clang up to date, without a warning; the library's path."""
-    if shutil.which("clang++") is None:
-        pytest.skip("there is no clang++")
-    return build_cpu_by("clang++", "cpu-clang")
-
-
 def build_cpu_by(compiler: str, folder: str, *options: str) -> Path:
+    """Brings the CPU kernels by another compiler up to date, without a warning; the library's path."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} to compile the CPU kernels with")
     path = ROOT / "build" / folder
     make(ROOT / "csrc" / "cpu", path, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CXX_FLAGS=-Werror", *options)
     return path / "libovseg_cpu.so"

@@ -22,7 +22,7 @@ from test_kernels import CPU_FUNCTIONS, check_cpu_rows, differentiable
 
 @pytest.fixture(scope="session")
 def aarch64_library() -> Path:
-    return emulated.build_cpu_for_aarch64()
+    return emulated.build_cpu_by(emulated.AARCH64_COMPILER, "cpu-aarch64", *emulated.AARCH64_SYSTEM)
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +70,28 @@ def test_clang_follows_float64_without_a_warning(
     cpu_library: Path, use_library: Callable[..., None], rng: torch.Generator
 ) -> None:
     """On every instruction set of this machine."""
-    library = emulated.build_cpu_by_clang()
+    library = emulated.build_cpu_by("clang++", "cpu-clang")
     assert apart(library.parent)
     use_library(library, "cpu")
     for isa in native.ISAS:
         if native.library("cpu").ovseg_cpu_choose(isa.encode()) == 0:
-            for function in CPU_FUNCTIONS:
-                for dtype in backends.CPU_DTYPES:
-                    check_cpu_rows(function, dtype, rng)
+            check_every_function(rng)
+
+
+@pytest.mark.slow
+def test_clang_for_aarch64_follows_float64_without_a_warning(
+    cpu_library: Path, caller: Path, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    target = f"-DCMAKE_CXX_COMPILER_TARGET={emulated.AARCH64}"
+    library = emulated.build_cpu_by("clang++", "cpu-aarch64-clang", target, *emulated.AARCH64_SYSTEM)
+    assert apart(library.parent)
+    with aarch64.machine(caller, library) as machine:
+        monkeypatch.setattr(native, "call", machine.call)
+        check_every_function(rng)
+        assert machine.called == set(native.CPU_FUNCTIONS)
+
+
+def check_every_function(rng: torch.Generator) -> None:
+    for function in CPU_FUNCTIONS:
+        for dtype in backends.CPU_DTYPES:
+            check_cpu_rows(function, dtype, rng)
