@@ -66,6 +66,7 @@ def test_aarch64_lets_nan_and_infinity_through(machine: aarch64.Machine, functio
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
 def test_clang_follows_float64_without_a_warning(
     cpu_library: Path, use_library: Callable[..., None], rng: torch.Generator
 ) -> None:
@@ -79,6 +80,7 @@ def test_clang_follows_float64_without_a_warning(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
 def test_clang_for_aarch64_follows_float64_without_a_warning(
     cpu_library: Path, caller: Path, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
 ) -> None:
