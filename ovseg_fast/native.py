@@ -252,13 +252,16 @@ def packed(name: str, arguments: Sequence[Any]) -> list[Any]:
     return [ctypes.byref(kind(*values))]
 
 
-def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None, kind: str = "cuda") -> None:
+def call(
+    name: str, *arguments: Tensor | Sequence[Tensor] | ctypes.Array[Any] | int | float | None, kind: str = "cuda"
+) -> None:
     """Queue the kernels of `FUNCTIONS[name]` on the current stream of the tensors' device, without waiting; or, with
     `kind="cpu"`, run them on as many threads as PyTorch does.
 
     Args:
         arguments: those up to the dtype, the fields of a params struct one by one; tensors are contiguous and of one
-            dtype and device, None is a null pointer, a list of tensors a pointer to their pointers.
+            dtype and device, None is a null pointer, a list of tensors a pointer to their pointers, an array one to its
+            numbers.
 
     Raises:
         RuntimeError: the library refuses the call or the launch fails.
@@ -275,6 +278,8 @@ def call(name: str, *arguments: Tensor | Sequence[Tensor] | int | float | None, 
 def _value(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
+    if isinstance(argument, ctypes.Array):
+        return ctypes.addressof(argument)
     if isinstance(argument, (list, tuple)):
         return (POINTER * len(argument))(*(tensor.data_ptr() for tensor in argument))
     return argument

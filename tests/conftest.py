@@ -111,6 +111,15 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(f"rng {request.node.nodeid}"))
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that a launcher allocates holds NaN until a kernel writes it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then fills uninitialised memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["torch", "triton", "cpu"])
 def every_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once with each backend forced; with "cpu" if it is about operators that have kernels there."""

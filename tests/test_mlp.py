@@ -9,7 +9,7 @@ from torch import Tensor
 from ovseg_fast.kernels.common import residual_mlp as kernels
 from ovseg_fast.ops.common.residual_mlp import KERNEL_CHANNELS, mlp_backward, mlp_refusal, residual_mlp
 from samples import Draw
-from test_kernels import DEVICE, check_gradients, poisoned  # noqa: F401
+from test_kernels import DEVICE, check_gradients
 from tolerances import KERNEL, relative_error
 
 NAMES = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")

@@ -98,10 +98,10 @@ template <Span SPAN> INLINE Floats resized(const Columns &columns, const float *
         Floats first, second;
         if constexpr (SPAN == ONE) {
             const Floats x = load(from);
-            first = __builtin_shuffle(x, low), second = __builtin_shuffle(x, high);
+            first = shuffle(x, low), second = shuffle(x, high);
         } else if constexpr (SPAN == TWO) {
             const Floats x = load(from), y = load(from + LANES);
-            first = __builtin_shuffle(x, y, low), second = __builtin_shuffle(x, y, high);
+            first = shuffle(x, y, low), second = shuffle(x, y, high);
         } else {
             for (int lane = 0; lane < LANES; ++lane) first[lane] = from[low[lane]], second[lane] = from[high[lane]];
         }

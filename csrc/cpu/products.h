@@ -173,7 +173,7 @@ INLINE void pack_number(float *to, Bf16 x) { *to = to_float(x); }
 
 // A square of LANES × LANES words, its rows `stride` words apart, with rows and columns exchanged.
 INLINE void transpose(const void *from, int64_t stride, void *to, int64_t to_stride) {
-    Words rows[LANES];
+    Floats rows[LANES];
 #pragma GCC unroll 16
     for (int row = 0; row < LANES; ++row)
         memcpy(&rows[row], static_cast<const char *>(from) + 4 * row * stride, sizeof rows[row]);
@@ -184,9 +184,9 @@ INLINE void transpose(const void *from, int64_t stride, void *to, int64_t to_str
 #pragma GCC unroll 16
         for (int row = 0; row < LANES; ++row) {
             if (row & half) continue;
-            const Words first = rows[row], second = rows[row + half];
-            rows[row] = __builtin_shuffle(first, second, (Words)low);
-            rows[row + half] = __builtin_shuffle(first, second, (Words)high);
+            const Floats first = rows[row], second = rows[row + half];
+            rows[row] = shuffle(first, second, low);
+            rows[row + half] = shuffle(first, second, high);
         }
     }
 #pragma GCC unroll 16
@@ -251,8 +251,8 @@ INLINE void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t 
 #endif
 
 // A vector of columns of B, of one depth or a pair.
-INLINE void pack_lanes(const float *row, const float *, float *to) { store(to, load(row)); }
-INLINE void pack_lanes(const Bf16 *row, const Bf16 *, float *to) { store(to, load(row)); }
+template <typename T> INLINE void pack_lanes(const T *row, const T *, float *to) { store(to, load(row)); }
+#if OVSEG_BF16_PRODUCTS
 INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
     Halves low, high;
     memcpy(&low, row, sizeof low);
@@ -260,6 +260,7 @@ INLINE void pack_lanes(const Bf16 *row, const Bf16 *next, Bf16 *to) {
     const Words pairs = widen(low) | widen(high) << 16;
     memcpy(to, &pairs, sizeof pairs);
 }
+#endif
 
 // B from a tensor that holds it as it is, (depth, columns), of any size: zeros fill it up to whole panels and pairs.
 template <int VECTORS, typename T, typename P>

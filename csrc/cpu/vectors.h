@@ -99,8 +99,30 @@ constexpr Ints LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7};
 constexpr Ints LANE_NUMBERS = {0, 1, 2, 3};
 #endif
 
+// The lanes of x, or of x and y behind it, that `lanes` names.
+#if defined(__clang__)  // whose own shuffles take constants only; it makes such of these where it can
+INLINE Floats shuffle(Floats x, Ints lanes) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_permutexvar_ps((__m512i)lanes, (__m512)x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_permutevar8x32_ps((__m256)x, (__m256i)lanes);
+#else
+    Floats shuffled = x;
+#pragma GCC unroll 4
+    for (int lane = 0; lane < LANES; ++lane) shuffled[lane] = x[lanes[lane] % LANES];
+    return shuffled;
+#endif
+}
+INLINE Floats shuffle(Floats x, Floats y, Ints lanes) {
+    return select(lanes >= LANES, shuffle(y, lanes), shuffle(x, lanes));
+}
+#else
+INLINE Floats shuffle(Floats x, Ints lanes) { return __builtin_shuffle(x, lanes); }
+INLINE Floats shuffle(Floats x, Floats y, Ints lanes) { return __builtin_shuffle(x, y, lanes); }
+#endif
+
 // Lanes from the other half of each group of 2 · `half` lanes.
-INLINE Floats swap_halves(Floats x, int half) { return __builtin_shuffle(x, LANE_NUMBERS ^ half); }
+INLINE Floats swap_halves(Floats x, int half) { return shuffle(x, LANE_NUMBERS ^ half); }
 
 INLINE float sum(Floats x) {
 #pragma GCC unroll 4

@@ -20,7 +20,7 @@ def label_map(
     labels = logits.new_empty((k, *sizes[4:]), dtype=torch.int32)
     numbers = (ctypes.c_int64 * len(positions))(*positions)
     native.call(
-        "ovseg_label_map_fwd", logits, whole, offset, ctypes.addressof(numbers),
+        "ovseg_label_map_fwd", logits, whole, offset, numbers,
         scores if need_scores else None, labels if k else None, *logits.shape, *sizes, k, kind="cpu",
     )  # fmt: skip
     return scores, labels
@@ -36,7 +36,7 @@ def label_map_kept(
     labels = logits.new_empty((k, *sizes[4:]), dtype=torch.int32)
     numbers = (ctypes.c_int64 * len(positions))(*positions)
     native.call(
-        "ovseg_label_map_kept_fwd", logits, whole, offset, ctypes.addressof(numbers), slots,
+        "ovseg_label_map_kept_fwd", logits, whole, offset, numbers, slots,
         scores if need_scores else None, labels if k else None, windows, maps, slots.shape[1], *size, *sizes, k,
         dropped, kind="cpu",
     )  # fmt: skip

@@ -21,7 +21,7 @@ def label_map(
     # The launch itself carries the positions: nothing is copied from the host, and a CUDA graph holds them.
     numbers = (ctypes.c_int64 * len(positions))(*positions)
     native.call(
-        "ovseg_label_map_fwd", logits, whole, offset, ctypes.addressof(numbers),
+        "ovseg_label_map_fwd", logits, whole, offset, numbers,
         scores if need_scores else None, labels if k else None, *logits.shape, *sizes, k,
     )  # fmt: skip
     return scores, labels

@@ -1,5 +1,5 @@
 """Libraries for tests alone, built when first needed: the CUDA C++ kernels as one that runs them on the CPU, see
-csrc/emulator, and the CPU kernels with a sanitizer."""
+csrc/emulator, and the CPU kernels with a sanitizer, for AArch64, or by clang."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # the virtual environment's cmake and ninja
+AARCH64 = "aarch64-linux-gnu"
+AARCH64_COMPILER = f"{AARCH64}-g++"
+AARCH64_SYSTEM = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
 SANITIZERS = {"address": "libasan.so", "thread": "libtsan.so", "undefined": "libubsan.so"}
 
 
@@ -33,6 +36,15 @@ def build_cpu(sanitizer: str) -> Path:
     folder = ROOT / "build" / f"cpu-{sanitizer}"
     make(ROOT / "csrc" / "cpu", folder, f"-DOVSEG_SANITIZE={sanitizer}")
     return folder / "libovseg_cpu.so"
+
+
+def build_cpu_by(compiler: str, folder: str, *options: str) -> Path:
+    """Brings the CPU kernels by another compiler up to date, without a warning; the library's path."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} to compile the CPU kernels with")
+    path = ROOT / "build" / folder
+    make(ROOT / "csrc" / "cpu", path, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CXX_FLAGS=-Werror", *options)
+    return path / "libovseg_cpu.so"
 
 
 def make(source: Path, folder: Path, *options: str) -> None:

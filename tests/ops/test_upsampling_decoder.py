@@ -22,7 +22,7 @@ from goldens import STAGE, assert_gradients, to_operator
 from ovseg_fast import native, ops
 from ovseg_fast.ops.upsampling_decoder import logit_map
 from samples import map_floating
-from test_kernels import DEVICE, build, check_gradients, poisoned  # noqa: F401
+from test_kernels import DEVICE, build, check_gradients
 from test_operators import gradients, row_id
 from tolerances import KERNEL, KERNEL_GRADIENT_FACTOR, RELU_KINK, relative_error
 
