@@ -320,14 +320,32 @@ def _write_interrupted(target: Path, after: int, fails: bool) -> bool:
     return True
 
 
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """The code in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, check=False)
+
+
+def test_an_interrupted_process_removes_its_files_at_its_end(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from ovseg_fast.files import write_whole\n"
+        "make = os.open\n"
+        "def interrupted(*arguments):\n    make(*arguments)\n    raise KeyboardInterrupt('as soon as it is made')\n"
+        "os.open = interrupted\n"
+        "write_whole(Path(sys.argv[1], 'a.png'), Path.touch)"
+    )
+    assert b"as soon as it is made" in run_python(code, tmp_path).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_process_leaves_what_the_next_run_removes(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from ovseg_fast.files import write_whole\n"
         "def writer(file):\n    file.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_whole(Path(sys.argv[1], 'a.png'), writer)"
     )
-    root = str(Path(files.__file__).parents[1])
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": root}, check=False)
+    run_python(code, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -102,6 +102,7 @@ def test_a_signal_ends_like_ctrl_c(capsys, name: str) -> None:
         assert ends(command(work), "work") == 130
         assert capsys.readouterr().err == "ovseg-fast: stopped.\n" and cleaned
         assert signal.getsignal(number) is handler
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     finally:
         signal.signal(number, before)
 
@@ -169,6 +170,27 @@ def test_what_a_signal_does_to_workers_is_not_reported(capsys) -> None:
                 raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
     assert ends(command(work), "work") == 130
+    assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_the_handler_that_pytorch_has_for_workers_does_not_report_them_either(capsys) -> None:
+    def report(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGCHLD, report)
+    try:
+        assert ends(command(work), "work") == 130
+    finally:
+        signal.signal(signal.SIGCHLD, before)
     assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
 
 
