@@ -148,9 +148,11 @@ def test_a_worker_process_ends_as_if_there_were_no_handler() -> None:
         ready, begun = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(begun, b"!")
-            time.sleep(10)
-            os._exit(0)
+            try:
+                os.write(begun, b"!")
+                time.sleep(10)
+            finally:
+                os._exit(0)
         os.read(ready, 1)  # Python drops what comes while it forks
         os.kill(child, signal.SIGTERM)
         found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
