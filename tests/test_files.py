@@ -269,22 +269,27 @@ def test_without_locks_only_old_files_are_abandoned(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == [young]
 
 
-def test_an_interrupt_at_any_line_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_at_any_line_leaves_nothing_half_written(tmp_path: Path, monkeypatch, fails: bool) -> None:
+    monkeypatch.setattr(files, "_own", set())  # what is left in it would be seen by other tests
     target = tmp_path / "labels.png"
     ended = False
     lines_passed = -1
     while not ended:
         lines_passed += 1
         target.write_text("old")
-        ended = _write_interrupted(target, after=lines_passed)
-        assert target.read_text() in ("old", "new")
+        ended = _write_interrupted(target, lines_passed, fails)
+        assert target.read_text() in (("old",) if fails else ("old", "new"))
         files._remove_own()  # as Python does at the process's end
         assert os.listdir(tmp_path) == ["labels.png"]
     assert lines_passed > 30
 
 
-def _write_interrupted(target: Path, after: int) -> bool:
-    """Whether the file was written before so many lines of `files` had run. Else there is a KeyboardInterrupt."""
+def _write_interrupted(target: Path, after: int, fails: bool) -> bool:
+    """Whether the file was written, or its writer failed, before so many lines of `files` had run.
+
+    Else there is a KeyboardInterrupt.
+    """
     left = after
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
@@ -297,15 +302,41 @@ def _write_interrupted(target: Path, after: int) -> bool:
                 raise KeyboardInterrupt
         return trace
 
+    def writer(path: Path) -> None:
+        path.write_text("new")
+        if fails:
+            raise ZeroDivisionError
+
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        files.write_whole(target, lambda path: path.write_text("new"))
+        files.write_whole(target, writer)
+    except ZeroDivisionError:
+        assert fails
     except KeyboardInterrupt:
         return False
     finally:
         sys.settrace(before)
     return True
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """The code in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, check=False)
+
+
+def test_an_interrupted_process_removes_its_files_at_its_end(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from ovseg_fast.files import write_whole\n"
+        "make = os.open\n"
+        "def interrupted(*arguments):\n    make(*arguments)\n    raise KeyboardInterrupt('as soon as it is made')\n"
+        "os.open = interrupted\n"
+        "write_whole(Path(sys.argv[1], 'a.png'), Path.touch)"
+    )
+    assert b"as soon as it is made" in run_python(code, tmp_path).stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_process_leaves_what_the_next_run_removes(tmp_path: Path) -> None:
@@ -314,8 +345,7 @@ def test_a_killed_process_leaves_what_the_next_run_removes(tmp_path: Path) -> No
         "def writer(file):\n    file.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_whole(Path(sys.argv[1], 'a.png'), writer)"
     )
-    root = str(Path(files.__file__).parents[1])
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": root}, check=False)
+    run_python(code, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -23,13 +23,14 @@ from ovseg_fast.cli.ending import Commands
 
 
 class Full(io.StringIO):
-    """A stream that takes nothing, such as a closed pipe or a full disk."""
+    """A stream that takes nothing, such as a closed pipe or a full disk, as told by one of its methods."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, told_by: str) -> None:
         super().__init__()
+        setattr(self, told_by, self.fail)
         self.number = number
 
-    def write(self, text: str) -> int:
+    def fail(self, text: str = "") -> int:
         raise OSError(self.number, os.strerror(self.number))
 
 
@@ -62,14 +63,16 @@ def test_output_never_fails_for_a_letter(monkeypatch, encoding: str, text: str) 
     assert received.getvalue().rstrip() == text.encode(encoding, errors="backslashreplace")
 
 
+@pytest.mark.parametrize("told_by", ["write", "flush"])
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.EPIPE, ""), (errno.ENOSPC, "cannot write the output: No space left")]
+    ("number", "said"),
+    [(errno.EPIPE, ""), (errno.ENOSPC, f"ovseg-fast: cannot write the output: {os.strerror(errno.ENOSPC)}.\n")],
 )
-def test_output_that_cannot_be_written(monkeypatch, capsys, number: int, said: str) -> None:
+def test_output_that_cannot_be_written(monkeypatch, capsys, number: int, said: str, told_by: str) -> None:
     capsys.readouterr()
-    monkeypatch.setattr(sys, "stdout", Full(number))
-    assert ends(command(lambda: click.echo("result")), "work") == 1
-    assert capsys.readouterr().err.startswith(f"ovseg-fast: {said}" if said else "")
+    monkeypatch.setattr(sys, "stdout", Full(number, told_by))
+    assert ends(command(lambda: print("result")), "work") == 1
+    assert capsys.readouterr().err == said
 
 
 def test_closed_streams_swallow_everything(monkeypatch) -> None:
@@ -99,22 +102,63 @@ def test_a_signal_ends_like_ctrl_c(capsys, name: str) -> None:
         assert ends(command(work), "work") == 130
         assert capsys.readouterr().err == "ovseg-fast: stopped.\n" and cleaned
         assert signal.getsignal(number) is handler
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     finally:
         signal.signal(number, before)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_an_interrupt_that_was_swallowed_comes_again(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_was_swallowed_comes_again(monkeypatch, capsys, name: str) -> None:
     monkeypatch.setattr("ovseg_fast.cli.ending.AGAIN", 0.05)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work() -> None:
         with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
             time.sleep(10)
         time.sleep(10)
 
-    assert ends(command(work), "work") == 130
+    try:
+        assert ends(command(work), "work") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_a_second_signal_while_it_ends_changes_nothing(monkeypatch, capsys) -> None:
+    echo = click.echo
+
+    def impatient(*arguments: object, **keywords: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        echo(*arguments, **keywords)
+
+    monkeypatch.setattr(click, "echo", impatient)
+    assert ends(command(lambda: os.kill(os.getpid(), signal.SIGTERM)), "work") == 130
+    assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that inherit the handlers of signals")
+def test_a_worker_process_ends_as_if_there_were_no_handler() -> None:
+    found = []
+
+    def work() -> None:
+        ready, begun = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(begun, b"!")
+                time.sleep(10)
+            finally:
+                os._exit(0)
+        os.read(ready, 1)  # Python drops what comes while it forks
+        os.kill(child, signal.SIGTERM)
+        found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    assert ends(command(work), "work") == 0
+    assert found == [-signal.SIGTERM]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -128,6 +172,27 @@ def test_what_a_signal_does_to_workers_is_not_reported(capsys) -> None:
                 raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
     assert ends(command(work), "work") == 130
+    assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_the_handler_that_pytorch_has_for_workers_does_not_report_them_either(capsys) -> None:
+    def report(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGCHLD, report)
+    try:
+        assert ends(command(work), "work") == 130
+    finally:
+        signal.signal(signal.SIGCHLD, before)
     assert capsys.readouterr().err == "ovseg-fast: stopped.\n"
 
 
