@@ -37,8 +37,7 @@ INLINE void shape_tiles(int rows, int pairs) {
     ovseg_tile_shape = shape;
 }
 
-// One or two tiles of rows times one or two vectors of columns; `steps` tiles deep. A and C begin at their first number,
-// strides are in bytes.
+// One or two tiles of rows times one or two vectors of columns, `steps` tiles deep. Strides are in bytes.
 template <int TILES, int VECTORS>
 INLINE void multiply_tiles(const char *a, int64_t a_stride, const char *b, int64_t b_stride, int64_t pairs,
                            int64_t steps, char *c, int64_t c_stride, bool add) {
