@@ -97,7 +97,7 @@ def cascade(checkout: Path, classes: int, tiny: bool) -> Work:
     return Work(
         lambda: theirs(normalised, text),
         lambda dtype: models[dtype](image, text.to(dtype)),
-        ("encoder_block", "layer_gather", "gaussian_aggregation", "mask_attention"),
+        ("encoder_block", "layer_gather", "mask_attention"),
     )
 
 
