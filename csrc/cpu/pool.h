@@ -23,5 +23,5 @@ void ovseg_expect_writes(void *memory, size_t bytes);
 void *ovseg_allocate(size_t bytes);
 void ovseg_release(void *memory);
 
-// The shape that the calling thread's AMX tiles have, 0 for none: see tiles.h. A thread gives them back after its tasks.
+// The shape that the thread's AMX tiles have, 0 for none: see tiles.h. It gives them back after its tasks.
 extern thread_local int ovseg_tile_shape;

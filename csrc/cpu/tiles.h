@@ -1,5 +1,5 @@
-// Products of bfloat16 in the tile registers of Intel's AMX: C (16 × 16 float32) += A (16 × 32) · B (32 × 16), where B is
-// packed as for products of pairs. Registers 0 to 3 hold tiles of C, 4 and 5 of A, 6 and 7 of B.
+// Products of bfloat16 in the tile registers of Intel's AMX: C (16 × 16 float32) += A (16 × 32) · B (32 × 16), B packed
+// as for products of pairs. Registers 0 to 3 hold tiles of C, 4 and 5 of A, 6 and 7 of B.
 //
 // In assembly, as the intrinsics of GCC 12 do not tell the compiler that they read memory.
 

@@ -160,8 +160,8 @@ template <int COUNT> INLINE Floats polynomial(const float (&p)[COUNT], Floats r)
     return q;
 }
 
-// What follows is as exact as a product of operands P deserves: with bfloat16, whose rounding is off by up to 2e-3, fewer
-// terms do, off by less than 1e-4.
+// What follows is as exact as products of operands P deserve: with bfloat16, which rounds by up to 2e-3, fewer terms,
+// off by less than 1e-4, will do.
 
 // 1 / x for 1 <= x <= 2¹²⁶, to about 1 in the last place: an estimate, and for float32 one step of Newton's.
 template <typename P> INLINE Floats reciprocal(Floats x) {
