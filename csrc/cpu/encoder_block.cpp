@@ -53,7 +53,7 @@ template <typename T> struct Block {
     const ovseg_encoder_block_params &params;
     const T *x;
     T *out;
-    int64_t tokens, channels, head_width, panels, tile_panels, tiles;  // panels, tiles: of one image
+    int64_t tokens, channels, head_width, panels, tile_panels, tiles;  // of one image; of a tile, at most
     float scale;
     const float *norm1_weight, *norm1_bias, *qkv_bias, *proj_bias, *norm2_weight, *norm2_bias, *fc1_bias, *fc2_bias;
     P *q, *k, *v, *attended;  // panels; (tokens, channels); (channels, tokens); panels. Tokens are whole panels.
@@ -62,9 +62,12 @@ template <typename T> struct Block {
         : params(params), x(static_cast<const T *>(params.x)), out(static_cast<T *>(params.out)), tokens(params.tokens),
           channels(params.channels), head_width(params.channels / params.heads),
           panels((params.tokens + PANEL - 1) / PANEL), scale(1.0f / __builtin_sqrtf(float(head_width))) {
-        const int64_t share = params.batch * panels / (2 * (threads > 1 ? threads : 1));
+        if (threads < 1) threads = 1;
+        const int64_t share = params.batch * panels / (2 * threads);
         tile_panels = share < 1 ? 1 : share < TILE / PANEL ? share : TILE / PANEL;
         tiles = (panels + tile_panels - 1) / tile_panels;
+        while (tiles < panels && params.batch * tiles % threads) ++tiles;  // as many for every thread
+        tile_panels = (panels + tiles - 1) / tiles;
     }
 
     void prepare(Arena &arena) {
@@ -354,8 +357,8 @@ template <typename T> struct Block {
         Arena arena(ovseg_scratch(sizes.bytes));
         if (!arena.memory) return false;
         scratch.take(*this, arena);
-        const int64_t first = index % tiles * tile_panels, end = first + tile_panels;
-        work(index / tiles, first, end < panels ? end : panels, scratch);
+        const int64_t tile = index % tiles;
+        work(index / tiles, tile * panels / tiles, (tile + 1) * panels / tiles, scratch);
         return true;
     }
 
